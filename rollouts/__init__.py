@@ -1,0 +1,1 @@
+"""Rollouts: samplers that record denoising trajectories. Imports nothing of `rl` or `rewards`."""

@@ -1,0 +1,73 @@
+"""Key-value store of a decoder that rewrites positions: every request owns a slot.
+
+The states of position p lie at index p of its slot, whatever the lengths of its neighbours. Attention
+layers call `update`, which writes the queries' states to their absolute positions and returns the slots'
+keys from position 0 on. A noisy block is written over and over while it is denoised and once more when
+it is clean, and visibility (not bookkeeping) hides what is stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class BlockCache:
+    """Duck type of `transformers.Cache`, for one forward at a time: call `aim` before each."""
+
+    is_compileable = False
+
+    def __init__(self, num_slots: int, max_length: int, device: torch.device | str = "cpu"):
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.device = torch.device(device)
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._slots = self._positions = torch.empty(0)
+        self._held: slice | torch.Tensor = slice(0)
+        self._num_keys = 0
+
+    def aim(self, slots: Sequence[int], positions: torch.Tensor, num_keys: int) -> None:
+        """Say where the next forward's states go.
+
+        Args:
+            slots: one per row of the forward, ascending.
+            positions: int64 [B, Q], absolute positions of the queries, below max_length.
+            num_keys: K, how many positions to hand back to attention.
+        """
+        self._slots = torch.as_tensor(slots, device=self.device)
+        self._positions, self._num_keys = positions, num_keys
+        # Neighbouring slots are handed out as they lie; others have to be copied together.
+        together = slots[-1] - slots[0] + 1 == len(slots)
+        self._held = slice(int(slots[0]), int(slots[-1]) + 1) if together else self._slots
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [B, H, Q, D/H] states and return [B, H, K, D/H] of the aimed slots."""
+        if layer_idx not in self._layers:
+            shape = (self.num_slots, key_states.shape[1], self.max_length, key_states.shape[3])
+            self._layers[layer_idx] = (key_states.new_zeros(shape), value_states.new_zeros(shape))
+        keys, values = self._layers[layer_idx]
+        where = (self._slots[:, None], slice(None), self._positions)
+        keys[where] = key_states.transpose(1, 2)
+        values[where] = value_states.transpose(1, 2)
+        return self._hold(keys), self._hold(values)
+
+    def _hold(self, states: torch.Tensor) -> torch.Tensor:
+        states = states[:, :, : self._num_keys]
+        return states[self._held] if isinstance(self._held, slice) else states.index_select(0, self._held)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
+        """Give slots the states of other slots, from position 0 on."""
+        source, target = (torch.as_tensor(slots, device=self.device) for slots in (sources, targets))
+        for pair in self._layers.values():
+            for states in pair:
+                states[target, :, :num_keys] = states[source, :, :num_keys]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always passed explicitly, so nothing may be derived from a length."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._num_keys, 0

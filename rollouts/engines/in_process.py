@@ -1,0 +1,330 @@
+"""The default rollout engine: batched, exact, in the caller's process.
+
+Requests of any lengths share a batch and leave it when they are done; waiting requests take their
+slots at once. Full-attention models see the whole canvas at every step. Block-causal models keep the
+keys and values of finished blocks: storing a finished block rides on the first denoising forward of the
+next one (the same layer-by-layer computation, so exact), which saves one forward per block.
+
+Full-attention models may opt into the approximate caches of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): the
+first forward of a block sees the whole canvas, later ones compute the block alone ("dual") or the block and all
+behind it ("prefix") and take everything else from the cache, where it is stale. Such trajectories say
+`exact=False`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rollouts.engines.block_cache import BlockCache
+from rollouts.engines.record import Record
+from rollouts.engines.slots import Plan, Slots
+from rollouts.model_protocol import DenoisingModel, mask_token_of
+from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.parts import even_quota
+from rollouts.samplers.step import StepState, denoise_step
+from rollouts.trajectory import TokenTrajectory
+from rollouts.visibility import block_causal_visibility, full_visibility
+
+
+@dataclass
+class Request:
+    """One rollout to sample.
+
+    Attributes:
+        prompt_ids: token ids of the conditioning, at least one.
+        seed: the draws depend on this, the step and the position only.
+        num_inference_steps: overrides the sampler's step count for this request.
+    """
+
+    prompt_ids: Sequence[int]
+    seed: int
+    num_inference_steps: int | None = None
+
+
+@dataclass
+class EngineStats:
+    """Work done by the last `generate` call. A forward counts once whatever its batch size."""
+
+    forwards: int = 0
+    sequence_forwards: int = 0
+    query_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+
+class InProcessEngine:
+    """Samples trajectories with one model on one device."""
+
+    def __init__(
+        self,
+        model: DenoisingModel,
+        options: SamplerOptions,
+        *,
+        eos_token_id: int | None = None,
+        max_batch_size: int = 256,
+        device: torch.device | str = "cpu",
+        approximate_cache: Literal["none", "prefix", "dual"] = "none",
+    ):
+        """
+        Args:
+            model: any `DenoisingModel`; put it in eval mode yourself.
+            options: the decoder.
+            eos_token_id: end token; a response stops after the block that reveals it.
+            max_batch_size: requests decoded together.
+            approximate_cache: for full-attention models; see the module. Trajectories are then not exact.
+        """
+        if max_batch_size < 1:
+            raise ValueError(f"rollout.max_batch_size must be at least 1, got {max_batch_size}")
+        if approximate_cache not in ("none", "prefix", "dual"):
+            raise ValueError(f"rollout.cache must be none, prefix or dual, got {approximate_cache!r}")
+        self.model = model
+        self.mask_token_id = mask_token_of(model)
+        self.block_causal = model.attention == "block_causal"
+        if self.block_causal and approximate_cache != "none":
+            raise ValueError(
+                f"rollout.cache {approximate_cache} is for full-attention models: the cache of a block-causal model "
+                "is exact, set rollout.cache to none"
+            )
+        if self.block_causal and options.block_length is None:
+            assert model.block_length is not None
+            options = options.model_copy(update={"block_length": model.block_length})
+            options.steps_per_block()
+        if self.block_causal and options.record_x0:
+            raise ValueError("sampler.record_x0 needs a full-attention model: a block-causal one has no full fill")
+        if approximate_cache != "none" and options.record_x0:
+            raise ValueError("sampler.record_x0 needs forwards of the whole canvas: set rollout.cache to none")
+        self.options = options
+        self.eos_token_id = eos_token_id
+        self.max_batch_size = max_batch_size
+        self.device = torch.device(device)
+        self.approximate_cache = approximate_cache
+        self.stats = EngineStats()
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
+        """Decode every request; the result has the requests' order.
+
+        Raises:
+            ValueError: a request does not fit the model's context, or has no prompt.
+        """
+        started = time.perf_counter()
+        self.stats = EngineStats()
+        plans = [self._plan(index, request) for index, request in enumerate(requests)]
+        if not plans:
+            return []
+        # Longest first: requests of like length share batches, and no long one is left to run alone.
+        waiting = deque(sorted(plans, key=lambda plan: -plan.length))
+        cached = self.block_causal or self.approximate_cache != "none"
+        slots = Slots(min(self.max_batch_size, len(plans)), longer_first=cached)
+        record = Record(len(plans))
+        width = waiting[0].length
+        canvas = torch.full((len(slots.index), width), self.mask_token_id, dtype=torch.int64, device=self.device)
+        cache = None
+        if cached:
+            # One position more than any canvas has: padding queries write there.
+            cache = BlockCache(len(slots.index), width + 1, self.device)
+        while True:
+            admitted: dict[int, Sequence[int]] = {}
+            for slot in slots.free()[: len(waiting)].tolist():
+                plan = waiting.popleft()
+                slots.admit(slot, plan, fresh=self.approximate_cache != "none")
+                admitted[slot] = requests[plan.index].prompt_ids
+                canvas[slot] = self.mask_token_id
+                canvas[slot, : plan.prompt] = torch.as_tensor(admitted[slot], device=self.device)
+            if admitted and self.block_causal:
+                assert cache is not None
+                self._prefill(canvas, cache, slots, admitted)
+            group = slots.next_group()
+            if not len(group):
+                break
+            self._denoise(canvas, cache, slots, group, record)
+        self.stats.seconds = time.perf_counter() - started
+        return self._trajectories(requests, plans, record, policy_version)
+
+    def _plan(self, index: int, request: Request) -> Plan:
+        prompt = len(request.prompt_ids)
+        if not prompt:
+            raise ValueError(f"request {index} has an empty prompt: give it at least one token")
+        block = self.options.block_length
+        length, start = prompt + self.options.gen_length, prompt
+        if self.block_causal:
+            assert block is not None
+            # The grid is anchored at position 0: the rest of the prompt shares the first block.
+            start = prompt // block * block
+            length = -(-length // block) * block
+        if length > self.model.max_length:
+            raise ValueError(
+                f"request {index}: prompt of {prompt} tokens plus sampler.gen_length {self.options.gen_length} "
+                f"needs {length} positions, the model has {self.model.max_length}"
+            )
+        return Plan(
+            index=index,
+            prompt=prompt,
+            length=length,
+            start=start,
+            end=length if block is None else start + block,
+            steps=self.options.steps_per_block(request.num_inference_steps),
+            seed=request.seed,
+        )
+
+    def _prefill(
+        self, canvas: torch.Tensor, cache: BlockCache, slots: Slots, admitted: dict[int, Sequence[int]]
+    ) -> None:
+        """Store the whole blocks of new prompts; equal prompts are forwarded once."""
+        first: dict[tuple[int, ...], int] = {}
+        copies: dict[int, list[int]] = {}
+        for slot, prompt in admitted.items():
+            if slots.start[slot] > 0:
+                source = first.setdefault(tuple(prompt), slot)
+                copies.setdefault(source, [])
+                if source != slot:
+                    copies[source].append(slot)
+        # Slots were filled from the longest request to the shortest: batches of like length pad little.
+        batches: list[list[int]] = []
+        for slot in copies:
+            if not batches or slots.start[slot] < 0.75 * slots.start[batches[-1][0]]:
+                batches.append([])
+            batches[-1].append(slot)
+        assert self.options.block_length is not None
+        for batch in batches:
+            num_keys = int(slots.start[batch].max())
+            positions = torch.arange(num_keys, device=self.device).expand(len(batch), -1)
+            # A shorter prompt computes states beyond its own blocks too. They are written over before any query of
+            # that request can see them: its window is rewritten in every forward, and hides what follows.
+            visible = block_causal_visibility(positions[:1], num_keys, self.options.block_length)
+            cache.aim(batch, positions, num_keys)
+            self.model.hidden_states(
+                canvas[torch.as_tensor(batch, device=self.device), :num_keys],
+                visible=visible.expand(len(batch), -1, -1),
+                position_ids=positions,
+                cache=cache,
+            )
+            self._count(positions)
+        for source, targets in copies.items():
+            if targets:
+                cache.copy([source] * len(targets), targets, int(slots.start[source]))
+
+    def _denoise(
+        self, canvas: torch.Tensor, cache: BlockCache | None, slots: Slots, group: np.ndarray, record: Record
+    ) -> None:
+        """One denoising forward and decision for the requests in the slots `group`."""
+        names = ("length", "start", "end", "num_masked", "steps", "block_step", "step", "seed")
+        # One transfer for all numbers of the group.
+        numbers = torch.from_numpy(np.stack([group, *(getattr(slots, name)[group] for name in names)])).to(self.device)
+        where, length, start, end, total, steps, block_step, step, seed = numbers
+        index = torch.arange(canvas.shape[1], device=self.device)
+        tokens = canvas[where]
+        masked = tokens == self.mask_token_id
+        eligible = masked & (index >= start[:, None]) & (index < end[:, None])
+        candidates = masked & (index < length[:, None]) if self.options.record_x0 else eligible
+        row, position = candidates.nonzero(as_tuple=True)
+        hidden, begin = self._hidden(tokens, cache, slots, group, start, length)
+        logits = self.model.token_logits(hidden[row, position - self.model.logit_shift - begin[row]])
+        quota = even_quota(total, steps.minimum(total), block_step)
+        state = StepState(tokens, candidates, eligible, quota, seed, step)
+        result = denoise_step(state, logits, self.options)
+        request = slots.index[group]
+        if self.options.record_x0:
+            fill = tokens.clone()
+            fill[result.row, result.position] = result.token
+            for i, filled in zip(request, fill.cpu().numpy(), strict=True):
+                record.x0_hat[i].append(filled)
+        shown = torch.where(result.reveal, result.token, self.mask_token_id)
+        canvas[where[result.row], result.position] = shown
+        edited, token = record.add(result, request, slots.step[group])
+        revealed = np.bincount(edited, minlength=len(group))
+        ends = np.zeros(len(token), dtype=bool) if self.eos_token_id is None else token == self.eos_token_id
+        ended = np.bincount(edited[ends], minlength=len(group)) > 0
+        # A block-causal model never saw what lies behind the terminal block.
+        record.length[request] = slots.end[group] if self.block_causal else slots.length[group]
+        slots.after_step(group, revealed, ended, self.options.block_length)
+        self.stats.generated_tokens += len(token)
+
+    def _hidden(
+        self,
+        tokens: torch.Tensor,
+        cache: BlockCache | None,
+        slots: Slots,
+        group: np.ndarray,
+        start: torch.Tensor,
+        length: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [N, Q, D] of the queries this step needs, and the position [N] of each row's first."""
+        fresh, block = bool(slots.fresh[group[0]]), self.options.block_length
+        width = int(slots.length[group].max())
+        if cache is None:
+            self._count(tokens[:, :width])
+            hidden = self.model.hidden_states(tokens[:, :width], visible=full_visibility(length, width))
+            return hidden, torch.zeros_like(start)
+        if self.block_causal:
+            assert block is not None
+            # Every row of the group has the same number of queries: one block, or two when one is stored.
+            num_queries = block * (1 + fresh)
+            begin = start - block * fresh
+            num_keys = int(slots.end[group].max())
+            positions = begin[:, None] + torch.arange(num_queries, device=self.device)
+            visible = block_causal_visibility(positions, num_keys, block)
+        else:
+            begin, num_queries = torch.zeros_like(start), width
+            if not fresh:
+                last = slots.end if self.approximate_cache == "dual" else slots.length
+                # The state that predicts the block's first position may stand before it.
+                begin = start - self.model.logit_shift
+                num_queries = int((last - slots.start)[group].max()) + self.model.logit_shift
+            num_keys = width
+            positions = begin[:, None] + torch.arange(num_queries, device=self.device)
+            seen = full_visibility(length, width)
+            visible = torch.ones_like(positions[:, :1, None], dtype=torch.bool) if seen is None else seen
+            visible = visible.expand(-1, 1, num_keys)
+        inside = positions < length[:, None]
+        cache.aim(group.tolist(), torch.where(inside, positions, cache.max_length - 1), num_keys)
+        positions = positions.minimum(length[:, None] - 1)
+        hidden = self.model.hidden_states(
+            tokens.gather(1, positions), visible=visible, position_ids=positions, cache=cache
+        )
+        self._count(positions)
+        return hidden, begin
+
+    def _trajectories(
+        self, requests: Sequence[Request], plans: Sequence[Plan], record: Record, policy_version: int
+    ) -> list[TokenTrajectory]:
+        trajectories = []
+        for plan, request, edits in zip(plans, requests, record.by_request(), strict=True):
+            length, x0_hat = int(record.length[plan.index]), record.x0_hat[plan.index]
+            trajectory = TokenTrajectory(
+                prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
+                length=length,
+                mask_token_id=self.mask_token_id,
+                num_steps=int(edits["step"][-1]) + 1,
+                step=edits["step"].astype(np.int32),
+                position=edits["position"].astype(np.int32),
+                token=edits["token"],
+                logprob=edits["logprob"],
+                confidence=edits["confidence"].astype(np.float32),
+                stop_length=min(length - plan.prompt, self.options.gen_length),
+                block_length=self.options.block_length,
+                block_origin=0 if self.block_causal else plan.prompt,
+                sampler=self.options.distribution(),
+                policy_version=policy_version,
+                exact=self.approximate_cache == "none",
+                x0_hat=np.stack([fill[:length] for fill in x0_hat]) if x0_hat else None,
+                seed=request.seed,
+            )
+            if self.eos_token_id is not None:
+                ends = np.flatnonzero(trajectory.response_ids() == self.eos_token_id)
+                if len(ends):
+                    trajectory.stop_length = int(ends[0]) + 1
+            trajectories.append(trajectory)
+        return trajectories
+
+    def _count(self, queries: torch.Tensor) -> None:
+        self.stats.forwards += 1
+        self.stats.sequence_forwards += queries.shape[0]
+        self.stats.query_tokens += queries.numel()

@@ -1,0 +1,60 @@
+"""What a call of the engine has decided so far, and the trajectories it becomes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+from rollouts.samplers.step import StepResult
+
+_COLUMNS = ("request", "step", "position", "token", "logprob", "confidence")
+
+
+class NonFiniteError(RuntimeError):
+    """A model that gives NaN decodes to something all the same; nobody should score it."""
+
+
+class Record:
+    """Edits of all requests in the order they were made, as one array per forward."""
+
+    def __init__(self, num_requests: int):
+        self._parts: list[np.ndarray] = []
+        self.length = np.zeros(num_requests, dtype=np.int64)
+        self.x0_hat: list[list[np.ndarray]] = [[] for _ in range(num_requests)]
+
+    def add(self, result: StepResult, request: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keep what a step revealed.
+
+        Args:
+            request, step: int64 [N], of each row of the step.
+
+        Returns:
+            row [E] and token [E] of the edits. They are on the host: one transfer carries everything.
+        """
+        kept = result.reveal.nonzero().squeeze(1)
+        # Floats travel as their bits, so that one tensor holds all columns.
+        floats = [x.double().view(torch.int64) for x in (result.logprob, result.confidence)]
+        columns = torch.stack([result.row, result.position, result.token, *floats])[:, kept].cpu().numpy()
+        row, token = columns[0], columns[2]
+        self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:]]))
+        return row, token
+
+    def by_request(self) -> list[dict[str, np.ndarray]]:
+        """Columns `step`, `position`, `token`, `logprob`, `confidence` of every request."""
+        edits = np.concatenate(self._parts, axis=1)
+        # Stable: the edits of a request keep their order.
+        edits = edits[:, np.argsort(edits[0], kind="stable")]
+        bounds = np.searchsorted(edits[0], np.arange(len(self.length) + 1))
+        records = []
+        for start, stop in itertools.pairwise(bounds.tolist()):
+            columns = dict(zip(_COLUMNS, np.ascontiguousarray(edits[:, start:stop]), strict=True))
+            del columns["request"]
+            for name in ("logprob", "confidence"):
+                columns[name] = columns[name].view(np.float64)
+            # A greedy choice has log-prob 0 whatever the logits were; its confidence shows them.
+            if not (np.isfinite(columns["logprob"]).all() and np.isfinite(columns["confidence"]).all()):
+                raise NonFiniteError("the model's logits are not finite: its weights are damaged or training diverged")
+            records.append(columns)
+        return records

@@ -1,0 +1,1 @@
+"""Decoders for masked diffusion, assembled from parts. Importing this package needs no torch."""

@@ -1,0 +1,40 @@
+"""Counter-based random numbers: a draw depends on (seed, step, position) and on nothing else.
+
+A request therefore gets the same draws alone, in any batch, on any number of workers and after a
+resume. The generator is SplitMix64's finaliser (Steele, Lea & Flood 2014), applied once per counter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# 64-bit odd constants of SplitMix64 as signed integers (torch has no uint64 arithmetic; int64 wraps).
+_GOLDEN = -7046029254386353131
+_MIX_1 = -4658895280553007687
+_MIX_2 = -7723592293110705685
+
+TOKEN_STREAM = 1
+ORDER_STREAM = 2
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, stream: int) -> torch.Tensor:
+    """float64 in the open interval (0, 1), one per entry.
+
+    Args:
+        seed, step, position: int64, broadcastable to one shape.
+        stream: separates independent uses of the same counter.
+    """
+    state = _mix(seed * _GOLDEN + stream)
+    state = _mix(state + step * _GOLDEN)
+    state = _mix(state + (position + 1) * _GOLDEN)
+    return (_shift_right(state, 11).double() + 0.5) * 2.0**-53

@@ -1,0 +1,218 @@
+"""The contract between sampler and learner: what was sampled, exactly.
+
+A `TokenTrajectory` is an edit script. It stores the prompt and a ragged list of edits
+`(step, position, token, logprob, confidence)`; replaying the edits of the first t steps gives the
+exact canvas the model saw at step t. Revealing is an edit from mask to token, remasking an edit from
+token to mask, token editing an edit from token to token. It holds token ids, never text.
+
+Shape legend used in this project: B rollouts, G rollouts per prompt, L canvas positions, E edits,
+T denoising steps, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+_EDIT_FIELDS = {
+    "step": np.int32,
+    "position": np.int32,
+    "token": np.int64,
+    "logprob": np.float64,
+    "confidence": np.float32,
+}
+
+
+@dataclass
+class TokenTrajectory:
+    """One rollout of a discrete diffusion sampler.
+
+    Example: prompt `[5, 6]`, a canvas of 4, the last two positions revealed at steps 0 and 1::
+
+        TokenTrajectory(
+            prompt_ids=np.array([5, 6]), length=4, mask_token_id=9, num_steps=2,
+            step=np.array([0, 1]), position=np.array([3, 2]), token=np.array([7, 8]),
+            logprob=np.array([-0.1, -0.7]), confidence=np.array([0.9, 0.5]),
+            stop_length=2, block_length=None, block_origin=0,
+            sampler={"temperature": 1.0, "top_p": 1.0, "top_k": 0}, policy_version=0,
+        )
+
+    Attributes:
+        prompt_ids: int64 [P], the conditioning; never edited.
+        length: L, prompt plus generated canvas up to the end of the terminal block (complete, also
+            what was decoded after an end token).
+        mask_token_id: the id that marks an undecided position.
+        num_steps: T, denoising forwards this rollout took part in.
+        step, position, token: int [E], the edits ordered by step; a step may edit many positions.
+        logprob: float64 [E], natural log of the probability the sampler gave this token when it chose
+            it (after temperature and filters; 0 for a remasking edit and for greedy choices).
+        confidence: float32 [E], probability of the token under the score distribution, in [0, 1].
+        stop_length: response tokens to keep as the answer (up to and including the end token), <= L-P.
+        block_length: block size of the decoding grid, None when the response is one block.
+        block_origin: absolute position of the grid's first block boundary (0 for block-causal models).
+        sampler: the sampler settings that define the distribution (temperature, top_p, top_k, ...).
+        policy_version: optimizer steps taken by the weights that sampled this.
+        exact: False when an approximate cache was used: log-probs then carry an unknown error.
+        x0_hat: int64 [T, L], the full fill of every step, recorded on request only.
+        seed: the per-request seed; the same seed, weights and settings give the same rollout.
+    """
+
+    prompt_ids: np.ndarray
+    length: int
+    mask_token_id: int
+    num_steps: int
+    step: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    logprob: np.ndarray
+    confidence: np.ndarray
+    stop_length: int
+    block_length: int | None = None
+    block_origin: int = 0
+    sampler: dict[str, Any] = field(default_factory=dict)
+    policy_version: int = 0
+    exact: bool = True
+    x0_hat: np.ndarray | None = None
+    seed: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def is_reveal(self) -> np.ndarray:
+        """bool [E]: edits that chose a token (everything but remasking)."""
+        return self.token != self.mask_token_id
+
+    def canvas_at(self, step: int) -> np.ndarray:
+        """int64 [L]: the canvas the model saw at `step`, that is after the edits of all earlier steps."""
+        canvas = np.full(self.length, self.mask_token_id, dtype=np.int64)
+        canvas[: self.prompt_length] = self.prompt_ids
+        before = self.step < step
+        # Edits are ordered by step, and NumPy assigns repeated indices in order: the last edit wins.
+        canvas[self.position[before]] = self.token[before]
+        return canvas
+
+    def final_canvas(self) -> np.ndarray:
+        """int64 [L]: the canvas after the last edit."""
+        return self.canvas_at(self.num_steps)
+
+    def response_ids(self) -> np.ndarray:
+        """int64 [stop_length]: the answer, up to and including the end token."""
+        start = self.prompt_length
+        return self.final_canvas()[start : start + self.stop_length]
+
+    def reveal_step(self) -> np.ndarray:
+        """int32 [L]: the step of each position's last edit, -1 where nothing was edited (the prompt)."""
+        steps = np.full(self.length, -1, dtype=np.int32)
+        steps[self.position] = self.step
+        return steps
+
+    def block_of(self, position: np.ndarray | int) -> np.ndarray | int:
+        """Index of the grid block that holds an absolute position (0 when there is no grid)."""
+        if self.block_length is None:
+            return np.zeros_like(position)
+        return (np.asarray(position) - self.block_origin) // self.block_length
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the field, when the record contradicts itself."""
+        for name in _EDIT_FIELDS:
+            if len(getattr(self, name)) != len(self.step):
+                raise ValueError(
+                    f"trajectory field {name!r} has {len(getattr(self, name))} entries, step has {len(self.step)}"
+                )
+        if len(self.step) and (np.any(np.diff(self.step) < 0) or self.step[0] < 0 or self.step[-1] >= self.num_steps):
+            raise ValueError("trajectory field 'step' must be ordered and lie in [0, num_steps)")
+        if np.any(self.position < self.prompt_length) or np.any(self.position >= self.length):
+            raise ValueError("trajectory field 'position' must lie behind the prompt and inside the canvas")
+        if not 0 <= self.stop_length <= self.length - self.prompt_length:
+            raise ValueError(f"trajectory field 'stop_length' is {self.stop_length}, outside the response")
+        if not np.all(np.isfinite(self.logprob)):
+            raise ValueError("trajectory field 'logprob' holds a value that is not finite")
+        order = np.lexsort((self.position, self.step))
+        step, position = self.step[order], self.position[order]
+        if np.any((np.diff(step) == 0) & (np.diff(position) == 0)):
+            raise ValueError("trajectory edits one position twice in one step")
+
+
+def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[TokenTrajectory]) -> None:
+    """Write trajectories to one `.npz` file (no pickle). The file appears only when it is complete."""
+    arrays: dict[str, np.ndarray] = {
+        "prompt_ids": _concatenate((t.prompt_ids for t in trajectories), np.int64),
+        "prompt_offsets": _offsets(len(t.prompt_ids) for t in trajectories),
+        "edit_offsets": _offsets(len(t.step) for t in trajectories),
+    }
+    for name, dtype in _EDIT_FIELDS.items():
+        arrays[name] = _concatenate((getattr(t, name) for t in trajectories), dtype)
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.x0_hat is not None:
+            arrays[f"x0_hat_{index}"] = trajectory.x0_hat
+    header = {
+        "format": "denoise-rl token trajectories",
+        "version": FORMAT_VERSION,
+        "items": [
+            {
+                "length": t.length,
+                "mask_token_id": t.mask_token_id,
+                "num_steps": t.num_steps,
+                "stop_length": t.stop_length,
+                "block_length": t.block_length,
+                "block_origin": t.block_origin,
+                "sampler": t.sampler,
+                "policy_version": t.policy_version,
+                "exact": t.exact,
+                "seed": t.seed,
+            }
+            for t in trajectories
+        ],
+    }
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    os.replace(partial, path)
+
+
+def load_trajectories(path: str | os.PathLike[str]) -> list[TokenTrajectory]:
+    """Read what `save_trajectories` wrote, validating every record.
+
+    Raises:
+        ValueError: the file is not a trajectory file, has another version, or a record is inconsistent.
+    """
+    with np.load(path, allow_pickle=False) as data:
+        if "header" not in data:
+            raise ValueError(f"{path} is not a trajectory file: it has no header")
+        header = json.loads(bytes(data["header"]).decode())
+        if header.get("version") != FORMAT_VERSION:
+            raise ValueError(f"{path} has trajectory format {header.get('version')}, this code reads {FORMAT_VERSION}")
+        arrays = {name: data[name] for name in data.files if name != "header"}
+    trajectories = []
+    for index, item in enumerate(header["items"]):
+        prompt = slice(*arrays["prompt_offsets"][index : index + 2])
+        edits = slice(*arrays["edit_offsets"][index : index + 2])
+        trajectory = TokenTrajectory(
+            prompt_ids=arrays["prompt_ids"][prompt],
+            x0_hat=arrays.get(f"x0_hat_{index}"),
+            **{name: arrays[name][edits] for name in _EDIT_FIELDS},
+            **item,
+        )
+        trajectory.validate()
+        trajectories.append(trajectory)
+    return trajectories
+
+
+def _concatenate(parts: Iterable[np.ndarray], dtype: Any) -> np.ndarray:
+    parts = [np.asarray(part, dtype=dtype) for part in parts]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)]).astype(np.int64)
