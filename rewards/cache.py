@@ -1,0 +1,65 @@
+"""Scores remembered by the content of the item they judge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+
+from rewards.jobs import Batch
+from rewards.score import Score
+
+
+class ScoreCache:
+    """The latest `size` scores, least recently used out first. Failures are never kept; size 0 keeps nothing."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._scores: OrderedDict[str, Score] = OrderedDict()
+
+    def split(self, reward: str, batch: Batch) -> tuple[dict[int, Score], list[int], dict[int, int]]:
+        """What is known of a batch.
+
+        Returns:
+            known: index -> score of the completions judged before.
+            fresh: indices that must be judged.
+            twins: index -> earlier index of this batch with the same content, whose verdict it will share.
+        """
+        known: dict[int, Score] = {}
+        fresh: list[int] = []
+        twins: dict[int, int] = {}
+        first: dict[str, int] = {}
+        for index in range(len(batch)):
+            key = self._key(reward, batch, index)
+            if key is None:
+                fresh.append(index)
+            elif key in self._scores:
+                self._scores.move_to_end(key)
+                known[index] = self._scores[key]
+            elif key in first:
+                twins[index] = first[key]
+            else:
+                fresh.append(index)
+                first[key] = index
+        return known, fresh, twins
+
+    def put(self, reward: str, batch: Batch, index: int, score: Score) -> None:
+        """Keep `score`, unless it is a failure."""
+        key = self._key(reward, batch, index)
+        if key is None or score.failed:
+            return
+        self._scores[key] = score
+        self._scores.move_to_end(key)
+        while len(self._scores) > self.size:
+            self._scores.popitem(last=False)
+
+    def _key(self, reward: str, batch: Batch, index: int) -> str | None:
+        """Hash of everything a reward sees of one completion; None when JSON cannot write it, or nothing is kept."""
+        if not self.size:
+            return None
+        columns = {name: values[index] for name, values in batch.columns.items()}
+        try:
+            text = json.dumps([reward, batch.prompts[index], batch.completions[index], columns], sort_keys=True)
+        except (TypeError, ValueError):
+            return None
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,116 @@
+"""One call of a reward function: whatever it does, an `Outcome` comes back. Used in-process and in the workers."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.score import RewardFunction, Score, TransientRewardError, as_score
+from rewards.signature import missing_columns
+
+TRANSIENT = (TransientRewardError, ConnectionError, TimeoutError)
+
+
+@dataclass
+class Outcome:
+    """What one call gave: a score per completion, or the reason why the call as a whole has none.
+
+    Example: `Outcome(scores=[Score(1.0)], seconds=0.002)`, `Outcome(error="KeyError: 'answer'")`.
+
+    Attributes:
+        scores: one per completion of the call; empty when the call failed.
+        error: why the call failed, one line; None when it did not.
+        transient: True when the failure is worth a retry.
+        seconds: wall time of the call.
+        metrics: numbers the reward logged with TRL's `log_metric`.
+        extra: columns the reward logged with TRL's `log_extra`.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    error: str | None = None
+    transient: bool = False
+    seconds: float = 0.0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def call_reward(
+    function: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    trainer_state: Any = None,
+) -> Outcome:
+    """Call `function` the way TRL calls rewards and turn its answer, or its exception, into an `Outcome`.
+
+    The function receives `prompts`, `completions` and every column by keyword, plus TRL's `trainer_state`,
+    `log_metric(name, value)` and `log_extra(column, values)`. A coroutine function is run to its end.
+    `exit()` inside a reward is an error of that call, not the end of this process.
+    """
+    outcome = Outcome()
+
+    def log_extra(column: str, values: Sequence[Any]) -> None:
+        if len(values) != len(completions):
+            raise ValueError(f"log_extra('{column}') got {len(values)} values for {len(completions)} completions")
+        outcome.extra[column] = list(values)
+
+    start = time.perf_counter()
+    try:
+        missing = missing_columns(function, {**columns, "trainer_state": 0, "log_metric": 0, "log_extra": 0})
+        if missing:
+            raise ValueError(f"it needs the column '{missing[0]}'; the dataset has {sorted(columns)}")
+        answer = function(
+            prompts=prompts,
+            completions=completions,
+            **columns,
+            trainer_state=trainer_state,
+            log_metric=lambda name, value: outcome.metrics.setdefault(name, []).append(float(value)),
+            log_extra=log_extra,
+        )
+        if inspect.isawaitable(answer):
+            answer = _run_async(answer)
+        scores = [as_score(entry) for entry in answer]
+        if len(scores) != len(completions):
+            raise ValueError(f"the reward returned {len(scores)} entries for {len(completions)} completions")
+        outcome.scores = scores
+    except (Exception, SystemExit) as error:
+        outcome.error = one_line(error)
+        outcome.transient = isinstance(error, TRANSIENT)
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """`Type: message` on one line of at most `limit` characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
+def _run_async(answer: Awaitable[Any]) -> Any:
+    import asyncio  # slow to import, and most rewards are not async
+
+    async def finish() -> Any:
+        return await answer
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(finish())
+    # The caller lives in an event loop (a notebook): run in a thread of its own.
+    box: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            box["value"] = asyncio.run(finish())
+        except BaseException as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    if "error" in box:
+        raise box["error"]
+    return box["value"]

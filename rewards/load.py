@@ -1,0 +1,169 @@
+"""Find a reward by name. A reward is always named by a string, so that a worker process can load it itself.
+
+Accepted names:
+
+    sudoku                          shipped with this package (`NAMES`)
+    my_plugin                       entry point in the group `denoise_rl.rewards` of an installed distribution
+    package.module:function         any importable module (the working folder counts)
+    path/to/file.py:function        any file
+    trl:accuracy_reward             any function of `trl.rewards`
+    verl:path/to/file.py:function   a verl `compute_score`
+    reasoning_gym:countdown         the verifier of a reasoning-gym task
+
+One rule for parameters: **a class, or a name that ends in `()`, is called once with the parameters and the result
+is the reward; a function gets them as keyword arguments of every call.**
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rewards.adapters import TrlReward, VerlReward
+from rewards.score import RewardFunction
+from rewards.signature import check_params, check_takes_columns, nearest
+
+ENTRY_POINT_GROUP = "denoise_rl.rewards"
+
+NAMES = {
+    "chunk_judge": "rewards.chunk_judge:ChunkJudge",
+    "code_tests": "rewards.code_tests:CodeTests",
+    "countdown": "rewards.countdown:countdown",
+    "format": "rewards.format_tags:FormatReward",
+    "length": "rewards.length:length",
+    "llm_judge": "rewards.llm_judge:LlmJudge",
+    "math_answer": "rewards.math_answer:MathAnswer",
+    "overlong": "rewards.length:overlong",
+    "reasoning_gym": "rewards.gym_task:ReasoningGymReward",
+    "reward_model": "rewards.reward_model:RewardModel",
+    "sudoku": "rewards.sudoku:sudoku",
+    "tokens_per_forward": "rewards.length:tokens_per_forward",
+}
+
+
+class BoundReward:
+    """A reward function with its parameters; picklable, and named like the function."""
+
+    def __init__(self, function: RewardFunction, params: Mapping[str, Any]) -> None:
+        self.function = function
+        self.params = dict(params)
+        self.__name__ = reward_name(function)
+
+    def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Any:
+        # functools.partial would let a dataset column silently override a parameter of the config.
+        clash = sorted(self.params.keys() & columns.keys())
+        if clash:
+            raise ValueError(f"`{clash[0]}` is both a dataset column and a parameter of {self.__name__}; rename one")
+        return self.function(prompts=prompts, completions=completions, **self.params, **columns)
+
+
+def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFunction:
+    """The reward named `spec` with its parameters bound.
+
+    Args:
+        spec: a name of one of the forms listed at the top of this module.
+        params: parameters from the config.
+
+    Raises:
+        ValueError: one line naming what is wrong: unknown name (with the nearest one), file or attribute not
+            found, unknown parameter (with the nearest one), a reward that does not take `**columns`.
+    """
+    params = dict(params or {})
+    target, is_factory = (spec[:-2], True) if spec.endswith("()") else (spec, False)
+    kind, _, rest = target.partition(":")
+    if kind == "verl" and rest:
+        function = _find(rest)
+        check_params(spec, function, params, called_once=False)
+        return VerlReward(function, params)
+    if kind == "reasoning_gym" and rest:
+        target, params = kind, {"task": rest, **params}
+
+    found = _find(f"trl.rewards:{rest}" if kind == "trl" and rest else target)
+    if is_factory or inspect.isclass(found):
+        check_params(spec, found, params, called_once=True)
+        found = found(**params)
+        params = {}
+    if not callable(found):
+        raise ValueError(f"reward '{spec}' is a {type(found).__name__}, not something that can be called")
+    check_params(spec, found, params, called_once=False)
+    check_takes_columns(spec, found)
+    reward = BoundReward(found, params) if params else found
+    return TrlReward(reward) if kind == "trl" and rest else reward
+
+
+def reward_name(function: Any) -> str:
+    """Name for logs: the function's own, or the class name of a callable object."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def known_names() -> list[str]:
+    """All short names: shipped rewards and entry points of installed distributions."""
+    return sorted({*NAMES, *_entry_points()})
+
+
+def _entry_points() -> dict[str, Any]:
+    from importlib.metadata import entry_points  # slow to import, and shipped names need none
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _find(spec: str) -> Any:
+    if spec in NAMES:
+        return _attribute(spec, *NAMES[spec].split(":"))
+    plugins = _entry_points()
+    if spec in plugins:
+        return plugins[spec].load()
+    location, separator, attribute = spec.rpartition(":")
+    if not separator:
+        near = nearest(spec, known_names())
+        raise ValueError(f"unknown reward '{spec}'; did you mean '{near}'? (or name it as module:function)")
+    return _attribute(spec, location, attribute)
+
+
+def _attribute(spec: str, location: str, attribute: str) -> Any:
+    module = _module_from_file(spec, location) if location.endswith(".py") else _module(spec, location)
+    if not hasattr(module, attribute):
+        names = [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
+        near = nearest(attribute, names)
+        hint = f"; did you mean '{near}'?" if near else ""
+        raise ValueError(f"reward '{spec}': {location} has no '{attribute}'{hint}")
+    return getattr(module, attribute)
+
+
+def _module(spec: str, name: str) -> ModuleType:
+    # A console script does not have the working folder on its path; `python -m` and TRL do.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward '{spec}': cannot import '{name}': {error}") from error
+
+
+def _module_from_file(spec: str, location: str) -> ModuleType:
+    path = Path(location).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"reward '{spec}': no file {path}")
+    name = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # at the end: helpers beside the file are found, nothing is shadowed
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

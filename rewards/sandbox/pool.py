@@ -1,0 +1,291 @@
+"""The local sandbox: a few warm workers, each judging one program at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rewards.sandbox import frames, private_root
+from rewards.sandbox.records import Limits, Program, RunResult, SandboxReport
+from rewards.sandbox.supervise import LONGEST_RUN
+
+LOG = logging.getLogger(__name__)
+ISOLATIONS = ("namespaces", "bubblewrap", "process")  # strongest first
+START_SECONDS = 60.0
+GRACE_SECONDS = 20.0  # over the longest run of a program, before its worker counts as stuck
+STOP_SECONDS = 10.0  # for a worker to end by itself once its pipes are closed
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+BOOT = (
+    "import sys; sys.path.insert(0, sys.argv.pop()); from rewards.sandbox.worker import main; del sys.path[0]; main()"
+)
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # the order of a set must not decide a verdict
+    "PYTHONUTF8": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class SandboxError(RuntimeError):
+    """No worker could be started."""
+
+
+class WorkerDied(Exception):
+    """A worker ended, or did not answer in time."""
+
+
+class CodeSandbox:
+    """Runs programs that nobody trusts. A context manager; safe to call from several threads.
+
+    The strongest isolation this machine allows is found when the first program comes, and logged once:
+    "namespaces" (as root, or through user namespaces), "bubblewrap" (when its command is installed), "process"
+    (resource limits, seccomp, Landlock). See docs/sandbox.md for what each one holds back.
+
+    Args:
+        max_workers: programs run at once.
+        limits: what each program may use.
+        isolation: "auto", or the one to insist on.
+        without: layers to leave out, for tests: "real_root", "own_uid", "landlock", "seccomp".
+
+    Raises:
+        ValueError: for an unknown isolation or layer, or max_workers below 1.
+    """
+
+    def __init__(
+        self,
+        max_workers: int = 2,
+        limits: Limits | None = None,
+        isolation: str = "auto",
+        without: Collection[str] = (),
+    ) -> None:
+        if max_workers < 1:
+            raise ValueError(f"max_workers must be at least 1, got {max_workers}")
+        if isolation not in ("auto", *ISOLATIONS):
+            raise ValueError(f"isolation must be 'auto' or one of {', '.join(ISOLATIONS)}; got '{isolation}'")
+        unknown = set(without) - {"real_root", "own_uid", "landlock", "seccomp"}
+        if unknown:
+            raise ValueError(f"without: unknown layer '{unknown.pop()}'")
+        self.max_workers = max_workers
+        self.limits = limits or Limits()
+        self.isolation = isolation
+        self.without = tuple(without)
+        self._report: SandboxReport | None = None
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def run(self, programs: Sequence[Program]) -> list[RunResult]:
+        """Run each program in a process of its own; results in the order of `programs`.
+
+        A program that brings its worker down twice, which only the sandbox failing explains, has the status
+        "infrastructure".
+
+        Raises:
+            ValueError: for a program in another language than Python.
+            SandboxError: when no worker can be started.
+        """
+        for program in programs:
+            if program.language != "python":
+                raise ValueError(f"language '{program.language}' needs a remote sandbox; the local one runs python")
+        with self._lock:
+            if self._owner != os.getpid():  # we are in a fork: the workers are another process's
+                self._workers, self._owner = [], os.getpid()
+            return self._run(programs)
+
+    def describe(self) -> SandboxReport:
+        """Which protections are in force. Starts a worker when there is none. Raises SandboxError."""
+        with self._lock:
+            if self._report is None:
+                self._workers.append(self._start_worker())
+            assert self._report is not None
+            return self._report
+
+    def close(self) -> None:
+        """End the workers. The next `run` starts new ones."""
+        with self._lock:
+            for worker in self._workers if self._owner == os.getpid() else []:
+                worker.stop()
+            self._workers = []
+
+    def __enter__(self) -> CodeSandbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_workers", None):
+            self.close()
+
+    def _run(self, programs: Sequence[Program]) -> list[RunResult]:
+        results: dict[int, RunResult] = {}
+        attempts = [0] * len(programs)
+        requests = [_request(program, self.limits) for program in programs]
+        for index, request in enumerate(requests):
+            if not request:
+                results[index] = RunResult("invalid", reason=f"program or tests above {frames.MAX_BYTES} bytes")
+        waiting = [index for index in range(len(programs)) if requests[index]][::-1]
+        selector = selectors.DefaultSelector()
+        busy: dict[_Worker, int] = {}
+        idle = list(self._workers)
+        try:
+            while len(results) < len(programs):
+                while waiting and (idle or len(busy) < self.max_workers):
+                    worker = idle.pop() if idle else self._add_worker()
+                    index = waiting.pop()
+                    attempts[index] += 1
+                    busy[worker] = index
+                    selector.register(worker.replies, selectors.EVENT_READ, worker)
+                    worker.send(requests[index], self.limits.wall)
+                patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+                ready = {key.data for key, _ in selector.select(patience)}
+                late = {worker for worker in busy if worker.deadline <= time.monotonic()}
+                for worker in ready | late:
+                    index = busy.pop(worker)
+                    selector.unregister(worker.replies)
+                    try:
+                        results[index] = worker.receive()
+                        idle.append(worker)
+                    except WorkerDied as error:
+                        self._remove_worker(worker)
+                        LOG.warning("code sandbox: a worker was replaced: %s", error)
+                        if attempts[index] < 2:
+                            waiting.append(index)
+                        else:
+                            results[index] = RunResult("infrastructure", reason=f"sandbox: {error}, twice")
+        finally:
+            selector.close()
+            for worker in busy:  # only after an exception: their answers belong to nobody
+                self._remove_worker(worker)
+        return [results[index] for index in range(len(programs))]
+
+    def _add_worker(self) -> _Worker:
+        worker = self._start_worker()
+        self._workers.append(worker)
+        return worker
+
+    def _remove_worker(self, worker: _Worker) -> None:
+        worker.stop()
+        self._workers.remove(worker)
+
+    def _start_worker(self) -> _Worker:
+        if self._report is not None:
+            worker, _ = _Worker.start(self._report.isolation, self.without)
+            return worker
+        problems = []
+        for isolation in ISOLATIONS if self.isolation == "auto" else (self.isolation,):
+            try:
+                worker, hello = _Worker.start(isolation, self.without)
+            except SandboxError as error:
+                problems.append(f"no {isolation}: {error}")
+                continue
+            self._report = SandboxReport(isolation, tuple(hello["layers"]), (*problems, *hello["missing"]))
+            for line in str(self._report).splitlines():
+                LOG.log(logging.WARNING if "weaker" in line else logging.INFO, "%s", line)
+            return worker
+        raise SandboxError("; ".join(problems))
+
+
+class _Worker:
+    """One worker process, seen from the pool."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self.process = process
+        self.requests, self.replies = process.stdin.fileno(), process.stdout.fileno()
+        self.deadline = time.monotonic() + START_SECONDS
+
+    @classmethod
+    def start(cls, isolation: str, without: Collection[str]) -> tuple[_Worker, dict[str, Any]]:
+        """Start a worker and read what it says of its protections. Raises SandboxError."""
+        # The owner is there for whoever looks at a list of processes.
+        options = json.dumps({"isolation": isolation, "without": list(without), "owner": os.getpid()})
+        command = [sys.executable, "-s", "-P", "-c", BOOT, options, str(PACKAGE_ROOT)]
+        if isolation == "bubblewrap":
+            command = _bubblewrap() + command
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd="/", start_new_session=True
+        )
+        worker = cls(process)
+        try:
+            hello = worker._receive()
+        except WorkerDied as error:
+            worker.stop()
+            raise SandboxError(str(error)) from None
+        if "error" in hello:
+            worker.stop()
+            raise SandboxError(hello["error"])
+        return worker, hello
+
+    def send(self, messages: bytes, wall_seconds: float) -> None:
+        """Hand over one program that may take `wall_seconds`."""
+        self.deadline = time.monotonic() + wall_seconds * LONGEST_RUN + GRACE_SECONDS
+        # A worker that is gone is noticed when its answer is read.
+        with contextlib.suppress(OSError):
+            frames.write_all(self.requests, messages)
+
+    def receive(self) -> RunResult:
+        """The result of the program sent last. Raises WorkerDied."""
+        return RunResult.from_message(self._receive())
+
+    def stop(self) -> None:
+        """End the process, and with it whatever it is running."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        try:
+            self.process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _receive(self) -> Any:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.replies, selectors.EVENT_READ)
+            if not selector.select(max(0.0, self.deadline - time.monotonic())):
+                raise WorkerDied("worker did not answer in time")
+        try:
+            return frames.receive_frame(self.replies)
+        except (frames.FrameError, OSError):
+            code = self.process.wait()
+            raise WorkerDied(f"worker ended (exit code {code})") from None
+
+
+def _request(program: Program, limits: Limits) -> bytes:
+    """What to send for one program, b"" when it is too large. Tests go in a message of their own, which only the
+    checker's process reads."""
+    stdin = program.stdin if program.tests is None else None
+    spec = {name: getattr(program, name) for name in ("setup", "preamble", "entry_point")}
+    spec["tests"] = list(program.tests or ())
+    try:
+        request = frames.frame({"code": program.code, "stdin": stdin, "limits": dataclasses.asdict(limits)})
+        return request if program.tests is None else request + frames.frame(spec)
+    except frames.FrameError:
+        return b""
+
+
+def _bubblewrap() -> list[str]:
+    command = shutil.which("bwrap")
+    if command is None:
+        raise SandboxError("command bwrap not found")
+    options = [command, "--unshare-all", "--new-session", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    for path in [*private_root.readable_paths(), str(PACKAGE_ROOT / "rewards")]:
+        if not path.startswith("/dev/"):
+            options += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+    return [*options, "--"]

@@ -1,0 +1,247 @@
+"""The side of the program: runs inside the sandbox, in the same process as code nobody trusts.
+
+Nothing here decides anything. Under tests it executes the calls the checker asks for and sends back what they
+returned; a program that takes over this process can only change its own answers. Standard library only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import copy
+import io
+import operator
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from rewards.sandbox.frames import FrameError, receive_frame, send_frame
+from rewards.sandbox.values import MUTABLE, TransferError, decode, encode
+
+# Modules whose functions the tests may use under their own name when only the program imported them.
+_SHARED = """math cmath collections itertools functools re heapq bisect string typing copy datetime decimal fractions
+statistics random operator json"""
+SHARED_MODULES = tuple(_SHARED.split())
+
+# What a checker may do to an object of the program besides calling it: functions of `operator`, and a few more.
+_OPERATORS = """eq ne lt le gt ge add sub mul truediv floordiv mod pow matmul xor and_ or_ index getitem setitem
+delitem"""
+OPERATIONS: dict[str, Callable[..., Any]] = {name.strip("_"): getattr(operator, name) for name in _OPERATORS.split()}
+OPERATIONS |= {"bool": bool, "len": len, "str": str, "repr": repr}
+OPERATIONS |= {"int": int, "float": float, "iter": iter, "next": next, "getattr": getattr, "setattr": setattr}
+OPERATIONS |= {"isinstance": isinstance, "copy": copy.copy, "deepcopy": copy.deepcopy}
+OPERATIONS |= {"enter": lambda value: value.__enter__(), "exit": lambda value: value.__exit__(None, None, None)}
+
+
+def run_script(code: str) -> int:
+    """Run `code` as `__main__` on this process's standard streams; returns the exit code."""
+    sys.argv = ["main.py"]
+    status = _guarded(code, _fresh_module("__main__"))
+    for finish in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+        try:
+            finish()
+        except BaseException:
+            traceback.print_exc()
+            status = status or 1
+    return status
+
+
+def attach_streams() -> None:
+    """Give the interpreter new text streams on descriptors 0, 1 and 2, as at start-up."""
+    modes = (("stdin", "r", "strict"), ("stdout", "w", "strict"), ("stderr", "w", "backslashreplace"))
+    for number, (name, mode, errors) in enumerate(modes):
+        stream = open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def flush_streams() -> None:
+    """Write out what is buffered; a closed stream is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            continue
+
+
+def serve_program(code: str, requests: int, replies: int) -> None:
+    """When the checker says so run `code`, then answer its requests until it hangs up.
+
+    Args:
+        code: source text, run as a module named "program" (so an `if __name__ == "__main__"` part is not run).
+        requests, replies: file descriptors of the two pipes.
+    """
+    Server(requests, replies).run(code)
+
+
+def _fresh_module(name: str) -> ModuleType:
+    module = ModuleType(name)
+    module.__dict__["__builtins__"] = builtins
+    sys.modules[name] = module
+    return module
+
+
+def _guarded(code: str, module: ModuleType) -> int:
+    """Execute like the interpreter does: traceback and exit code included."""
+    try:
+        exec(compile(code, "main.py", "exec", dont_inherit=True, optimize=0), module.__dict__)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return (stop.code or 0) & 0xFF
+        print(stop.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+class Server:
+    """Answers one checker."""
+
+    def __init__(self, requests: int, replies: int) -> None:
+        self.requests, self.replies = requests, replies
+        self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.module = _fresh_module("program")
+
+    def run(self, code: str) -> None:
+        try:
+            receive_frame(self.requests)  # ["run"]: the checker has its tests and is watching
+            self._answer(self._execute, code)
+            while True:
+                self._serve(receive_frame(self.requests))
+        except (FrameError, OSError):
+            return
+
+    # -- what the checker may ask -------------------------------------------------------------------------------
+
+    def _serve(self, request: Any) -> None:
+        kind, *arguments = request
+        functions: dict[str, Callable[..., list[Any]]] = {
+            "global": self._global,
+            "call": self._call,
+            "op": self._operate,
+        }
+        self._answer(functions[kind], *arguments)
+
+    def _answer(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            reply = function(*arguments)
+        except StopIteration as stop:
+            reply = ["stop", str(stop.value)]
+        except Exception as error:
+            reply = ["raise", *self._describe(error)]
+        except BaseException as error:
+            reply = ["exit", type(error).__name__]
+        send_frame(self.replies, reply)
+
+    def _execute(self, code: str) -> list[Any]:
+        exec(compile(code, "program.py", "exec", dont_inherit=True, optimize=0), self.module.__dict__)
+        return ["ok", sorted(name for name in self.module.__dict__ if isinstance(name, str))]
+
+    def _global(self, name: str) -> list[Any]:
+        value = self.module.__dict__[name]
+        if isinstance(value, ModuleType):
+            return ["ok", {"t": "module", "v": value.__name__}]
+        if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == "program":
+            return ["ok", {"t": "exception", "v": self._bases(value), "h": self._export(value)["v"]}]
+        for module in SHARED_MODULES:
+            if module in sys.modules and getattr(sys.modules[module], name, self) is value:
+                return ["ok", {"t": "shared", "v": module}]
+        return ["ok", self._encode(value)]
+
+    def _call(self, target: Any, args: list[Any], kwargs: Any, stdin: str | None, capture: bool) -> list[Any]:
+        function = self._decode(target)
+        values = [self._decode(node) for node in args]
+        named = {name: self._decode(node) for name, node in kwargs.items()}
+        streams = sys.stdin, sys.stdout
+        written = io.StringIO()
+        try:
+            if stdin is not None:
+                sys.stdin = io.StringIO(stdin)
+            if capture:
+                sys.stdout = written
+            result = function(*values, **named)
+        except StopIteration:
+            raise
+        except Exception as error:
+            return ["raise", *self._describe(error), self._changes(args, values), written.getvalue()]
+        finally:
+            if stdin is not None or capture:
+                sys.stdin, sys.stdout = streams
+        return ["ok", self._encode(result), self._changes(args, values), written.getvalue()]
+
+    def _changes(self, nodes: list[Any], values: list[Any]) -> dict[str, Any]:
+        """Arguments that are no longer what was sent."""
+        changed = {}
+        for position, (node, value) in enumerate(zip(nodes, values, strict=True)):
+            if isinstance(value, MUTABLE):
+                now = self._encode(value)
+                if now != node:
+                    changed[str(position)] = now
+        return changed
+
+    def _operate(self, name: str, args: list[Any]) -> list[Any]:
+        return ["ok", self._encode(OPERATIONS[name](*map(self._decode, args)))]
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def _encode(self, value: Any) -> Any:
+        return encode(value, self._export)
+
+    def _decode(self, node: Any) -> Any:
+        return decode(node, self._import)
+
+    def _export(self, value: Any) -> Any:
+        if isinstance(value, _Callback):
+            return {"t": "callback", "v": value.number}
+        number = self.numbers.get(id(value))
+        if number is None:
+            number = self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)  # kept alive, so its id stays its own
+        return {"t": "handle", "v": number}
+
+    def _import(self, node: Any) -> Any:
+        if node["t"] == "handle":
+            return self.objects[node["v"]]
+        if node["t"] == "callback":
+            return _Callback(self, node["v"])
+        if node["t"] == "iterator":
+            return iter([self._decode(item) for item in node["v"]])
+        raise TransferError(f"unknown tag {node['t']}")
+
+    def _describe(self, error: Exception) -> list[Any]:
+        try:
+            args = [self._encode(arg) for arg in error.args]
+        except Exception:
+            args = [str(error)]
+        return [self._bases(type(error)), args, " ".join(f"{type(error).__name__}: {error}".split())[:300]]
+
+    @staticmethod
+    def _bases(kind: type) -> list[str]:
+        return [base.__name__ for base in kind.__mro__[:-1]]
+
+    def call_checker(self, number: int, args: Any) -> Any:
+        """Run one of the tests' own functions, which stays in the checker."""
+        send_frame(self.replies, ["callback", number, [self._encode(arg) for arg in args]])
+        while True:
+            message = receive_frame(self.requests)
+            if message[0] == "result":
+                return self._decode(message[1])
+            if message[0] == "failed":
+                raise RuntimeError(f"function given by the test raised {message[1]}")
+            self._serve(message)
+
+
+class _Callback:
+    """Stands for a function of the tests."""
+
+    def __init__(self, server: Server, number: int) -> None:
+        self._server, self.number = server, number
+
+    def __call__(self, *args: Any) -> Any:
+        return self._server.call_checker(self.number, args)

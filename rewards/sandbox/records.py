@@ -1,0 +1,154 @@
+"""What goes into a sandbox and what comes out. Plain records, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# "invalid" and "infrastructure" are no verdict on the program: the tests cannot be used, or the sandbox failed.
+Status = Literal["ok", "error", "timeout", "output", "invalid", "infrastructure"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    CPU time, not wall time, is the first limit: a verdict must not depend on how busy the machine is.
+
+    Attributes:
+        cpu_seconds: CPU time of the program (all its threads), fractions allowed; the checker gets the same.
+        wall_seconds: wall time, for programs that sleep; None means 2 * cpu_seconds + 5. Time in which a program
+            could have run but others had the processors does not count.
+        memory_mb: address space, MiB.
+        output_kb: standard output, KiB; a program that writes more is stopped with status "output". Standard
+            error beyond the same size is dropped.
+        tmp_mb: size of the private temporary folder, MiB.
+        max_threads: threads (and, where a kernel cannot forbid them, processes) at once.
+    """
+
+    cpu_seconds: float = 10.0
+    wall_seconds: float | None = None
+    memory_mb: int = 1024
+    output_kb: int = 8192
+    tmp_mb: int = 64
+    max_threads: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_kb", "tmp_mb", "max_threads"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+    @property
+    def wall(self) -> float:
+        """The wall limit in seconds, derived when not given."""
+        return self.wall_seconds if self.wall_seconds is not None else 2 * self.cpu_seconds + 5
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to run, either on standard input or under function tests.
+
+    Examples: `Program("print(int(input()) + 1)", stdin="41")` and
+    `Program("def f(x): return x + 1", tests=["assert f(1) == 2"])`.
+
+    Attributes:
+        code: source text.
+        stdin: text for standard input; used when `tests` is None.
+        tests: Python snippets, each of which raises when it fails. They run in another process than `code`, which
+            sees nothing of them but the arguments of the calls they make.
+        setup: snippet run before the first test, after `code`.
+        preamble: what the task gives to every program and `code` begins with (imports, helper functions). With an
+            `entry_point` the tests use these definitions, not what the program made of them. Ignored when it is no
+            complete Python text.
+        entry_point: name of the function under test. Needed with a `preamble`, and when it is also the name of a
+            builtin and the tests use other functions of the program too.
+        language: "python"; others only in a remote sandbox, on standard input.
+    """
+
+    code: str
+    stdin: str = ""
+    tests: Sequence[str] | None = None
+    setup: str = ""
+    preamble: str = ""
+    entry_point: str | None = None
+    language: str = "python"
+
+    def __post_init__(self) -> None:
+        if self.preamble and self.tests is not None and not self.entry_point:
+            raise ValueError("a preamble needs entry_point, the name of the function that the program must define")
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Verdict of one test; `reason` says why it failed."""
+
+    __test__ = False  # not a pytest class
+
+    passed: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What happened to one program.
+
+    Example: `RunResult("ok", tests=(TestResult(True),), cpu_seconds=0.004, wall_seconds=0.006)`.
+
+    Attributes:
+        status: "ok" (ran to its end), "error" (exception, non-zero exit, killed), "timeout", "output" (wrote too
+            much), or no verdict: "invalid" (the tests do not compile, or never call the program) and
+            "infrastructure" (the sandbox itself failed).
+        tests: one per test, in order; empty in standard-input mode.
+        stdout, stderr: what the program wrote, undecodable bytes replaced.
+        exit_code: exit code, negative for a signal; None when it was stopped or under tests.
+        reason: one line, for any status but "ok".
+        cpu_seconds, wall_seconds: used by the program; CPU is 0 where it cannot be measured (remote).
+    """
+
+    status: Status
+    tests: tuple[TestResult, ...] = ()
+    stdout: str = ""
+    stderr: str = ""
+    exit_code: int | None = None
+    reason: str = ""
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    @property
+    def has_verdict(self) -> bool:
+        """False when nothing can be said about the program."""
+        return self.status not in ("invalid", "infrastructure")
+
+    @property
+    def passed(self) -> bool:
+        """True when there were tests and every one passed."""
+        return self.status == "ok" and bool(self.tests) and all(test.passed for test in self.tests)
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> RunResult:
+        """Build from the JSON object a worker sends."""
+        tests = tuple(TestResult(bool(passed), str(reason)) for passed, reason in message.get("tests", ()))
+        return RunResult(**{**message, "tests": tests})
+
+
+@dataclass(frozen=True)
+class SandboxReport:
+    """Which isolation is in force, for the log.
+
+    Example: `SandboxReport("namespaces", layers=("own pid, mount ... namespaces", "seccomp"), missing=())`.
+
+    Attributes:
+        isolation: "namespaces", "bubblewrap", "process" or "remote".
+        layers: what holds a program, strongest first.
+        missing: one line per protection that is not there, and why.
+    """
+
+    isolation: str
+    layers: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"code sandbox: {self.isolation}: {', '.join(self.layers)}"]
+        return "\n".join(lines + [f"code sandbox, weaker: {line}" for line in self.missing])

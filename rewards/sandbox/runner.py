@@ -1,0 +1,286 @@
+"""Judge one program: fork its process, the checker's for function tests, watch both, collect what came out.
+
+A runner is itself a fork of the worker and serves a single request, so the memory a program is forked from has
+never held another program's output, and never holds the tests: those are read by the checker's process alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import gc
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rewards.sandbox import checker, frames, linux, program
+from rewards.sandbox.confine import FIRST_UID, NUM_UIDS, confine
+from rewards.sandbox.protect import Protection, attempt
+from rewards.sandbox.records import Limits
+from rewards.sandbox.supervise import Child, Sink, watch
+
+STDERR_KEPT = 64 * 1024
+MESSAGES_KEPT = 16 * 1024 * 1024
+READY = b"\x01"
+FIRST_HIGH_DESCRIPTOR = 64
+REASONS = {"": "", "timeout": "time limit reached", "output": "output limit reached"}
+
+
+class Runner:
+    """Serves one request of the pool.
+
+    Args:
+        found: the protections to apply.
+        control: descriptor the request is read from.
+    """
+
+    def __init__(self, found: Protection, control: int) -> None:
+        self.found, self.control = found, control
+        self.uids = [FIRST_UID + (2 * os.getpid() + which) % NUM_UIDS for which in range(2)]
+        self.open: list[int] = []
+        self.children: list[Child] = []
+        self.folders: list[str] = []
+        self.wakeup, wakeup_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wakeup_end, warn_on_full_buffer=False)
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run one program; a `RunResult` as a JSON object.
+
+        Args:
+            request: `code`, `limits`, and `stdin` (text) or None: then a second message follows on `control`,
+                with the rest of the `Program`, which only the checker's process reads.
+        """
+        limits = Limits(**request["limits"])
+        start = time.monotonic()
+        try:
+            if request["stdin"] is None:
+                result = self._tests(request["code"], limits)
+            else:
+                result = self._script(request["code"], request["stdin"], limits)
+        except OSError as error:  # no process, no pipe, no memory: nothing the program did
+            result = {"status": "infrastructure", "reason": f"sandbox: {error}"}
+        finally:
+            self.clean_up()
+        return {**result, "wall_seconds": time.monotonic() - start}
+
+    def clean_up(self) -> None:
+        """End every process of this run and give everything back."""
+        for child in self.children:
+            child.kill()
+        if not self.found.layers.private_root and not self.found.layers.seccomp:
+            self._end_stragglers()
+        for fd in self.open:
+            os.close(fd)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.children, self.open, self.folders = [], [], []
+
+    # -- the two kinds of run -----------------------------------------------------------------------------------
+
+    def _script(self, code: str, stdin: str, limits: Limits) -> dict[str, Any]:
+        out_read, out = self._pipe()
+        err_read, err = self._pipe()
+        source = self._nameless_file(stdin)
+        child, ready = self._spawn(lambda: program.run_script(code), [source, out, err], limits)
+        stdout = Sink(out_read, limits.output_kb * 1024, stop_at_limit=True)
+        stderr = Sink(err_read, STDERR_KEPT)
+        stopped = self._watch([child], [stdout, stderr, ready], child.reap, limits)
+        result = _outcome(stopped, ready)
+        result |= {"stdout": stdout.text, "stderr": stderr.text, "cpu_seconds": child.cpu_seconds}
+        if result["status"] == "ok":
+            result["exit_code"] = child.exit_code
+            if child.exit_code:
+                last_line = stderr.text.strip().rpartition("\n")[2]
+                result |= {"status": "error", "reason": f"exit code {child.exit_code}: {last_line}"[:300]}
+        return result
+
+    def _tests(self, code: str, limits: Limits) -> dict[str, Any]:
+        out_read, out = self._pipe()
+        err_read, err = self._pipe()
+        verdict_read, verdict = self._pipe()
+        request_read, request_write = self._pipe(blocking=True)
+        reply_read, reply_write = self._pipe(blocking=True)
+        nothing = self._keep(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+        def serve() -> int:
+            program.serve_program(code, requests=3, replies=4)
+            return 0
+
+        def read_tests() -> Callable[[], int]:
+            spec = frames.receive_frame(6)
+            os.close(6)
+
+            def check() -> int:
+                checker.check(spec, requests=3, replies=4, out=5)
+                return 0
+
+            return check
+
+        served, ready = self._spawn(serve, [nothing, out, err, request_read, reply_write], limits)
+        ends = [nothing, nothing, nothing, request_write, reply_read, verdict, self.control]
+        checked, checker_ready = self._spawn(None, ends, limits, prepare=read_tests)
+        # Ours must be closed for either side to notice that the other has ended.
+        for fd in (request_read, request_write, reply_read, reply_write, verdict):
+            self._close(fd)
+        stdout = Sink(out_read, limits.output_kb * 1024, stop_at_limit=True)
+        stderr, messages = Sink(err_read, STDERR_KEPT), Sink(verdict_read, MESSAGES_KEPT)
+        sinks = [stdout, stderr, messages, ready, checker_ready]
+        stopped = self._watch([served, checked], sinks, checked.reap, limits)
+        result = _outcome(stopped, ready, checker_ready)
+        if bytes(checker_ready.data) != READY:
+            raise frames.FrameError(result["reason"])  # the stream may be anywhere: this worker is done
+        served.kill()
+        if result["status"] != "infrastructure":
+            stopped_at = result["reason"] or f"the checker stopped (exit code {checked.exit_code})"
+            result |= checker.verdict(frames.split_frames(messages.data), result["status"], stopped_at)
+        return result | {"stdout": stdout.text, "stderr": stderr.text, "cpu_seconds": served.cpu_seconds}
+
+    # -- processes ----------------------------------------------------------------------------------------------
+
+    def _spawn(
+        self,
+        run: Callable[[], int] | None,
+        descriptors: list[int],
+        limits: Limits,
+        prepare: Callable[[], Callable[[], int]] | None = None,
+    ) -> tuple[Child, Sink]:
+        """Start `run` (or what `prepare` returns) in a confined process with `descriptors` as its 0, 1, 2 ...
+
+        Returns the process, and a sink that holds `READY` once it was confined, or else the reason why not.
+        """
+        ready_read, ready = self._pipe()
+        layers = self.found.layers
+        uid = self.uids[len(self.children)] if layers.own_uid else os.getuid()
+        folder = "/tmp" if layers.private_root else self._folder(uid)
+        pid = linux.fork_into(layers.namespaces)
+        if pid:
+            self._close(ready)
+            self.children.append(Child(pid))
+            return self.children[-1], Sink(ready_read, 1000)
+        code = 1
+        try:
+            ready = _become([*descriptors, ready])
+            confine(layers, limits, folder, uid)
+            os.environ.update(HOME=folder, TMPDIR=folder)
+            tempfile.tempdir = None
+            random.seed(0)  # a verdict should be the same tomorrow
+            gc.enable()
+            if prepare is None:
+                program.attach_streams()
+            else:
+                run = prepare()
+            assert run is not None
+        except BaseException as error:
+            os.write(ready, f"{type(error).__name__}: {error}".encode()[:1000])
+            os._exit(1)
+        try:
+            os.write(ready, READY)
+            os.close(ready)
+            code = run()
+        finally:
+            _leave(code)
+
+    def _watch(self, children: list[Child], sinks: list[Sink], finished: Callable[[], bool], limits: Limits) -> str:
+        stopped = watch(
+            children,
+            sinks,
+            finished,
+            cpu_limit=limits.cpu_seconds,
+            wall_limit=limits.wall,
+            overfull=lambda: sum(map(_size, self.folders)) > limits.tmp_mb << 20,
+            wakeup=self.wakeup,
+            control=self.control,
+            proc=self.found.proc,
+        )
+        if stopped:
+            for child in children:
+                child.kill()
+        for sink in sinks:
+            sink.drain()
+        return stopped or ("output" if any(sink.overflow and sink.stop_at_limit for sink in sinks) else "")
+
+    def _end_stragglers(self) -> None:
+        """End what left its process group. Needed only without namespaces and without a system call filter."""
+        if self.found.layers.own_uid:
+            for uid in self.uids:
+                attempt(functools.partial(_kill_all_of, uid))
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        deadline = time.monotonic() + 5
+        while children.exists() and (left := children.read_text().split()) and time.monotonic() < deadline:
+            for pid in map(int, left):
+                Child(pid).kill()
+
+    # -- descriptors and folders, given back by clean_up --------------------------------------------------------
+
+    def _keep(self, fd: int) -> int:
+        self.open.append(fd)
+        return fd
+
+    def _close(self, fd: int) -> None:
+        self.open.remove(fd)
+        os.close(fd)
+
+    def _pipe(self, blocking: bool = False) -> tuple[int, int]:
+        read, write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(read, blocking)
+        return self._keep(read), self._keep(write)
+
+    def _nameless_file(self, text: str) -> int:
+        fd = self._keep(os.memfd_create("stdin", os.MFD_CLOEXEC))
+        frames.write_all(fd, text.encode("utf-8", "surrogatepass"))
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    def _folder(self, uid: int) -> str:
+        folder = tempfile.mkdtemp(dir=self.found.folder)
+        if self.found.layers.own_uid:
+            os.chown(folder, uid, uid)
+        self.folders.append(folder)
+        return folder
+
+
+def _kill_all_of(uid: int) -> None:
+    os.setresuid(uid, uid, uid)
+    os.kill(-1, signal.SIGKILL)
+
+
+def _become(descriptors: list[int]) -> int:
+    """In a new process: forget the runner's signals, make `descriptors` 0, 1, 2 ... and close all others."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST_HIGH_DESCRIPTOR) for fd in descriptors]):
+        os.dup2(fd, number)
+    os.closerange(len(descriptors), 1 << 16)
+    return len(descriptors) - 1
+
+
+def _size(folder: str) -> int:
+    """Bytes in a folder; a file that vanishes meanwhile does not count."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512
+    return total
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without running anything it inherited from the worker."""
+    program.flush_streams()
+    os._exit(code)
+
+
+def _outcome(stopped: str, *ready: Sink) -> dict[str, Any]:
+    for sink in ready:
+        if bytes(sink.data) != READY:
+            return {"status": "infrastructure", "reason": f"sandbox: {sink.text or 'no process became ready in time'}"}
+    return {"status": stopped or "ok", "reason": REASONS[stopped]}

@@ -1,0 +1,97 @@
+"""The worker process: warm, small and single-threaded. It reads nothing; each request is served by a fork of it.
+
+Started by `pool` as a fresh interpreter with requests on descriptor 0 and answers on descriptor 1 (see `frames`).
+Its first message says which protections it has. Programs never see these descriptors.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import sys
+from typing import NoReturn
+
+from rewards.sandbox import frames, linux, syscall_filter
+from rewards.sandbox.protect import Protection, protect
+from rewards.sandbox.runner import Runner
+from rewards.sandbox.supervise import ParentGone
+
+# Imported once here, so that programs find them loaded; anything else they import for themselves.
+PRELOAD = "abc array base64 bisect calendar cmath collections copy csv dataclasses datetime decimal enum fractions"
+PRELOAD += " functools hashlib heapq inspect itertools json math numbers operator queue random re statistics string"
+PRELOAD += " struct textwrap time typing types unicodedata zlib"
+
+TRIAL = {"code": "print(6 * 7)", "stdin": "", "limits": {}}
+
+
+def main() -> None:
+    """Entry point; the only argument is a JSON object with `isolation` and `without` (see `protect`)."""
+    options = json.loads(sys.argv[1])
+    control, replies = os.dup(0), os.dup(1)
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1):
+        os.dup2(null, number)
+    for name in PRELOAD.split():
+        importlib.import_module(name)
+    try:
+        found = protect(options["isolation"], options["without"])
+    except OSError as error:
+        frames.send_frame(replies, {"error": str(error)})
+        return
+    if found.layers.seccomp:
+        syscall_filter.filter_program(1)  # remembered: with namespaces, every program is number 1
+    gc.collect()
+    gc.freeze()  # forked processes share these pages until they write to them
+    gc.disable()
+    try:
+        trial = _trial(found, control)
+        if trial:
+            frames.send_frame(replies, {"error": trial})
+            return
+        frames.send_frame(replies, {"layers": found.names, "missing": found.missing})
+        while select.select([control], [], []):
+            pid = os.fork()
+            if pid == 0:
+                _serve_one(found, control, replies)
+            if os.waitpid(pid, 0)[1] != 0:
+                return
+    finally:
+        if found.folder:
+            shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def _serve_one(found: Protection, control: int, replies: int) -> NoReturn:
+    """In a fork: answer one request; exit code 0 means that the worker may go on."""
+    code = 1
+    try:
+        linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)  # what a program leaves behind becomes ours to end
+        linux.prctl(linux.PR_SET_PDEATHSIG, 9)
+        runner = Runner(found, control)
+        try:
+            frames.send_frame(replies, runner.answer(frames.receive_frame(control)))
+            code = 0
+        except (frames.FrameError, ParentGone):
+            runner.clean_up()
+    finally:
+        os._exit(code)
+
+
+def _trial(found: Protection, control: int) -> str:
+    """Run a program once; "" when that works."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        frames.send_frame(write, Runner(found, read).answer(TRIAL))
+        os._exit(0)
+    os.close(write)
+    try:
+        result = frames.receive_frame(read)
+    except frames.FrameError:
+        result = {"reason": "the trial run ended without a result"}
+    os.close(read)
+    os.waitpid(pid, 0)
+    return "" if result.get("stdout") == "42\n" else f"{result['reason']} {result.get('stderr', '')}".strip()
