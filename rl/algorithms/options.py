@@ -1,0 +1,119 @@
+"""Options shared by the policy-gradient recipes, and the record a recipe is. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rl.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from rl.batch import DecisionBatch, LossOutput
+    from rl.estimators.rows import ScoringRows
+    from rollouts.model_protocol import DenoisingModel
+    from rollouts.trajectory import TokenTrajectory
+
+
+@dataclass
+class Recipe:
+    """What distinguishes one algorithm from another.
+
+    Attributes:
+        rows: (trajectories, model, training block length or None for the rollout's) -> rows to forward
+            (the estimator).
+        advantage: (reward [M], group [M]) -> advantage [M], NaN where there is no reward.
+        loss: one record of decisions -> per-decision loss and metrics.
+        needs_reference: keep a frozen copy of the starting policy.
+        old_logprob: where the ratio's denominator comes from.
+        aggregation: how decisions are averaged (`rl/losses/aggregate.py`).
+        value: options of a diffusion value model, None for the group advantage alone.
+        value_reward: what the critic predicts: the group "advantage" or the "raw" reward.
+    """
+
+    rows: Callable[[Sequence[TokenTrajectory], DenoisingModel, int | None], ScoringRows]
+    advantage: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    loss: Callable[[DecisionBatch], LossOutput]
+    needs_reference: bool
+    old_logprob: Literal["sampler", "recompute", "on_policy"]
+    aggregation: str
+    value: ValueOptions | None = None
+    value_reward: Literal["advantage", "raw"] = "advantage"
+
+
+class ValueOptimizerConfig(OptimizerConfig):
+    lr: float = Field(5e-4, gt=0, description="Peak learning rate of the critic.")
+
+
+class ValueOptions(BaseModel):
+    """A diffusion value model (`rl/values`): advantages by GAE over denoising steps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    optimizer: ValueOptimizerConfig = Field(ValueOptimizerConfig(), description="The critic's optimizer.")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount per denoising step.")
+    lam: float = Field(1.0, ge=0, le=1, description="GAE's lambda; 1 is the return minus the value.")
+    clip: float = Field(0.2, gt=0, description="How far a value may move from its old one per update.")
+    share_backbone: bool = Field(False, description="Put the head on the policy's backbone instead of a copy.")
+    coef: float = Field(0.5, gt=0, description="Weight of the value loss when the backbone is shared.")
+
+
+class RecipeOptions(BaseModel):
+    """Options every policy-gradient recipe has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Recipe name.")
+    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="Baseline of the group advantage.")
+    scale: Literal["none", "std", "batch_std"] = Field("none", description="What advantages are divided by.")
+    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
+        "token_mean", description="How decisions are averaged into the loss."
+    )
+    clip_low: float = Field(0.2, gt=0, lt=1, description="Lower clip of the probability ratio.")
+    clip_high: float = Field(0.2, gt=0, description="Upper clip of the probability ratio.")
+    log_ratio_clamp: float = Field(10.0, gt=0, description="Bound on the absolute log-ratio.")
+    old_logprob: Literal["sampler", "recompute", "on_policy"] = Field(
+        "sampler",
+        description="Denominator of the ratio: recorded by the sampler, recomputed before the first update, "
+        "or today's own value without gradient.",
+    )
+    kl_to: Literal["none", "old", "reference"] = Field("none", description="What the KL term holds the policy to.")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL term.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL term.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecipeOptions:
+        if self.kl_coef > 0 and self.kl_to == "none":
+            raise ValueError("algorithm.kl_coef does nothing with kl_to none: set algorithm.kl_to to old or reference")
+        if self.kl_to != "none" and self.kl_coef == 0:
+            raise ValueError("algorithm.kl_to does nothing with kl_coef 0: set algorithm.kl_coef above 0")
+        if self.kl_to == "old" and self.old_logprob == "on_policy":
+            raise ValueError("algorithm.kl_to old is always 0 with old_logprob on_policy: set old_logprob to recompute")
+        return self
+
+    def build(self) -> Recipe:
+        """The recipe these options describe."""
+        raise NotImplementedError(f"recipe {self.name} has no build()")
+
+    def policy_loss(self) -> Callable[[DecisionBatch], LossOutput]:
+        """The clipped policy-gradient loss with these options."""
+        from functools import partial
+
+        from rl.losses.policy_gradient import clipped_policy_loss
+
+        names: list[str] = ["clip_low", "clip_high", "log_ratio_clamp", "kl_coef", "kl_estimator", "kl_to"]
+        settings: dict[str, Any] = {name: getattr(self, name) for name in [*names, "entropy_coef"]}
+        return partial(clipped_policy_loss, **settings)
+
+    def group_advantage(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The group advantage with these options."""
+        from functools import partial
+
+        from rl.advantages import group_advantage
+
+        return partial(group_advantage, baseline=self.baseline, scale=self.scale)

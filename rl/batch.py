@@ -1,0 +1,58 @@
+"""What a loss sees: one record, flat over decisions.
+
+Shape legend: N decisions (revealed tokens) of a micro-batch, M trajectories of the whole update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class DecisionBatch:
+    """The decisions of some trajectories, scored under today's weights.
+
+    Example: two trajectories, the first revealed two tokens and was right, the second one and was wrong::
+
+        DecisionBatch(
+            logprob=tensor([-0.5, -0.1, -2.0], requires_grad=True), entropy=tensor([0.9, 0.3, 1.2]),
+            old_logprob=tensor([-0.5, -0.1, -2.0]), ref_logprob=None,
+            advantage=tensor([0.5, 0.5, -0.5]), weight=tensor([1/3, 1/3, 1/3]),
+        )
+
+    Attributes:
+        logprob: [N], with gradient, log pi_theta(token | recorded state), the sampling distribution's.
+        entropy: [N], with gradient, entropy of that distribution, nats.
+        old_logprob: [N], no gradient, what the ratio divides by.
+        ref_logprob: [N] under a frozen reference, or None when no reference is kept.
+        advantage: [N], no gradient.
+        weight: [N], share of each decision in the loss of the whole update. Weights are made once per
+            update over all micro-batches and ranks (`losses/aggregate.py`), so sums simply add up.
+    """
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor
+    old_logprob: torch.Tensor
+    ref_logprob: torch.Tensor | None
+    advantage: torch.Tensor
+    weight: torch.Tensor
+
+    def check(self) -> None:
+        for name in ("entropy", "old_logprob", "ref_logprob", "advantage", "weight"):
+            value = getattr(self, name)
+            assert value is None or value.shape == self.logprob.shape, f"{name} has shape {value.shape}"
+
+
+@dataclass
+class LossOutput:
+    """A loss before aggregation.
+
+    Attributes:
+        loss: [N], per decision, with gradient.
+        metrics: name -> [N] per decision, no gradient; logged as means over all decisions.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]

@@ -1,0 +1,340 @@
+"""The `denoise-rl` command. Thin: every sub-command parses its arguments and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command; returns the exit code: 0 done, 1 failed, 2 the user's input is wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _check_imports()
+        parsed, extra = _parser().parse_known_args(arguments)
+        if extra and not getattr(parsed, "takes_overrides", False):
+            raise ValueError(f"unknown argument {extra[0]!r}: see denoise-rl {parsed.command} --help")
+        parsed.overrides = [*getattr(parsed, "overrides", []), *_dashed(extra)]
+        return int(parsed.run(parsed) or 0)
+    except ValueError as error:
+        from rl.train.plan import is_ours
+
+        # Somebody else's ValueError is no answer to the user's input but a bug, and needs its traceback.
+        if not is_ours(error):
+            raise
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except OSError as error:
+        # A full disk, a folder that may not be written: nothing that a traceback would explain better.
+        return _complain(error, 1)
+    except RuntimeError as error:
+        # Failures that training itself detects (TrainingError, RewardFailureError) explain themselves.
+        if type(error).__module__.split(".")[0] not in ("rl", "rewards", "rollouts"):
+            raise
+        return _complain(error, 1)
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"denoise-rl: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _check_imports() -> None:
+    """`rl`, `rewards` and `rollouts` are also names on PyPI: make sure that ours are the ones imported."""
+    import rewards
+    import rl
+    import rollouts
+
+    home = Path(rl.__file__).resolve().parent.parent
+    for package in (rewards, rollouts):
+        where = Path(package.__file__ or "").resolve().parent.parent
+        if where != home:
+            raise ValueError(
+                f"another package named {package.__name__!r} is installed at {where}: pip uninstall "
+                f"{package.__name__}, then install denoise-rl again"
+            )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of the whole command before it.
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="denoise-rl", description="Reinforcement learning for diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str, config: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run, takes_overrides=config)
+        if config:
+            command.add_argument("--config", metavar="FILE", help="YAML config; without it the defaults")
+            command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, train.steps=10")
+            # The deepspeed launcher passes it; ranks are read from the environment.
+            command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+        return command
+
+    train = add("train", _train, "Warm-start (if the config says so), train by RL, evaluate, report.")
+    train.add_argument("--dry-run", action="store_true", help="print the derived numbers and stop")
+    train.add_argument("--options", action="store_true", help="list every config key and stop")
+    add("sft", _sft, "Run the supervised stage only and save the model.")
+    rollout = add("rollout", _rollout, "Sample rollouts of a model and save trajectories and scores.")
+    rollout.add_argument("--output", metavar="FOLDER", required=True, help="where trajectories and scores go")
+    rollout.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to sample")
+    rollout.add_argument("--group-size", type=int, default=1, help="rollouts per prompt")
+    evaluate = add("eval", _eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
+    evaluate.add_argument("--data", metavar="FILE", help="problems in the task's published file format")
+    evaluate.add_argument(
+        "--output", metavar="FOLDER", help="keep generations here and continue there (FILE.json: none)"
+    )
+    kept = evaluate.add_argument_group(
+        "with all generations kept (any of these, or --output FOLDER; docs/evaluation.md)"
+    )
+    kept.add_argument("--task", help="gsm8k, math500, aime24, humaneval, mbpp, livecodebench, or any other task")
+    kept.add_argument("--template", help="prompt template of the task by name, or a text file with {column}s")
+    kept.add_argument("--decoding", help="static, dynamic, threshold, left_to_right, joined by commas")
+    kept.add_argument("--samples", type=int, help="completions per problem")
+    kept.add_argument("--temperature", type=float, help="sampling temperature; 0, greedy, when not given")
+    kept.add_argument("--limit", type=int, help="only the first so many problems")
+    kept.add_argument("--pass-k", metavar="K,K", help="pass@k to give; powers of two when not given")
+    kept.add_argument("--export", metavar="FORMAT", help="also write samples for human-eval, evalplus or livecodebench")
+    kept.add_argument("--reward", help="judge by another reward than the task's: a name, or {name: NAME, params: {}}")
+    kept.add_argument("--rescore", metavar="FOLDER", help="judge the generations of a folder again, without a model")
+    add("check", _check, "Check a config, the installation and the DeepSpeed JSON without training.")
+    score = add("score", _score, "Run a reward over a JSON-lines file of samples.", config=False)
+    score.add_argument("file", metavar="FILE", help="one JSON object a line, with prompt and completion")
+    score.add_argument("--reward", required=True, help="registered name, pkg.module:function, or path/file.py:function")
+    score.add_argument("--params", default="{}", metavar="YAML", help="parameters of the reward, {tolerance: 0.1}")
+    score.add_argument("--columns", default="{}", metavar="YAML", help="argument of the reward -> field of the file")
+    score.add_argument("--prompt", default="prompt", help="field of the prompt")
+    score.add_argument("--completion", default="completion", help="field of the completion or completions")
+    score.add_argument("--output", metavar="FILE", help="write every verdict as JSON lines")
+    score.add_argument("--limit", type=int, help="score only the first lines")
+    score.add_argument("--mode", choices=("inline", "process"), default="process", help="where the reward runs")
+    score.add_argument("--num-workers", type=int, default=1, help="child processes in mode process")
+    score.add_argument("--timeout-seconds", type=float, default=10.0, help="limit of one scoring call")
+    new_reward = add("new-reward", _new_reward, "Write a working reward plugin and its test.", config=False)
+    new_reward.add_argument("name", help="my_reward, or folder/my_reward.py")
+    export = add("export", _export, "Copy the policy of a checkpoint to a plain Hugging Face folder.", config=False)
+    export.add_argument("checkpoint", help="run folder, or one of its checkpoints/step_N")
+    export.add_argument("output", help="new folder for the model and tokenizer")
+    for name, run, text in (
+        ("plot", _plot, "Draw the learning curve of one run, or of several."),
+        ("report", _report, "Write the HTML report of a run."),
+    ):
+        command = add(name, run, text, config=False)
+        command.add_argument("runs", nargs="+" if name == "plot" else 1, metavar="RUN", help="run folder")
+    return parser
+
+
+def _dashed(extra: Sequence[str]) -> list[str]:
+    """`--a.b c` and `--a.b=c` as `a.b=c`."""
+    overrides, rest = [], list(extra)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            overrides.append(word)
+        elif "=" in word:
+            overrides.append(word[2:])
+        elif rest:
+            overrides.append(f"{word[2:]}={rest.pop(0)}")
+        else:
+            raise ValueError(f"override {word!r} has no value: write {word} VALUE or {word[2:]}=VALUE")
+    return overrides
+
+
+def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from rl.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rl.config import option_help
+
+    if args.options:
+        for key, default, text in option_help():
+            print(f"{key:34} {default:28} {text}")
+        return 0
+    config = _config(args)
+    from rl.train.plan import plan_lines
+
+    if args.dry_run:
+        print("\n".join(plan_lines(config)))
+        return 0
+    from rl.train import distributed
+    from rl.train.finish import finish
+    from rl.train.plan import check_run
+    from rl.train.session import Session
+
+    check_run(config)
+    with Session.open(config) as session:
+        from rl.train.loop import train
+
+        for line in plan_lines(config):
+            session.progress.message(line)
+        train(session)
+    if distributed.rank() == 0:
+        finish(session.run_dir)
+    distributed.stop()
+    return 0
+
+
+def _sft(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if not config.sft.steps:
+        raise ValueError("sft.steps is 0: set it to the number of supervised updates")
+    from rl.models.load import save_policy
+    from rl.train import distributed
+    from rl.train.plan import check_run
+    from rl.train.session import Session
+    from rl.train.sft import supervised
+
+    check_run(config)
+    with Session.open(config) as session:
+        summary = supervised(session)
+        if distributed.rank() == 0:
+            save_policy(session.model, session.tokenizer, session.run_dir / "model")
+            print(f"model: {session.run_dir / 'model'}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
+    distributed.stop()
+    return 0
+
+
+def _rollout(args: argparse.Namespace) -> int:
+    config = _config(args)
+    folder = Path(args.output)
+    for number, name in ((args.num_prompts, "--num-prompts"), (args.group_size, "--group-size")):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output {folder} exists: name a new or empty folder")
+    from rl.train.session import Session
+    from rollouts.trajectory import save_trajectories
+
+    with Session.open(config, write=False) as session:
+        rows = session.task.heldout_rows(args.num_prompts)
+        scored = session.rollout(session.engine(session.model), rows, args.group_size, seed=config.run.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trajectories(folder / "trajectories.npz", scored.trajectories)
+        with (folder / "rollouts.jsonl").open("w") as file:
+            for row, text, value in zip(scored.rows, scored.completions, scored.table.values, strict=True):
+                file.write(json.dumps({"prompt": row["prompt"], "completion": text, "reward": value}) + "\n")
+    judged = [v for v in scored.table.values if v is not None]
+    mean = sum(judged) / len(judged) if judged else float("nan")
+    print(
+        f"{len(scored.trajectories)} rollouts, mean reward {mean:.3f}, {scored.stats.sequence_forwards} sequence "
+        f"forwards, {scored.stats.generated_tokens / max(scored.stats.seconds, 1e-9):,.0f} tokens/s -> {folder}"
+    )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    names = ("task", "template", "decoding", "samples", "temperature", "limit", "pass_k", "reward", "export", "rescore")
+    if any(getattr(args, name) is not None for name in names) or not (args.output or ".json").endswith(".json"):
+        from rl.evaluate.command import eval_command
+
+        for line in eval_command(args):
+            print(line)
+        return 0
+    config = _config(args)
+    if config.model.path is None:
+        raise ValueError("model.path is required: name the folder of the model to evaluate")
+    if args.output and not Path(args.output).parent.is_dir():
+        # Found out now and not when the evaluation is done.
+        raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
+    from rl.evaluate.accuracy import evaluate
+    from rl.train.plan import about
+    from rl.train.session import Session
+
+    with Session.open(config, write=False) as session:
+        with about(f"--data {args.data}" if args.data else "task.params"):
+            rows = (
+                session.task.file_rows(args.data) if args.data else session.task.heldout_rows(config.eval.num_prompts)
+            )
+        results, _ = evaluate(session, session.model, rows, config.eval.num_inference_steps)
+    for steps, result in results.items():
+        print(
+            f"{steps:4d} steps: {result.accuracy:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
+            f"n={result.num_prompts}  unscored={result.unscored}  tokens/forward={result.tokens_per_forward:.2f}"
+        )
+    if args.output:
+        payload = {
+            "task": config.task.name,
+            "model": config.model.path,
+            "data": args.data,
+            "sampler": config.sampler.model_dump(),
+            "results": {str(steps): vars(result) for steps, result in results.items()},
+        }
+        Path(args.output).write_text(json.dumps(payload, indent=1))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from rl.train.plan import check_run, plan_lines
+
+    check_run(config, new=False)
+    print("\n".join(plan_lines(config)))
+    print("config ok")
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    import yaml
+
+    from rewards.tools import score_file
+
+    report = score_file(
+        args.file,
+        args.reward,
+        params=yaml.safe_load(args.params),
+        columns=yaml.safe_load(args.columns),
+        prompt=args.prompt,
+        completion=args.completion,
+        output=args.output,
+        limit=args.limit,
+        mode=args.mode,
+        num_workers=args.num_workers,
+        timeout_seconds=args.timeout_seconds,
+    )
+    print(report.text())
+    return 0
+
+
+def _new_reward(args: argparse.Namespace) -> int:
+    from rewards.tools import new_reward
+
+    for path in new_reward(args.name):
+        print(path)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from rl.train.checkpoint import export_policy
+
+    print(export_policy(args.checkpoint, args.output))
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from rl.track.plots import plot_learning_curve, plot_runs
+
+    print(plot_learning_curve(args.runs[0]) if len(args.runs) == 1 else plot_runs(args.runs))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rl.track.report import write_report
+
+    print(write_report(args.runs[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

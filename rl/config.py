@@ -1,0 +1,356 @@
+"""Every option once: type, default and one sentence, which is also the help text.
+
+A config is a YAML file, a short diff on the defaults below, plus dotted overrides (`train.steps=10`).
+An unknown key is an error that names the nearest valid one. Importing this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rollouts.samplers.options import SamplerOptions
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    output_dir: str = Field("runs/default", description="Folder of the run; everything is written below it.")
+    seed: int = Field(0, ge=0, description="Seeds data order, masks and rollouts.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per process; null leaves torch's default.")
+    device: str = Field("auto", description="cpu, cuda, or auto for a GPU when there is one.")
+    resume: bool = Field(False, description="Continue from the newest complete checkpoint in output_dir.")
+    services: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Metric services to log to besides metrics.jsonl."
+    )
+
+
+class ModelConfig(Section):
+    path: str | None = Field(None, description="Folder or hub name of a model to start from; null builds a new one.")
+    tokenizer: str | None = Field(
+        None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
+    )
+    backbone: dict[str, Any] = Field({}, description="transformers config of a new model's backbone, with model_type.")
+    attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
+    block_length: int | None = Field(None, ge=1, description="Block size of a new block-causal model.")
+    logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
+    attn_implementation: Literal["sdpa", "flex_attention"] = Field(
+        "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."
+    )
+
+
+class TaskConfig(Section):
+    name: str = Field("sudoku", description="Task name, or pkg.module:Class.")
+    params: dict[str, Any] = Field({}, description="Parameters of the task.")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        "constant_with_warmup", description="Learning-rate schedule."
+    )
+    warmup_steps: int = Field(10, ge=0, description="Updates of linear warm-up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+
+
+class SftOptimizerConfig(OptimizerConfig):
+    lr: float = Field(2e-3, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        "linear", description="Learning-rate schedule."
+    )
+    warmup_steps: int = Field(100, ge=0, description="Updates of linear warm-up.")
+
+
+class SftConfig(Section):
+    steps: int = Field(0, ge=0, description="Supervised updates before RL; 0 skips the stage.")
+    batch_size: int = Field(128, ge=1, description="Sequences per update over all ranks.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Sequences per forward and rank; null takes all.")
+    masking: Literal["random", "semi_ar"] = Field(
+        "random",
+        description="Mask the whole answer at random, or one block of sampler.block_length with all after it masked.",
+    )
+    trajectories: str | None = Field(
+        None,
+        description="File of trajectories (denoise-rl rollout) whose exact traces are imitated instead of answers.",
+    )
+    loss_weight: Literal["elbo", "uniform"] = Field(
+        "elbo", description="Weight 1/t on a masked token (the MDLM bound), or 1."
+    )
+    optimizer: SftOptimizerConfig = SftOptimizerConfig()
+    max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
+
+
+class RewardPartConfig(Section):
+    name: str = Field(description="Registered name, pkg.module:function, or path/file.py:function.")
+    weight: float = Field(1.0, description="Weight in the sum of rewards.")
+    params: dict[str, Any] = Field({}, description="Keyword arguments of the reward.")
+    normalize: Literal["none", "group", "batch"] = Field("none", description="Normalise this part before the sum.")
+
+
+class RewardConfig(Section):
+    functions: list[RewardPartConfig] = Field([], description="Rewards to combine; empty takes the task's own.")
+    mode: Literal["inline", "process"] = Field("inline", description="Run rewards here, or in bounded child processes.")
+    num_workers: int = Field(1, ge=1, description="Child processes in mode process.")
+    timeout_seconds: float = Field(10.0, gt=0, description="Wall-clock limit of one scoring call in mode process.")
+    max_failure_share: float = Field(0.1, ge=0, le=1, description="Stop the run when more than this share fails.")
+
+
+class BlockStage(Section):
+    from_step: int = Field(ge=0, description="First RL step of this stage.")
+    rollout: int = Field(ge=1, description="Block length of rollouts.")
+    train: int = Field(ge=1, description="Block length of the scored states.")
+
+
+class TrainConfig(Section):
+    steps: int = Field(100, ge=0, description="RL steps; 0 skips the stage.")
+    prompts_per_step: int = Field(32, ge=1, description="Prompts per RL step over all ranks.")
+    group_size: int = Field(8, ge=1, le=1024, description="Rollouts per prompt.")
+    micro_batch_size: int = Field(256, ge=1, description="Trajectories scored per forward and rank.")
+    updates_per_step: int = Field(1, ge=1, description="Optimizer updates per RL step, each on its share of prompts.")
+    epochs: int = Field(1, ge=1, description="Passes over the rollouts of a step.")
+    mixed_steps: list[int] = Field(
+        [], description="Step counts to draw a prompt's num_inference_steps from; empty always uses the sampler's."
+    )
+    block_schedule: list[BlockStage] = Field(
+        [], description="Block-size curriculum of a block-causal model; empty uses the model's block length."
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_logprob_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Stop when learner and sampler disagree on a recorded log-prob by more than this; null only logs.",
+    )
+    deepspeed: str = Field("zero0", description="zero0 to zero3, or the path of a DeepSpeed JSON.")
+    max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        if self.prompts_per_step % self.updates_per_step:
+            raise ValueError(
+                f"train.prompts_per_step ({self.prompts_per_step}) must be a multiple of "
+                f"train.updates_per_step ({self.updates_per_step})"
+            )
+        starts = [stage.from_step for stage in self.block_schedule]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"train.block_schedule must begin at from_step 0 and grow, got {starts}")
+        for stage in self.block_schedule:
+            if stage.train % stage.rollout:
+                raise ValueError(
+                    f"train.block_schedule: train ({stage.train}) must be a multiple of rollout ({stage.rollout})"
+                )
+        return self
+
+    def blocks_at(self, step: int) -> BlockStage | None:
+        """The stage of the block-size curriculum at an RL step, None without a curriculum."""
+        return next((stage for stage in reversed(self.block_schedule) if stage.from_step <= step), None)
+
+
+class FilterConfig(Section):
+    drop_zero_variance: bool = Field(
+        True,
+        description="Leave out prompts whose rollouts all got one reward (they get no KL or entropy term then either).",
+    )
+    accuracy_low: float = Field(-1e9, description="Leave out prompts whose mean reward is below this.")
+    accuracy_high: float = Field(1e9, description="Leave out prompts whose mean reward is above this.")
+    drop_overlong: bool = Field(False, description="Leave out responses that never reach the end token.")
+    refill_rounds: int = Field(
+        0, ge=0, description="Sample up to this many further batches of prompts to replace what was left out."
+    )
+
+
+class EvalConfig(Section):
+    num_inference_steps: list[int] = Field([2, 4, 8, 16], description="Step counts to evaluate at.")
+    num_prompts: int = Field(1000, ge=1, description="Held-out prompts of the before and after evaluation.")
+    every: int = Field(
+        0, ge=0, description="RL steps between evaluations on validation prompts; 0 evaluates at the ends only."
+    )
+    every_prompts: int = Field(256, ge=1, description="Validation prompts of the evaluations on the way.")
+    viewer_items: int = Field(6, ge=0, description="Prompts shown step by step in the report.")
+    viewer_steps: int | None = Field(None, ge=1, description="Step count of the viewer; null takes the sampler's.")
+
+
+class GoalConfig(Section):
+    steps: int = Field(description="Number of denoising steps the goal is about.")
+    before_max: float = Field(ge=0, le=1, description="Accuracy before RL must not exceed this.")
+    after_min: float = Field(ge=0, le=1, description="Accuracy after RL must reach this.")
+
+
+class RolloutConfig(Section):
+    max_batch_size: int = Field(256, ge=1, description="Requests decoded together.")
+    cache: Literal["none", "prefix", "dual"] = Field(
+        "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."
+    )
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="RL steps between checkpoints; 0 writes one at the end.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    sampler: SamplerOptions = SamplerOptions()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    sft: SftConfig = SftConfig()
+    train: TrainConfig = TrainConfig()
+    filters: FilterConfig = FilterConfig()
+    algorithm: dict[str, Any] = Field({}, description="Recipe name and its options (see rl/algorithms).")
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    goal: GoalConfig | None = Field(None, description="What the run sets out to show; the report says if it did.")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known_algorithm(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from rl.algorithms import parse_options
+
+        return parse_options(value).model_dump()
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then the overrides.
+
+    Args:
+        path: YAML file or None.
+        overrides: `a.b=c`; values are parsed as YAML.
+
+    Raises:
+        ValueError: one line naming the key and the fix.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
+        try:
+            raw = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"config file {path} must hold a mapping of sections")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} must have the form section.key=value")
+        node = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+        node[leaf] = _yaml_scalar(value)
+    return _validate(raw)
+
+
+def _yaml_scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a string; everybody who types it means the number.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _validate(raw: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(_numbers(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [part for part in first["loc"] if not isinstance(part, int)]
+        key = ".".join(str(part) for part in path)
+        if first["type"] == "extra_forbidden":
+            names = _section_keys(path[:-1], raw)
+            near = difflib.get_close_matches(str(path[-1]), names, n=1)
+            where = ".".join(str(part) for part in path[:-1]) or "the top level"
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            raise ValueError(f"unknown config key {key!r}: {hint} (keys of {where})") from None
+        if first["type"] == "missing":
+            raise ValueError(f"config key {key!r} is required: {_description(path, raw)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if key and key not in message:
+            message = f"config key {key!r}: {message}, got {first['input']!r}"
+        raise ValueError(message) from None
+
+
+def _numbers(node: Any) -> Any:
+    """YAML 1.1 floats without a dot (1e-4) arrive as strings; turn them back everywhere."""
+    if isinstance(node, dict):
+        return {key: _numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_numbers(value) for value in node]
+    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def _section(path: Sequence[Any], raw: dict[str, Any]) -> type[BaseModel] | None:
+    """The class that holds the keys under `path`; the recipe the config names decides for `algorithm`."""
+    section: Any = Config
+    if path and path[0] == "algorithm":
+        from rl.algorithms import options_class
+
+        section, path = options_class(raw["algorithm"]), path[1:]
+    for part in path:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if section is None:
+            return None
+    return section
+
+
+def _section_keys(path: Sequence[Any], raw: dict[str, Any]) -> list[str]:
+    section = _section(path, raw)
+    return list(section.model_fields) if section else []
+
+
+def _description(path: Sequence[Any], raw: dict[str, Any]) -> str:
+    section = _section(path[:-1], raw)
+    field = section.model_fields.get(path[-1]) if section else None
+    return (field.description or "") if field else ""
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved config, every key included, as YAML."""
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def option_help() -> list[tuple[str, str, str]]:
+    """(key, default, sentence) of every option, for `denoise-rl train --options`."""
+    lines: list[tuple[str, str, str]] = []
+
+    def visit(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            nested = field.annotation
+            if isinstance(nested, type) and issubclass(nested, BaseModel):
+                visit(nested, f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else repr(field.get_default())
+                lines.append((prefix + name, default, field.description or ""))
+
+    visit(Config, "")
+    return lines

@@ -1,0 +1,1 @@
+"""How a log-prob is obtained: the one box that diffusion adds to policy-gradient RL."""

@@ -1,0 +1,218 @@
+"""The exact trace estimator: every token is scored in the very state in which it was chosen.
+
+TraceRL (Wang et al. 2025, arXiv 2509.06949) scores the tokens revealed at a step given the canvas before
+that step. Neighbouring steps may be merged by the shrink parameter s: the canvas before the first of s
+steps then predicts what all of them revealed; s = 1 is exact, larger s is cheaper and approximate.
+
+The positions a step reveals are taken as given. That is exact when their order does not depend on the draws
+(left-most, random, scores "margin" and "neg_entropy"). With score "probability" the discarded draws had a say,
+their log-probs are left out as in the paper, and the policy gradient has a bias (measured in
+tests/test_exact_toy.py).
+
+Two layouts give the same numbers:
+
+* `remask`: one copy of the canvas per (merged) step. Any model.
+* `packed`: block-causal models only. One sequence `[clean | noisy copies of blocks]` scores every step of
+  every block at once, because a block never sees what comes after it.
+
+Either is a list of documents, and several documents may share a row (`pack_to`).
+
+Departures from the published code: the block grid is the trajectory's own (anchored at position 0), the
+terminal block is complete, ids are never re-tokenised, and temperature and filters are the sampler's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rl.estimators.rows import ScoringRows
+from rollouts.trajectory import TokenTrajectory
+
+# Token ids, absolute positions, segments and blocks of one document, int64 of one length.
+_Document = tuple[np.ndarray, ...]
+
+
+def merged_steps(step: np.ndarray, shrink: int) -> np.ndarray:
+    """Index of the merged step of every edit: distinct steps in order, grouped in runs of `shrink`."""
+    _, rank = np.unique(step, return_inverse=True)
+    return rank // shrink
+
+
+def _check(trajectories: Sequence[TokenTrajectory], shrink: int) -> None:
+    if shrink < 1:
+        raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.sampler.get("temperature", 0) == 0:
+            raise ValueError(f"trajectory {index} was decoded greedily: set sampler.temperature > 0 to train on it")
+        if shrink > 1 and not trajectory.is_reveal.all():
+            raise ValueError("algorithm.shrink > 1 needs trajectories without remasking: set algorithm.shrink to 1")
+    if len({tuple(sorted(t.sampler.items())) for t in trajectories}) > 1:
+        raise ValueError("trajectories of one batch must share their sampler settings")
+
+
+def remask_rows(
+    trajectories: Sequence[TokenTrajectory],
+    shrink: int = 1,
+    logit_shift: int = 0,
+    block_length: int | None = None,
+    pack_to: int | None = None,
+) -> ScoringRows:
+    """One document per merged step: the canvas before it.
+
+    Args:
+        block_length: None for full attention; a block-causal model's block size otherwise.
+        pack_to: see `packed_rows`; None gives every canvas a row, right-padded to the longest.
+    """
+    _check(trajectories, shrink)
+    documents: list[_Document] = []
+    owners, columns, targets, steps = [], [], [], []
+    for trajectory in trajectories:
+        group = merged_steps(trajectory.step, shrink)
+        canvas = trajectory.canvas_at(0)
+        first = len(documents)
+        positions = np.arange(len(canvas))
+        segment = np.zeros_like(positions)
+        block = positions // block_length if block_length else segment
+        bounds = np.searchsorted(group, np.arange(group[-1] + 2 if len(group) else 1))
+        for start, stop in itertools.pairwise(bounds):
+            documents.append((canvas.copy(), positions, segment, block))
+            canvas[trajectory.position[start:stop]] = trajectory.token[start:stop]
+        reveal = trajectory.is_reveal
+        owners.append(first + group[reveal])
+        columns.append(trajectory.position[reveal])
+        targets.append(trajectory.token[reveal])
+        steps.append(group[reveal])
+    return _assemble(trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift)
+
+
+def packed_rows(
+    trajectories: Sequence[TokenTrajectory],
+    shrink: int = 1,
+    block_length: int | None = None,
+    pack_to: int | None = None,
+) -> ScoringRows:
+    """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
+
+    The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside
+    each block.
+
+    Args:
+        block_length: training block size; the trajectory's own when None.
+        pack_to: put several documents into one row while they fit into this many tokens; a longer document has a
+            row of its own. None gives every document a row.
+    """
+    _check(trajectories, shrink)
+    documents: list[_Document] = []
+    owners, columns, targets, steps = [], [], [], []
+    for index, trajectory in enumerate(trajectories):
+        size = block_length or trajectory.block_length
+        if size is None or trajectory.block_origin != 0 or trajectory.length % size:
+            raise ValueError("the packed layout needs a block grid anchored at position 0 that covers the canvas")
+        block = trajectory.position // size
+        if np.any(np.diff(block) < 0):
+            raise ValueError("the packed layout needs blocks that are finished one after the other")
+        final = trajectory.final_canvas()
+        clean = (trajectory.length // size - 1) * size
+        ids, positions = [final[:clean]], [np.arange(clean)]
+        segments, blocks = [np.zeros(clean, dtype=np.int64)], [np.arange(clean) // size]
+        column, step = np.empty((2, len(trajectory.step)), dtype=np.int64)
+        width, segment = clean, 0
+        # Later blocks of the initial canvas are masks, so one replayed canvas serves every block.
+        canvas = trajectory.canvas_at(0)
+        for b in np.unique(block):
+            of_block = np.flatnonzero(block == b)
+            group = merged_steps(trajectory.step[of_block], shrink)
+            inside = np.arange(b * size, (b + 1) * size)
+            for g in range(group[-1] + 1):
+                edits = of_block[group == g]
+                step[edits] = segment
+                segment += 1
+                ids.append(canvas[inside].copy())
+                positions.append(inside)
+                segments.append(np.full(size, segment))
+                blocks.append(np.full(size, b))
+                column[edits] = width + trajectory.position[edits] - b * size
+                width += size
+                canvas[trajectory.position[edits]] = trajectory.token[edits]
+        documents.append(tuple(np.concatenate(x) for x in (ids, positions, segments, blocks)))
+        reveal = trajectory.is_reveal
+        owners.append(np.full(int(reveal.sum()), index))
+        columns.append(column[reveal])
+        targets.append(trajectory.token[reveal])
+        steps.append(step[reveal])
+    return _assemble(trajectories, documents, owners, columns, targets, steps, pack_to)
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Place documents into rows: the longest first, each into the first row that has room.
+
+    Returns:
+        int64 row and offset of every document. One longer than the capacity has a row of its own.
+    """
+    row, offset = np.zeros((2, len(lengths)), dtype=np.int64)
+    used = np.zeros(0, dtype=np.int64)
+    for index in np.argsort(-np.asarray(lengths), kind="stable"):
+        fits = np.flatnonzero(used + lengths[index] <= capacity)
+        if not len(fits):
+            fits = np.array([len(used)])
+            used = np.append(used, 0)
+        row[index], offset[index] = fits[0], used[fits[0]]
+        used[fits[0]] += lengths[index]
+    return row, offset
+
+
+def _assemble(
+    trajectories: Sequence[TokenTrajectory],
+    documents: Sequence[_Document],
+    owners: list[np.ndarray],
+    columns: list[np.ndarray],
+    targets: list[np.ndarray],
+    steps: list[np.ndarray],
+    pack_to: int | None,
+    logit_shift: int = 0,
+) -> ScoringRows:
+    """Lay documents out in rows and put the per-trajectory pieces together as tensors.
+
+    Args:
+        owners, columns: document of each decision, and its place inside it.
+    """
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+
+    lengths = [len(document[0]) for document in documents]
+    if pack_to is None:
+        row, offset = np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64)
+    else:
+        row, offset = first_fit(lengths, pack_to)
+    shape = (int(row.max()) + 1, int((offset + lengths).max()))
+    ids, positions, segment, block = layout = [np.zeros(shape, dtype=np.int64) for _ in range(4)]
+    # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.
+    document = np.full(shape, -1, dtype=np.int64)
+    in_row = np.zeros(shape[0], dtype=np.int64)
+    for index in np.argsort(offset, kind="stable"):
+        place = (row[index], slice(offset[index], offset[index] + lengths[index]))
+        for into, values in zip(layout, documents[index], strict=True):
+            into[place] = values
+        document[place] = in_row[row[index]]
+        in_row[row[index]] += 1
+    owner = np.concatenate(owners)
+    counts = [len(target) for target in targets]
+    return ScoringRows(
+        input_ids=tensor(ids),
+        position_ids=tensor(positions),
+        document=tensor(document),
+        segment=tensor(segment),
+        block=tensor(block),
+        row=tensor(row[owner]),
+        column=tensor(offset[owner] + np.concatenate(columns)),
+        target=tensor(np.concatenate(targets)),
+        trajectory=tensor(np.repeat(np.arange(len(counts)), counts)),
+        step=tensor(np.concatenate(steps)),
+        logit_shift=logit_shift,
+        **{k: trajectories[0].sampler[k] for k in ("temperature", "top_p", "top_k")},
+    )

@@ -1,0 +1,78 @@
+"""Greedy accuracy on held-out prompts at several numbers of denoising steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rl.evaluate.intervals import wilson_interval
+from rl.tasks.base import Row
+from rl.train import distributed
+from rl.train.session import ScoredRollouts, Session
+
+
+@dataclass
+class Accuracy:
+    """Share of prompts to which the task's own reward gives at least 1, with its 95 % Wilson interval.
+
+    A prompt without a score counts in `unscored` and in no share.
+    """
+
+    steps: int
+    accuracy: float
+    low: float
+    high: float
+    num_prompts: int
+    unscored: int
+    forward_passes: float
+    tokens_per_forward: float
+
+
+def evaluate(
+    session: Session, model: Any, rows: Sequence[Row], step_counts: Sequence[int], temperature: float = 0.0
+) -> tuple[dict[int, Accuracy], dict[int, ScoredRollouts]]:
+    """Decode every row once per step count.
+
+    Returns:
+        step count -> accuracy over all ranks, and step count -> this rank's rollouts.
+    """
+    first, mine = session.shard(rows)
+    results: dict[int, Accuracy] = {}
+    rollouts: dict[int, ScoredRollouts] = {}
+    for steps in step_counts:
+        options = session.config.sampler.model_copy(
+            update={"temperature": temperature, "num_inference_steps": steps, "record_x0": False}
+        )
+        options.steps_per_block()
+        engine = session.engine(model, options)
+        scored = session.rollout(engine, mine, 1, seed=0, first=first, count=False, verifier=True)
+        values = [v for part in distributed.gather_objects(scored.reward.tolist()) for v in part]
+        judged = [v for v in values if v == v]
+        right = sum(v >= 1.0 for v in judged)
+        low, high = wilson_interval(right, len(judged)) if judged else (0.0, 1.0)
+        sequence_forwards = distributed.reduce_number(engine.stats.sequence_forwards, "sum", session.device)
+        tokens = distributed.reduce_number(engine.stats.generated_tokens, "sum", session.device)
+        results[steps] = Accuracy(
+            steps,
+            right / len(judged) if judged else float("nan"),
+            low,
+            high,
+            len(judged),
+            len(values) - len(judged),
+            sequence_forwards,
+            tokens / max(sequence_forwards, 1),
+        )
+        rollouts[steps] = scored
+    return results, rollouts
+
+
+def as_metrics(results: dict[int, Accuracy]) -> dict[str, float]:
+    """`eval/accuracy@4` and its interval, for metrics.jsonl."""
+    metrics = {}
+    for steps, result in results.items():
+        metrics[f"eval/accuracy@{steps}"] = result.accuracy
+        metrics[f"eval/accuracy_low@{steps}"] = result.low
+        metrics[f"eval/accuracy_high@{steps}"] = result.high
+        metrics[f"eval/unscored@{steps}"] = result.unscored
+    return metrics

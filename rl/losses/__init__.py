@@ -1,0 +1,1 @@
+"""Losses: pure functions of one record. Only `aggregate` divides."""

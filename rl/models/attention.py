@@ -1,0 +1,62 @@
+"""The attention function that every backbone runs: the mask decides the kernel.
+
+A tensor goes to PyTorch's scaled dot-product attention, a FlexAttention `BlockMask` to FlexAttention.
+Nothing is ever causal by default, and transformers' own mask building is left out altogether: it would
+read restarting position ids as packed sequences, and a missing mask as a causal one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "diffusion"
+
+
+def diffusion_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention interface: [B, H, Q, D/H] queries, [B, H', K, D/H] keys -> [B, Q, H, D/H]."""
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    if query.device.type == "cpu" and not special:
+        # transformers copies shared key-value heads out to every query head; the CPU kernel needs no copy.
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=kwargs.get("dropout", 0.0),
+            scale=kwargs.get("scaling"),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output.transpose(1, 2).contiguous(), None
+    kwargs["is_causal"] = False
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, diffusion_attention)
+
+
+def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, Q, K] mask for attention from boolean [B, Q or 1, K].
+
+    On the CPU it is additive (0 or -inf): the kernel would otherwise convert it again in every layer.
+    """
+    mask = visible[:, None]
+    if visible.device.type != "cpu":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)

@@ -1,0 +1,178 @@
+"""One decoder-only masked-diffusion language model on transformers' own backbones.
+
+The backbone is any transformers decoder (Llama, Qwen2, Qwen3, GPT-2, ...) named by its config; this
+class adds what makes it a diffusion model: the visibility (full or block-causal), the mask token that
+can never be predicted (the SUBS parameterisation of MDLM, Sahoo et al. 2024), and the logit shift.
+It saves and loads in Hugging Face format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AutoConfig, AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from rl.models import attention
+
+# Low enough to underflow to probability 0 in every dtype, high enough to survive a division by a temperature.
+_NEVER = -1e9
+
+
+class DiffusionLMConfig(PreTrainedConfig):
+    """Config with the diffusion fields; `backbone` is a transformers config as a dict."""
+
+    model_type = "diffusion_lm"
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        mask_token_id: int | None = None,
+        attention: str = "full",
+        block_length: int | None = None,
+        logit_shift: int = 0,
+        **kwargs: Any,
+    ):
+        self.backbone = backbone or {}
+        self.mask_token_id = mask_token_id
+        self.attention = attention
+        self.block_length = block_length
+        self.logit_shift = logit_shift
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError naming the field that makes this no usable diffusion model."""
+        if "model_type" not in self.backbone:
+            raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
+        if self.attention not in ("full", "block_causal"):
+            raise ValueError(f"model.attention must be full or block_causal, got {self.attention!r}")
+        if (self.attention == "block_causal") != (self.block_length is not None):
+            raise ValueError("model.block_length must be set for attention block_causal, and only for it")
+        if self.logit_shift not in (0, 1):
+            raise ValueError(f"model.logit_shift must be 0 or 1, got {self.logit_shift}")
+        if self.logit_shift and self.attention == "block_causal":
+            raise ValueError("model.logit_shift 1 is defined for attention full only")
+        vocab_size = self.backbone.get("vocab_size")
+        if self.mask_token_id is None or (vocab_size and not 0 <= self.mask_token_id < vocab_size):
+            raise ValueError(
+                f"model.mask_token_id must lie in the vocabulary of {vocab_size}, got {self.mask_token_id}"
+            )
+
+
+class DiffusionLM(PreTrainedModel):
+    """A `rollouts.model_protocol.DenoisingModel`.
+
+    Built with `attn_implementation="flex_attention"` (GPU only), the learner's forwards get their visibility
+    as a FlexAttention block mask; all else runs PyTorch's scaled dot-product attention.
+    """
+
+    config_class = DiffusionLMConfig
+    base_model_prefix = "backbone"
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: DiffusionLMConfig):
+        super().__init__(config)
+        config.check()
+        if config._attn_implementation not in ("sdpa", "flex_attention"):
+            raise ValueError(f"attn_implementation must be sdpa or flex_attention, got {config._attn_implementation!r}")
+        # is_causal in the config is what turns transformers' backbones bidirectional.
+        backbone_config = AutoConfig.for_model(**{**config.backbone, "is_causal": False, "use_cache": False})
+        # Built as sdpa first: transformers then refuses backbones whose attention is not interchangeable.
+        self.backbone = AutoModel.from_config(backbone_config, attn_implementation="sdpa")
+        self.backbone.set_attn_implementation(attention.NAME)
+        self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.config.mask_token_id
+
+    @property
+    def attention(self) -> str:
+        return self.config.attention
+
+    @property
+    def block_length(self) -> int | None:
+        return self.config.block_length
+
+    @property
+    def logit_shift(self) -> int:
+        return self.config.logit_shift
+
+    @property
+    def max_length(self) -> int:
+        return self.backbone.config.max_position_embeddings
+
+    @property
+    def wants_block_mask(self) -> bool:
+        """Whether the learner should describe visibility by a FlexAttention block mask."""
+        return self.config._attn_implementation == "flex_attention"
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        visible: torch.Tensor | BlockMask | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any | None = None,
+    ) -> torch.Tensor:
+        """[B, Q, D]; see `DenoisingModel.hidden_states`.
+
+        Raises:
+            ValueError: FlexAttention on the CPU.
+        """
+        if self.wants_block_mask and input_ids.device.type == "cpu":
+            raise ValueError(
+                "attn_implementation flex_attention needs a GPU (it has no backward on the CPU): use sdpa there"
+            )
+        mask = visible
+        if isinstance(visible, torch.Tensor):
+            # The kernel takes one row of the mask for all queries only with its query axis spelled out.
+            mask = attention.additive(visible, self.dtype).expand(-1, -1, input_ids.shape[1], -1)
+        return self.backbone(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., V] in at least float32, the mask token excluded."""
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        never[self.mask_token_id] = _NEVER
+        # In place: nobody else holds the head's output, and a copy of it is what memory is short of.
+        return logits.add_(never)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        visible: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, Q, V] at every position, for inspection; training and sampling gather first."""
+        if visible is None and self.attention == "block_causal":
+            from rollouts.visibility import block_causal_visibility
+
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            assert self.block_length is not None
+            visible = block_causal_visibility(positions, input_ids.shape[1], self.block_length)
+            visible = visible.expand(input_ids.shape[0], -1, -1)
+        return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))
+
+
+AutoConfig.register("diffusion_lm", DiffusionLMConfig)

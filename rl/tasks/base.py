@@ -1,0 +1,105 @@
+"""What a task is: rows to train on, rows never trained on, and the reward that judges them.
+
+A row is a dict with `prompt` (text), optionally `answer` (text to imitate in supervised training), and
+any other columns, which the reward receives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+
+
+class Task(Protocol):
+    """A source of prompts.
+
+    Attributes:
+        reward: name of the reward used when the config names none.
+        grid: (rows, columns) of the response for the denoising viewer, None for running text.
+        alphabet: characters of the built-in character tokenizer, None when the task needs a real one.
+
+    A task may also have `templates` (`rl.tasks.templates`), the prompts that evaluation can ask it with.
+    """
+
+    reward: str
+    grid: tuple[int, int] | None
+    alphabet: str | None
+
+    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+        """Rows of one training step; a function of its arguments, so a resumed run sees the same rows."""
+        ...
+
+    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+        """Rows that training never sees, for the evaluations before and after it."""
+        ...
+
+    def file_rows(self, path: str) -> list[Row]:
+        """Rows of a file in the task's published format."""
+        ...
+
+
+def split_of(content: str) -> str:
+    """ "train", "validation" or "test" by a hash of a problem's own content: 14, 1 and 1 of 16.
+
+    A problem belongs to one split whoever draws it and whenever, without a list of problems to keep.
+    """
+    place = hashlib.sha256(content.encode()).digest()[0] % 16
+    return {0: "test", 8: "validation"}.get(place, "train")
+
+
+def validation_rows(task: Task, count: int) -> list[Row]:
+    """Rows to look at while training and while choosing settings; held-out rows where a task has no others."""
+    rows = getattr(task, "validation_rows", None)
+    return rows(count) if rows else task.heldout_rows(count)
+
+
+TASKS = {
+    "sudoku": "rl.tasks.sudoku:SudokuTask",
+    "countdown": "rl.tasks.countdown:CountdownTask",
+    "jsonl": "rl.tasks.jsonl:JsonlTask",
+}
+
+
+def load_task(name: str, params: dict[str, Any]) -> Task:
+    """Build a task by its name in `TASKS` or `rl.tasks.benchmarks.BENCHMARKS`, by `pkg.module:Class`, or as a
+    reasoning-gym task: `reasoning_gym:NAME`, or NAME alone where nothing else has it.
+
+    Raises:
+        ValueError: unknown name or parameter.
+    """
+    import difflib
+    import inspect
+
+    from rl.tasks.benchmarks import BENCHMARKS, BenchmarkTask
+
+    cls = _task_class(name)
+    first: tuple[str, ...] = ()
+    if cls is None and name in BENCHMARKS:
+        cls, first = BenchmarkTask, (name,)
+    if cls is None:
+        from rl.tasks.gym import GymTask, gym_tasks
+
+        gym_name = name.removeprefix("reasoning_gym:")
+        if name == gym_name and name not in gym_tasks():
+            known = [*TASKS, *BENCHMARKS]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; known tasks: {', '.join(known)}, reasoning_gym:NAME"
+            raise ValueError(f"task.name {name!r} does not exist{hint}")
+        cls, first = GymTask, (gym_name,)
+    known = list(inspect.signature(cls).parameters)[len(first) :]
+    for key in params:
+        if key not in known:
+            raise ValueError(f"task.params has unknown key {key!r}; {name} takes {', '.join(known) or 'none'}")
+    return cls(*first, **params)
+
+
+def _task_class(name: str) -> Any:
+    """The class of a task named in `TASKS` or as `pkg.module:Class`, None for any other name."""
+    target = TASKS.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon or module == "reasoning_gym":
+        return None
+    return getattr(importlib.import_module(module), attribute)

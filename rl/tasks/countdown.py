@@ -1,0 +1,108 @@
+"""Countdown: reach a target from given numbers, each used exactly once (reward by exact arithmetic)."""
+
+from __future__ import annotations
+
+import json
+import random
+from fractions import Fraction
+
+from rl.tasks import templates
+from rl.tasks.base import Row, split_of
+
+# Draws in a row that bring no new problem before the supply counts as used up.
+MAX_MISSES = 20_000
+
+
+class CountdownTask:
+    """Prompt `3,7,12=45:`, response an expression such as `(12+3)*3`, ended by end tokens."""
+
+    reward = "countdown"
+    grid = None
+    alphabet = "0123456789+-*/(),=:"
+    templates = templates.COUNTDOWN
+
+    def __init__(self, count: int = 3, max_number: int = 20, max_target: int = 99):
+        """
+        Args:
+            count: numbers per problem.
+            max_number: numbers are drawn from 1 to this.
+            max_target: targets lie in 1 to this.
+        """
+        if count < 2 or max_number < 2 or max_target < 1:
+            raise ValueError("task.params needs count >= 2, max_number >= 2 and max_target >= 1")
+        self.count, self.max_number, self.max_target = count, max_number, max_target
+
+    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+        return self._draw(f"train {seed} {step}", count, "train")
+
+    def validation_rows(self, count: int) -> list[Row]:
+        return self._draw("validation", count, "validation", distinct=True)
+
+    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+        """Distinct problems; fewer than `count` when there are no more."""
+        return self._draw(f"test {seed}", count, "test", distinct=True)
+
+    def file_rows(self, path: str) -> list[Row]:
+        """Problems of a JSON-lines file with `input` ("30,100,93") and `output` (the target)."""
+        rows = []
+        with open(path) as file:
+            for line, text in enumerate(file, start=1):
+                try:
+                    record = json.loads(text)
+                    numbers = [int(n) for n in str(record["input"]).split(",")]
+                    rows.append(self._row(numbers, int(record["output"])))
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{path}:{line}: expected input (numbers with commas) and output") from None
+        if not rows:
+            raise ValueError(f"{path} has no rows")
+        return rows
+
+    def _row(self, numbers: list[int], target: int) -> Row:
+        return {"prompt": f"{','.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
+
+    def _draw(self, key: str, count: int, split: str, distinct: bool = False) -> list[Row]:
+        rng = random.Random(key)
+        rows: list[Row] = []
+        seen: set[str] = set()
+        misses = 0
+        while len(rows) < count:
+            misses += 1
+            if misses > MAX_MISSES:
+                if not rows:
+                    raise ValueError("task.params leave no Countdown problems: allow larger numbers or targets")
+                break
+            numbers = [rng.randint(1, self.max_number) for _ in range(self.count)]
+            answer, value = _random_expression(rng, numbers)
+            if value.denominator != 1 or not 1 <= value <= self.max_target:
+                continue
+            target = int(value)
+            # By content, numbers in any order, so that a problem has one split whoever draws it.
+            content = f"{sorted(numbers)} {target}"
+            if split_of(content) == split and not (distinct and content in seen):
+                seen.add(content)
+                misses = 0
+                shown = rng.sample(numbers, len(numbers))
+                rows.append(self._row(shown, target) | {"answer": answer})
+        return rows
+
+
+def _random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, Fraction]:
+    """Join random pairs until one expression is left; brackets only where they are needed."""
+    # (text, value, precedence): 3 a number, 2 a product or quotient, 1 a sum or difference.
+    parts = [(str(n), Fraction(n), 3) for n in numbers]
+    while len(parts) > 1:
+        left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        sign = rng.choice("+-*/")
+        if sign == "/" and right[1] == 0:
+            sign = "*"
+        level = 1 if sign in "+-" else 2
+        a = f"({left[0]})" if left[2] < level else left[0]
+        b = f"({right[0]})" if right[2] < level or (right[2] == level and sign in "-/") else right[0]
+        value = {
+            "+": lambda x, y: x + y,
+            "-": lambda x, y: x - y,
+            "*": lambda x, y: x * y,
+            "/": lambda x, y: x / y,
+        }[sign](left[1], right[1])
+        parts.append((f"{a}{sign}{b}", value, level))
+    return parts[0][0], parts[0][1]

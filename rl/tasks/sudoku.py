@@ -1,0 +1,104 @@
+"""Sudoku, 4x4: a puzzle a diffusion model solves cell by cell and gets wrong in parallel.
+
+Puzzles keep a random few cells of a random grid, so many have several valid completions. Deciding cells
+independently mixes completions; that is what RL on the denoising trajectory repairs.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import random
+from functools import cache
+from pathlib import Path
+
+from rl.tasks import templates
+from rl.tasks.base import Row, split_of
+
+# Draws without a new puzzle before a search is given up; a split of one puzzle in 16 misses this often never.
+_PATIENCE = 20_000
+
+
+@cache
+def all_grids() -> list[str]:
+    """The 288 complete 4x4 grids as strings of 16 digits."""
+    rows = list(itertools.permutations("1234"))
+    grids = []
+    for grid in itertools.product(rows, repeat=4):
+        columns = zip(*grid, strict=True)
+        boxes = ((grid[r][c], grid[r][c + 1], grid[r + 1][c], grid[r + 1][c + 1]) for r in (0, 2) for c in (0, 2))
+        if all(len(set(unit)) == 4 for unit in itertools.chain(columns, boxes)):
+            grids.append("".join(itertools.chain(*grid)))
+    return grids
+
+
+def is_heldout(puzzle: str) -> bool:
+    """One puzzle in eight, by its own text: whoever draws it, whenever, training leaves it out."""
+    return split_of(puzzle) != "train"
+
+
+class SudokuTask:
+    """Random 4x4 puzzles; prompt `0340...=`, response the 16 digits of a completion."""
+
+    reward = "sudoku"
+    grid = (4, 4)
+    alphabet = "01234="
+    templates = templates.SUDOKU
+
+    def __init__(self, min_givens: int = 4, max_givens: int = 8):
+        """
+        Args:
+            min_givens, max_givens: cells kept of a grid, drawn uniformly from this range.
+        """
+        if not 0 <= min_givens <= max_givens <= 16:
+            raise ValueError(f"task.params needs 0 <= min_givens <= max_givens <= 16, got {min_givens}, {max_givens}")
+        self.min_givens = min_givens
+        self.max_givens = max_givens
+
+    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+        return self._draw(f"train {seed} {step}", count, "train")
+
+    def validation_rows(self, count: int) -> list[Row]:
+        return self._draw("validation", count, "validation", distinct=True)
+
+    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+        return self._draw(f"test {seed}", count, "test", distinct=True)
+
+    def file_rows(self, path: str) -> list[Row]:
+        """Puzzles of a CSV file with a column `Puzzle` (16 digits, 0 = empty)."""
+        if not Path(path).is_file():
+            raise ValueError(f"data file {path} does not exist")
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or "Puzzle" not in rows[0]:
+            raise ValueError(f"{path}: a Sudoku file is a CSV with a column Puzzle and at least one row")
+        puzzles = [(row["Puzzle"] or "").strip() for row in rows]
+        for line, puzzle in enumerate(puzzles, start=2):
+            if len(puzzle) != 16 or set(puzzle) - set("01234"):
+                raise ValueError(f"{path}:{line}: column Puzzle must be 16 digits 0 to 4, got {puzzle!r}")
+        return [{"prompt": puzzle + "=", "puzzle": puzzle} for puzzle in puzzles]
+
+    def _draw(self, key: str, count: int, split: str, distinct: bool = False) -> list[Row]:
+        # A str seed is hashed with SHA-512 by `random`, the same on every machine.
+        rng = random.Random(key)
+        rows: list[Row] = []
+        seen: set[str] = set()
+        misses = 0
+        while len(rows) < count:
+            # With few blanks, or many, a split holds few puzzles or none; no draw would ever end the search.
+            if misses == _PATIENCE:
+                raise ValueError(
+                    f"task.params min_givens {self.min_givens} and max_givens {self.max_givens} leave only {len(seen)} "
+                    f"{split} puzzles where {count} are asked for: widen their range, or ask for fewer"
+                )
+            answer = rng.choice(all_grids())
+            kept = set(rng.sample(range(16), rng.randint(self.min_givens, self.max_givens)))
+            puzzle = "".join(cell if i in kept else "0" for i, cell in enumerate(answer))
+            if split_of(puzzle) == split and not (distinct and puzzle in seen):
+                seen.add(puzzle)
+                misses = 0
+                rows.append({"prompt": puzzle + "=", "puzzle": puzzle, "answer": answer})
+                misses = 0
+            else:
+                misses += 1
+        return rows

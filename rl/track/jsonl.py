@@ -1,0 +1,173 @@
+"""`metrics.jsonl`: one line per logged step, plain enough for `jq`, pandas and a text editor.
+
+A line is `{"step": 12, "stage": "train", "time": 1760000000.0, "reward/mean": 0.61, ...}`. The names are
+explained in docs/metrics.md. The file is the record; tensorboard, wandb and trackio get copies of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl.track.services import Service
+
+FILE_NAME = "metrics.jsonl"
+NON_FINITE = "warnings/non_finite"
+_RESERVED = frozenset({"step", "stage", "time", NON_FINITE})
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends one JSON line per `log` call and passes the same numbers on to the services.
+
+    Example::
+
+        with MetricsWriter(run_dir, rank=0, services=open_services(["tensorboard"], run_dir)) as metrics:
+            metrics.log(3, "train", {"reward/mean": 0.5, "policy/entropy": 1.2})
+
+    Args:
+        run_dir: the run folder; it is created when absent.
+        rank: the process's rank; every rank but 0 writes nothing, so callers need no `if`.
+        services: see `rl.track.services`; they are closed together with the writer.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], rank: int = 0, services: Sequence[Service] = ()) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self.rank = rank
+        self.services = list(services) if rank == 0 else []
+        self._file: Any = None
+        if rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self.path)
+            self._open()
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        """Append one line.
+
+        Args:
+            step: optimizer-independent step of the stage (RL step for "train" and "eval").
+            stage: "sft", "train" or "eval".
+            metrics: flat names with slashes to numbers (0-d tensors and NumPy scalars are fine). NaN and infinity
+                become null, and the line's `warnings/non_finite` says how many there were.
+
+        Raises:
+            ValueError: a metric is not a number or takes a name the line needs for itself.
+        """
+        if self._file is None:
+            return
+        line: dict[str, Any] = {"step": int(step), "stage": stage, "time": round(time.time(), 3)}
+        non_finite = 0
+        for name, value in metrics.items():
+            if name in _RESERVED:
+                raise ValueError(f"metric {name!r} is reserved by {FILE_NAME}; rename it")
+            number = _as_number(name, value)
+            if not math.isfinite(number):
+                non_finite += 1
+                number = None
+            line[name] = number
+        if non_finite:
+            line[NON_FINITE] = non_finite
+        for service in self.services:
+            if service.failures:
+                line[f"warnings/{service.name}_failures"] = service.failures
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        numbers = {name: value for name, value in line.items() if name not in {"step", "stage", "time"}}
+        finite = {name: value for name, value in numbers.items() if value is not None}
+        for service in self.services:
+            service.log(int(step), stage, finite)
+
+    def truncate_after(self, step: int, stages: str | Iterable[str] = ("train", "eval")) -> int:
+        """Drop the lines of `stages` whose step is greater than `step`: a resumed run logs them again.
+
+        Returns:
+            The number of dropped lines. The file is replaced in one move, never half written.
+        """
+        if self._file is None:
+            return 0
+        dropped_stages = {stages} if isinstance(stages, str) else set(stages)
+        self._file.close()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            record = json.loads(line)
+            if record["stage"] not in dropped_stages or record["step"] <= step:
+                kept.append(line)
+        partial = self.path.with_name(FILE_NAME + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._open()
+        return len(lines) - len(kept)
+
+    def close(self) -> None:
+        """Close the file and every service; calling it twice is fine."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for service in self.services:
+            service.close()
+        self.services = []
+
+    def _open(self) -> None:
+        # Line buffered: a killed run keeps every finished step, and `tail -f` follows a live one.
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
+    """Every complete line of the run's `metrics.jsonl`, in file order; only those of `stage` when it is given.
+
+    A last line without its newline (a killed or still writing run) is left out, with a logged warning.
+
+    Raises:
+        ValueError: the run folder has no metrics, or a complete line is not JSON.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{run_dir} has no {FILE_NAME}; give the folder of a run")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            logger.warning("%s line %d is incomplete and was left out", path, number)
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); delete that line") from None
+        if stage is None or record["stage"] == stage:
+            records.append(record)
+    return records
+
+
+def _as_number(name: str, value: Any) -> Any:
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, (str, bytes)):
+        raise ValueError(f"metric {name!r} is text ({value!r}); log a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"metric {name!r} is a {type(value).__name__}; log one number") from None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a last line that a killed run left without its newline; appending to it would spoil the next line too."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            file.truncate(end)
+            logger.warning("%s ended in an incomplete line (%d bytes), which was dropped", path, len(data) - end)

@@ -1,0 +1,175 @@
+"""`report.html`: one static page about a run that needs no network, now or in ten years."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl.track import table
+from rl.track.frames import build_view, frame_budget
+from rl.track.jsonl import FILE_NAME as METRICS
+from rl.track.jsonl import NON_FINITE, read_metrics
+from rl.track.plots import DARK, LIGHT, plot_learning_curve
+from rl.track.verdict import IMPROVED, WORSE, compare, goal_line, read_summary, unscored_line, verdict_line
+
+_COSTS = {
+    "forward_passes": "model forward passes",
+    "backward_passes": "model backward passes",
+    "sequence_forwards": "sequences through the model",
+    "tokens_forwarded": "tokens through the model",
+    "reward_queries": "reward queries",
+    "updates": "optimizer updates",
+    "sft_seconds": "seconds of warm start",
+    "train_seconds": "seconds of RL",
+    "stage_seconds": "of these",
+    "eval_seconds": "seconds of evaluation",
+}
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write `<run_dir>/report.html` from summary.json, metrics.jsonl, config.yaml and viewer.json.
+
+    A file or key that is missing leaves a sentence in its section that says so. The page holds everything it shows
+    (images are inlined, a content security policy forbids the network), follows the reader's light or dark setting,
+    and prints with every denoising step visible.
+
+    Returns:
+        The path of the page; it appears only when it is complete.
+
+    Raises:
+        ValueError: the folder holds none of these files, or one of them is damaged.
+    """
+    folder = Path(run_dir)
+    names = ("summary.json", METRICS, "config.yaml", "viewer.json")
+    if not any((folder / name).is_file() for name in names):
+        raise ValueError(f"{run_dir} is not a run folder: it has none of {', '.join(names)}")
+    # Imported here: jinja2 is a matter of this command only.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    summary = read_summary(folder)
+    records = read_metrics(folder) if (folder / METRICS).is_file() else []
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.jinja").render(
+        name=folder.resolve().name,
+        title=table.title(summary),
+        verdict=verdict_line(summary),
+        goal=goal_line(summary),
+        unscored=unscored_line(summary),
+        mood=_mood(summary),
+        curves=_curves(folder) if records else None,
+        curve_text=_curve_text(records),
+        headings=table.HEADINGS,
+        rows=[(table.cells(row), row.verdict.split()[0]) for row in compare(summary)],
+        costs=_costs(summary),
+        warnings=_warnings(records),
+        config=_text(folder / "config.yaml"),
+        viewer=_viewer(folder / "viewer.json"),
+    )
+    path = folder / "report.html"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _mood(summary: Mapping[str, Any]) -> str:
+    """Colour of the verdict: good only when nothing got worse and a goal, if there was one, was met."""
+    verdicts = {row.verdict for row in compare(summary)}
+    goal = goal_line(summary) or ""
+    if WORSE in verdicts or goal.startswith("Goal missed"):
+        return "bad"
+    return "good" if IMPROVED in verdicts else "plain"
+
+
+def _curves(folder: Path) -> dict[str, str]:
+    curves = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, theme in (("light", LIGHT), ("dark", DARK)):
+            image = plot_learning_curve(folder, Path(scratch) / f"{name}.png", theme)
+            curves[name] = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+    return curves
+
+
+def _curve_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the picture shows, in words, for readers who do not see it."""
+    rewards = [r["reward/mean"] for r in records if r["stage"] == "train" and r.get("reward/mean") is not None]
+    if not rewards:
+        return "Learning curve; no training reward was logged."
+    return f"Learning curve over {len(rewards)} logged RL steps: reward {rewards[0]:.3f} first, {rewards[-1]:.3f} last."
+
+
+def _costs(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(label, _number(summary[key])) for key, label in _COSTS.items() if summary.get(key) is not None]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_number(part)}" for key, part in value.items())
+    # Counts summed over ranks arrive as floats.
+    return f"{int(value):,}" if value == int(value) else f"{value:,.1f}"
+
+
+def _warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for name, words in ((NON_FINITE, "numbers logged as NaN or infinite"), ("reward/failed", "failed rewards")):
+        total = sum(record.get(name) or 0 for record in records)
+        if total:
+            found.append(f"{words[0].upper()}{words[1:]}: {total:,.0f}.")
+    last = {name: value for record in records for name, value in record.items() if name.endswith("_failures")}
+    for name, value in last.items():
+        found.append(f"Failed calls to {name[len('warnings/') : -len('_failures')]}: {value:,.0f}.")
+    return found
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _viewer(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    if text is None:
+        return None
+    try:
+        data = json.loads(text)
+        grid, items = data["grid"], data["items"]
+        limit = frame_budget(items)
+        built = [
+            {
+                "prompt": item["prompt"],
+                "sides": [
+                    (side, build_view(item[side], grid, limit) if item.get(side) else None)
+                    for side in ("before", "after")
+                ],
+            }
+            for item in items
+        ]
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); run the evaluation again") from None
+    views = [view for item in built for _, view in item["sides"] if view is not None]
+    return {
+        "columns": grid[1] if grid else None,
+        "box": _box(grid),
+        "items": built,
+        "last": max((len(view.frames) for view in views), default=1) - 1,
+        "left_out": sum(view.left_out for view in views),
+        "shown": sum(len(view.frames) for view in views),
+    }
+
+
+def _box(grid: Sequence[int] | None) -> int:
+    """Side of the inner boxes of a square grid whose side is a square (Sudoku), else 0."""
+    if not grid or grid[0] != grid[1]:
+        return 0
+    root = round(grid[0] ** 0.5)
+    return root if root * root == grid[0] and root > 1 else 0

@@ -1,0 +1,177 @@
+"""Copies of the metrics for tensorboard, wandb and trackio behind one small interface.
+
+`metrics.jsonl` stays the record. A service that is not installed is an error before training starts; a service
+that breaks later is reported once, counted (`warnings/<service>_failures` in metrics.jsonl) and never stops a run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What an adapter implements; it may raise, `Service` deals with that."""
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        """Store finite numbers under names that already start with the stage."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class Service:
+    """A backend whose failures are counted instead of raised.
+
+    Args:
+        name: what messages and the failure metric call it.
+        start: makes the backend; called at once, and a failure there counts like any other.
+
+    Attributes:
+        failures: calls that failed or were skipped because the backend never started.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Backend]) -> None:
+        self.name = name
+        self.failures = 0
+        self._backend: Backend | None = None
+        self._said = False
+        try:
+            self._backend = start()
+        except Exception as error:
+            self._failed(error)
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        """Pass on one line; names get the stage as prefix where they lack it, so stages never share a curve."""
+        if self._backend is None:
+            self.failures += 1
+            return
+        prefix = f"{stage}/"
+        named = {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
+        try:
+            self._backend.log(step, stage, named)
+        except Exception as error:
+            self._failed(error)
+
+    def close(self) -> None:
+        """Close the backend; a failure is counted."""
+        if self._backend is None:
+            return
+        backend, self._backend = self._backend, None
+        try:
+            backend.close()
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "%s failed (%s: %s); training goes on, metrics.jsonl has every number, further failures are counted",
+                self.name,
+                type(error).__name__,
+                str(error).splitlines()[0] if str(error) else "no message",
+            )
+
+
+class TensorBoard:
+    """Event files under `<run_dir>/tensorboard`, through torch's own writer."""
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """One wandb run per run folder; WANDB_MODE=offline keeps it local."""
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
+        # wandb's own step must never go back, but every stage counts from zero: each gets its own axis.
+        for stage in ("sft", "train", "eval"):
+            self._run.define_metric(f"{stage}/step", hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        self._run.log({**metrics, f"{stage}/step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """One trackio run per run folder, stored where trackio stores its runs (TRACKIO_DIR)."""
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._run = trackio.init(project=project, name=run_dir.name, config=dict(config), embed=False)
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        import trackio
+
+        trackio.finish()
+
+
+_BACKENDS: dict[str, Callable[[Path, str, Mapping[str, Any]], Backend]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
+
+
+def open_services(
+    names: Sequence[str],
+    run_dir: str | os.PathLike[str],
+    project: str = "denoise-rl",
+    config: Mapping[str, Any] | None = None,
+    field: str = "run.services",
+) -> list[Service]:
+    """Start the named services.
+
+    Args:
+        names: any of "tensorboard", "wandb", "trackio".
+        run_dir: the run folder; its name is the run's name.
+        project: groups runs in wandb and trackio.
+        config: the resolved settings, stored with the run where the service can.
+        field: the configuration key the names came from, for the error message.
+
+    Raises:
+        ValueError: a name is unknown, or its package is not installed (the message names the extra).
+    """
+    for name in names:
+        if name not in _BACKENDS:
+            raise ValueError(f"{field}: unknown service {name!r}; choose from {', '.join(sorted(_BACKENDS))}")
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise ValueError(
+                f"{field}: {name} is not installed; install it with: pip install 'denoise-rl[{name}]'"
+            ) from None
+    folder, settings = Path(run_dir), dict(config or {})
+
+    def starter(name: str) -> Callable[[], Backend]:
+        return lambda: _BACKENDS[name](folder, project, settings)
+
+    return [Service(name, starter(name)) for name in names]

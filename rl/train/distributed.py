@@ -1,0 +1,109 @@
+"""Processes: start DeepSpeed's communication with or without a launcher, and reduce numbers over ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process; `auto` is a GPU when there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("run.device is cuda, but torch sees no GPU: set run.device to cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun) started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def start(device: torch.device) -> None:
+    """Join the process group: the launcher's if there is one, else a group of one.
+
+    Nothing is compiled: DeepSpeed's shared-memory all-reduce, the one op it would build here, is turned
+    off (a killed build leaves a lock that hangs every later job).
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not launched():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )  # fmt: skip
+    import logging
+
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group; `start` may be called again afterwards."""
+    if dist.is_initialized():
+        import deepspeed.comm
+
+        # DeepSpeed keeps groups of its own, which a later `start` in this process would find stale.
+        deepspeed.comm.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reduce_number(value: float, op: str, device: torch.device | str = "cpu") -> float:
+    """Sum ("sum"), maximum ("max") or minimum ("min") of a number over ranks, in float64."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    return float(tensor)
+
+
+def sum_metrics(sums: Mapping[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
+    """Sum every entry over ranks; all ranks must hold the same keys."""
+    if world_size() == 1:
+        return dict(sums)
+    names = sorted(sums)
+    tensor = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def gather_objects(value: object) -> list:
+    """The value of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

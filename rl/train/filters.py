@@ -1,0 +1,46 @@
+"""Which groups of rollouts take part in an update: filters as data, every one counted.
+
+A filter never changes a reward. What it leaves out is visible in the metrics, and `filters.refill_rounds`
+samples more prompts in its place (dynamic sampling; DAPO, Yu et al. 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rl.advantages import zero_variance_groups
+from rl.config import FilterConfig
+
+
+def keep_mask(
+    options: FilterConfig, reward: torch.Tensor, group: torch.Tensor, overlong: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Apply the filters to M scored rollouts.
+
+    Args:
+        reward: float64 [M], NaN where there is no score; such rollouts are never kept.
+        group: int64 [M], 0..num_groups-1.
+        overlong: bool [M], responses that never ended.
+
+    Returns:
+        bool [M], and how many groups (or rollouts) each filter left out. A group counts once, for the first
+        filter that drops it: zero variance, then the accuracy band.
+    """
+    num_groups = int(group.max()) + 1 if len(group) else 0
+    scored = ~torch.isnan(reward)
+    keep = scored & ~overlong if options.drop_overlong else scored
+    flat = zero_variance_groups(reward, group)
+    zeros = torch.zeros(num_groups, dtype=torch.float64)
+    count = zeros.index_add(0, group, scored.double())
+    mean = zeros.index_add(0, group, torch.where(scored, reward, torch.zeros_like(reward))) / count.clamp(min=1)
+    outside = (mean < options.accuracy_low) | (mean > options.accuracy_high)
+    dropped_flat = flat if options.drop_zero_variance else torch.zeros_like(flat)
+    dropped_band = outside & ~dropped_flat
+    keep = keep & ~(dropped_flat | dropped_band)[group]
+    return keep, {
+        "filters/groups": float(num_groups),
+        "filters/zero_variance": float(dropped_flat.sum()),
+        "filters/accuracy_band": float(dropped_band.sum()),
+        "filters/overlong": float((overlong & scored).sum()) if options.drop_overlong else 0.0,
+        "filters/unscored": float((~scored).sum()),
+    }

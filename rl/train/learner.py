@@ -1,0 +1,210 @@
+"""One DeepSpeed engine, and what an optimizer update is here.
+
+An update is a list of micro-batches whose losses *add up* to the loss of the whole update over all ranks
+(the weights come from `losses/aggregate.py`). DeepSpeed averages gradients over ranks, so every
+loss is multiplied by the number of ranks; its own accumulation boundary marks the last micro-batch. The
+result depends neither on the number of ranks nor on how the update is cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rl.config import OptimizerConfig
+from rl.train import distributed
+
+# What an installed package can name without a file beside it: a ZeRO stage in full precision.
+BUILT_IN: dict[str, dict[str, Any]] = {
+    f"zero{stage}": {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9} for stage in range(4)
+}
+
+
+class TrainingError(RuntimeError):
+    """A step that must not be taken: a loss or gradient that is not finite."""
+
+
+class Learner:
+    """A module, its optimizer and its schedule under DeepSpeed."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        deepspeed_json: str,
+        optimizer: OptimizerConfig,
+        total_updates: int,
+        device: torch.device,
+    ):
+        """
+        Args:
+            module: whatever the loss calls; a copy of it is trained, the original stays plain torch.
+            deepspeed_json: path of the DeepSpeed config; stage, precision and offload are its business.
+            total_updates: length of the learning-rate schedule.
+        """
+        import deepspeed
+
+        distributed.start(device)
+        config = read_deepspeed_config(deepspeed_json)
+        config["train_micro_batch_size_per_gpu"] = 1
+        # The number of micro-batches varies from update to update, so boundaries are set explicitly below.
+        config["gradient_accumulation_steps"] = 1
+        config["gradient_clipping"] = optimizer.max_grad_norm
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        module = copy.deepcopy(module).to(device)
+        half = any(config.get(kind, {}).get("enabled", False) for kind in ("bf16", "fp16"))
+        if not half:
+            # A checkpoint in half precision without DeepSpeed's master weights would swallow small updates.
+            for parameter in module.parameters():
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        settings: dict[str, Any] = {
+            "lr": optimizer.lr,
+            "betas": optimizer.betas,
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+        }
+        client = None
+        if "offload_optimizer" in config.get("zero_optimization", {}):
+            # Offloading needs DeepSpeed's own CPU Adam.
+            config["optimizer"] = {"type": "AdamW", "params": settings}
+        else:
+            client = torch.optim.AdamW(parameters, **settings)
+
+        def schedule(torch_optimizer: torch.optim.Optimizer) -> Any:
+            return torch.optim.lr_scheduler.LambdaLR(
+                torch_optimizer, lambda step: rate_factor(optimizer, step, total_updates)
+            )
+
+        self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
+            model=module, model_parameters=parameters, optimizer=client, config=config, lr_scheduler=schedule
+        )
+        self.device = device
+        self.updates = 0
+        self._last_lr = 0.0
+        self._whole_gradients = self.stage == 0 and not half
+        # Dropout would make the learner score another policy than the one that sampled.
+        self.engine.eval()
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def update(self, losses: Sequence[Callable[[], torch.Tensor]], padding: Callable[[], torch.Tensor]) -> float:
+        """Back-propagate every micro-batch and take one optimizer step.
+
+        Args:
+            losses: one callable per micro-batch of this rank; each runs its forward through `self.engine`
+                and returns its share of the loss.
+            padding: runs some forward and returns a loss; its value times zero fills up ranks with fewer
+                micro-batches (ZeRO 2 and 3 hang or abort when ranks run unequal numbers of backwards).
+
+        Returns:
+            the gradient norm before clipping; 0 when no rank had a micro-batch and no step was taken.
+
+        Raises:
+            TrainingError: a loss or the gradient norm is not finite. No checkpoint may be written after it.
+        """
+        count = int(distributed.reduce_number(len(losses), "max", self.device))
+        if count == 0:
+            # No rank has anything to learn from: a step would only replay the optimizer's momentum.
+            return 0.0
+        scale = distributed.world_size()
+        for index in range(count):
+            loss = losses[index]() if index < len(losses) else padding() * 0.0
+            finite = float(torch.isfinite(loss.detach()).all())
+            if not distributed.reduce_number(finite, "min", self.device):
+                raise TrainingError(f"the loss of update {self.updates} is not finite; no step was taken")
+            self.engine.set_gradient_accumulation_boundary(index == count - 1)
+            self.engine.backward(loss * scale)
+            if self._whole_gradients and index == count - 1:
+                norm = self._norm_of_gradients()
+                self._check_norm(norm)
+            if index == count - 1:
+                self._last_lr = float(self.optimizer.param_groups[0]["lr"])
+            self.engine.step()
+        self.updates += 1
+        if not self._whole_gradients:
+            norm = float(self.engine.get_global_grad_norm())
+            self._check_norm(norm)
+        return norm
+
+    def _norm_of_gradients(self) -> float:
+        # DeepSpeed's plain fp32 path has averaged the gradients by now and does not report their norm.
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    def _check_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradient norm of update {self.updates} is {norm}: go back to a checkpoint")
+
+    def learning_rate(self) -> float:
+        """The rate the last update was taken with; 0 before the first."""
+        return self._last_lr
+
+    @torch.no_grad()
+    def copy_weights_into(self, plain: nn.Module) -> None:
+        """Put today's weights into a plain module of the same shape, for sampling and saving.
+
+        Sampling never runs on the engine's module: under ZeRO 3 it dies with mismatched collectives as soon
+        as ranks run different numbers of forwards. Weights are gathered parameter by parameter, in the same
+        order on every rank, and `plain` takes their dtype, so that it computes what the learner computes.
+        """
+        import deepspeed
+
+        theirs = dict(plain.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            gather = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
+            with gather:
+                theirs[name].data = theirs[name].data.to(parameter.dtype).copy_(parameter)
+            if not bool(theirs[name].isfinite().all()):
+                raise TrainingError(
+                    f"update {self.updates - 1} left weights that are not finite: lower the learning rate"
+                )
+
+
+def rate_factor(optimizer: OptimizerConfig, update: int, total: int) -> float:
+    """Learning rate of an update (0, 1, ...) over its peak.
+
+    Warm-up rises from 1/(warmup_steps + 1): a first update with rate 0 would count and move nothing.
+    """
+    warmup = optimizer.warmup_steps
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    if optimizer.schedule == "linear":
+        return 1.0 - progress
+    if optimizer.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON as a dict, or one of the built-in configs `zero0` to `zero3`.
+
+    Raises:
+        ValueError: missing or invalid file, or a key that is decided elsewhere.
+    """
+    if path in BUILT_IN:
+        return copy.deepcopy(BUILT_IN[path])
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"train.deepspeed file {path} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"train.deepspeed file {path} is not valid JSON: {error}") from None
+    for key in ("optimizer", "scheduler", "gradient_clipping"):
+        if key in config:
+            raise ValueError(f"train.deepspeed file {path} sets {key!r}: remove it, the optimizer section decides it")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in config:
+            raise ValueError(f"train.deepspeed file {path} sets {key!r}: remove it, batch sizes come from the config")
+    return config

@@ -1,0 +1,324 @@
+"""What every stage of a run shares: the objects a config describes, and rollouts that are scored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rewards.run import RewardRunner
+from rewards.table import RewardPart, ScoreTable
+from rl.config import Config, save_config
+from rl.models.load import load_policy, load_tokenizer
+from rl.tasks.base import Row, load_task
+from rl.track.jsonl import MetricsWriter
+from rl.track.progress import Progress
+from rl.track.services import open_services
+from rl.train import distributed
+from rl.train.filters import keep_mask
+from rl.train.plan import about, tokenizer_field
+from rollouts.engines.in_process import EngineStats, InProcessEngine, Request
+from rollouts.engines.shared import SharedForwards
+from rollouts.samplers.options import SamplerOptions
+from rollouts.trajectory import TokenTrajectory
+
+T = TypeVar("T")
+
+
+@dataclass
+class ScoredRollouts:
+    """The rollouts of this rank and their verdicts; M = prompts x group_size, a prompt's rollouts together.
+
+    Attributes:
+        reward: float64 [M], NaN where there is no score.
+        group: int64 [M], index of the prompt on this rank.
+        keep: bool [M], what the filters leave for the update.
+    """
+
+    rows: list[Row]
+    trajectories: list[TokenTrajectory]
+    completions: list[str]
+    table: ScoreTable
+    reward: torch.Tensor
+    group: torch.Tensor
+    stats: EngineStats
+    keep: torch.Tensor
+    reward_seconds: float = 0.0
+    filtered: dict[str, float] = field(default_factory=dict)
+    # Rows the sampler asked to be forwarded, and how many of them were distinct and so really were.
+    rows_asked: int = 0
+    rows_run: int = 0
+
+    @staticmethod
+    def join(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
+        """Several batches of prompts as one."""
+        if len(parts) == 1:
+            return parts[0]
+        groups, offset = [], 0
+        for part in parts:
+            groups.append(part.group + offset)
+            offset += int(part.group.max()) + 1 if len(part.group) else 0
+        table = ScoreTable(
+            values=[v for p in parts for v in p.table.values],
+            parts={k: [s for p in parts for s in p.table.parts[k]] for k in parts[0].table.parts},
+            metrics=join_metrics([(p.table.metrics, len(p.completions)) for p in parts]),
+            steps=[s for p in parts for s in p.table.steps],
+        )
+        return ScoredRollouts(
+            rows=[row for p in parts for row in p.rows],
+            trajectories=[t for p in parts for t in p.trajectories],
+            completions=[c for p in parts for c in p.completions],
+            table=table,
+            reward=torch.cat([p.reward for p in parts]),
+            group=torch.cat(groups),
+            stats=EngineStats(**_sum([vars(p.stats) for p in parts])),  # type: ignore[arg-type]
+            keep=torch.cat([p.keep for p in parts]),
+            reward_seconds=sum(p.reward_seconds for p in parts),
+            filtered=_sum([p.filtered for p in parts]),
+            rows_asked=sum(p.rows_asked for p in parts),
+            rows_run=sum(p.rows_run for p in parts),
+        )
+
+
+def _sum(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: sum(record.get(name, 0.0) for record in records) for name in names}
+
+
+# Reward metrics that count something; every other one is a mean over completions.
+_COUNTS = ("failures", "not_applicable", "timeouts", "retries", "cache_hits", "masked", "seconds")
+
+
+def join_metrics(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Reward metrics of several batches (or ranks): counts add up, means are weighted by completions."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for metrics, size in parts:
+        for name, value in metrics.items():
+            counted = name.endswith(_COUNTS)
+            sums[name] = sums.get(name, 0.0) + value * (1 if counted else size)
+            weights[name] = 1 if counted else weights.get(name, 0) + size
+    return {name: value / max(weights[name], 1) for name, value in sums.items()}
+
+
+@dataclass
+class Costs:
+    """What a run has spent, over all ranks."""
+
+    forward_passes: float = 0
+    backward_passes: float = 0
+    sequence_forwards: float = 0
+    tokens_forwarded: float = 0
+    reward_queries: float = 0
+    updates: float = 0
+
+    def as_metrics(self) -> dict[str, float]:
+        return {f"cost/{name}": value for name, value in vars(self).items()}
+
+
+@dataclass
+class Session:
+    """Model, tokenizer, task, rewards and logs of one run. Use as a context manager.
+
+    Example: `with Session.open(config) as session: train(session)`.
+    """
+
+    config: Config
+    device: torch.device
+    task: Any
+    tokenizer: Any
+    model: Any
+    rewards: RewardRunner
+    verifier: RewardRunner
+    metrics: MetricsWriter
+    progress: Progress
+    costs: Costs = field(default_factory=Costs)
+    # Set during a block-size curriculum; overrides sampler.block_length.
+    rollout_block: int | None = None
+
+    @classmethod
+    def open(cls, config: Config, write: bool = True) -> Session:
+        """Build everything a config names.
+
+        Args:
+            write: False leaves the disk alone (evaluation of a model, dry runs).
+
+        Raises:
+            ValueError: anything the user got wrong, in one line.
+        """
+        with about(f"run.device {config.run.device!r}"):
+            device = distributed.pick_device(config.run.device)
+        if config.run.num_threads:
+            torch.set_num_threads(config.run.num_threads)
+        with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
+            task = load_task(config.task.name, config.task.params)
+        with about(tokenizer_field(config)):
+            tokenizer = load_tokenizer(config.model, task)
+        with about("model.backbone" if config.model.path is None else f"model.path {config.model.path!r}"):
+            model = load_policy(config.model, tokenizer, config.run.seed)
+        parts = [RewardPart(p.name, p.weight, p.params, p.normalize) for p in config.reward.functions]
+        own = [RewardPart(task.reward)]
+        rewards, verifier = (
+            RewardRunner(
+                chosen,
+                mode=config.reward.mode,
+                num_workers=config.reward.num_workers,
+                timeout_seconds=config.reward.timeout_seconds,
+                max_failure_share=config.reward.max_failure_share,
+            ).__enter__()
+            for chosen in (parts or own, own)
+        )
+        # Alone, only a learner needs a process group; it starts one of its own.
+        if distributed.launched():
+            distributed.start(device)
+        rank = distributed.rank() if write else 1
+        services = (
+            open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
+            if rank == 0
+            else []
+        )
+        if rank == 0:
+            with about(f"run.output_dir {config.run.output_dir!r}"):
+                Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
+                save_config(config, Path(config.run.output_dir) / "config.yaml")
+        metrics = MetricsWriter(config.run.output_dir, rank, services)
+        policy: Any = model
+        policy.to(device)
+        progress = Progress(enabled=distributed.rank() == 0)
+        return cls(config, device, task, tokenizer, policy, rewards, verifier, metrics, progress)
+
+    def __enter__(self) -> Session:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+        self.metrics.close()
+        self.rewards.close()
+        self.verifier.close()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    def engine(self, model: Any, options: SamplerOptions | None = None) -> InProcessEngine:
+        options = options or self.config.sampler
+        if self.rollout_block is not None:
+            options = options.model_copy(update={"block_length": self.rollout_block})
+        return InProcessEngine(
+            SharedForwards(model),
+            options,
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_batch_size=self.config.rollout.max_batch_size,
+            device=self.device,
+            approximate_cache=self.config.rollout.cache,
+        )
+
+    def spend(self, **amounts: float) -> None:
+        """Add this rank's work to the run's costs; every rank must call it with the same names."""
+        for name, total in distributed.sum_metrics(amounts, self.device).items():
+            setattr(self.costs, name, getattr(self.costs, name) + total)
+
+    def shard(self, rows: Sequence[T]) -> tuple[int, list[T]]:
+        """This rank's contiguous part of the rows, and the index of its first one."""
+        world, rank = distributed.world_size(), distributed.rank()
+        bounds = [len(rows) * r // world for r in range(world + 1)]
+        return bounds[rank], list(rows[bounds[rank] : bounds[rank + 1]])
+
+    def judge(
+        self,
+        rows: Sequence[Row],
+        trajectories: Sequence[TokenTrajectory],
+        group_size: int = 1,
+        verifier: bool = False,
+    ) -> tuple[list[str], ScoreTable]:
+        """The text of every trajectory and its rewards; each `group_size` of them share a prompt.
+
+        Args:
+            verifier: judge by the task's own reward alone, whatever is trained on: accuracy is not a
+                weighted or normalised sum.
+        """
+        completion_ids = [t.response_ids().tolist() for t in trajectories]
+        completions = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        columns: dict[str, list[Any]] = {
+            name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"
+        }
+        columns |= {"completion_ids": completion_ids, "num_forwards": [t.num_steps for t in trajectories]}
+        columns["num_steps"] = columns["num_forwards"]
+        columns["reveal_steps"] = [
+            t.reveal_step()[t.prompt_length : t.prompt_length + t.stop_length].tolist() for t in trajectories
+        ]
+        groups = [index // group_size for index in range(len(rows))]
+        rewards = self.verifier if verifier else self.rewards
+        return completions, rewards.score([row["prompt"] for row in rows], completions, columns, groups=groups)
+
+    def rollout(
+        self,
+        engine: InProcessEngine,
+        rows: Sequence[Row],
+        group_size: int,
+        seed: int,
+        first: int = 0,
+        steps: Sequence[int | None] | None = None,
+        policy_version: int = 0,
+        count: bool = True,
+        verifier: bool = False,
+    ) -> ScoredRollouts:
+        """Sample `group_size` rollouts of every row and score them.
+
+        Args:
+            seed: base of the per-request seeds.
+            first: index of the first row over all ranks; with it, seeds do not depend on the sharding.
+            steps: num_inference_steps of every row, None for the sampler's own.
+            count: add the work to `costs`; evaluation does not.
+            verifier: see `judge`.
+        """
+        prompts = [row["prompt"] for row in rows]
+        prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
+        requests = [
+            Request(ids, request_seed(seed, first + i, g), steps[i] if steps else None)
+            for i, ids in enumerate(prompt_ids)
+            for g in range(group_size)
+        ]
+        trajectories = engine.generate(requests, policy_version)
+        started = time.perf_counter()
+        repeated = [row for row in rows for _ in range(group_size)]
+        completions, table = self.judge(repeated, trajectories, group_size, verifier)
+        reward = torch.tensor([float("nan") if v is None else v for v in table.values], dtype=torch.float64)
+        ends = self.tokenizer.eos_token_id
+        overlong = torch.tensor(
+            [ends is not None and ends not in t.response_ids() for t in trajectories], dtype=torch.bool
+        )
+        group_index = torch.arange(len(rows)).repeat_interleave(group_size)
+        keep, filtered = keep_mask(self.config.filters, reward, group_index, overlong)
+        seconds = time.perf_counter() - started
+        if count:
+            self.spend(
+                forward_passes=engine.stats.forwards,
+                sequence_forwards=engine.stats.sequence_forwards,
+                tokens_forwarded=engine.stats.query_tokens,
+                reward_queries=len(completions),
+            )
+        return ScoredRollouts(
+            rows=repeated,
+            trajectories=trajectories,
+            completions=completions,
+            table=table,
+            reward=reward,
+            group=group_index,
+            stats=engine.stats,
+            keep=keep,
+            reward_seconds=seconds,
+            filtered=filtered,
+            rows_asked=getattr(engine.model, "rows", 0),
+            rows_run=getattr(engine.model, "distinct", 0),
+        )
+
+
+def request_seed(seed: int, row: int, sample: int) -> int:
+    """A distinct non-negative int64 for every (seed, row, sample)."""
+    return ((seed & 0xFFFFFFFF) << 31 | (row & 0x1FFFFF) << 10 | (sample & 0x3FF)) & 0x7FFFFFFFFFFFFFFF

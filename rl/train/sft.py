@@ -1,0 +1,170 @@
+"""Supervised warm start: predict masked answer tokens (see `rl/estimators/masking.py`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from rl.algorithms import parse_options
+from rl.estimators.masking import random_mask_rows
+from rl.losses.aggregate import weighted_sum
+from rl.tasks.base import Row
+from rl.train import distributed
+from rl.train.learner import Learner
+from rl.train.policy import Policy
+from rl.train.session import Session
+from rollouts.trajectory import TokenTrajectory, load_trajectories
+
+
+def supervised(session: Session) -> dict[str, float]:
+    """Run the `sft` stage on `session.model` and return its summary (steps, seconds, final loss)."""
+    config = session.config.sft
+    learner = Learner(
+        Policy(session.model), session.config.train.deepspeed, config.optimizer, config.steps, session.device
+    )
+    session.progress.stage("sft", config.steps)
+    started, step, loss = time.perf_counter(), 0, float("nan")
+    traces = load_trajectories(config.trajectories) if config.trajectories else []
+    while step < config.steps:
+        sums: list[torch.Tensor] = []
+        losses = (
+            _trace_losses(session, learner, traces, step, sums) if traces else _losses(session, learner, step, sums)
+        )
+        padding = losses.pop()
+        norm = learner.update(losses, padding)
+        step += 1
+        loss = distributed.reduce_number(float(sum(sums)), "sum", session.device)
+        seconds = time.perf_counter() - started
+        speed = step * config.batch_size * session.config.sampler.gen_length / seconds
+        session.metrics.log(
+            step,
+            "sft",
+            {
+                "loss/total": loss,
+                "policy/grad_norm": norm,
+                "optimizer/lr": learner.learning_rate(),
+                "speed/tokens_per_s": speed,
+            },
+        )
+        session.progress.update(step, loss=loss, tokens_per_s=speed)
+        out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
+        if distributed.reduce_number(out_of_time, "max", session.device):
+            # On all ranks or on none: one that went on alone would wait for the others forever.
+            break
+    learner.copy_weights_into(Policy(session.model))
+    return {"sft_steps": step, "sft_seconds": time.perf_counter() - started, "sft_loss": loss}
+
+
+def _losses(
+    session: Session, learner: Learner, step: int, sums: list[torch.Tensor]
+) -> list[Callable[[], torch.Tensor]]:
+    """The micro-batches of this rank under random masks, and one more to fill up other ranks' counts with."""
+    config, seed = session.config.sft, session.config.run.seed
+    rows = session.task.train_rows(seed, step, config.batch_size)
+    first, mine = session.shard(rows)
+    end = first + len(mine)
+    size = config.micro_batch_size or max(len(mine), 1)
+    parts = [slice(i, min(i + size, end)) for i in range(first, end, size)]
+    # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
+    losses = [_micro_batch(session, learner, rows, part, [seed, step], sums) for part in parts]
+    return [*losses, _micro_batch(session, learner, rows, slice(0, 1), [seed, step], [])]
+
+
+def _trace_losses(
+    session: Session, learner: Learner, traces: list[TokenTrajectory], step: int, sums: list[torch.Tensor]
+) -> list[Callable[[], torch.Tensor]]:
+    """As `_losses`, on recorded trajectories."""
+    config = session.config.sft
+    batch = _trace_batch(traces, session.config.run.seed, step, config.batch_size)
+    decisions = sum(int(t.is_reveal.sum()) for t in batch)
+    _, mine = session.shard(batch)
+    size = config.micro_batch_size or max(len(mine), 1)
+    parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+    losses = [_trace_micro_batch(session, learner, part, decisions, sums) for part in parts]
+    return [*losses, _trace_micro_batch(session, learner, batch[:1], decisions, [])]
+
+
+def encode(session: Session, rows: list[Row]) -> tuple[list[np.ndarray], list[int]]:
+    """Prompt and answer ids, the answer filled up to `sampler.gen_length` with end tokens.
+
+    Raises:
+        ValueError: a row has no answer, or one that does not fit.
+    """
+    length = session.config.sampler.gen_length
+    block = session.model.block_length if session.model.attention == "block_causal" else 1
+    sequences, prompt_lengths = [], []
+    for row in rows:
+        if "answer" not in row:
+            raise ValueError("sft needs rows with an answer: set task.params.answer_column")
+        prompt = session.tokenizer(row["prompt"], add_special_tokens=False).input_ids
+        answer = session.tokenizer(row["answer"], add_special_tokens=False).input_ids
+        if len(answer) > length:
+            raise ValueError(f"an answer has {len(answer)} tokens, sampler.gen_length is {length}: raise it")
+        # A block-causal canvas ends where a block does.
+        length_here = -(-(len(prompt) + length) // block) * block - len(prompt)
+        fill = [session.tokenizer.eos_token_id] * (length_here - len(answer))
+        if len(prompt) + length_here > session.model.max_length:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens plus sampler.gen_length {length} does not fit the model's "
+                f"{session.model.max_length} positions"
+            )
+        sequences.append(np.array([*prompt, *answer, *fill], dtype=np.int64))
+        prompt_lengths.append(len(prompt))
+    return sequences, prompt_lengths
+
+
+def _micro_batch(
+    session: Session, learner: Learner, rows: list[Row], part: slice, rng_seed: list[int], sums: list[torch.Tensor]
+) -> Callable[[], torch.Tensor]:
+    """A callable that returns the share of rows[part] in the batch's mean loss per answer token."""
+
+    def loss() -> torch.Tensor:
+        config = session.config
+        sequences, prompt_lengths = encode(session, rows)
+        masked, weight = random_mask_rows(
+            sequences,
+            prompt_lengths,
+            session.model.mask_token_id,
+            np.random.default_rng(rng_seed),
+            session.model.block_length if session.model.attention == "block_causal" else None,
+            session.model.logit_shift,
+            config.sampler.block_length if config.sft.masking == "semi_ar" else None,
+            part,
+        )
+        logprob, _ = learner.engine(masked.to(session.device))
+        if config.sft.loss_weight == "uniform":
+            weight = torch.ones_like(weight)
+        value = weighted_sum(-logprob, (weight / (len(rows) * config.sampler.gen_length)).to(session.device))
+        sums.append(value.detach())
+        return value
+
+    return loss
+
+
+def _trace_micro_batch(
+    session: Session, learner: Learner, trajectories: list[TokenTrajectory], decisions: int, sums: list[torch.Tensor]
+) -> Callable[[], torch.Tensor]:
+    """A callable that returns this micro-batch's share of the mean loss per revealed token."""
+
+    def loss() -> torch.Tensor:
+        recipe = parse_options({"name": "tracerl"}).build()
+        rows = recipe.rows(trajectories, session.model, None).to(session.device)
+        logprob, _ = learner.engine(rows)
+        value = weighted_sum(-logprob, torch.full_like(logprob, 1.0 / decisions))
+        sums.append(value.detach())
+        return value
+
+    return loss
+
+
+def _trace_batch(trajectories: list[TokenTrajectory], seed: int, step: int, size: int) -> list[TokenTrajectory]:
+    """Trajectories of an update: whole epochs in an order that depends on (seed, epoch) only."""
+    batch = []
+    for index in range(step * size, (step + 1) * size):
+        epoch, place = divmod(index, len(trajectories))
+        order = np.random.default_rng([seed, epoch]).permutation(len(trajectories))
+        batch.append(trajectories[order[place]])
+    return batch

@@ -1,0 +1,60 @@
+"""The diffusion value model: the expected outcome of a partly denoised canvas.
+
+Wang et al. 2025 (arXiv 2509.06949): a copy of the policy's backbone with a linear head, zero at the start.
+The value of a decision is read at the decided position in the very row in which the decision is scored,
+so it knows exactly what the policy knew.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from rl.estimators.rows import ScoringRows, hidden_states, score_rows
+
+
+class ValueHead(nn.Module):
+    """Hidden state -> one number; zero-initialised, so values start at 0."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [...], in at least float32."""
+        value = self.linear(hidden).squeeze(-1)
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+class ValueModel(nn.Module):
+    """Own backbone, copied from the policy, and a head."""
+
+    def __init__(self, policy_model: nn.Module):
+        super().__init__()
+        self.model = copy.deepcopy(policy_model)
+        # The copied output head predicts nothing here; left trainable it would only cost optimizer state.
+        self.model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]
+        self.head = ValueHead(self.model.get_output_embeddings().in_features)  # type: ignore[operator]
+
+    def forward(self, rows: ScoringRows) -> torch.Tensor:
+        """Values [N] of the rows' decisions."""
+        hidden = hidden_states(self.model, rows)  # type: ignore[arg-type]
+        return self.head(hidden[rows.row, rows.column])
+
+
+class PolicyWithValue(nn.Module):
+    """A policy that carries the value head on its own backbone: half the memory, one forward for both."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.head = ValueHead(model.get_output_embeddings().in_features)  # type: ignore[operator]
+
+    def forward(self, rows: ScoringRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logprob [N], entropy [N] and values [N]."""
+        hidden = hidden_states(self.model, rows)  # type: ignore[arg-type]
+        logprob, entropy = score_rows(self.model, rows, hidden)  # type: ignore[arg-type]
+        return logprob, entropy, self.head(hidden[rows.row, rows.column])

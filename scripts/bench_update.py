@@ -1,0 +1,266 @@
+"""Cost of one update (forward, backward, optimizer step) on the same trajectories in four layouts.
+
+* packed: ours, `[clean | noisy copies of all rounds]`, one row per trajectory, hidden states gathered before
+  the output head.
+* rounds, gathered: one row `[clean | noisy copy]` per round, but gathered as ours: what packing alone is worth.
+* rounds (published): the layout of the published TraceRL trainer, logits over every position, one row per
+  micro-batch as in its configuration (arXiv 2509.06949, github.com/Gen-Verse/dLLM-RL).
+* step by step: one forward of the canvas per denoising step.
+
+All score the same decisions in the same states, so log-probs and gradients must agree; that is asserted.
+Peak memory is the growth of the resident set over one update in a process of its own.
+
+    OMP_NUM_THREADS=2 python scripts/bench_update.py --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.batch import DecisionBatch
+from rl.estimators.rows import ScoringRows, hidden_states, score_rows
+from rl.estimators.trace_rows import packed_rows, remask_rows
+from rl.losses.aggregate import weighted_sum
+from rl.losses.policy_gradient import clipped_policy_loss
+from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.samplers.options import SamplerOptions
+from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
+
+Scorer = Callable[[DiffusionLM, ScoringRows], tuple[torch.Tensor, torch.Tensor]]
+
+
+def build_model(args: argparse.Namespace) -> DiffusionLM:
+    torch.manual_seed(0)
+    config = DiffusionLMConfig(
+        backbone={
+            "model_type": "qwen3", "hidden_size": args.width, "intermediate_size": args.width * 8 // 3 // 64 * 64,
+            "num_hidden_layers": args.layers, "num_attention_heads": args.width // 64,
+            "num_key_value_heads": max(1, args.width // 128), "head_dim": 64, "vocab_size": args.vocab,
+            "max_position_embeddings": 128 + args.gen_length + args.block_length,
+            "bos_token_id": None, "eos_token_id": None,
+        },
+        mask_token_id=args.vocab - 1,
+        attention="block_causal",
+        block_length=args.block_length,
+    )  # fmt: skip
+    return DiffusionLM(config).eval()
+
+
+def sample(model: DiffusionLM, args: argparse.Namespace) -> list[TokenTrajectory]:
+    num_steps = args.gen_length // args.block_length * args.rounds
+    options = SamplerOptions(
+        gen_length=args.gen_length, block_length=args.block_length, num_inference_steps=num_steps, score="random"
+    )
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(rng.integers(0, args.vocab - 1, int(rng.integers(40, 129))).tolist(), seed=i)
+        for i in range(args.trajectories)
+    ]
+    return InProcessEngine(model, options).generate(requests)
+
+
+def round_rows(trajectory: TokenTrajectory) -> ScoringRows:
+    """One row per round: the clean canvas, then every block as it was before its r-th step."""
+    size = trajectory.block_length
+    assert size is not None
+    final, first = trajectory.final_canvas(), trajectory.prompt_length // size * size
+    block = trajectory.position // size
+    start = np.array([trajectory.step[block == b].min() for b in block])
+    rank = trajectory.step - start
+    length, num_rounds = trajectory.length, int(rank.max()) + 1
+    rows = []
+    for r in range(num_rounds):
+        tail = final.copy()
+        tail[trajectory.position[rank >= r]] = trajectory.mask_token_id
+        rows.append(np.concatenate([final, tail[first:]]))
+    positions = np.concatenate([np.arange(length), np.arange(first, length)])
+    segment = np.concatenate([np.zeros(length, dtype=np.int64), np.arange(first, length) // size + 1])
+
+    def repeated(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.tile(values, (num_rounds, 1)))
+
+    decisions = len(trajectory.step)
+    return ScoringRows(
+        input_ids=torch.from_numpy(np.stack(rows)),
+        position_ids=repeated(positions),
+        document=repeated(np.zeros_like(positions)),
+        segment=repeated(segment),
+        block=repeated(positions // size),
+        row=torch.from_numpy(rank.astype(np.int64)),
+        column=torch.from_numpy(length + trajectory.position.astype(np.int64) - first),
+        target=torch.from_numpy(trajectory.token),
+        trajectory=torch.zeros(decisions, dtype=torch.int64),
+        step=torch.from_numpy(trajectory.step.astype(np.int64)),
+    )
+
+
+def one_row_each(rows: ScoringRows) -> Iterator[tuple[ScoringRows, torch.Tensor]]:
+    """Micro-batches of one row, and the decisions [n] that each scores."""
+    for r in range(len(rows.input_ids)):
+        mine = (rows.row == r).nonzero().squeeze(1)
+        layout = {k: getattr(rows, k)[r : r + 1] for k in ("input_ids", "position_ids", "document", "segment", "block")}
+        flat = {k: getattr(rows, k)[mine] for k in ("column", "target", "trajectory", "step")}
+        yield replace(rows, row=torch.zeros_like(mine), **layout, **flat), mine
+
+
+def score_everywhere(model: DiffusionLM, rows: ScoringRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and log-probs of every position, of which the decisions are then picked: the published order."""
+    logprobs = torch.log_softmax(model.token_logits(hidden_states(model, rows)), dim=-1)
+    logprob = logprobs[rows.row, rows.column, rows.target]
+    return logprob, torch.zeros_like(logprob)
+
+
+def micro_batches(
+    layout: str, trajectories: list[TokenTrajectory]
+) -> Iterator[tuple[ScoringRows, int, torch.Tensor, Scorer]]:
+    """(rows, trajectory, its decisions that they score, scorer)."""
+    for index, trajectory in enumerate(trajectories):
+        everything = torch.arange(len(trajectory.step))
+        if layout == "packed":
+            yield packed_rows([trajectory]), index, everything, score_rows
+        elif layout == "rounds, gathered":
+            yield round_rows(trajectory), index, everything, score_rows
+        elif layout == "rounds (published)":
+            for rows, mine in one_row_each(round_rows(trajectory)):
+                yield rows, index, mine, score_everywhere
+        else:
+            for rows, mine in one_row_each(remask_rows([trajectory], block_length=trajectory.block_length)):
+                yield rows, index, mine, score_rows
+
+
+LAYOUTS = ("packed", "rounds, gathered", "rounds (published)", "step by step")
+
+
+def update(
+    model: DiffusionLM, optimizer: torch.optim.Optimizer, layout: str, trajectories: list[TokenTrajectory]
+) -> dict[str, Any]:
+    """One update; log-probs of all decisions, gradient norm, and the tokens and passes it took."""
+    optimizer.zero_grad()
+    total = sum(len(t.step) for t in trajectories)
+    logprobs = [torch.zeros(len(t.step)) for t in trajectories]
+    tokens = passes = 0
+    for rows, index, mine, scorer in micro_batches(layout, trajectories):
+        logprob, entropy = scorer(model, rows)
+        trajectory = trajectories[index]
+        batch = DecisionBatch(
+            logprob=logprob,
+            entropy=entropy,
+            old_logprob=torch.from_numpy(trajectory.logprob).float()[mine],
+            ref_logprob=None,
+            # Any advantages will do, as long as every layout gets the same.
+            advantage=torch.full_like(logprob, 1.0 if index % 2 else -0.5),
+            weight=torch.full_like(logprob, 1.0 / total),
+        )
+        weighted_sum(clipped_policy_loss(batch).loss, batch.weight).backward()
+        logprobs[index][mine] = logprob.detach()
+        tokens += rows.num_tokens
+        passes += 1
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.step()
+    return {"logprob": torch.cat(logprobs), "norm": float(norm), "tokens": tokens, "passes": passes}
+
+
+def peak_memory(layout: str, path: str, argv: list[str]) -> float:
+    """MiB that one update adds to the resident set of a fresh process."""
+    command = [sys.executable, __file__, *argv, "--only", layout, "--load", path]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(output.strip().splitlines()[-1])["mib"])
+
+
+def only(layout: str, path: str, args: argparse.Namespace) -> None:
+    model = build_model(args)
+    trajectories = load_trajectories(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    # Gradients and moments are there in any layout: they do not count.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    update(model, optimizer, layout, trajectories)
+    print(json.dumps({"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--gen-length", type=int, default=256)
+    parser.add_argument("--block-length", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4, help="denoising steps per block, R")
+    parser.add_argument("--trajectories", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], choices=LAYOUTS, help="layouts to leave out")
+    parser.add_argument("--only", choices=LAYOUTS, help=argparse.SUPPRESS)
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        return only(args.only, args.load, args)
+
+    model = build_model(args)
+    trajectories = sample(model, args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    layouts = [layout for layout in LAYOUTS if layout not in args.skip]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+    cpu_seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+    results: dict[str, dict[str, Any]] = {}
+    for repeat in range(args.repeats):
+        for layout in layouts:
+            if layout == "step by step" and repeat:
+                continue
+            model.load_state_dict(weights)
+            started, cpu_started = time.perf_counter(), time.process_time()
+            results[layout] = update(model, optimizer, layout, trajectories)
+            seconds[layout].append(time.perf_counter() - started)
+            cpu_seconds[layout].append(time.process_time() - cpu_started)
+    first = results[layouts[0]]
+    for layout, result in results.items():
+        gap = float((result["logprob"] - first["logprob"]).abs().max())
+        assert gap < 1e-4, f"{layout}: log-probs differ from {layouts[0]} by {gap}"
+        assert abs(result["norm"] / first["norm"] - 1) < 1e-3, f"{layout}: gradient norm {result['norm']}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trajectories.npz")
+        save_trajectories(path, trajectories)
+        memory = {layout: peak_memory(layout, path, sys.argv[1:]) for layout in layouts}
+
+    parameters = sum(p.numel() for p in model.parameters())
+    prompts = [t.prompt_length for t in trajectories]
+    print(
+        f"{parameters / 1e6:.0f} M parameters ({args.layers} layers of width {args.width}, vocabulary {args.vocab}), "
+        f"{len(trajectories)} trajectories of {args.gen_length} tokens in blocks of {args.block_length}, "
+        f"R = {args.rounds}, prompts of {min(prompts)} to {max(prompts)} tokens, {torch.get_num_threads()} thread(s), "
+        f"float32, median of {args.repeats} interleaved runs (step by step: 1)"
+    )
+    gap = max(float((r["logprob"] - first["logprob"]).abs().max()) for r in results.values())
+    print(f"largest difference of a log-prob between layouts: {gap:.1e}\n")
+    print(
+        "| layout | seconds | times packed | CPU seconds | times packed (CPU) | tokens forwarded | passes | peak MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    wall0, cpu0 = (statistics.median(x[layouts[0]]) for x in (seconds, cpu_seconds))
+    for layout in layouts:
+        wall, cpu = statistics.median(seconds[layout]), statistics.median(cpu_seconds[layout])
+        print(
+            f"| {layout} | {wall:.2f} | {wall / wall0:.2f} | {cpu:.2f} | {cpu / cpu0:.2f} | "
+            f"{results[layout]['tokens']} | {results[layout]['passes']} | {memory[layout]:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
