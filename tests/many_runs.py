@@ -1,0 +1,28 @@
+"""Several runs in one process group: every argument is a JSON list of the arguments of `denoise-rl train`.
+
+Starting Python, torch and DeepSpeed on two processes costs more than the runs themselves.
+"""
+
+import json
+import sys
+
+from rl.config import load_config
+from rl.train import distributed
+from rl.train.loop import train
+from rl.train.plan import check_run
+from rl.train.session import Session
+
+
+def train_all(runs: list[str]) -> None:
+    for run in runs:
+        flag, path, *overrides = json.loads(run)
+        assert flag == "--config"
+        config = load_config(path, overrides)
+        check_run(config)
+        with Session.open(config) as session:
+            train(session)
+
+
+if __name__ == "__main__":
+    train_all(sys.argv[1:])
+    distributed.stop()

@@ -1,0 +1,84 @@
+"""Options: every shipped config runs dry, mistakes are named with the fix, what is saved is what was used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rl.config import Config, load_config, option_help, save_config
+from rl.train.plan import check_run, plan_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_checks_and_plans(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(path, [f"run.output_dir={tmp_path / 'run'}"])
+    check_run(config)
+    assert any("trajectories per step" in line for line in plan_lines(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_of_the_quickstart_says_the_derived_numbers() -> None:
+    words = [sys.executable, "-m", "rl.cli", "train", "--config", "configs/quickstart.yaml", "--dry-run"]
+    text = subprocess.run([*words, "train.steps=10"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "10 steps of 32 prompts x 8 rollouts = 256 trajectories per step" in text
+    # 10 steps, one update on each of two passes over the rollouts.
+    assert "20 in all" in text
+
+
+def test_every_option_has_a_sentence() -> None:
+    for key, _, text in option_help():
+        assert text.endswith((".", ")")) and len(text) > 10, key
+
+
+def test_a_resolved_config_round_trips(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["train.optimizer.lr=5e-5", "algorithm.clip_low=0.1"])
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again.train.optimizer.lr == 5e-5 and again.algorithm["clip_low"] == 0.1
+
+
+def test_overriding_one_optimizer_field_keeps_the_others() -> None:
+    config = load_config(None, ["sft.optimizer.lr=1e-3", "algorithm.value.optimizer.warmup_steps=0"])
+    assert config.sft.optimizer.model_dump() == {**Config().sft.optimizer.model_dump(), "lr": 1e-3}
+    assert config.algorithm["value"]["optimizer"]["lr"] == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.steps=1", "unknown config key 'trian': did you mean 'train'?"),
+        ("train.stepz=1", "unknown config key 'train.stepz': did you mean 'steps'?"),
+        ("algorithm.shrnk=2", "unknown config key 'algorithm.shrnk': did you mean 'shrink'?"),
+        ("algorithm.name=tracrl", "algorithm.name 'tracrl' does not exist: did you mean 'tracerl'?"),
+        ("goal.steps=4", "config key 'goal.before_max' is required"),
+        ("train.steps=many", "train.steps"),
+        ("sampler.block_length=5", "sampler.gen_length (16) must be a multiple of sampler.block_length (5)"),
+        ("train.updates_per_step=5", "train.prompts_per_step (32) must be a multiple of train.updates_per_step (5)"),
+        ("algorithm.kl_coef=0.1", "set algorithm.kl_to to old or reference"),
+        ("algorithm.shrink=2", "set algorithm.old_logprob to recompute"),
+        ("nonsense", "must have the form section.key=value"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(None, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-4 as text."""
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {optimizer: {lr: 1e-4}}\n")
+    assert isinstance(yaml.safe_load(path.read_text())["train"]["optimizer"]["lr"], str)
+    assert load_config(path).train.optimizer.lr == 1e-4
+    assert load_config(None, ["train.optimizer.lr=3e-4"]).train.optimizer.lr == 3e-4

@@ -1,0 +1,188 @@
+"""Results depend neither on the number of ranks, nor on the ZeRO stage, nor on how an update is cut.
+
+Everything runs in real processes: two CPU ranks under torchrun and under DeepSpeed's own launcher. All runs
+of a launch share its process group, because starting two processes costs more than the runs.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl.tasks.sudoku import SudokuTask
+from tests import runs
+
+# A sum in another order differs by about 1e-7 of its size in float32; eight updates of a learning rate of 0.02
+# carry that on. Measured: 2e-8 on weights, 2e-7 on metrics. The smallest bug planted here (one trajectory of
+# 16 weighted wrongly) moved weights by 1e-3.
+ATOL = 2e-6
+RTOL = 2e-5
+
+# The prompts of the three steps leave rank 0 with nothing, and then both ranks with unequal numbers of
+# micro-batches: `test_the_ranks_really_had_unequal_work` holds the seed to that.
+SEED = "run.seed=5"
+STEPS, PROMPTS = 3, 8
+
+CUTS = {
+    "one_by_one": ["train.micro_batch_size=1", "sft.micro_batch_size=1"],
+    "all_at_once": ["train.micro_batch_size=16", "sft.micro_batch_size=8"],
+}
+# Everything that a rank could be tempted to compute from its own rollouts only.
+BATCH_WIDE = {
+    "updates": ["train.updates_per_step=2"],
+    "batch_std": ["algorithm.scale=batch_std"],
+    "trajectory_mean": ["algorithm.aggregation=trajectory_mean", "algorithm.kl_to=reference", "algorithm.kl_coef=0.1"],
+}
+# A forward counts once whatever its batch, and equal canvases of a micro-batch share one.
+DEPENDS_ON_THE_CUT = {
+    f"cost/{name}" for name in ("forward_passes", "backward_passes", "sequence_forwards", "tokens_forwarded")
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> Path:
+    """The runs of one rank, in this process."""
+    for name, overrides in {"plain": [], **CUTS, **BATCH_WIDE}.items():
+        runs.train_here(runs.tiny_config(folder / "one" / name, SEED, *overrides))
+    return folder / "one"
+
+
+def zero_config(home: Path, stage: int) -> list[str]:
+    checkpoints = ["checkpoint.every=1", "checkpoint.keep=9"]
+    return runs.tiny_config(home / f"zero{stage}", SEED, f"train.deepspeed={runs.ZERO[stage]}", *checkpoints)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Path:
+    """The same on two ranks, for every ZeRO stage. DeepSpeed must not compile anything on the way."""
+    home = folder / "two"
+    configs = [zero_config(home, stage) for stage in runs.ZERO]
+    configs += [runs.tiny_config(home / name, SEED, *overrides) for name, overrides in BATCH_WIDE.items()]
+    extensions = folder / "extensions"
+    done = runs.torchrun(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(extensions.rglob("*.so")), "DeepSpeed compiled an op"
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_shared_memory_left() -> Iterator[None]:
+    """DeepSpeed's shared-memory all-reduce would leave 69 MB per rank behind; docker gives 64 MB in all."""
+    before = set(Path("/dev/shm").glob("deepspeed*")) if Path("/dev/shm").is_dir() else set()
+    yield
+    assert set(Path("/dev/shm").glob("deepspeed*")) <= before
+
+
+def same_run(run: Path, other: Path) -> None:
+    """Every logged number and every final weight, to float tolerance."""
+    differences = []
+    for line, expected in zip(runs.lines(run), runs.lines(other), strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in line.items():
+            if name not in DEPENDS_ON_THE_CUT and not close(value, expected[name]):
+                differences.append((line["stage"], line["step"], name, value, expected[name]))
+    assert not differences
+    assert runs.largest_difference(runs.weights(run), runs.weights(other)) < ATOL
+
+
+def close(value: Any, expected: Any) -> bool:
+    numbers = isinstance(value, float) and isinstance(expected, float)
+    return math.isclose(value, expected, rel_tol=RTOL, abs_tol=ATOL) if numbers else bool(value == expected)
+
+
+def test_the_reference_learns_something(one_rank: Path) -> None:
+    """Equal runs would prove little if nothing moved."""
+    run = one_rank / "plain" / "run"
+    assert min(runs.series(run, "train", "policy/grad_norm")) > 1e-3
+    started = runs.load_file(run / "warm_start" / "model.safetensors")
+    assert runs.largest_difference(runs.weights(run), started) > 0.02
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_an_update_does_not_depend_on_its_micro_batches(one_rank: Path, cut: str) -> None:
+    same_run(one_rank / cut / "run", one_rank / "plain" / "run")
+    passes = {
+        name: runs.series(one_rank / name / "run", "train", "cost/backward_passes")[-1] for name in (cut, "plain")
+    }
+    assert passes[cut] != passes["plain"], "the cut changed nothing"
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+def test_two_ranks_equal_one(one_rank: Path, two_ranks: Path, stage: int) -> None:
+    same_run(two_ranks / f"zero{stage}" / "run", one_rank / "plain" / "run")
+
+
+@pytest.mark.parametrize("name", BATCH_WIDE)
+def test_what_is_taken_over_the_batch_is_taken_over_all_ranks(one_rank: Path, two_ranks: Path, name: str) -> None:
+    same_run(two_ranks / name / "run", one_rank / name / "run")
+
+
+def test_the_ranks_really_had_unequal_work(two_ranks: Path) -> None:
+    """The reward is constant on prompts that begin with a given, and a group without variance is left out."""
+    share = PROMPTS // 2
+    counts = []
+    for step in range(STEPS):
+        used = [row["prompt"].startswith("0") for row in SudokuTask().train_rows(int(SEED[-1]), step, PROMPTS)]
+        counts.append((sum(used[:share]), sum(used[share:])))
+    assert any(a != b and min(a, b) > 0 for a, b in counts)
+    assert any(min(a, b) == 0 for a, b in counts), counts
+    # A prompt is one micro-batch of two trajectories here, run forward and back in each of two epochs.
+    passes = runs.series(two_ranks / "zero0" / "run", "train", "cost/backward_passes")
+    assert passes[-1] == 2 * sum(a + b for a, b in counts)
+
+
+def test_deepspeed_launcher(one_rank: Path, folder: Path) -> None:
+    """`deepspeed scripts/train.py --config ...` as the README says it, ZeRO 2 on two ranks, overrides in both forms."""
+    home = folder / "launcher"
+    arguments = runs.tiny_config(home, SEED, "--train.deepspeed", runs.ZERO[2], f"--run.output_dir={home / 'run'}")
+    launcher = Path(sys.executable).parent / "deepspeed"
+    done = runs.execute(
+        [launcher, "--num_gpus", "2", "--master_port", runs.free_port(), "scripts/train.py", *arguments]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(home / "run", one_rank / "plain" / "run")
+    assert {"summary.json", "report.html", "learning_curve.png", "samples.jsonl"} <= {
+        path.name for path in (home / "run").iterdir()
+    }
+    # Rank 0 speaks, once.
+    assert done.stdout.count("[train] 3/3") == 1
+
+
+def test_resume_on_two_ranks(two_ranks: Path, folder: Path) -> None:
+    """Bit for bit for every stage, also past a newest checkpoint that is damaged."""
+    resumed = folder / "resumed"
+    for stage in runs.ZERO:
+        shutil.copytree(two_ranks / f"zero{stage}" / "run", resumed / f"zero{stage}" / "run")
+        checkpoints = resumed / f"zero{stage}" / "run" / "checkpoints"
+        (checkpoints / "step_3" / "complete.json").unlink()
+        victim = max((checkpoints / "step_2" / "policy").rglob("*.pt"), key=lambda path: path.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:-1])
+    configs = [runs.resumed_config(resumed / f"zero{stage}", zero_config(two_ranks, stage)) for stage in runs.ZERO]
+    done = runs.torchrun(2, *runs.many(configs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = " ".join(done.stdout.split())
+    assert output.count("complete.json is missing") == len(runs.ZERO)
+    assert output.count("resumed from") == len(runs.ZERO)
+    for stage in runs.ZERO:
+        run, whole = resumed / f"zero{stage}" / "run", two_ranks / f"zero{stage}" / "run"
+        assert f"resumed from {run / 'checkpoints' / 'step_1'}" in output
+        assert runs.lines(run) == runs.lines(whole)
+        assert runs.largest_difference(runs.weights(run), runs.weights(whole)) == 0.0
+
+
+def test_a_checkpoint_of_two_ranks_is_refused_by_one(two_ranks: Path, folder: Path) -> None:
+    shutil.copytree(two_ranks / "zero2" / "run", folder / "refused" / "run")
+    arguments = runs.resumed_config(folder / "refused", zero_config(two_ranks, 2), "train.steps=4")
+    with pytest.raises(ValueError, match="written by 2 ranks and this run has 1: start as many ranks"):
+        runs.train_here(arguments)

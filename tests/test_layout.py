@@ -1,0 +1,69 @@
+"""The tree keeps its rules: import direction, no standard-library names, light imports, our own packages."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("rl", "rewards", "rollouts")
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_rewards_and_rollouts_import_nothing_of_ours_and_nobody_imports_the_rest() -> None:
+    forbidden = {"rewards": {"rl", "rollouts"}, "rollouts": {"rl", "rewards"}, "rl": set()}
+    for path in MODULES:
+        package = path.relative_to(ROOT).parts[0]
+        wrong = imported_packages(path) & (forbidden[package] | {"scripts", "tests", "configs"})
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_no_module_has_a_standard_library_name() -> None:
+    # A module called types.py or code.py breaks unrelated tools that are started from its folder.
+    taken = [path for path in MODULES if path.stem in sys.stdlib_module_names]
+    assert not taken
+
+
+@pytest.mark.parametrize(
+    "module", ["rl", "rl.config", "rl.algorithms", "rewards", "rewards.run", "rollouts.samplers.options"]
+)
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_three_packages_lie_side_by_side() -> None:
+    import rewards
+    import rl
+    import rollouts
+
+    homes = {Path(package.__file__ or "").resolve().parents[1] for package in (rl, rewards, rollouts)}
+    assert len(homes) == 1
+
+
+def test_a_foreign_package_of_our_name_is_named(tmp_path: Path) -> None:
+    """`rewards` exists on PyPI: ours shadowed by it must give one sentence, not an ImportError from the depths."""
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("")
+    paths = [str(tmp_path), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {paths}; from rl.cli import main; sys.exit(main(['check']))"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert "another package named 'rewards' is installed at" in result.stderr
+    assert result.stderr.count("\n") == 1

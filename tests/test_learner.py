@@ -1,0 +1,195 @@
+"""An update of the learner is what plain torch would do with the sum of its losses, for every ZeRO stage.
+
+One rank, in this process; two ranks are in test_distributed.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rl.config import OptimizerConfig
+from rl.train import distributed
+from rl.train.learner import Learner, TrainingError, rate_factor, read_deepspeed_config
+from tests import runs
+
+CPU = torch.device("cpu")
+UPDATES = 4
+# Warm-up of two updates to 0.05, then linearly down to 0 behind the last one.
+RATES = [0.05 / 3, 0.05 * 2 / 3, 0.05, 0.05 / 2]
+
+
+class Regression(nn.Module):
+    """Sum of squared errors of a small network; dropout must be off, or no two forwards would agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return (self.net(rows[:, :3]) - rows[:, 3:]).square().sum()
+
+
+def data(update: int, count: int = 6) -> torch.Tensor:
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(update))
+
+
+def learner(stage: int = 0, **options: object) -> Learner:
+    settings = {"lr": 0.05, "warmup_steps": 2, "schedule": "linear", "weight_decay": 0.1, "max_grad_norm": 1.0}
+    return Learner(Regression(), runs.ZERO[stage], OptimizerConfig(**{**settings, **options}), UPDATES, CPU)  # type: ignore[arg-type]
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def sampled(trained: Learner) -> dict[str, torch.Tensor]:
+    """Weights as the sampling copy gets them; under ZeRO 3 the learner's own parameters are empty."""
+    plain = Regression()
+    trained.copy_weights_into(plain)
+    return weights(plain)
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+@pytest.mark.parametrize("cuts", [[6], [1, 2, 3]], ids=["one", "three"])
+def test_updates_equal_plain_torch(stage: int, cuts: list[int]) -> None:
+    """Clipping is at work (the norms exceed it), the rate warms up and decays, moments carry over."""
+    reference = Regression().eval()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)
+    trained = learner(stage)
+    for update, rate in enumerate(RATES):
+        optimizer.param_groups[0]["lr"] = rate
+        rows = data(update)
+        optimizer.zero_grad()
+        reference(rows).backward()
+        expected = float(nn.utils.clip_grad_norm_(reference.parameters(), 1.0))
+        optimizer.step()
+        losses = [lambda part=part: trained.engine(part) for part in rows.split(cuts)]
+        norm = trained.update(losses, lambda: pytest.fail("one rank has nothing to fill up"))
+        assert expected > 1.5
+        assert norm == pytest.approx(expected, rel=1e-5)
+        assert trained.learning_rate() == pytest.approx(rate)
+    assert trained.updates == UPDATES
+    for name, value in weights(reference).items():
+        # Only the order of sums differs from plain torch, about 1e-7 of a weight of size 1.
+        torch.testing.assert_close(sampled(trained)[name], value, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant_with_warmup", [1 / 3, 2 / 3, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 1 / 2, 0]),
+        ("cosine", [1 / 3, 2 / 3, 1, 1 / 2, 0]),
+    ],
+)
+def test_learning_rate_by_hand(schedule: str, factors: list[float]) -> None:
+    """Warm-up over 2 of 4 updates; no update of the plan has rate 0."""
+    options = OptimizerConfig(lr=0.05, warmup_steps=2, schedule=schedule)  # type: ignore[arg-type]
+    assert [rate_factor(options, update, UPDATES) for update in range(5)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+def test_an_update_without_data_leaves_everything_alone(stage: int) -> None:
+    """Adam would move the weights on by its momentum, and the schedule would skip an update."""
+    trained = learner(stage)
+    trained.update([lambda: trained.engine(data(0))], lambda: torch.zeros(()))
+    trained.update([lambda: trained.engine(data(1))], lambda: torch.zeros(()))
+    before = sampled(trained)
+    assert trained.update([], lambda: pytest.fail("nothing to pad")) == 0.0
+    assert trained.updates == 2
+    assert trained.engine.get_lr() == [pytest.approx(RATES[2])], "the schedule skipped an update"
+    after = sampled(trained)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+def test_a_loss_that_is_not_finite_takes_no_step(stage: int) -> None:
+    trained = learner(stage)
+    before = sampled(trained)
+    losses = [lambda: trained.engine(data(0)), lambda: trained.engine(data(1)) * torch.nan]
+    with pytest.raises(TrainingError, match="the loss of update 0 is not finite; no step was taken"):
+        trained.update(losses, lambda: torch.zeros(()))
+    after = sampled(trained)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
+    """The loss is 0, its gradient infinite: d sqrt(x) / dx at x = 0, times the inner derivative 0, is NaN."""
+    trained = learner(stage)
+    rows = data(0)
+    with pytest.raises(TrainingError, match=r"the gradient norm of update \d is (nan|inf): go back to a checkpoint"):
+        trained.update([lambda: (trained.engine(rows) * 0.0).sqrt()], lambda: torch.zeros(()))
+
+
+def test_the_module_given_stays_as_it_was() -> None:
+    """A copy is trained, so the sampler's module is never wrapped, sharded or in training mode."""
+    module = Regression()
+    start = copy.deepcopy(module)
+    trained = Learner(module, runs.ZERO[3], OptimizerConfig(lr=0.1, warmup_steps=0), UPDATES, CPU)
+    trained.update([lambda: trained.engine(data(0))], lambda: torch.zeros(()))
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), start.parameters(), strict=True))
+    moved = max(float((sampled(trained)[name] - value).abs().max()) for name, value in weights(start).items())
+    assert moved == pytest.approx(0.1, rel=1e-3), "Adam's first step has the size of the learning rate"
+
+
+def test_dropout_is_off_while_learning() -> None:
+    trained = learner()
+    assert float(trained.engine(data(0)).detach()) == float(trained.engine(data(0)).detach())
+
+
+def test_numbers_are_reduced_over_one_rank() -> None:
+    assert distributed.reduce_number(2.5, "max") == 2.5
+    assert distributed.sum_metrics({"a": 1.0}) == {"a": 1.0}
+    assert distributed.gather_objects("x") == ["x"]
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is not valid JSON"),
+        ('{"train_batch_size": 8}', "sets 'train_batch_size': remove it, batch sizes come from the config"),
+        ('{"optimizer": {}}', "sets 'optimizer': remove it, the optimizer section decides it"),
+        ('{"gradient_accumulation_steps": 8}', "sets 'gradient_accumulation_steps': remove it"),
+    ],
+)
+def test_bad_deepspeed_json(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_deepspeed_config(str(path))
+    assert str(error.value).startswith(f"train.deepspeed file {path}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+def test_shipped_deepspeed_jsons_name_their_stage(stage: int) -> None:
+    assert read_deepspeed_config(runs.ZERO[stage])["zero_optimization"]["stage"] == stage
+
+
+def test_gpu_without_one() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"run\.device is cuda, but torch sees no GPU: set run.device to cpu"):
+        distributed.pick_device("cuda")
+    assert distributed.pick_device("auto") == CPU
+
+
+def test_norm_is_that_of_the_sum_not_of_the_parts() -> None:
+    """Two micro-batches whose gradients cancel: the norm of the update is 0, by hand."""
+    trained = learner()
+    rows = data(0)
+    losses = [lambda: trained.engine(rows), lambda: -trained.engine(rows)]
+    norm = trained.update(losses, lambda: torch.zeros(()))
+    assert norm < 1e-6
+    assert not math.isnan(norm)

@@ -1,0 +1,142 @@
+"""A run that was killed goes on as if nothing had happened: same metrics, same weights, bit for bit.
+
+The kill is real: a reward sends SIGKILL to its own process in the middle of a step. Float32 on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from rl.train.checkpoint import find_checkpoint, incomplete
+from tests import runs
+
+STEPS = ["train.steps=6", "checkpoint.every=2", "checkpoint.keep=3", "train.optimizer.schedule=cosine", "eval.every=3"]
+
+# Rollouts are rewarded once a step; evaluation is judged by the task itself.
+KILLER = """
+import os, signal
+
+calls = 0
+
+def dense(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("DIE_AT_CALL", "-1")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [sum((i + 1) * int(d) for i, d in enumerate(c) if d.isdigit()) / 500 for c in completions]
+"""
+
+
+def config(folder: Path) -> list[str]:
+    return runs.tiny_config(folder, *STEPS, reward=KILLER)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs.train_here(config(folder))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, killed in its step 6: checkpoints 2 and 4 are complete, step 5 is logged."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = runs.cli("train", *config(folder), DIE_AT_CALL="6")
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert runs.series(folder / "run", "train", "cost/updates")[-1] == 10
+    return folder / "run"
+
+
+def copy(killed: Path, folder: Path) -> tuple[Path, list[str]]:
+    """A copy of a killed run, to be damaged, and the arguments that resume it."""
+    shutil.copytree(killed, folder / "run")
+    return folder / "run", runs.resumed_config(folder, ["--config", str(killed.parent / "config.yaml"), *STEPS])
+
+
+def same(run: Path, whole: Path) -> None:
+    assert runs.lines(run) == runs.lines(whole)
+    assert runs.largest_difference(runs.weights(run), runs.weights(whole)) == 0.0
+    for name in ("before", "after", "train_steps", "updates", "reward_queries"):
+        summaries = [json.loads((folder / "summary.json").read_text())[name] for folder in (run, whole)]
+        assert summaries[0] == summaries[1], name
+
+
+def test_a_killed_run_goes_on(killed: Path, whole: Path, tmp_path: Path) -> None:
+    run, arguments = copy(killed, tmp_path)
+    assert not (run / "summary.json").exists()
+    runs.train_here(arguments)
+    same(run, whole)
+    assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(
+    killed: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file cut short in step_4, and a step_6 whose writing was interrupted: the run goes on from step 2."""
+    run, arguments = copy(killed, tmp_path)
+    weights = run / "checkpoints" / "step_4" / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    shutil.copytree(run / "checkpoints" / "step_2", run / "checkpoints" / "step_6")
+    (run / "checkpoints" / "step_6" / "complete.json").unlink()
+    # A torn last line is what a kill during a write leaves.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "stage": "tra')
+    runs.train_here(arguments)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step_6 is passed over: complete.json is missing" in said
+    size = (whole / "checkpoints" / "step_4" / "hf" / "model.safetensors").stat().st_size
+    assert f"step_4 is passed over: hf/model.safetensors has {size - 4} bytes instead of {size}" in said
+    assert f"resumed from {run / 'checkpoints' / 'step_2'}" in said
+    same(run, whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(whole: Path, tmp_path: Path) -> None:
+    arguments = config(tmp_path)
+    assert runs.cli("train", *arguments, DIE_AT_CALL="2").returncode == -signal.SIGKILL
+    assert find_checkpoint(tmp_path / "run") == (None, [])
+    runs.train_here([*arguments, "run.resume=true"])
+    same(tmp_path / "run", whole)
+
+
+def test_another_run_is_not_resumed(killed: Path, tmp_path: Path) -> None:
+    """A changed setting would make a run that nobody configured; how long it runs may change."""
+    _, arguments = copy(killed, tmp_path)
+    with pytest.raises(ValueError, match=r"train.group_size is 4 and the run in .* began with 2: set it back"):
+        runs.train_here([*arguments, "train.group_size=4"])
+
+
+def test_old_checkpoints_are_dropped_and_latest_is_written_last(whole: Path) -> None:
+    checkpoints = whole / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_2", "step_4", "step_6"]
+    assert (checkpoints / "latest").read_text() == "step_6"
+    newest = max(checkpoints.rglob("*"), key=lambda path: path.stat().st_mtime_ns if path.is_file() else 0)
+    assert newest.name == "latest"
+    files = sorted((path for path in (checkpoints / "step_6").rglob("*") if path.is_file()), key=os.path.getmtime)
+    assert files[-1].name == "complete.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda folder: (folder / "complete.json").unlink(), "complete.json is missing"),
+        (lambda folder: (folder / "complete.json").write_text('{"step": 2'), "complete.json is damaged"),
+        (lambda folder: (folder / "complete.json").write_text("[]"), "complete.json is damaged"),
+        (lambda folder: (folder / "complete.json").write_text('{"step": 2}'), "complete.json is damaged"),
+        (lambda folder: (folder / "hf" / "config.json").unlink(), "hf/config.json is missing"),
+        (lambda folder: (folder / "policy" / "latest").write_text(""), "policy/latest has 0 bytes instead of 5"),
+    ],
+)
+def test_what_is_incomplete_is_named(whole: Path, tmp_path: Path, damage, line: str) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "step_2"
+    shutil.copytree(whole / "checkpoints" / "step_2", folder)
+    assert incomplete(folder) is None
+    damage(folder)
+    assert (incomplete(folder) or "").startswith(line)

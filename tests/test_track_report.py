@@ -1,0 +1,315 @@
+"""The table, the curves and the report of a made-up run whose every number is known."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rl.track.frames import MAX_CELLS, build_view, frame_budget
+from rl.track.jsonl import MetricsWriter, read_metrics
+from rl.track.plots import DARK, Series, accuracy_names, plot_learning_curve, plot_runs, series
+from rl.track.report import write_report
+from rl.track.table import before_after_table, before_after_text
+from rl.track.verdict import compare, goal_line, unscored_line, verdict_line
+from rl.track.viewer import trajectory_view
+from rollouts.trajectory import TokenTrajectory
+
+MASK = 9
+SUMMARY = {
+    "task": "sudoku",
+    "seed": 0,
+    "n_eval": 1000,
+    "before": {"16": 0.985, "4": 0.585, "8": 0.72},
+    "after": {"16": 0.94, "4": 0.86, "8": 0.73},
+    "train_seconds": 51.25,
+    "forward_passes": 12345,
+    "goal": {"metric": "4", "before_max": 0.65, "after_min": 0.85, "met": True},
+}
+
+
+def _remasking_trajectory() -> TokenTrajectory:
+    """Four cells: 3 revealed, then 0 revealed and 3 taken back, then 3 set again beside 1, then 2."""
+    return TokenTrajectory(
+        prompt_ids=np.array([5, 6]),
+        length=6,
+        mask_token_id=MASK,
+        num_steps=4,
+        step=np.array([0, 1, 1, 2, 2, 3]),
+        position=np.array([5, 2, 5, 5, 3, 4]),
+        token=np.array([1, 2, MASK, 3, 4, 1]),
+        logprob=np.zeros(6),
+        confidence=np.array([0.5, 0.25, 0.125, 0.75, 1.0, 0.0], dtype=np.float32),
+        stop_length=3,
+    )
+
+
+def _run_folder(folder: Path, seed: int = 0) -> Path:
+    with MetricsWriter(folder) as metrics:
+        for step in range(40):
+            reward = 0.5 + step / 100
+            numbers = {"reward/mean": reward, "reward/low": reward - 0.05, "reward/high": reward + 0.05}
+            entropy = math.nan if step == 7 else 0.5
+            metrics.log(step, "train", {**numbers, "policy/entropy": entropy, "policy/logprob_gap": 1e-7 * step})
+            if step % 10 == 0:
+                metrics.log(step, "eval", {f"eval/accuracy@{steps}": 0.5 + step / 100 for steps in (16, 4, 8)})
+    view = trajectory_view(_remasking_trajectory(), str, True, ["", "4", "2", ""])
+    wrong = trajectory_view(_remasking_trajectory(), str, False, ["2", "", "", ""])
+    items = [{"prompt": "<script>alert(1)</script>", "before": wrong, "after": view}]
+    (folder / "viewer.json").write_text(json.dumps({"grid": [2, 2], "items": items}))
+    (folder / "summary.json").write_text(json.dumps({**SUMMARY, "seed": seed}))
+    (folder / "config.yaml").write_text("task:\n  name: sudoku\n")
+    return folder
+
+
+class _Page(HTMLParser):
+    """Collects what the tests ask for: text, loaded addresses, and the cells of every step."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.steps: list[list[str]] = []
+        self.text = ""
+        self.open_tags: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.addresses += [values[name] for name in ("src", "srcset", "href", "data", "action") if name in values]
+        if tag == "figure":
+            self.steps.append([])
+        if tag == "span" and values.get("class", "").startswith("cell") and self.steps:
+            self.steps[-1].append(" ".join(values["class"].split()[1:]))
+        if tag not in {"meta", "img", "source", "input"}:
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open_tags and self.open_tags[-1] not in {"script", "style"}:
+            self.text += data
+
+
+def test_comparison_is_computed_from_the_counts() -> None:
+    rows = compare(SUMMARY)
+    assert [(row.steps, row.verdict) for row in rows] == [
+        ("4", "improved"),
+        ("8", "not distinguishable"),
+        ("16", "worse"),
+    ]
+    # Wilson's interval of 585 of 1000 by hand: (0.585 + z2/2000 -+ z sqrt(0.585 0.415/1000 + z2/4e6)) / (1 + z2/1000)
+    assert rows[0].before_interval == (pytest.approx(0.55419, abs=1e-5), pytest.approx(0.61516, abs=1e-5))
+    given = {**SUMMARY, "before_interval": {"4": [0.1, 0.99]}}
+    assert compare(given)[0].before_interval == (0.1, 0.99)
+    assert compare(given)[0].verdict == "not distinguishable"
+
+
+def test_verdict_names_what_got_worse() -> None:
+    assert verdict_line(SUMMARY) == (
+        "Improved at 4 (0.585 to 0.860) denoising steps. Worse at 16 (0.985 to 0.940) denoising steps. "
+        "Not distinguishable from before at 8 (0.720 to 0.730) denoising steps."
+    )
+    assert verdict_line({"before": {"4": 0.5}}) == "No verdict: nothing was measured after training."
+    assert verdict_line({"after": {"4": 0.5}}) == "No verdict: nothing was measured before training."
+    assert "no accuracies" in verdict_line({})
+    unsure = verdict_line({"before": {"4": 0.5}, "after": {"4": 0.9}})  # no n_eval: no interval, so no claim
+    assert unsure.startswith("Unknown") and "mproved" not in unsure
+
+
+def test_an_accuracy_over_nothing_is_no_measurement() -> None:
+    nothing = {"before": {"4": 0.5}, "after": {"4": math.nan}, "after_interval": {"4": [0.0, 1.0]}, "n_eval": 10}
+    assert verdict_line(nothing) == "No verdict: nothing was measured after training."
+    assert unscored_line({**nothing, "after_unscored": {"16": 3, "4": 10, "8": 0}}) == (
+        "Held-out problems without a score, counted in no accuracy: after training 10 at 4 steps, 3 at 16 steps."
+    )
+    assert unscored_line({**nothing, "after_unscored": {"4": 0}}) is None
+
+
+def test_goal_is_judged_by_the_numbers_not_by_its_own_flag() -> None:
+    assert goal_line(SUMMARY) == (
+        "Goal met (4-step accuracy at most 0.650 before and at least 0.850 after): 0.585 before, 0.860 after. "
+        "The 95 % interval of the latter reaches down to 0.837, below the goal."
+    )
+    lying = goal_line({**SUMMARY, "after": {"4": 0.84}})
+    assert lying is not None and lying.startswith("Goal missed") and "claims the goal was met" in lying
+    easy = goal_line({**SUMMARY, "before": {"4": 0.7}, "goal": {"metric": "4", "before_max": 0.65, "after_min": 0.85}})
+    assert easy is not None and easy.startswith("Goal missed") and "already above" in easy
+    unmeasured = goal_line({**SUMMARY, "after": {}})
+    assert unmeasured is not None and unmeasured.startswith("Goal not judged")
+    assert goal_line({}) is None
+
+
+def test_tables_say_the_same_in_text_and_in_rich() -> None:
+    text = before_after_text(SUMMARY)
+    assert text.splitlines()[0] == "sudoku, 1,000 held-out problems, seed 0, 95 % intervals"
+    row = "4 0.585 [0.554, 0.615] 0.860 [0.837, 0.880] +0.275 [+0.237, +0.312] improved"
+    assert row in [" ".join(line.split()) for line in text.splitlines()]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(before_after_table(SUMMARY))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    first = lines.index("4 0.585 0.860 +0.275 improved")
+    assert lines[first + 1] == "[0.554, 0.615] [0.837, 0.880] [+0.237, +0.312]"
+    assert lines[lines.index("8 0.720 0.730 +0.010 not") + 1].endswith("+0.049] distinguishable")
+    drawn = " ".join(lines)
+    assert "Goal met" in drawn and "Worse at 16" in drawn
+    assert "No verdict" in before_after_text({})
+
+
+def test_view_replays_remasking_and_keeps_confidences_with_their_tokens() -> None:
+    view = trajectory_view(_remasking_trajectory(), lambda token: "abcde"[token], True, ["", "e"])
+    assert [step["tokens"] for step in view["steps"]] == [
+        ["", "", "", ""],
+        ["", "", "", "b"],
+        ["c", "", "", ""],
+        ["c", "e", "", "d"],
+        ["c", "e", "b", "d"],
+    ]
+    assert [step["confidence"] for step in view["steps"]] == [
+        [None, None, None, None],
+        [None, None, None, 0.5],
+        [0.25, None, None, None],
+        [0.25, 1.0, None, 0.75],
+        [0.25, 1.0, 0.0, 0.75],
+    ]
+    assert [step["changed"] for step in view["steps"]] == [[], [3], [0, 3], [1, 3], [2]]
+    assert view["givens"] == ["", "e", "", ""] and view["stop_length"] == 3 and view["correct"] is True
+    json.dumps(view, allow_nan=False)
+    with pytest.raises(ValueError, match="givens has 5 cells, the response only 4"):
+        trajectory_view(_remasking_trajectory(), str, True, ["1"] * 5)
+
+
+def test_a_token_without_text_is_not_shown_as_a_mask() -> None:
+    view = trajectory_view(_remasking_trajectory(), lambda token: "", True)
+    assert view["steps"][-1]["tokens"] == ["<2>", "<4>", "<1>", "<3>"]
+
+
+def test_frames_mark_what_happened_to_each_cell() -> None:
+    view = trajectory_view(_remasking_trajectory(), str, False, ["", "3", "1", ""])
+    frames = build_view(view, [2, 2], max_frames=99).frames
+    assert [[cell.classes for cell in frame.cells] for frame in frames] == [
+        ["masked", "masked given", "masked given", "masked"],
+        ["masked", "masked given", "masked given", "new tail"],
+        ["new", "masked given", "masked given", "remasked"],
+        ["", "new broken", "masked given", "new tail"],
+        ["", "broken", "new given", "tail"],
+    ]
+    assert [frame.caption for frame in frames[1:3]] == ["step 1 of 4: 1 decided", "step 2 of 4: 1 decided, 1 remasked"]
+    assert [cell.percent for cell in frames[-1].cells] == [25, 100, 0, 75]
+    # Fewer grid cells than response cells: the rest is shown behind the grid.
+    assert [cell.text for cell in build_view(view, [1, 3], 99).frames[-1].rest] == ["3"]
+
+
+def test_left_out_canvases_are_counted_and_their_changes_carried_over() -> None:
+    view = trajectory_view(_remasking_trajectory(), str, True)
+    built = build_view(view, None, max_frames=3)
+    assert built.left_out == 2
+    assert [frame.caption for frame in built.frames] == [
+        "start: everything masked",
+        "step 2 of 4: 1 decided, 1 remasked",
+        "step 4 of 4: 3 decided",
+    ]
+    long = {"steps": [{"tokens": [""] * 1000, "confidence": [None] * 1000, "changed": []}] * 500}
+    limit = frame_budget([{"before": long, "after": long}] * 5)
+    assert limit >= 2 and limit * 1000 * 10 <= MAX_CELLS
+    assert len(build_view(long, None, limit).frames) == limit
+
+
+def test_series_takes_its_interval_and_skips_holes(tmp_path: Path) -> None:
+    records = [
+        {
+            "step": 0,
+            "eval/accuracy@4": 0.5,
+            "eval/accuracy_low@4": 0.4,
+            "eval/accuracy_high@4": 0.6,
+            "eval/accuracy@16": 1,
+        },
+        {"step": 1, "eval/accuracy@4": None},
+        {"step": 2, "eval/accuracy@4": 0.9, "eval/accuracy_low@4": 0.1, "eval/accuracy_high@4": 1.0},
+        {"step": 2, "eval/accuracy@4": 0.7, "eval/accuracy_low@4": 0.6, "eval/accuracy_high@4": 0.8},
+    ]
+    assert series(records, "eval/accuracy@4") == Series([0, 2], [0.5, 0.7], [0.4, 0.6], [0.6, 0.8])
+    assert series(records, "eval/accuracy@16") == Series([0], [1])
+    assert accuracy_names(records) == ["eval/accuracy@4", "eval/accuracy@16"]
+    train = read_metrics(_run_folder(tmp_path), "train")
+    reward = series(train, "reward/mean")
+    assert reward.low is not None and reward.low[3] == pytest.approx(0.48)
+    assert 7 not in series(train, "policy/entropy").steps
+
+
+def test_curves_draw_what_was_logged(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    runs = [_run_folder(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 1))]
+    curve = plot_learning_curve(runs[0])
+    assert curve == runs[0] / "learning_curve.png"
+    image = imread(curve)
+    dark = imread(plot_learning_curve(runs[0], tmp_path / "dark.png", DARK))
+    assert image.shape == dark.shape
+    # Paper, and the ink of the reward line: #0072B2 on white.
+    assert image[0, 0, :3].tolist() == [1, 1, 1] and dark[0, 0, :3].max() < 0.2
+    blue = np.abs(image[..., :3] - np.array([0, 0x72, 0xB2]) / 255).max(axis=-1) < 0.01
+    assert blue.sum() > 500
+    assert plot_runs(runs) == tmp_path / "runs.png"
+    with MetricsWriter(tmp_path / "empty") as metrics:
+        metrics.log(0, "sft", {"loss/total": 1.0})
+    assert plot_learning_curve(tmp_path / "empty").stat().st_size > 0  # every panel says "not logged"
+    assert plot_runs([tmp_path / "empty"]).stat().st_size > 0
+    with pytest.raises(ValueError, match="name at least one"):
+        plot_runs([])
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_report_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
+    folder = _run_folder(tmp_path / "my run")
+    path = write_report(folder)
+    assert path == folder / "report.html" and not list(folder.glob("*.partial"))
+    html = path.read_text()
+    page = _Page(html)
+    assert page.open_tags == []
+    assert len(page.addresses) == 2 and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"https?:|url\(|@import", html)
+    assert "<script>alert" not in html and "<script>alert(1)</script>" in page.text
+    for words in (verdict_line(SUMMARY), goal_line(SUMMARY), "12,345", "51.2", "name: sudoku", "NaN or infinite: 1"):
+        assert words is not None and words in page.text
+    # Every step of both rollouts is in the page itself, whatever JavaScript later hides.
+    assert len(page.steps) == 10 and all(len(step) == 4 for step in page.steps)
+    assert page.steps[2] == ["new given", "masked", "masked", "remasked"]  # before: cell 0 must be 2
+    assert page.steps[7] == ["new", "masked given", "masked given", "remasked"]
+    assert page.steps[9] == ["", "given", "new broken", "tail"]
+    assert "before training: ✗ wrong" in page.text and "after training: ✓ right" in page.text
+
+
+def test_report_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    page = _Page(write_report(tmp_path).read_text())
+    for words in (
+        "No verdict",
+        "summary.json has no accuracies",
+        "metrics.jsonl is missing or empty",
+        "viewer.json is missing or empty",
+        "summary.json has no costs",
+        "config.yaml is missing",
+    ):
+        assert words in page.text, words
+    item = {"prompt": "p", "before": trajectory_view(_remasking_trajectory(), str, False), "after": None}
+    (tmp_path / "viewer.json").write_text(json.dumps({"grid": None, "items": [item]}))
+    page = _Page(write_report(tmp_path).read_text())
+    assert len(page.steps) == 5 and "not recorded" in page.text
+
+
+def test_report_refuses_what_is_no_run_folder_or_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a run folder"):
+        write_report(tmp_path)
+    for name, content in (("summary.json", "[1]"), ("summary.json", "{"), ("viewer.json", '{"items": []}')):
+        folder = tmp_path / f"{name}{len(content)}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=name):
+            write_report(folder)
+        assert not (folder / "report.html").exists()
