@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -60,3 +61,56 @@ def mask_token_of(model: DenoisingModel) -> int:
     if model.mask_token_id is None:
         raise ValueError("model.mask_token_id is not set: name the mask token id in the model config")
     return model.mask_token_id
+
+
+# What a sample is conditioned on: name -> [B, ...], row i belongs to sample i. A trajectory keeps its own row,
+# so that a replay sees exactly what the sampler saw and runs no text encoder.
+Conditioning = Mapping[str, torch.Tensor]
+
+
+@runtime_checkable
+class ImagePolicy(Protocol):
+    """A continuous diffusion model: a diffusers UNet or DiT pipeline, or a small class-conditional network.
+
+    Latents are float32 [B, C, H, W] for every family, also where the network wants them packed into tokens.
+
+    Attributes:
+        prediction_type: what `predict` returns, in the scheduler's words: "epsilon" (the noise), "v_prediction"
+            or "sample" (the data); "flow" is the velocity of flow matching, noise - data.
+        latent_shape: (C, H, W) of one sample.
+        scheduler: the diffusers scheduler the model came with: its `config` holds the noise schedule. A sampler
+            makes its own from that config and never steps this one.
+    """
+
+    prediction_type: str
+    latent_shape: tuple[int, int, int]
+    scheduler: Any
+
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """Keyword arguments for `scheduler.set_timesteps`: the step count, or sigmas and shift of a flow model."""
+        ...
+
+    def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The conditioning of B prompts, that of the unconditional half of guidance included; no gradient.
+
+        Args:
+            prompts: text, or whatever the task gives the model (a class label).
+        """
+        ...
+
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> torch.Tensor:
+        """The guided prediction, float32 [B, C, H, W]; the same computation in rollout and replay.
+
+        Args:
+            latents: float32 [B, C, H, W].
+            timesteps: [B] values of `scheduler.timesteps`; rows may be at different steps.
+            conditioning: rows of what `encode` returned.
+            guidance_scale: w of classifier-free guidance, u + w (c - u); 1 runs the conditional half alone.
+        """
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images float32 [B, 1 or 3, height, width] in [0, 1]; differentiable, for rewards that give gradients."""
+        ...
