@@ -129,9 +129,20 @@ def free_port() -> str:
 
 
 def torchrun(ranks: int, *script: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`script` on `ranks` CPU processes."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
+    """`script` on `ranks` CPU processes; the launcher's own store binds a free port and the ranks share it."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     return execute([sys.executable, *launcher, *script], **options)
+
+
+def deepspeed(ranks: int, *script: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`script` under DeepSpeed's launcher, which must be told a port; tried again when it was taken."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    for _ in range(5):
+        command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port(), *script]
+        done = execute(command, **options)
+        if done.returncode == 0 or "EADDRINUSE" not in done.stderr:
+            break
+    return done
 
 
 # Seconds, and what is derived from them: the only numbers of a run that nobody can repeat.

@@ -101,6 +101,42 @@ def close(value: Any, expected: Any) -> bool:
     return math.isclose(value, expected, rel_tol=RTOL, abs_tol=ATOL) if numbers else bool(value == expected)
 
 
+STARTS = """
+import os, sys
+import deepspeed, torch
+from rl.train import distributed
+
+def join_twice():
+    for _ in range(2):
+        distributed.start(torch.device("cpu"))
+        assert (distributed.rank(), distributed.world_size(), distributed.reduce_number(2.0, "sum")) == (0, 1, 2.0)
+        distributed.stop()
+
+ready, go = os.pipe()
+children = []
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        os.read(ready, 1)  # returns when the parent closes its end
+        try:
+            join_twice()
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+os.close(go)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+def test_many_processes_start_at_once() -> None:
+    """Alone, a process needs no port that somebody else could want; started again after a stop, it needs a new one."""
+    done = runs.execute([sys.executable, "-c", STARTS])
+    assert done.stdout.splitlines()[-1] == str([0] * 20), done.stderr[-3000:]
+
+
 def test_the_reference_learns_something(one_rank: Path) -> None:
     """Equal runs would prove little if nothing moved."""
     run = one_rank / "plain" / "run"
@@ -146,10 +182,7 @@ def test_deepspeed_launcher(one_rank: Path, folder: Path) -> None:
     """`deepspeed scripts/train.py --config ...` as the README says it, ZeRO 2 on two ranks, overrides in both forms."""
     home = folder / "launcher"
     arguments = runs.tiny_config(home, SEED, "--train.deepspeed", runs.ZERO[2], f"--run.output_dir={home / 'run'}")
-    launcher = Path(sys.executable).parent / "deepspeed"
-    done = runs.execute(
-        [launcher, "--num_gpus", "2", "--master_port", runs.free_port(), "scripts/train.py", *arguments]
-    )
+    done = runs.deepspeed(2, "scripts/train.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(home / "run", one_rank / "plain" / "run")
     assert {"summary.json", "report.html", "learning_curve.png", "samples.jsonl"} <= {
