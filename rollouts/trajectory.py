@@ -28,6 +28,7 @@ _EDIT_FIELDS = {
     "logprob": np.float64,
     "confidence": np.float32,
 }
+FILL_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
 
 
 @dataclass
@@ -60,7 +61,11 @@ class TokenTrajectory:
         sampler: the sampler settings that define the distribution (temperature, top_p, top_k, ...).
         policy_version: optimizer steps taken by the weights that sampled this.
         exact: False when an approximate cache was used: log-probs then carry an unknown error.
-        x0_hat: int64 [T, L], the full fill of every step, recorded on request only.
+        x0_hat: int64 [T, L], the full fill of every step, recorded on request only: the canvas with a draw for
+            every masked position, committed or not.
+        x0_confidence: float32 [T, L], recorded with it: `confidence` of each of these draws; NaN where the step
+            drew nothing (the position held a token).
+        x0_logprob: float64 [T, L], recorded with it: `logprob` of each of these draws; NaN likewise.
         seed: the per-request seed; the same seed, weights and settings give the same rollout.
     """
 
@@ -80,6 +85,8 @@ class TokenTrajectory:
     policy_version: int = 0
     exact: bool = True
     x0_hat: np.ndarray | None = None
+    x0_confidence: np.ndarray | None = None
+    x0_logprob: np.ndarray | None = None
     seed: int = 0
 
     @property
@@ -134,6 +141,13 @@ class TokenTrajectory:
             raise ValueError("trajectory field 'position' must lie behind the prompt and inside the canvas")
         if not 0 <= self.stop_length <= self.length - self.prompt_length:
             raise ValueError(f"trajectory field 'stop_length' is {self.stop_length}, outside the response")
+        for name in FILL_FIELDS:
+            fill = getattr(self, name)
+            if fill is not None and fill.shape != (self.num_steps, self.length):
+                raise ValueError(
+                    f"trajectory field {name!r} has shape {fill.shape}, num_steps and length are "
+                    f"{(self.num_steps, self.length)}"
+                )
         if not np.all(np.isfinite(self.logprob)):
             raise ValueError("trajectory field 'logprob' holds a value that is not finite")
         order = np.lexsort((self.position, self.step))
@@ -152,8 +166,10 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
     for name, dtype in _EDIT_FIELDS.items():
         arrays[name] = _concatenate((getattr(t, name) for t in trajectories), dtype)
     for index, trajectory in enumerate(trajectories):
-        if trajectory.x0_hat is not None:
-            arrays[f"x0_hat_{index}"] = trajectory.x0_hat
+        for name, dtype in FILL_FIELDS.items():
+            fill = getattr(trajectory, name)
+            if fill is not None:
+                arrays[f"{name}_{index}"] = fill.astype(dtype, copy=False)
     header = {
         "format": "denoise-rl token trajectories",
         "version": FORMAT_VERSION,
@@ -200,7 +216,7 @@ def load_trajectories(path: str | os.PathLike[str]) -> list[TokenTrajectory]:
         edits = slice(*arrays["edit_offsets"][index : index + 2])
         trajectory = TokenTrajectory(
             prompt_ids=arrays["prompt_ids"][prompt],
-            x0_hat=arrays.get(f"x0_hat_{index}"),
+            **{name: arrays[f"{name}_{index}"] for name in FILL_FIELDS if f"{name}_{index}" in arrays},
             **{name: arrays[name][edits] for name in _EDIT_FIELDS},
             **item,
         )

@@ -480,6 +480,17 @@ def test_the_full_fill_of_every_step_is_recorded_on_request(make_model, block_le
             assert (x0_hat[step, known] == canvas[known]).all()
             now = trajectory.step == step
             assert (x0_hat[step, trajectory.position[now]] == trajectory.token[now]).all()
+            for name in ("confidence", "logprob"):
+                values = getattr(trajectory, f"x0_{name}")[step]
+                assert (np.isnan(values) == known).all()
+                assert (values[trajectory.position[now]] == getattr(trajectory, name)[now]).all()
+            # Also the draws that were not committed: one forward of the step's canvas gives their log-probs.
+            with torch.no_grad():
+                logprobs = model(torch.from_numpy(canvas)[None])[0].log_softmax(-1).numpy()
+            drawn = np.flatnonzero(~known)
+            expected = logprobs[drawn, x0_hat[step, drawn]]
+            np.testing.assert_allclose(trajectory.x0_logprob[step, drawn], expected, rtol=0, atol=1e-9)
+            np.testing.assert_allclose(trajectory.x0_confidence[step, drawn], np.exp(expected), rtol=1e-6)
 
 
 def test_the_record_carries_its_origin(make_model) -> None:

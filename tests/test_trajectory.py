@@ -95,6 +95,11 @@ def test_a_right_record_validates() -> None:
         ({"stop_length": -1}, "'stop_length' is -1"),
         ({"logprob": np.array([-1.0, np.nan, -1.0, -1.0])}, "'logprob' holds a value that is not finite"),
         ({"logprob": np.array([-1.0, -np.inf, -1.0, -1.0])}, "'logprob' holds a value that is not finite"),
+        (
+            {"x0_hat": np.zeros((2, 6), dtype=np.int64)},
+            r"'x0_hat' has shape \(2, 6\), num_steps and length are \(3, 6\)",
+        ),
+        ({"x0_confidence": np.zeros((3, 4))}, "'x0_confidence' has shape"),
         ({"position": np.array([4, 5, 5, 3])}, "edits one position twice in one step"),
     ],
 )
@@ -106,7 +111,10 @@ def test_a_record_that_contradicts_itself_is_refused(change: dict[str, object], 
 def test_save_and_load_keep_every_field(tmp_path) -> None:
     x0_hat = np.arange(24).reshape(4, 6)
     first = replace(revised(), policy_version=3, exact=False, seed=2**62, block_length=2, block_origin=1)
-    second = replace(revealed(), num_steps=4, x0_hat=x0_hat, stop_length=1)
+    drawn = np.where(x0_hat % 3 == 0, np.nan, x0_hat / 30)
+    second = replace(
+        revealed(), num_steps=4, x0_hat=x0_hat, x0_confidence=drawn.astype(np.float32), x0_logprob=-drawn, stop_length=1
+    )
     save_trajectories(tmp_path / "t.npz", [first, second])
     loaded = load_trajectories(tmp_path / "t.npz")
     assert len(loaded) == 2

@@ -232,16 +232,14 @@ class InProcessEngine:
         result = denoise_step(state, logits, self.options)
         request = slots.index[group]
         if self.options.record_x0:
-            fill = tokens.clone()
-            fill[result.row, result.position] = result.token
-            for i, filled in zip(request, fill.cpu().numpy(), strict=True):
-                record.x0_hat[i].append(filled)
+            record.add_fill(result, tokens, request)
         shown = torch.where(result.reveal, result.token, self.mask_token_id)
         canvas[where[result.row], result.position] = shown
         edited, token = record.add(result, request, slots.step[group])
         revealed = np.bincount(edited, minlength=len(group))
         ends = np.zeros(len(token), dtype=bool) if self.eos_token_id is None else token == self.eos_token_id
         ended = np.bincount(edited[ends], minlength=len(group)) > 0
+        record.num_steps[request] = slots.step[group] + 1
         # A block-causal model never saw what lies behind the terminal block.
         record.length[request] = slots.end[group] if self.block_causal else slots.length[group]
         slots.after_step(group, revealed, ended, self.options.block_length)
@@ -297,12 +295,12 @@ class InProcessEngine:
     ) -> list[TokenTrajectory]:
         trajectories = []
         for plan, request, edits in zip(plans, requests, record.by_request(), strict=True):
-            length, x0_hat = int(record.length[plan.index]), record.x0_hat[plan.index]
+            length = int(record.length[plan.index])
             trajectory = TokenTrajectory(
                 prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
                 length=length,
                 mask_token_id=self.mask_token_id,
-                num_steps=int(edits["step"][-1]) + 1,
+                num_steps=int(record.num_steps[plan.index]),
                 step=edits["step"].astype(np.int32),
                 position=edits["position"].astype(np.int32),
                 token=edits["token"],
@@ -314,8 +312,8 @@ class InProcessEngine:
                 sampler=self.options.distribution(),
                 policy_version=policy_version,
                 exact=self.approximate_cache == "none",
-                x0_hat=np.stack([fill[:length] for fill in x0_hat]) if x0_hat else None,
                 seed=request.seed,
+                **record.fills(plan.index),
             )
             if self.eos_token_id is not None:
                 ends = np.flatnonzero(trajectory.response_ids() == self.eos_token_id)

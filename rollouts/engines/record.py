@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rollouts.samplers.step import StepResult
+from rollouts.trajectory import FILL_FIELDS
 
 _COLUMNS = ("request", "step", "position", "token", "logprob", "confidence")
 
@@ -22,7 +23,10 @@ class Record:
     def __init__(self, num_requests: int):
         self._parts: list[np.ndarray] = []
         self.length = np.zeros(num_requests, dtype=np.int64)
-        self.x0_hat: list[list[np.ndarray]] = [[] for _ in range(num_requests)]
+        self.num_steps = np.zeros(num_requests, dtype=np.int64)
+        self._fills: list[dict[str, list[np.ndarray]]] = [
+            {name: [] for name in FILL_FIELDS} for _ in range(num_requests)
+        ]
 
     def add(self, result: StepResult, request: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keep what a step revealed.
@@ -40,6 +44,29 @@ class Record:
         row, token = columns[0], columns[2]
         self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:]]))
         return row, token
+
+    def add_fill(self, result: StepResult, canvas: torch.Tensor, request: np.ndarray) -> None:
+        """Keep what a step drew everywhere.
+
+        Args:
+            canvas: int64 [N, L], before the step.
+            request: int64 [N], of each row.
+        """
+        place = (result.row, result.position)
+        unknown = torch.full(canvas.shape, torch.nan, dtype=torch.float64, device=canvas.device)
+        fills = {
+            "x0_hat": canvas.index_put(place, result.token),
+            "x0_confidence": unknown.index_put(place, result.confidence.double()),
+            "x0_logprob": unknown.index_put(place, result.logprob.double()),
+        }
+        for name, values in fills.items():
+            for i, row in zip(request, values.cpu().numpy().astype(FILL_FIELDS[name]), strict=True):
+                self._fills[i][name].append(row)
+
+    def fills(self, request: int) -> dict[str, np.ndarray]:
+        """The trajectory's `FILL_FIELDS`, [T, L] each; empty when none were recorded."""
+        length = int(self.length[request])
+        return {name: np.stack(rows)[:, :length] for name, rows in self._fills[request].items() if rows}
 
     def by_request(self) -> list[dict[str, np.ndarray]]:
         """Columns `step`, `position`, `token`, `logprob`, `confidence` of every request."""

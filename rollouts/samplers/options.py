@@ -37,7 +37,9 @@ class SamplerOptions(BaseModel):
         "above threshold or else the quota's best, or the left-most.",
     )
     threshold: float = Field(0.9, gt=0, le=1, description="Score bound of the threshold and dynamic selectors.")
-    record_x0: bool = Field(False, description="Also record the full fill of every step (MDPO needs it).")
+    record_x0: bool = Field(
+        False, description="Also record the full fill of every step, its confidences and log-probs (MDPO)."
+    )
 
     @model_validator(mode="after")
     def _steps_divide(self) -> SamplerOptions:
