@@ -51,8 +51,14 @@ def group_advantage(
     return torch.where(valid, advantage, torch.full_like(advantage, torch.nan))
 
 
-def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """bool [num_groups]: groups whose scored rewards are all equal (they carry no policy gradient)."""
+def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
+    """bool [num_groups]: groups whose scored rewards are all equal (they carry no policy gradient).
+
+    Args:
+        steps: [M, T] rewards of every step, which must then be equal too at every step.
+    """
+    if steps is not None:
+        return torch.stack([zero_variance_groups(column, group) for column in (reward, *steps.T)]).all(dim=0)
     num_groups = int(group.max()) + 1 if len(group) else 0
     low = torch.full((num_groups,), torch.inf, dtype=reward.dtype)
     high = -low

@@ -1,6 +1,7 @@
 """What a loss sees: one record, flat over decisions.
 
-Shape legend: N decisions (revealed tokens) of a micro-batch, M trajectories of the whole update.
+Shape legend: N decisions of a micro-batch (revealed tokens, or whatever the estimator's decisions are; see
+`rl/estimators/base.py`), M trajectories of the whole update.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class DecisionBatch:
             logprob=tensor([-0.5, -0.1, -2.0], requires_grad=True), entropy=tensor([0.9, 0.3, 1.2]),
             old_logprob=tensor([-0.5, -0.1, -2.0]), ref_logprob=None,
             advantage=tensor([0.5, 0.5, -0.5]), weight=tensor([1/3, 1/3, 1/3]),
+            trajectory=tensor([0, 0, 1]), step=tensor([0, 1, 0]),
         )
 
     Attributes:
@@ -30,6 +32,8 @@ class DecisionBatch:
         advantage: [N], no gradient.
         weight: [N], share of each decision in the loss of the whole update. Weights are made once per
             update over all micro-batches and ranks (`losses/aggregate.py`), so sums simply add up.
+        trajectory: int64 [N], whose decision it is, an index into the trajectories of this micro-batch, or None.
+        step: int64 [N], its denoising step, or None.
     """
 
     logprob: torch.Tensor
@@ -38,9 +42,11 @@ class DecisionBatch:
     ref_logprob: torch.Tensor | None
     advantage: torch.Tensor
     weight: torch.Tensor
+    trajectory: torch.Tensor | None = None
+    step: torch.Tensor | None = None
 
     def check(self) -> None:
-        for name in ("entropy", "old_logprob", "ref_logprob", "advantage", "weight"):
+        for name in ("entropy", "old_logprob", "ref_logprob", "advantage", "weight", "trajectory", "step"):
             value = getattr(self, name)
             assert value is None or value.shape == self.logprob.shape, f"{name} has shape {value.shape}"
 

@@ -190,7 +190,6 @@ def _sft(args: argparse.Namespace) -> int:
     config = _config(args)
     if not config.sft.steps:
         raise ValueError("sft.steps is 0: set it to the number of supervised updates")
-    from rl.models.load import save_policy
     from rl.train import distributed
     from rl.train.plan import check_run
     from rl.train.session import Session
@@ -200,7 +199,7 @@ def _sft(args: argparse.Namespace) -> int:
     with Session.open(config) as session:
         summary = supervised(session)
         if distributed.rank() == 0:
-            save_policy(session.model, session.tokenizer, session.run_dir / "model")
+            session.save_model(session.run_dir / "model")
             print(f"model: {session.run_dir / 'model'}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
     distributed.stop()
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,23 +11,33 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rl.config import OptimizerConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from rl.batch import DecisionBatch, LossOutput
-    from rl.estimators.rows import ScoringRows
-    from rollouts.model_protocol import DenoisingModel
-    from rollouts.trajectory import TokenTrajectory
+    from rl.estimators.base import DecisionRows, Verdicts
+    from rl.train.session import Session
+    from rl.train.update import Updater
+
+
+def revealed(trajectory: Any, steps: np.ndarray | None = None) -> int:
+    """Tokens a trajectory revealed: the decisions of a trace."""
+    return int(trajectory.is_reveal.sum())
 
 
 @dataclass
 class Recipe:
-    """What distinguishes one algorithm from another.
+    """What distinguishes one policy-gradient algorithm from another.
 
     Attributes:
-        rows: (trajectories, model, training block length or None for the rollout's) -> rows to forward
-            (the estimator).
-        advantage: (reward [M], group [M]) -> advantage [M], NaN where there is no reward.
+        rows: the estimator: (trajectories, model, training block length or None for the rollout's, steps) -> what to
+            forward and the decisions it scores. `steps` is None for all of them, else a bool [T] per
+            trajectory: the steps that have an advantage.
+        advantage: verdicts of all ranks -> advantage [M], NaN where there is no reward; or [M, T], one per step, NaN
+            where a step is not trained.
         loss: one record of decisions -> per-decision loss and metrics.
+        num_decisions: (trajectory, its `steps` or None) -> decisions that `rows` will score, without building them.
+        needs_step_rewards: score every step's full fill (`Verdicts.steps`).
         needs_reference: keep a frozen copy of the starting policy.
         old_logprob: where the ratio's denominator comes from.
         aggregation: how decisions are averaged (`rl/losses/aggregate.py`).
@@ -35,14 +45,22 @@ class Recipe:
         value_reward: what the critic predicts: the group "advantage" or the "raw" reward.
     """
 
-    rows: Callable[[Sequence[TokenTrajectory], DenoisingModel, int | None], ScoringRows]
-    advantage: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    rows: Callable[[Sequence[Any], Any, int | None, Sequence[np.ndarray] | None], DecisionRows]
+    advantage: Callable[[Verdicts], torch.Tensor]
     loss: Callable[[DecisionBatch], LossOutput]
     needs_reference: bool
     old_logprob: Literal["sampler", "recompute", "on_policy"]
     aggregation: str
     value: ValueOptions | None = None
     value_reward: Literal["advantage", "raw"] = "advantage"
+    num_decisions: Callable[[Any, np.ndarray | None], int] = field(default=revealed)
+    needs_step_rewards: bool = False
+
+    def updater(self, session: Session, total_updates: int, resumed: bool) -> Updater:
+        """What takes the RL steps of a run (`rl.train.update.Updater`)."""
+        from rl.train.update import PolicyUpdater
+
+        return PolicyUpdater(session, self, total_updates, resumed)
 
 
 class ValueOptimizerConfig(OptimizerConfig):
@@ -110,10 +128,11 @@ class RecipeOptions(BaseModel):
         settings: dict[str, Any] = {name: getattr(self, name) for name in [*names, "entropy_coef"]}
         return partial(clipped_policy_loss, **settings)
 
-    def group_advantage(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The group advantage with these options."""
-        from functools import partial
-
+    def group_advantage(self) -> Callable[[Verdicts], torch.Tensor]:
+        """The group advantage of the final reward with these options."""
         from rl.advantages import group_advantage
 
-        return partial(group_advantage, baseline=self.baseline, scale=self.scale)
+        def advantage(verdicts: Verdicts) -> torch.Tensor:
+            return group_advantage(verdicts.reward, verdicts.group, baseline=self.baseline, scale=self.scale)
+
+        return advantage

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,7 +59,10 @@ class TraceRLOptions(RecipeOptions):
     def build(self) -> Recipe:
         from rl.estimators.trace_rows import packed_rows, remask_rows
 
-        def rows(trajectories: Sequence[TokenTrajectory], model: DenoisingModel, block: int | None) -> ScoringRows:
+        def rows(
+            trajectories: Sequence[TokenTrajectory], model: DenoisingModel, block: int | None = None, steps: Any = None
+        ) -> ScoringRows:
+            assert steps is None, "TraceRL trains every step"
             if model.attention == "block_causal":
                 return packed_rows(covered(trajectories, block), self.shrink, block, self.pack_to)
             return remask_rows(trajectories, self.shrink, model.logit_shift, pack_to=self.pack_to)

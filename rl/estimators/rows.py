@@ -19,7 +19,7 @@ _NO_BLOCK = 2**62
 
 @dataclass
 class ScoringRows:
-    """R rows of width W that score N decisions.
+    """R rows of width W that score N decisions; a `rl.estimators.base.DecisionRows`.
 
     Every token belongs to a document (one trajectory) and to a segment of it: segment 0 is the clean
     part, each other segment is one noisy copy of one block. A full-attention canvas is one segment.
@@ -34,6 +34,7 @@ class ScoringRows:
         target: int64 [N], the token that was chosen.
         trajectory: int64 [N], index of the decision's trajectory among those given.
         step: int64 [N], its (merged) denoising step within the trajectory, 0, 1, 2, ...
+        recorded, share: float64 [N] or None, see `rl.estimators.base.DecisionRows`.
         temperature, top_p, top_k: the sampling distribution.
         logit_shift: the state that predicts a position stands this far to its left.
     """
@@ -48,14 +49,30 @@ class ScoringRows:
     target: torch.Tensor
     trajectory: torch.Tensor
     step: torch.Tensor
+    recorded: torch.Tensor | None = None
+    share: torch.Tensor | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     logit_shift: int = 0
 
     @property
+    def num_rows(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
+
+    def distinct(self) -> ScoringRows:
+        """The same decisions with equal rows forwarded once."""
+        from rl.estimators.dedupe import merge_equal_rows
+
+        return merge_equal_rows(self)
+
+    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """logprob [N] and entropy [N]; see `score_rows`."""
+        return score_rows(model, self)
 
     def to(self, device: torch.device | str) -> ScoringRows:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}

@@ -202,6 +202,7 @@ def _assemble(
         in_row[row[index]] += 1
     owner = np.concatenate(owners)
     counts = [len(target) for target in targets]
+    recorded = np.concatenate([t.logprob[t.is_reveal] for t in trajectories]).astype(np.float64)
     return ScoringRows(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
@@ -213,6 +214,7 @@ def _assemble(
         target=tensor(np.concatenate(targets)),
         trajectory=tensor(np.repeat(np.arange(len(counts)), counts)),
         step=tensor(np.concatenate(steps)),
+        recorded=torch.from_numpy(recorded),
         logit_shift=logit_shift,
         **{k: trajectories[0].sampler[k] for k in ("temperature", "top_p", "top_k")},
     )

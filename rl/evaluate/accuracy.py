@@ -41,11 +41,7 @@ def evaluate(
     results: dict[int, Accuracy] = {}
     rollouts: dict[int, ScoredRollouts] = {}
     for steps in step_counts:
-        options = session.config.sampler.model_copy(
-            update={"temperature": temperature, "num_inference_steps": steps, "record_x0": False}
-        )
-        options.steps_per_block()
-        engine = session.engine(model, options)
+        engine = session.engine(model, session.medium.evaluation_options(steps, temperature))
         scored = session.rollout(engine, mine, 1, seed=0, first=first, count=False, verifier=True)
         values = [v for part in distributed.gather_objects(scored.reward.tolist()) for v in part]
         judged = [v for v in values if v == v]

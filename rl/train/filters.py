@@ -13,7 +13,11 @@ from rl.config import FilterConfig
 
 
 def keep_mask(
-    options: FilterConfig, reward: torch.Tensor, group: torch.Tensor, overlong: torch.Tensor
+    options: FilterConfig,
+    reward: torch.Tensor,
+    group: torch.Tensor,
+    overlong: torch.Tensor,
+    steps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Apply the filters to M scored rollouts.
 
@@ -21,6 +25,7 @@ def keep_mask(
         reward: float64 [M], NaN where there is no score; such rollouts are never kept.
         group: int64 [M], 0..num_groups-1.
         overlong: bool [M], responses that never ended.
+        steps: [M, T] rewards of every step's fill, where the recipe asked for them.
 
     Returns:
         bool [M], and how many groups (or rollouts) each filter left out. A group counts once, for the first
@@ -29,7 +34,7 @@ def keep_mask(
     num_groups = int(group.max()) + 1 if len(group) else 0
     scored = ~torch.isnan(reward)
     keep = scored & ~overlong if options.drop_overlong else scored
-    flat = zero_variance_groups(reward, group)
+    flat = zero_variance_groups(reward, group, steps)
     zeros = torch.zeros(num_groups, dtype=torch.float64)
     count = zeros.index_add(0, group, scored.double())
     mean = zeros.index_add(0, group, torch.where(scored, reward, torch.zeros_like(reward))) / count.clamp(min=1)

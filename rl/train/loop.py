@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import random
 import time
+from collections import Counter
 from typing import Any
 
 from rl.algorithms import parse_options
 from rl.evaluate.accuracy import Accuracy, as_metrics, evaluate
-from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
-from rl.train.policy import Policy
-from rl.train.session import ScoredRollouts, Session, join_metrics
+from rl.train.session import Session
 from rl.train.sft import supervised
-from rl.train.update import PolicyUpdater, rollout_metrics
-from rl.values.model import PolicyWithValue, ValueModel
 
 
 def train(session: Session) -> dict[str, Any]:
@@ -51,7 +46,7 @@ def train(session: Session) -> dict[str, Any]:
         summary |= _accuracy("before", before)
         views_before = _views(session, session.model, heldout)
         if distributed.rank() == 0:
-            save_policy(session.model, session.tokenizer, session.run_dir / "warm_start")
+            session.save_model(session.run_dir / "warm_start")
             _write_json(session.run_dir / "before.json", summary | {"views": views_before})
         distributed.barrier()
     else:
@@ -74,73 +69,30 @@ def train(session: Session) -> dict[str, Any]:
 def reinforce(session: Session, checkpoint: Any = None) -> dict[str, Any]:
     """The RL stage on `session.model`; the model holds the trained weights afterwards."""
     config = session.config
-    recipe = parse_options(config.algorithm).build()
-    reference = None
-    if recipe.needs_reference:
-        # The frozen policy is the one RL started from, also after a resume.
-        start = session.model
-        if checkpoint is not None:
-            warm = config.model.model_copy(update={"path": str(session.run_dir / "warm_start")})
-            start = load_policy(warm, session.tokenizer, config.run.seed)
-        reference = copy.deepcopy(start).to(session.device).eval().requires_grad_(False)
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
-    # session.model is the copy that samples; it gets the learner's weights after every update.
-    shared = recipe.value is not None and recipe.value.share_backbone
-    sampling = PolicyWithValue(session.model) if shared else Policy(session.model)
-    learner = Learner(sampling, config.train.deepspeed, config.train.optimizer, total, session.device)
-    # Also before the first step: the learner may compute in another precision than the model was loaded in.
-    learner.copy_weights_into(sampling)
-    if config.train.block_schedule and session.model.attention != "block_causal":
-        raise ValueError("train.block_schedule needs a block-causal model: this one attends fully")
-    learners = {"policy": learner}
-    if recipe.value is not None and not recipe.value.share_backbone:
-        learners["value"] = Learner(
-            ValueModel(session.model), config.train.deepspeed, recipe.value.optimizer, total, session.device
-        )
-    updater = PolicyUpdater(session, recipe, learner, reference, learners.get("value"))
+    updater = parse_options(config.algorithm).build().updater(session, total, checkpoint is not None)
     step = 0
     if checkpoint is not None:
-        step, state = load_checkpoint(checkpoint, learners)
+        step, state = load_checkpoint(checkpoint, updater.learners)
         vars(session.costs).update(state["costs"])
-        learner.copy_weights_into(sampling)
-        blocks = config.train.blocks_at(max(step - 1, 0))
-        if blocks is not None:
-            session.rollout_block = session.model.config.block_length = blocks.rollout
+        updater.resumed(step)
         session.metrics.truncate_after(step)
         _drop_samples(session, step)
         session.progress.message(f"resumed from {checkpoint}")
     session.progress.stage("train", config.train.steps)
-    stage = {"rollout": 0.0, "reward": 0.0, "learn": 0.0}
+    stage: Counter[str] = Counter()
     started = time.perf_counter()
     while step < config.train.steps:
         tick = time.perf_counter()
-        blocks = config.train.blocks_at(step)
-        if blocks is not None:
-            # The model that is saved decodes with the block length it was last sampled with.
-            session.rollout_block = session.model.config.block_length = blocks.rollout
-            updater.block_length = blocks.train
-        rollouts = _sample(session, step, learner.updates)
-        rolled = time.perf_counter()
-        metrics = join_metrics(
-            distributed.gather_objects((rollouts.table.metrics, len(rollouts.completions)))
-        ) | rollout_metrics(rollouts, session.device)
-        metrics |= distributed.sum_metrics(rollouts.filtered, session.device)
-        metrics |= updater.step(rollouts)
-        learner.copy_weights_into(sampling)
+        outcome = updater.step(step)
         learned = time.perf_counter()
         step += 1
-        seconds = {
-            "rollout": rolled - tick - rollouts.reward_seconds,
-            "reward": rollouts.reward_seconds,
-            "learn": learned - rolled,
-        }
-        stage = {name: stage[name] + seconds[name] for name in stage}
-        generated = distributed.reduce_number(rollouts.stats.generated_tokens, "sum", session.device)
-        metrics |= {f"time/{name}": value for name, value in seconds.items()}
-        metrics["speed/distinct_row_share"] = rollouts.rows_run / max(rollouts.rows_asked, 1)
-        metrics |= {"speed/tokens_per_s": generated / (learned - tick), "optimizer/lr": learner.learning_rate()}
+        stage.update(outcome.seconds)
+        metrics = outcome.metrics | {f"time/{name}": value for name, value in outcome.seconds.items()}
+        metrics["speed/tokens_per_s"] = metrics.pop("rollout/tokens", 0.0) / (learned - tick)
+        metrics["optimizer/lr"] = updater.learners["policy"].learning_rate()
         session.metrics.log(step, "train", metrics | session.costs.as_metrics())
-        _log_samples(session, step, rollouts)
+        _log_samples(session, step, outcome.samples)
         session.progress.update(step, reward=metrics["reward/mean"], tokens_per_s=metrics["speed/tokens_per_s"])
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
         out_of_time = bool(distributed.reduce_number(out_of_time, "max", session.device))
@@ -150,55 +102,16 @@ def reinforce(session: Session, checkpoint: Any = None) -> dict[str, Any]:
             results, _ = evaluate(session, session.model, rows, config.eval.num_inference_steps)
             session.metrics.log(step, "eval", as_metrics(results))
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _checkpoint(session, step, learners)
+            _checkpoint(session, step, updater.learners)
         if out_of_time:
             session.progress.message(f"train.max_seconds reached after {step} of {config.train.steps} steps")
             break
     return {
         "train_steps": step,
         "train_seconds": time.perf_counter() - started,
-        "stage_seconds": stage,
+        "stage_seconds": dict(stage),
         **vars(session.costs),
     }
-
-
-def _sample(session: Session, step: int, policy_version: int) -> ScoredRollouts:
-    """The rollouts of an RL step; batches of prompts are added while the filters leave too few of them."""
-    config = session.config
-    wanted, rounds = config.train.prompts_per_step, config.filters.refill_rounds
-    rows = session.task.train_rows(config.run.seed, step, wanted * (1 + rounds))
-    parts: list[ScoredRollouts] = []
-    kept = 0.0
-    for start in range(0, len(rows), wanted):
-        first, mine = session.shard(rows[start : start + wanted])
-        first += start
-        part = session.rollout(
-            session.engine(session.model),
-            mine,
-            config.train.group_size,
-            seed=_step_seed(config.run.seed, step),
-            first=first,
-            steps=_step_counts(session, step, first, len(mine)),
-            policy_version=policy_version,
-        )
-        parts.append(part)
-        kept += distributed.reduce_number(len(part.group[part.keep].unique()), "sum", session.device)
-        if kept >= wanted:
-            break
-    return ScoredRollouts.join(parts)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return seed * 1_000_003 + step + 1
-
-
-def _step_counts(session: Session, step: int, first: int, count: int) -> list[int] | None:
-    """num_inference_steps of every prompt, drawn from `train.mixed_steps` by (seed, step, prompt)."""
-    choices = session.config.train.mixed_steps
-    if not choices:
-        return None
-    seed = session.config.run.seed
-    return [random.Random(f"steps {seed} {step} {first + i}").choice(choices) for i in range(count)]
 
 
 def _checkpoint(session: Session, step: int, learners: dict[str, Learner]) -> None:
@@ -206,7 +119,7 @@ def _checkpoint(session: Session, step: int, learners: dict[str, Learner]) -> No
         session.run_dir,
         step,
         learners,
-        lambda path: save_policy(session.model, session.tokenizer, path),
+        session.save_model,
         {"costs": vars(session.costs), "world_size": distributed.world_size()},
         session.config.checkpoint.keep,
     )
@@ -231,35 +144,15 @@ def _goal(session: Session, summary: dict[str, Any]) -> dict[str, Any] | None:
 
 def _views(session: Session, model: Any, heldout: list[Row]) -> list[dict[str, Any]]:
     """Step-by-step views of the first held-out prompts (rank 0 decodes them all)."""
-    from rl.track.viewer import trajectory_view
-    from rollouts.engines.in_process import Request
-
-    count = min(session.config.eval.viewer_items, len(heldout))
-    if not count or distributed.rank() != 0:
+    rows = heldout[: session.config.eval.viewer_items]
+    if not rows or distributed.rank() != 0:
         return []
-    steps = session.config.eval.viewer_steps or session.config.sampler.num_inference_steps
-    options = session.config.sampler.model_copy(update={"temperature": 0.0, "num_inference_steps": steps})
-    prompt_ids = session.tokenizer([row["prompt"] for row in heldout[:count]], add_special_tokens=False).input_ids
-    trajectories = session.engine(model, options).generate([Request(ids, seed=i) for i, ids in enumerate(prompt_ids)])
-    _, table = session.judge(heldout[:count], trajectories, verifier=True)
-    return [
-        {
-            "prompt": row["prompt"],
-            "view": trajectory_view(
-                trajectory,
-                lambda token: session.tokenizer.decode([token]),
-                (value or 0.0) >= 1.0,
-                _givens(row, session.task.grid),
-            ),
-        }
-        for row, trajectory, value in zip(heldout, trajectories, table.values, strict=False)
-    ]
-
-
-def _givens(row: Row, grid: tuple[int, int] | None) -> list[str] | None:
-    if grid is None or "puzzle" not in row:
-        return None
-    return ["" if cell == "0" else cell for cell in row["puzzle"]]
+    steps = session.config.eval.viewer_steps or session.medium.options().num_inference_steps
+    engine = session.engine(model, session.medium.evaluation_options(steps))
+    trajectories = engine.generate(session.medium.requests(rows, [[i] for i in range(len(rows))], None))
+    _, table = session.judge(rows, trajectories, verifier=True)
+    views = session.medium.views(rows, trajectories, table.values)
+    return [{"prompt": row["prompt"], "view": view} for row, view in zip(rows, views, strict=True)]
 
 
 def _viewer(session: Session, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
@@ -269,20 +162,13 @@ def _viewer(session: Session, before: list[dict[str, Any]], after: list[dict[str
     return {"grid": list(session.task.grid) if session.task.grid else None, "items": items}
 
 
-def _log_samples(session: Session, step: int, rollouts: ScoredRollouts, count: int = 2) -> None:
-    """Append the first rollouts of a step to samples.jsonl."""
+def _log_samples(session: Session, step: int, samples: list[dict[str, Any]]) -> None:
+    """Append the first samples of a step to samples.jsonl."""
     if distributed.rank() != 0:
         return
     with (session.run_dir / "samples.jsonl").open("a") as file:
-        for i in range(min(count, len(rollouts.completions))):
-            line = {
-                "step": step,
-                "prompt": rollouts.rows[i]["prompt"],
-                "completion": rollouts.completions[i],
-                "reward": rollouts.table.values[i],
-                "num_steps": rollouts.trajectories[i].num_steps,
-            }
-            file.write(json.dumps(line) + "\n")
+        for sample in samples:
+            file.write(json.dumps({"step": step, **sample}) + "\n")
 
 
 def _drop_samples(session: Session, step: int) -> None:

@@ -1,20 +1,20 @@
-"""The policy as DeepSpeed sees it: rows in, log-probs of the recorded decisions out."""
+"""The policy as DeepSpeed sees it: rows in, log-probs of their decisions out."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.base import DecisionRows
 
 
 class Policy(nn.Module):
-    """Wraps a `DenoisingModel` so that every training forward goes through one `forward`."""
+    """Wraps a denoiser so that every training forward goes through one `forward`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: ScoringRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """logprob [N] and entropy [N]; see `score_rows`."""
-        return score_rows(self.model, rows)  # type: ignore[arg-type]
+    def forward(self, rows: DecisionRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """logprob [U] and entropy [U]."""
+        return rows.score(self.model)

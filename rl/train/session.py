@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
 from rl.config import Config, save_config
-from rl.models.load import load_policy, load_tokenizer
+from rl.media.base import Engine, Medium, open_medium
 from rl.tasks.base import Row, load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services
 from rl.train import distributed
 from rl.train.filters import keep_mask
-from rl.train.plan import about, tokenizer_field
-from rollouts.engines.in_process import EngineStats, InProcessEngine, Request
-from rollouts.engines.shared import SharedForwards
-from rollouts.samplers.options import SamplerOptions
-from rollouts.trajectory import TokenTrajectory
+from rl.train.plan import about
 
 T = TypeVar("T")
 
@@ -34,24 +32,38 @@ class ScoredRollouts:
     """The rollouts of this rank and their verdicts; M = prompts x group_size, a prompt's rollouts together.
 
     Attributes:
+        completions: [M], what the medium shows to rewards (text, images).
         reward: float64 [M], NaN where there is no score.
         group: int64 [M], index of the prompt on this rank.
         keep: bool [M], what the filters leave for the update.
+        step_reward: [M] float64 [T_i], the reward of every step's full fill, where it was asked for.
     """
 
     rows: list[Row]
-    trajectories: list[TokenTrajectory]
-    completions: list[str]
+    trajectories: list[Any]
+    completions: list[Any]
     table: ScoreTable
     reward: torch.Tensor
     group: torch.Tensor
-    stats: EngineStats
+    stats: Any
     keep: torch.Tensor
+    step_reward: list[np.ndarray] | None = None
     reward_seconds: float = 0.0
     filtered: dict[str, float] = field(default_factory=dict)
     # Rows the sampler asked to be forwarded, and how many of them were distinct and so really were.
     rows_asked: int = 0
     rows_run: int = 0
+
+    def padded_step_reward(self) -> torch.Tensor | None:
+        """float64 [M, T], NaN behind a trajectory's last step; None where no step was scored."""
+        return None if self.step_reward is None else padded(self.step_reward)
+
+    @staticmethod
+    def of_one(trajectory: Any, like: ScoredRollouts) -> ScoredRollouts:
+        """A single trajectory of reward 0."""
+        nothing = torch.zeros(1, dtype=torch.float64)
+        group, keep = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
+        return ScoredRollouts([], [trajectory], [], like.table, nothing, group, like.stats, keep)
 
     @staticmethod
     def join(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -75,13 +87,23 @@ class ScoredRollouts:
             table=table,
             reward=torch.cat([p.reward for p in parts]),
             group=torch.cat(groups),
-            stats=EngineStats(**_sum([vars(p.stats) for p in parts])),  # type: ignore[arg-type]
+            stats=type(parts[0].stats)(**_sum([vars(p.stats) for p in parts])),
             keep=torch.cat([p.keep for p in parts]),
+            step_reward=None if parts[0].step_reward is None else [s for p in parts for s in p.step_reward or []],
             reward_seconds=sum(p.reward_seconds for p in parts),
             filtered=_sum([p.filtered for p in parts]),
             rows_asked=sum(p.rows_asked for p in parts),
             rows_run=sum(p.rows_run for p in parts),
         )
+
+
+def padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """float64 [M, T] from M rows of unequal lengths, NaN behind the end of each."""
+    width = max((len(row) for row in rows), default=0)
+    table = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
+    for into, row in zip(table, rows, strict=True):
+        into[: len(row)] = torch.from_numpy(row)
+    return table
 
 
 def _sum(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -130,15 +152,13 @@ class Session:
     config: Config
     device: torch.device
     task: Any
-    tokenizer: Any
+    medium: Any
     model: Any
     rewards: RewardRunner
     verifier: RewardRunner
     metrics: MetricsWriter
     progress: Progress
     costs: Costs = field(default_factory=Costs)
-    # Set during a block-size curriculum; overrides sampler.block_length.
-    rollout_block: int | None = None
 
     @classmethod
     def open(cls, config: Config, write: bool = True) -> Session:
@@ -156,10 +176,8 @@ class Session:
             torch.set_num_threads(config.run.num_threads)
         with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
             task = load_task(config.task.name, config.task.params)
-        with about(tokenizer_field(config)):
-            tokenizer = load_tokenizer(config.model, task)
-        with about("model.backbone" if config.model.path is None else f"model.path {config.model.path!r}"):
-            model = load_policy(config.model, tokenizer, config.run.seed)
+        medium: Medium = open_medium(config, task)
+        policy: Any = medium.load_model()
         parts = [RewardPart(p.name, p.weight, p.params, p.normalize) for p in config.reward.functions]
         own = [RewardPart(task.reward)]
         rewards, verifier = (
@@ -186,10 +204,9 @@ class Session:
                 Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
                 save_config(config, Path(config.run.output_dir) / "config.yaml")
         metrics = MetricsWriter(config.run.output_dir, rank, services)
-        policy: Any = model
         policy.to(device)
         progress = Progress(enabled=distributed.rank() == 0)
-        return cls(config, device, task, tokenizer, policy, rewards, verifier, metrics, progress)
+        return cls(config, device, task, medium, policy, rewards, verifier, metrics, progress)
 
     def __enter__(self) -> Session:
         self.progress.__enter__()
@@ -205,18 +222,26 @@ class Session:
     def run_dir(self) -> Path:
         return Path(self.config.run.output_dir)
 
-    def engine(self, model: Any, options: SamplerOptions | None = None) -> InProcessEngine:
-        options = options or self.config.sampler
-        if self.rollout_block is not None:
-            options = options.model_copy(update={"block_length": self.rollout_block})
-        return InProcessEngine(
-            SharedForwards(model),
-            options,
-            eos_token_id=self.tokenizer.eos_token_id,
-            max_batch_size=self.config.rollout.max_batch_size,
-            device=self.device,
-            approximate_cache=self.config.rollout.cache,
-        )
+    @property
+    def tokenizer(self) -> Any:
+        return self.medium.tokenizer
+
+    def engine(self, model: Any, options: Any = None) -> Any:
+        """What samples with `model`; the config's sampler without `options`."""
+        return self.medium.engine(model, options or self.medium.options(), self.device)
+
+    def save_model(self, path: str | Path) -> None:
+        """Write `model` as it is now to a folder."""
+        self.medium.save_model(self.model, path)
+
+    def starting_policy(self, resumed: bool) -> Any:
+        """A frozen copy of the policy RL started from.
+
+        Args:
+            resumed: take it from the run folder: `model` has moved on, or is about to.
+        """
+        start = self.medium.load_model(str(self.run_dir / "warm_start")) if resumed else copy.deepcopy(self.model)
+        return start.to(self.device).eval().requires_grad_(False)
 
     def spend(self, **amounts: float) -> None:
         """Add this rank's work to the run's costs; every rank must call it with the same names."""
@@ -232,33 +257,58 @@ class Session:
     def judge(
         self,
         rows: Sequence[Row],
-        trajectories: Sequence[TokenTrajectory],
+        trajectories: Sequence[Any],
         group_size: int = 1,
         verifier: bool = False,
-    ) -> tuple[list[str], ScoreTable]:
-        """The text of every trajectory and its rewards; each `group_size` of them share a prompt.
+    ) -> tuple[list[Any], ScoreTable]:
+        """The completion of every trajectory and its rewards; each `group_size` of them share a prompt.
 
         Args:
             verifier: judge by the task's own reward alone, whatever is trained on: accuracy is not a
                 weighted or normalised sum.
         """
-        completion_ids = [t.response_ids().tolist() for t in trajectories]
-        completions = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        columns: dict[str, list[Any]] = {
-            name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"
-        }
-        columns |= {"completion_ids": completion_ids, "num_forwards": [t.num_steps for t in trajectories]}
-        columns["num_steps"] = columns["num_forwards"]
-        columns["reveal_steps"] = [
-            t.reveal_step()[t.prompt_length : t.prompt_length + t.stop_length].tolist() for t in trajectories
-        ]
+        completions, columns = self.medium.finished(trajectories)
         groups = [index // group_size for index in range(len(rows))]
         rewards = self.verifier if verifier else self.rewards
+        columns = _row_columns(rows) | columns
         return completions, rewards.score([row["prompt"] for row in rows], completions, columns, groups=groups)
+
+    def judge_steps(
+        self, rows: Sequence[Row], trajectories: Sequence[Any], group_size: int = 1
+    ) -> tuple[list[np.ndarray], int]:
+        """The reward of every step's full fill, and how many distinct ones were scored.
+
+        A fill that occurs again for the same prompt is scored once. Rewards see it without the columns that
+        describe a trajectory.
+
+        Returns:
+            [M] float64 [T_i], NaN where a fill has no score, and the number of reward queries.
+        """
+        place: dict[tuple[int, Any], int] = {}
+        owners: list[int] = []
+        texts: list[Any] = []
+        where = []
+        for index, trajectory in enumerate(trajectories):
+            group = index // group_size
+            indices = []
+            for text in self.medium.fills(trajectory):
+                key = (group, text)
+                if key not in place:
+                    place[key] = len(texts)
+                    owners.append(index)
+                    texts.append(text)
+                indices.append(place[key])
+            where.append(indices)
+        judged = [rows[index] for index in owners]
+        table = self.rewards.score(
+            [row["prompt"] for row in judged], texts, _row_columns(judged), groups=[i // group_size for i in owners]
+        )
+        values = np.array([np.nan if v is None else v for v in table.values], dtype=np.float64)
+        return [values[indices] for indices in where], len(texts)
 
     def rollout(
         self,
-        engine: InProcessEngine,
+        engine: Engine,
         rows: Sequence[Row],
         group_size: int,
         seed: int,
@@ -267,6 +317,7 @@ class Session:
         policy_version: int = 0,
         count: bool = True,
         verifier: bool = False,
+        step_rewards: bool = False,
     ) -> ScoredRollouts:
         """Sample `group_size` rollouts of every row and score them.
 
@@ -276,32 +327,26 @@ class Session:
             steps: num_inference_steps of every row, None for the sampler's own.
             count: add the work to `costs`; evaluation does not.
             verifier: see `judge`.
+            step_rewards: also score every step's full fill (`judge_steps`).
         """
-        prompts = [row["prompt"] for row in rows]
-        prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
-        requests = [
-            Request(ids, request_seed(seed, first + i, g), steps[i] if steps else None)
-            for i, ids in enumerate(prompt_ids)
-            for g in range(group_size)
-        ]
-        trajectories = engine.generate(requests, policy_version)
+        seeds = [[request_seed(seed, first + i, g) for g in range(group_size)] for i in range(len(rows))]
+        trajectories = engine.generate(self.medium.requests(rows, seeds, steps), policy_version)
         started = time.perf_counter()
         repeated = [row for row in rows for _ in range(group_size)]
         completions, table = self.judge(repeated, trajectories, group_size, verifier)
         reward = torch.tensor([float("nan") if v is None else v for v in table.values], dtype=torch.float64)
-        ends = self.tokenizer.eos_token_id
-        overlong = torch.tensor(
-            [ends is not None and ends not in t.response_ids() for t in trajectories], dtype=torch.bool
-        )
+        of_steps, queries = self.judge_steps(repeated, trajectories, group_size) if step_rewards else (None, 0)
+        overlong = torch.from_numpy(~self.medium.ended(trajectories))
         group_index = torch.arange(len(rows)).repeat_interleave(group_size)
-        keep, filtered = keep_mask(self.config.filters, reward, group_index, overlong)
+        steps_table = None if of_steps is None else padded(of_steps)
+        keep, filtered = keep_mask(self.config.filters, reward, group_index, overlong, steps_table)
         seconds = time.perf_counter() - started
         if count:
             self.spend(
                 forward_passes=engine.stats.forwards,
                 sequence_forwards=engine.stats.sequence_forwards,
                 tokens_forwarded=engine.stats.query_tokens,
-                reward_queries=len(completions),
+                reward_queries=len(completions) + queries,
             )
         return ScoredRollouts(
             rows=repeated,
@@ -314,9 +359,15 @@ class Session:
             keep=keep,
             reward_seconds=seconds,
             filtered=filtered,
-            rows_asked=getattr(engine.model, "rows", 0),
-            rows_run=getattr(engine.model, "distinct", 0),
+            step_reward=of_steps,
+            rows_asked=getattr(getattr(engine, "model", None), "rows", 0),
+            rows_run=getattr(getattr(engine, "model", None), "distinct", 0),
         )
+
+
+def _row_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The dataset columns of some rows, as rewards get them."""
+    return {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
 
 
 def request_seed(seed: int, row: int, sample: int) -> int:

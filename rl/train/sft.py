@@ -1,4 +1,4 @@
-"""Supervised warm start: predict masked answer tokens (see `rl/estimators/masking.py`)."""
+"""Supervised warm start: fit noised answers (the medium says how; text: `rl/estimators/masking.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from rl.algorithms import parse_options
-from rl.estimators.masking import random_mask_rows
 from rl.losses.aggregate import weighted_sum
 from rl.tasks.base import Row
 from rl.train import distributed
@@ -87,57 +86,15 @@ def _trace_losses(
     return [*losses, _trace_micro_batch(session, learner, batch[:1], decisions, [])]
 
 
-def encode(session: Session, rows: list[Row]) -> tuple[list[np.ndarray], list[int]]:
-    """Prompt and answer ids, the answer filled up to `sampler.gen_length` with end tokens.
-
-    Raises:
-        ValueError: a row has no answer, or one that does not fit.
-    """
-    length = session.config.sampler.gen_length
-    block = session.model.block_length if session.model.attention == "block_causal" else 1
-    sequences, prompt_lengths = [], []
-    for row in rows:
-        if "answer" not in row:
-            raise ValueError("sft needs rows with an answer: set task.params.answer_column")
-        prompt = session.tokenizer(row["prompt"], add_special_tokens=False).input_ids
-        answer = session.tokenizer(row["answer"], add_special_tokens=False).input_ids
-        if len(answer) > length:
-            raise ValueError(f"an answer has {len(answer)} tokens, sampler.gen_length is {length}: raise it")
-        # A block-causal canvas ends where a block does.
-        length_here = -(-(len(prompt) + length) // block) * block - len(prompt)
-        fill = [session.tokenizer.eos_token_id] * (length_here - len(answer))
-        if len(prompt) + length_here > session.model.max_length:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens plus sampler.gen_length {length} does not fit the model's "
-                f"{session.model.max_length} positions"
-            )
-        sequences.append(np.array([*prompt, *answer, *fill], dtype=np.int64))
-        prompt_lengths.append(len(prompt))
-    return sequences, prompt_lengths
-
-
 def _micro_batch(
     session: Session, learner: Learner, rows: list[Row], part: slice, rng_seed: list[int], sums: list[torch.Tensor]
 ) -> Callable[[], torch.Tensor]:
-    """A callable that returns the share of rows[part] in the batch's mean loss per answer token."""
+    """A callable that returns this micro-batch's share of the loss of the whole batch `rows`."""
 
     def loss() -> torch.Tensor:
-        config = session.config
-        sequences, prompt_lengths = encode(session, rows)
-        masked, weight = random_mask_rows(
-            sequences,
-            prompt_lengths,
-            session.model.mask_token_id,
-            np.random.default_rng(rng_seed),
-            session.model.block_length if session.model.attention == "block_causal" else None,
-            session.model.logit_shift,
-            config.sampler.block_length if config.sft.masking == "semi_ar" else None,
-            part,
-        )
-        logprob, _ = learner.engine(masked.to(session.device))
-        if config.sft.loss_weight == "uniform":
-            weight = torch.ones_like(weight)
-        value = weighted_sum(-logprob, (weight / (len(rows) * config.sampler.gen_length)).to(session.device))
+        fitted, weight = session.medium.supervised(session.model, rows, part, rng_seed)
+        logprob, _ = learner.engine(fitted.to(session.device))
+        value = weighted_sum(-logprob, weight.to(session.device))
         sums.append(value.detach())
         return value
 
@@ -151,7 +108,7 @@ def _trace_micro_batch(
 
     def loss() -> torch.Tensor:
         recipe = parse_options({"name": "tracerl"}).build()
-        rows = recipe.rows(trajectories, session.model, None).to(session.device)
+        rows = recipe.rows(trajectories, session.model, None, None).to(session.device)
         logprob, _ = learner.engine(rows)
         value = weighted_sum(-logprob, torch.full_like(logprob, 1.0 / decisions))
         sums.append(value.detach())

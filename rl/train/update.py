@@ -1,45 +1,81 @@
-"""From scored rollouts to optimizer updates: advantage -> estimator -> loss -> step."""
+"""One RL step of a policy-gradient recipe: rollouts -> advantage -> estimator -> loss -> optimizer updates."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from rl.advantages import zero_variance_groups
 from rl.algorithms.options import Recipe
 from rl.batch import DecisionBatch
-from rl.estimators.dedupe import merge_equal_rows
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.base import DecisionRows, Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.value import clipped_value_loss
 from rl.train import distributed
 from rl.train.learner import Learner, TrainingError
-from rl.train.session import ScoredRollouts, Session
+from rl.train.policy import Policy
+from rl.train.sampling import rollout_metrics, sample_lines, sample_step
+from rl.train.session import ScoredRollouts, Session, padded
+from rl.values.model import PolicyWithValue, ValueModel
 from rl.values.targets import explained_variance, outcome_rewards, step_targets
 from rollouts.trajectory import TokenTrajectory
 
 
 @dataclass
-class MicroBatch:
-    """Some trajectories of an update, ready to be scored. N decisions, flat.
+class StepOutcome:
+    """What an RL step did.
 
     Attributes:
-        weight: float64 [N], see `rl/losses/aggregate.py`.
-        advantage, sampler_logprob: [N].
-        old_logprob, ref_logprob: [N] or None until they are needed.
-        old_value, returns: [N] when there is a critic.
+        metrics: numbers to log.
+        seconds: by stage: rollout, reward, learn.
+        samples: a few samples as plain JSON, for samples.jsonl.
     """
 
-    rows: ScoringRows
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Updater(Protocol):
+    """What the loop asks of an algorithm. `session.model` samples with the weights of the last update.
+
+    Attributes:
+        learners: name -> learner; all of them are saved in checkpoints.
+    """
+
+    learners: dict[str, Learner]
+
+    def step(self, step: int) -> StepOutcome:
+        """Take RL step `step` (0, 1, ...)."""
+        ...
+
+    def resumed(self, step: int) -> None:
+        """Called when the learners hold the weights after `step` steps."""
+        ...
+
+
+@dataclass
+class MicroBatch:
+    """Some trajectories of an update, ready to be scored. U decisions, flat.
+
+    Attributes:
+        weight: float64 [U], see `rl/losses/aggregate.py`.
+        advantage: [U].
+        old_logprob, ref_logprob: [U] or None until they are needed.
+        reward, old_value, returns: [U] when there is a critic.
+    """
+
+    rows: DecisionRows
     weight: torch.Tensor
     advantage: torch.Tensor
-    sampler_logprob: torch.Tensor
-    reward: torch.Tensor
+    reward: torch.Tensor | None = None
     old_logprob: torch.Tensor | None = None
     ref_logprob: torch.Tensor | None = None
     old_value: torch.Tensor | None = None
@@ -49,27 +85,64 @@ class MicroBatch:
 class PolicyUpdater:
     """Applies a recipe to the rollouts of a step."""
 
-    def __init__(
-        self,
-        session: Session,
-        recipe: Recipe,
-        learner: Learner,
-        reference: Any | None = None,
-        critic: Learner | None = None,
-    ):
+    def __init__(self, session: Session, recipe: Recipe, total_updates: int, resumed: bool = False):
         """
         Args:
-            reference: frozen model for the KL term.
-            critic: learner of a `ValueModel`; None with a critic option means that the policy carries the head.
+            total_updates: length of the learning-rate schedules.
+            resumed: the run goes on from a checkpoint, which the loop loads into the learners.
         """
-        self.session, self.recipe, self.learner = session, recipe, learner
-        self.reference, self.critic = reference, critic
-        self.train = session.config.train
+        self.session, self.recipe = session, recipe
+        self.train = config = session.config.train
+        # The frozen policy is the one RL started from, also after a resume.
+        self.reference = session.starting_policy(resumed) if recipe.needs_reference else None
+        value = recipe.value
+        # session.model is the copy that samples; it gets the learner's weights after every update.
+        self.sampling: nn.Module = (
+            PolicyWithValue(session.model) if value and value.share_backbone else Policy(session.model)
+        )
+        self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, session.device)
+        # Also before the first step: the learner may compute in another precision than the model was loaded in.
+        self.learner.copy_weights_into(self.sampling)
+        self.learners = {"policy": self.learner}
+        # None with a value option means that the policy carries the head.
+        self.critic: Learner | None = None
+        if value and not value.share_backbone:
+            self.critic = self.learners["value"] = Learner(
+                ValueModel(session.model), config.deepspeed, value.optimizer, total_updates, session.device
+            )
+        if config.block_schedule and session.model.attention != "block_causal":
+            raise ValueError("train.block_schedule needs a block-causal model: this one attends fully")
         self.sums: dict[str, float] = defaultdict(float)
-        # Set by the loop during a block-size curriculum; None scores every trajectory on its own grid.
+        # Set during a block-size curriculum; None scores every trajectory on its own grid.
         self.block_length: int | None = None
 
-    def step(self, rollouts: ScoredRollouts) -> dict[str, float]:
+    def step(self, step: int) -> StepOutcome:
+        """Sample the rollouts of an RL step, score them, and learn from them."""
+        tick = time.perf_counter()
+        self._use_blocks(step)
+        rollouts = sample_step(self.session, step, self.learner.updates, self.recipe.needs_step_rewards)
+        rolled = time.perf_counter()
+        metrics = rollout_metrics(rollouts, self.session.device) | self.update(rollouts)
+        self.learner.copy_weights_into(self.sampling)
+        seconds = {
+            "rollout": rolled - tick - rollouts.reward_seconds,
+            "reward": rollouts.reward_seconds,
+            "learn": time.perf_counter() - rolled,
+        }
+        return StepOutcome(metrics, seconds, sample_lines(self.session, rollouts))
+
+    def resumed(self, step: int) -> None:
+        self.learner.copy_weights_into(self.sampling)
+        self._use_blocks(max(step - 1, 0))
+
+    def _use_blocks(self, step: int) -> None:
+        blocks = self.train.blocks_at(step)
+        if blocks is not None:
+            # The model that is saved decodes with the block length it was last sampled with.
+            self.session.medium.rollout_block = self.session.model.config.block_length = blocks.rollout
+            self.block_length = blocks.train
+
+    def update(self, rollouts: ScoredRollouts) -> dict[str, float]:
         """Take `updates_per_step x epochs` optimizer updates.
 
         Returns:
@@ -104,24 +177,29 @@ class PolicyUpdater:
         return self._metrics(norms, chunks)
 
     def _advantage(self, rollouts: ScoredRollouts) -> torch.Tensor:
-        """[M] of this rank; statistics of the batch are taken over the rollouts of all ranks."""
+        """[M] or [M, T] of this rank; statistics of the batch are taken over the rollouts of all ranks."""
         reward: list[float] = []
         group: list[int] = []
+        steps: list[np.ndarray] = []
         start = offset = 0
-        for rank, (values, groups) in enumerate(
-            distributed.gather_objects((rollouts.reward.tolist(), rollouts.group.tolist()))
-        ):
+        mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [])
+        for rank, (values, groups, of_steps) in enumerate(distributed.gather_objects(mine)):
             start = len(reward) if rank == distributed.rank() else start
             reward += values
             group += [offset + g for g in groups]
+            steps += of_steps
             offset = max(group, default=-1) + 1
         everything = self.recipe.advantage(
-            torch.tensor(reward, dtype=torch.float64), torch.tensor(group, dtype=torch.int64)
+            Verdicts(
+                torch.tensor(reward, dtype=torch.float64),
+                torch.tensor(group, dtype=torch.int64),
+                padded(steps) if self.recipe.needs_step_rewards else None,
+            )
         )
         return everything[start : start + len(rollouts.reward)]
 
     def _chosen(self, rollouts: ScoredRollouts) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """For every update: indices of its trajectories, all advantages [M], all weights [M].
+        """For every update: indices of its trajectories, all advantages [M] or [M, T], all weights [M].
 
         Prompts are split over the updates, never a prompt's group. Weights count the trajectories of the update
         over all ranks, with those that are left out because their rewards are all equal: skipping work that
@@ -130,12 +208,18 @@ class PolicyUpdater:
         if any(steps is not None for steps in rollouts.table.steps) and self.recipe.value is None:
             raise TrainingError("a reward gives per-step values, which need a value model: set algorithm.value")
         advantage = self._advantage(rollouts)
-        valid = ~torch.isnan(advantage)
+        wanted = ~torch.isnan(advantage)
+        valid = wanted if wanted.dim() == 1 else wanted.any(dim=1)
         used = valid & rollouts.keep
         # Equal rewards carry no gradient and count with it; what any other filter left out is not in the batch.
-        flat = zero_variance_groups(rollouts.reward, rollouts.group)
+        flat = zero_variance_groups(rollouts.reward, rollouts.group, rollouts.padded_step_reward())
         valid &= rollouts.keep | flat[rollouts.group] if len(flat) else rollouts.keep
-        length = torch.tensor([int(t.is_reveal.sum()) for t in rollouts.trajectories])
+        length = torch.tensor(
+            [
+                self.recipe.num_decisions(t, None if wanted.dim() == 1 else w.numpy())
+                for t, w in zip(rollouts.trajectories, wanted, strict=True)
+            ]
+        )
         chosen = []
         for index in range(self.train.updates_per_step):
             # Every rank holds a multiple of updates_per_step prompts, so a prompt's update is the same on any
@@ -164,39 +248,38 @@ class PolicyUpdater:
         self, rollouts: ScoredRollouts, indices: list[int], advantage: torch.Tensor, weight: torch.Tensor
     ) -> MicroBatch:
         trajectories = [rollouts.trajectories[i] for i in indices]
-        rows = merge_equal_rows(self.recipe.rows(trajectories, self.session.model, self.block_length))
-        rows = rows.to(self.session.device)
-        recorded = np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
-        owner = rows.trajectory.cpu()
-        per_step = [rollouts.table.steps[i] if rollouts.table.steps else None for i in indices]
-        if any(steps is not None for steps in per_step):
-            reward = torch.from_numpy(_process_rewards(trajectories, per_step))
-        else:
-            outcome = advantage if self.recipe.value_reward == "advantage" else rollouts.reward[indices]
-            reward = outcome_rewards(outcome, owner, rows.step.cpu())
+        steps = None if advantage.dim() == 1 else [row.numpy() for row in ~torch.isnan(advantage)]
+        rows = self.recipe.rows(trajectories, self.session.model, self.block_length, steps).distinct()
+        owner, step = rows.trajectory, rows.step
+        decision_advantage = advantage[owner] if advantage.dim() == 1 else advantage[owner, step]
+        weight = weight[owner].double()
+        if rows.share is not None:
+            weight = weight * rows.share
         device = self.session.device
-        return MicroBatch(
-            rows=rows,
-            weight=weight[owner].to(device, torch.float64),
-            advantage=advantage[owner].to(device, torch.float64),
-            sampler_logprob=torch.from_numpy(recorded).to(device, torch.float64),
-            reward=reward.to(device, torch.float64),
+        batch = MicroBatch(
+            rows=rows.to(device),
+            weight=weight.to(device),
+            advantage=decision_advantage.to(device, torch.float64),
         )
+        if self.recipe.value is not None:
+            per_step = [rollouts.table.steps[i] if rollouts.table.steps else None for i in indices]
+            if any(given is not None for given in per_step):
+                reward = torch.from_numpy(_process_rewards(trajectories, per_step))
+            else:
+                outcome = advantage if self.recipe.value_reward == "advantage" else rollouts.reward[indices]
+                reward = outcome_rewards(outcome, owner, step)
+            batch.reward = reward.to(device, torch.float64)
+        return batch
 
     def _spare(self, rollouts: ScoredRollouts) -> MicroBatch:
         """Something to run on a rank that has less to learn from than the others; its loss counts 0 times."""
         nothing = torch.zeros(1, dtype=torch.float64)
-        if rollouts.trajectories:
-            spare = self._micro_batch(rollouts, [0], nothing, nothing)
-        else:
-            trajectory = _smallest_trajectory(self.session)
-            scored = ScoredRollouts(
-                [], [trajectory], [], rollouts.table, nothing, torch.zeros(1, dtype=torch.int64), rollouts.stats,
-                torch.ones(1, dtype=torch.bool),
-            )  # fmt: skip
-            spare = self._micro_batch(scored, [0], nothing, nothing)
+        scored = rollouts
+        if not rollouts.trajectories:
+            scored = ScoredRollouts.of_one(self.session.medium.smallest_trajectory(self.session.model), rollouts)
+        spare = self._micro_batch(scored, [0], nothing, nothing)
         spare.old_value = spare.returns = torch.zeros_like(spare.weight)
-        spare.old_logprob = spare.ref_logprob = spare.sampler_logprob
+        spare.old_logprob = spare.ref_logprob = torch.zeros_like(spare.weight)
         return spare
 
     @torch.no_grad()
@@ -207,13 +290,14 @@ class PolicyUpdater:
                 batch.old_logprob = scored[0].double()
         if self.reference is not None:
             for batch in chunk:
-                batch.ref_logprob = score_rows(self.reference, batch.rows)[0].double()
+                batch.ref_logprob = batch.rows.score(self.reference)[0].double()
                 self._count(batch)
         if self.recipe.value is not None:
             learner = self.critic or self.learner
             for batch, scored in zip(chunk, self._forward(learner, chunk, spare), strict=True):
                 value = (scored if self.critic else scored[2]).double()
                 batch.old_value = value
+                assert batch.reward is not None
                 batch.returns, batch.advantage = step_targets(
                     batch.reward,
                     value,
@@ -241,11 +325,11 @@ class PolicyUpdater:
             scored = self.learner.engine(batch.rows)
             logprob, entropy = scored[:2]
             old = {
-                "sampler": batch.sampler_logprob,
+                "sampler": batch.rows.recorded,
                 "recompute": batch.old_logprob,
                 "on_policy": logprob.detach(),
             }[self.recipe.old_logprob]
-            assert old is not None
+            assert old is not None, f"an estimator of old_logprob {self.recipe.old_logprob} must give it"
             decisions = DecisionBatch(
                 logprob=logprob,
                 entropy=entropy,
@@ -253,6 +337,8 @@ class PolicyUpdater:
                 ref_logprob=None if batch.ref_logprob is None else batch.ref_logprob.to(logprob.dtype),
                 advantage=batch.advantage.to(logprob.dtype),
                 weight=batch.weight,
+                trajectory=batch.rows.trajectory,
+                step=batch.rows.step,
             )
             decisions.check()
             output = self.recipe.loss(decisions)
@@ -266,9 +352,9 @@ class PolicyUpdater:
                 self.sums["loss/total"] += float(total.detach())
                 for name, values in output.metrics.items():
                     self.sums[f"policy/{name}"] += float(values.double().sum())
-                if measure_gap:
+                if measure_gap and batch.rows.recorded is not None:
                     # In the learner's precision: a float32 learner cannot be nearer than float32 rounding.
-                    gap = (logprob.detach() - batch.sampler_logprob.to(logprob.dtype)).abs()
+                    gap = (logprob.detach() - batch.rows.recorded.to(logprob.dtype)).abs()
                     self.sums["gap_sum"] += float(gap.double().sum())
                     self.sums["gap_count"] += len(gap)
                     self.sums["gap_max"] = max(self.sums["gap_max"], float(gap.max()))
@@ -298,7 +384,7 @@ class PolicyUpdater:
     def _count(self, batch: MicroBatch, backward: bool = False) -> None:
         self.sums["forward_passes"] += 1
         self.sums["backward_passes"] += backward
-        self.sums["sequence_forwards"] += batch.rows.input_ids.shape[0]
+        self.sums["sequence_forwards"] += batch.rows.num_rows
         self.sums["tokens_forwarded"] += batch.rows.num_tokens
 
     def _check_gap(self) -> None:
@@ -356,45 +442,3 @@ def _process_rewards(trajectories: list[TokenTrajectory], per_step: list[list[fl
             )
         parts.append(np.asarray(steps, dtype=np.float64)[trajectory.step[trajectory.is_reveal]])
     return np.concatenate(parts)
-
-
-def _smallest_trajectory(session: Session) -> TokenTrajectory:
-    """One revealed token, for a rank without rollouts."""
-    size = session.model.block_length or 2
-    return TokenTrajectory(
-        prompt_ids=np.array([0]),
-        length=size,
-        mask_token_id=session.model.mask_token_id,
-        num_steps=1,
-        step=np.array([0]),
-        position=np.array([1]),
-        token=np.array([0]),
-        logprob=np.array([0.0]),
-        confidence=np.array([1.0]),
-        stop_length=1,
-        block_length=session.model.block_length,
-        sampler=session.config.sampler.distribution(),
-    )
-
-
-def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str, float]:
-    """Reward mean with a 95 % interval over prompts, failures and zero-variance groups, over all ranks."""
-    reward: list[float] = []
-    group: list[int] = []
-    for values, groups in distributed.gather_objects((rollouts.reward.tolist(), rollouts.group.tolist())):
-        offset = max(group, default=-1) + 1
-        reward += values
-        group += [g + offset for g in groups]
-    rewards, groups = torch.tensor(reward, dtype=torch.float64), torch.tensor(group)
-    valid = ~torch.isnan(rewards)
-    prompts = [rewards[(groups == g) & valid] for g in range(max(group, default=-1) + 1)]
-    means = torch.stack([p.mean() for p in prompts if len(p)] or [torch.tensor(torch.nan, dtype=torch.float64)])
-    mean = float(means.mean())
-    half = 1.96 * float(means.std(correction=1)) / len(means) ** 0.5 if len(means) > 1 else float("nan")
-    return {
-        "reward/mean": mean,
-        "reward/low": mean - half,
-        "reward/high": mean + half,
-        "reward/failed": float((~valid).sum()),
-        "reward/zero_variance_share": float(zero_variance_groups(rewards, groups).double().mean()),
-    }

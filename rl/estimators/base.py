@@ -1,0 +1,63 @@
+"""What an estimator hands to the learner: something to forward, and the decisions it scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DecisionRows(Protocol):
+    """Inputs of some forwards, and U decisions read off them.
+
+    A decision is what a ratio, a clip and an advantage apply to: a revealed token of a trace, a whole response
+    of a sequence-level estimator, one denoising step of a Gaussian sampler.
+
+    Attributes:
+        trajectory: int64 [U], index of the decision's trajectory among those given, in order.
+        step: int64 [U], its (merged) denoising step within the trajectory.
+        recorded: float64 [U], the sampler's log-prob of the very decision, None where the estimator scores
+            something that the sampler did not.
+        share: float64 [U], factor on the decision's weight in the loss, None for 1.
+    """
+
+    trajectory: torch.Tensor
+    step: torch.Tensor
+    recorded: torch.Tensor | None
+    share: torch.Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences (or latents) forwarded."""
+        ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> DecisionRows: ...
+
+    def distinct(self) -> DecisionRows:
+        """The same decisions with equal inputs forwarded once, where that can happen."""
+        ...
+
+    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """logprob [U] and entropy [U] (nats) under the model's weights, with gradient."""
+        ...
+
+
+@dataclass
+class Verdicts:
+    """What an advantage is computed from; M rollouts of all ranks.
+
+    Attributes:
+        reward: float64 [M], NaN where there is no score.
+        group: int64 [M], index of the prompt.
+        steps: float64 [M, T], the reward of every step's full fill, NaN behind a trajectory's last step; None when the
+            recipe did not ask for it (`Recipe.needs_step_rewards`).
+    """
+
+    reward: torch.Tensor
+    group: torch.Tensor
+    steps: torch.Tensor | None = None

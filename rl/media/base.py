@@ -1,0 +1,128 @@
+"""What the training loop may ask of a kind of sample."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from rl.config import Config
+    from rl.estimators.base import DecisionRows
+    from rl.tasks.base import Row, Task
+
+MEDIA = {"text": "rl.media.text:TextMedium"}
+
+
+class Engine(Protocol):
+    """What samples: requests in, trajectories out, with the work of the last call in `stats`."""
+
+    stats: Any
+
+    def generate(self, requests: Sequence[Any], policy_version: int = 0) -> list[Any]: ...
+
+
+class Medium(Protocol):
+    """A kind of sample. M trajectories; a trajectory has `num_steps`, `policy_version` and `seed`.
+
+    Attributes:
+        name: key of `MEDIA`.
+        tokenizer: text only, None for others.
+    """
+
+    name: str
+    tokenizer: Any
+
+    @classmethod
+    def open(cls, config: Config, task: Task) -> Medium:
+        """The medium of a run.
+
+        Raises:
+            ValueError: the config does not describe one.
+        """
+        ...
+
+    def load_model(self, path: str | None = None) -> Any:
+        """The policy the config names, or the one saved in `path`, in eval mode."""
+        ...
+
+    def save_model(self, model: Any, path: str | Path) -> None:
+        """Write a folder that `load_model` reads back with equal outputs."""
+        ...
+
+    def engine(self, model: Any, options: Any, device: torch.device) -> Engine: ...
+
+    def options(self) -> Any:
+        """The sampler of the rollouts."""
+        ...
+
+    def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> Any:
+        """The sampler of evaluations at a number of denoising steps."""
+        ...
+
+    def requests(
+        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None
+    ) -> list[Any]:
+        """One request for every row and every seed of it, a row's requests together.
+
+        Args:
+            steps: num_inference_steps of every row, None for the sampler's own.
+        """
+        ...
+
+    def finished(self, trajectories: Sequence[Any]) -> tuple[list[Any], dict[str, list[Any]]]:
+        """[M] completions as rewards see them, and the columns of [M] values that come with them."""
+        ...
+
+    def fills(self, trajectory: Any) -> list[Any]:
+        """[T] completions: what every step would have the sample be.
+
+        Raises:
+            ValueError: the trajectory did not record them.
+        """
+        ...
+
+    def ended(self, trajectories: Sequence[Any]) -> np.ndarray:
+        """bool [M]: samples that came to their end; always True where a sample has no end of its own."""
+        ...
+
+    def smallest_trajectory(self, model: Any) -> Any:
+        """One decision, for a rank that has no rollouts to fill up with."""
+        ...
+
+    def supervised(
+        self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
+    ) -> tuple[DecisionRows, torch.Tensor]:
+        """What the `sft` stage fits: rows, and the weight [U] of each decision's -logprob.
+
+        Args:
+            rows: the whole batch; noise is drawn for all of it, so that it does not depend on the cut.
+            part: the rows to return.
+            seed: the only source of randomness.
+        """
+        ...
+
+    def views(self, rows: Sequence[Row], trajectories: Sequence[Any], values: Sequence[float | None]) -> list[Any]:
+        """Plain JSON values the report can show, one per trajectory."""
+        ...
+
+    def sample_line(self, completion: Any) -> Any:
+        """A completion as plain JSON, for samples.jsonl."""
+        ...
+
+
+def open_medium(config: Config, task: Task) -> Medium:
+    """The medium a task names (`medium`, text where it names none).
+
+    Raises:
+        ValueError: there is no such medium.
+    """
+    name = getattr(task, "medium", "text")
+    if name not in MEDIA:
+        raise ValueError(f"task.name {config.task.name!r}: its medium {name!r} is unknown, known: {', '.join(MEDIA)}")
+    module, _, attribute = MEDIA[name].partition(":")
+    return getattr(importlib.import_module(module), attribute).open(config, task)
