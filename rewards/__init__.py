@@ -1,4 +1,4 @@
-"""Reward modules: text in, score out. Importing this package never imports torch."""
+"""Reward modules: text or images in, score out. Importing this package never imports torch."""
 
 from rewards.failures import RewardFailureError
 from rewards.load import load_reward

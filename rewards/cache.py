@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from typing import Any
 
 from rewards.jobs import Batch
 from rewards.score import Score
@@ -54,12 +55,26 @@ class ScoreCache:
             self._scores.popitem(last=False)
 
     def _key(self, reward: str, batch: Batch, index: int) -> str | None:
-        """Hash of everything a reward sees of one completion; None when JSON cannot write it, or nothing is kept."""
+        """Hash of everything a reward sees of one completion; None when it cannot be written, or nothing is kept."""
         if not self.size:
             return None
         columns = {name: values[index] for name, values in batch.columns.items()}
         try:
-            text = json.dumps([reward, batch.prompts[index], batch.completions[index], columns], sort_keys=True)
+            seen = [reward, batch.prompts[index], batch.completions[index], columns]
+            text = json.dumps(seen, sort_keys=True, default=_content)
         except (TypeError, ValueError):
             return None
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _content(value: Any) -> list[Any]:
+    """Kind, shape and digest of an array or a Pillow image, whose class need not be imported for it.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not hasattr(value, "tobytes"):
+        raise TypeError(f"{type(value).__name__} has no content to hash")
+    kind = str(getattr(value, "dtype", None) or getattr(value, "mode", ""))
+    shape = list(value.shape if hasattr(value, "shape") else value.size)
+    return [kind, shape, hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()]

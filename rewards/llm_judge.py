@@ -40,6 +40,8 @@ class LlmJudge:
         timeout_seconds: limit of one request; keep the runner's `timeout_seconds` above it.
     """
 
+    name = "llm_judge"
+
     def __init__(
         self,
         base_url: str,
@@ -55,24 +57,30 @@ class LlmJudge:
         timeout_seconds: float = 60.0,
     ) -> None:
         if not low < high:
-            raise ValueError(f"reward 'llm_judge': low must be below high, got {low} and {high}")
+            raise ValueError(f"reward '{self.name}': low must be below high, got {low} and {high}")
         self.client = ChatClient(base_url, model, api_key_variable, timeout_seconds)
         self.template = template
         self.low, self.high = low, high
         self.sampling = {"temperature": temperature, "max_tokens": max_tokens, "num_choices": num_votes}
         self.concurrency = concurrency
-        self.__name__ = "llm_judge"
+        self.__name__ = self.name
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
         rows = []
         for item in range(len(completions)):
             row = {name: values[item] for name, values in columns.items() if isinstance(values, Sequence)}
-            row |= {"prompt": text_of(prompts[item]), "completion": text_of(completions[item])}
+            row |= self._row(prompts[item], completions[item])
             rows.append({**row, "low": self.low, "high": self.high})
         return map_concurrently(self._judge, rows, self.concurrency)
 
+    def _row(self, prompt: Any, completion: Any) -> dict[str, Any]:
+        return {"prompt": text_of(prompt), "completion": text_of(completion)}
+
+    def _content(self, row: dict[str, Any]) -> Any:
+        return self.template.format(**row)
+
     def _judge(self, row: dict[str, Any]) -> Score:
-        messages = [{"role": "user", "content": self.template.format(**row)}]
+        messages = [{"role": "user", "content": self._content(row)}]
         answers = self.client.complete(messages, **self.sampling)  # type: ignore[arg-type]
         ratings = [
             rating for rating in map(rating_of, answers) if rating is not None and self.low <= rating <= self.high

@@ -34,18 +34,27 @@ from rewards.signature import check_params, check_takes_columns, nearest
 ENTRY_POINT_GROUP = "denoise_rl.rewards"
 
 NAMES = {
+    "aesthetic": "rewards.aesthetic:Aesthetic",
     "chunk_judge": "rewards.chunk_judge:ChunkJudge",
+    "clip_score": "rewards.clip_score:ClipScore",
     "code_tests": "rewards.code_tests:CodeTests",
     "countdown": "rewards.countdown:countdown",
     "format": "rewards.format_tags:FormatReward",
+    "hpsv2": "rewards.preference_models:Hpsv2",
+    "image_classifier": "rewards.image_classifier:ImageClassifier",
+    "image_reward": "rewards.preference_models:ImageReward",
+    "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
     "length": "rewards.length:length",
     "llm_judge": "rewards.llm_judge:LlmJudge",
     "math_answer": "rewards.math_answer:MathAnswer",
     "overlong": "rewards.length:overlong",
+    "pickscore": "rewards.clip_score:PickScore",
     "reasoning_gym": "rewards.gym_task:ReasoningGymReward",
     "reward_model": "rewards.reward_model:RewardModel",
     "sudoku": "rewards.sudoku:sudoku",
     "tokens_per_forward": "rewards.length:tokens_per_forward",
+    "vlm_judge": "rewards.vlm_judge:VlmJudge",
 }
 
 
@@ -107,6 +116,18 @@ def reward_name(function: Any) -> str:
 def known_names() -> list[str]:
     """All short names: shipped rewards and entry points of installed distributions."""
     return sorted({*NAMES, *_entry_points()})
+
+
+def load_attribute(spec: str) -> Any:
+    """What `package.module:name` or `path/to/file.py:name` names.
+
+    Raises:
+        ValueError: one line: not of that form, no such file or module, or no such name in it.
+    """
+    location, separator, attribute = spec.rpartition(":")
+    if not separator:
+        raise ValueError(f"'{spec}' must have the form package.module:name or path/file.py:name")
+    return _attribute(spec, location, attribute)
 
 
 def _entry_points() -> dict[str, Any]:

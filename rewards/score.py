@@ -5,8 +5,9 @@ A reward is any callable of the form that TRL made common::
     def my_reward(prompts, completions, **columns) -> list[float | Score | None]
 
 `prompts` and `completions` are lists of equal length (str, or chat message lists when the dataset is
-conversational); `columns` holds every other dataset column as a list of the same length, and
-`completion_ids` (lists of token ids). It returns one entry per completion:
+conversational; completions are images, see `rewards.image`, where the model draws); `columns` holds every other
+dataset column as a list of the same length, and what the trainer adds (`completion_ids` of text). It returns one
+entry per completion:
 
 * a float: the reward;
 * `Score`: a value, per-step values for process rewards, and metrics to log;

@@ -1,10 +1,14 @@
 """LLM judge and per-chunk process reward against a real local HTTP server that speaks the OpenAI protocol."""
 
+import base64
+import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rewards import RewardFailureError, RewardPart, RewardRunner, TransientRewardError
 from rewards.chunk_judge import chunk_scores_to_steps
@@ -216,3 +220,36 @@ def test_process_reward_through_the_runner(serve, tmp_path):
     asked = [question(body).split("[Beginning of the solution]\n")[1].split("\n")[0] for _, _, body in server.requests]
     assert asked == ["two plus", "two plus three is", "two plus three is six"]
     assert server.requests[0][2]["n"] == 3
+
+
+@pytest.mark.parametrize("mode", ["inline", "process"])
+def test_a_vision_judge_gets_the_very_pixels_and_the_question(serve, mode):
+    """The server decodes the picture it was sent and rates it by its brightness."""
+    seen = []
+
+    def reply(body):
+        picture, text = question(body)
+        head, _, data = picture["image_url"]["url"].partition(",")
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        seen.append((head, picture["type"], text, pixels.tolist()))
+        return 200, [rf"\boxed{{{pixels.mean() / 25.5:g}}}"]
+
+    server = serve(reply)
+    images = [np.full((2, 2), 255, dtype=np.uint8), np.full((2, 2), 51, dtype=np.uint8)]
+    part = RewardPart("vlm_judge", params={"base_url": server.url, "model": "vision", "upscale": 2})
+    with RewardRunner([part], mode=mode) as runner:
+        table = runner.score(["a white square", "a {dark} square"], images)
+    assert table.values == [1.0, pytest.approx(0.2)]
+    head, kind, text, pixels = sorted(seen, key=lambda item: item[3])[1]
+    assert (head, kind) == ("data:image/png;base64", "image_url")
+    assert text["type"] == "text" and "Asked for: a white square" in text["text"]
+    assert pixels == [[255] * 4] * 4
+
+
+def test_a_vision_judge_without_a_rating_masks_the_image(serve):
+    server = serve(lambda body: (200, ["a nice picture"]))
+    part = RewardPart("vlm_judge", params={"base_url": server.url, "model": "vision"})
+    with RewardRunner([part], max_failure_share=1.0) as runner:
+        table = runner.score(["a cat"], [np.zeros((4, 4, 3), dtype=np.uint8)])
+    assert table.values == [None]
+    assert table.parts["vlm_judge"][0].reason == "the judge gave no rating from 0 to 10: 'a nice picture'"
