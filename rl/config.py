@@ -44,6 +44,9 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "flex_attention"] = Field(
         "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute a layer's activations in the backward pass: less memory, one more forward."
+    )
 
 
 class TaskConfig(Section):
@@ -132,7 +135,10 @@ class TrainConfig(Section):
         gt=0,
         description="Stop when learner and sampler disagree on a recorded log-prob by more than this; null only logs.",
     )
-    deepspeed: str = Field("zero0", description="zero0 to zero3, or the path of a DeepSpeed JSON.")
+    deepspeed: str = Field(
+        "zero0",
+        description="Name of a config in configs/deepspeed (zero2, zero3_bf16, ...), or the path of a DeepSpeed JSON.",
+    )
     max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
 
     @model_validator(mode="after")

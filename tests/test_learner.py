@@ -15,7 +15,7 @@ from torch import nn
 
 from rl.config import OptimizerConfig
 from rl.train import distributed
-from rl.train.learner import Learner, TrainingError, rate_factor, read_deepspeed_config
+from rl.train.learner import BUILT_IN, Learner, TrainingError, rate_factor, read_deepspeed_config
 from tests import runs
 
 CPU = torch.device("cpu")
@@ -193,3 +193,78 @@ def test_norm_is_that_of_the_sum_not_of_the_parts() -> None:
     norm = trained.update(losses, lambda: torch.zeros(()))
     assert norm < 1e-6
     assert not math.isnan(norm)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_configs_are_the_files_shipped(name: str) -> None:
+    """A name works from an installed package, its file is there to start from: they must say the same."""
+    file = runs.ROOT / "configs" / "deepspeed" / f"{name}.json"
+    assert read_deepspeed_config(str(file)) == read_deepspeed_config(name)
+    assert {path.stem for path in file.parent.iterdir()} == set(BUILT_IN)
+
+
+class Slope(nn.Module):
+    """Its gradient is the row, whatever the weights are: every step of Adam has the size of the learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), 0.5))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return (self.weight * rows).sum().float()
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if "bf16" in name or "offload" in name])
+def test_small_updates_add_up(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 steps of 1e-4 from 0.5. A bfloat16 weight would stay: its neighbour below is 0.498. Nothing is compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    trained = Learner(Slope(), name, OptimizerConfig(lr=1e-4, warmup_steps=0), 40, CPU)
+    row = torch.tensor([1.0, 2.0, 4.0, -8.0], dtype=next(trained.module.parameters()).dtype)
+    for _ in range(40):
+        trained.update([lambda: trained.engine(row)], lambda: torch.zeros(()))
+    plain = Slope()
+    trained.copy_weights_into(plain)
+    expected = torch.tensor([0.496, 0.496, 0.496, 0.504])
+    if "bf16" in name:
+        expected = expected.bfloat16()
+    torch.testing.assert_close(plain.weight.detach(), expected, rtol=0, atol=1e-6)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+class Checkpointed(nn.Module):
+    """A policy's backbone with its activations kept or recomputed; counts how often a layer runs."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        torch.manual_seed(0)
+        self.net = AutoModel.from_config(AutoConfig.for_model(**runs.QWEN3, vocab_size=8, attention_dropout=0.5))
+        if recompute:
+            self.net.activation_checkpointing_enable()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.net(ids, use_cache=False).last_hidden_state.square().mean()
+
+
+@pytest.mark.parametrize("stage", runs.ZERO)
+def test_gradient_checkpointing_gives_the_same_numbers(stage: int) -> None:
+    """Bit for bit, with dropout still off; the layer runs twice per update and not once."""
+    ids = torch.arange(8)[None]
+    trained, calls = {}, {True: 0, False: 0}
+    for recompute in (False, True):
+        one = Learner(Checkpointed(recompute), runs.ZERO[stage], OptimizerConfig(warmup_steps=0), UPDATES, CPU)
+
+        def count(*_: object, key: bool = recompute) -> None:
+            calls[key] += 1
+
+        one.module.net.layers[0].mlp.act_fn.register_forward_hook(count)
+        for _ in range(UPDATES):
+            one.update([lambda one=one: one.engine(ids)], lambda: torch.zeros(()))
+        plain = Checkpointed(False)
+        one.copy_weights_into(plain)
+        trained[recompute] = weights(plain)
+    assert calls == {False: UPDATES, True: 2 * UPDATES}
+    assert all(torch.equal(trained[True][name], value) for name, value in trained[False].items())
+    start = weights(Checkpointed(False))
+    assert any(not torch.equal(trained[True][name], value) for name, value in start.items())

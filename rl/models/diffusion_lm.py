@@ -75,6 +75,7 @@ class DiffusionLM(PreTrainedModel):
     base_model_prefix = "backbone"
     _supports_sdpa = True
     _supports_flex_attn = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: DiffusionLMConfig):
         super().__init__(config)

@@ -51,6 +51,14 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
     Raises:
         ValueError: the folder is missing or incomplete, or the config describes no model.
     """
+    model = _load_policy(config, tokenizer, seed)
+    if config.gradient_checkpointing:
+        # It acts in the learner alone, which sets the layers' training flag.
+        model.activation_checkpointing_enable()
+    return model
+
+
+def _load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 
     if config.path is not None:

@@ -22,9 +22,26 @@ from torch import nn
 from rl.config import OptimizerConfig
 from rl.train import distributed
 
-# What an installed package can name without a file beside it: a ZeRO stage in full precision.
+
+def _built_in(stage: int, half: bool = False, offload: Sequence[str] = ()) -> dict[str, Any]:
+    """A DeepSpeed config; `offload` keeps those states ("optimizer", "param") in host memory."""
+    config: dict[str, Any] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": half}}
+    for states in offload:
+        config["zero_optimization"][f"offload_{states}"] = {"device": "cpu"}
+    if offload:
+        # DeepSpeed's own CPU Adam would be compiled at the first start; torch's fused one needs no compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config | {"steps_per_print": 10**9}
+
+
+# What an installed package can name without a file beside it; configs/deepspeed/ holds the same as files.
 BUILT_IN: dict[str, dict[str, Any]] = {
-    f"zero{stage}": {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9} for stage in range(4)
+    **{f"zero{stage}": _built_in(stage) for stage in range(4)},
+    **{f"zero{stage}_bf16": _built_in(stage, True) for stage in range(4)},
+    "zero2_offload": _built_in(2, offload=["optimizer"]),
+    "zero2_bf16_offload": _built_in(2, True, ["optimizer"]),
+    "zero3_bf16_offload": _built_in(3, True, ["optimizer"]),
+    "zero3_bf16_offload_all": _built_in(3, True, ["optimizer", "param"]),
 }
 
 
@@ -73,11 +90,11 @@ class Learner:
             "weight_decay": optimizer.weight_decay,
         }
         client = None
-        if "offload_optimizer" in config.get("zero_optimization", {}):
-            # Offloading needs DeepSpeed's own CPU Adam.
+        offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+        if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
             config["optimizer"] = {"type": "AdamW", "params": settings}
         else:
-            client = torch.optim.AdamW(parameters, **settings)
+            client = torch.optim.AdamW(parameters, fused=offloaded, **settings)
 
         def schedule(torch_optimizer: torch.optim.Optimizer) -> Any:
             return torch.optim.lr_scheduler.LambdaLR(
@@ -93,6 +110,10 @@ class Learner:
         self._whole_gradients = self.stage == 0 and not half
         # Dropout would make the learner score another policy than the one that sampled.
         self.engine.eval()
+        for layer in self.engine.module.modules():
+            # Layers of transformers recompute their activations only in training mode. It is the layer's own flag that
+            # they ask; whatever could drop something is inside it and stays in eval mode.
+            layer.training = bool(getattr(layer, "gradient_checkpointing", False))
 
     @property
     def module(self) -> nn.Module:
@@ -188,7 +209,7 @@ def rate_factor(optimizer: OptimizerConfig, update: int, total: int) -> float:
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON as a dict, or one of the built-in configs `zero0` to `zero3`.
+    """The DeepSpeed JSON as a dict, or one of `BUILT_IN`.
 
     Raises:
         ValueError: missing or invalid file, or a key that is decided elsewhere.
