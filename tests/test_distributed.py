@@ -214,8 +214,29 @@ def test_resume_on_two_ranks(two_ranks: Path, folder: Path) -> None:
         assert runs.largest_difference(runs.weights(run), runs.weights(whole)) == 0.0
 
 
-def test_a_checkpoint_of_two_ranks_is_refused_by_one(two_ranks: Path, folder: Path) -> None:
-    shutil.copytree(two_ranks / "zero2" / "run", folder / "refused" / "run")
-    arguments = runs.resumed_config(folder / "refused", zero_config(two_ranks, 2), "train.steps=4")
-    with pytest.raises(ValueError, match="written by 2 ranks and this run has 1: start as many ranks"):
-        runs.train_here(arguments)
+def continued(source: Path, home: Path, stage: int, step: int) -> list[str]:
+    """A copy of a run as it was after `step`, and the arguments that resume it."""
+    shutil.copytree(source / f"zero{stage}" / "run", home / f"zero{stage}" / "run")
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(home / f"zero{stage}" / "run" / "checkpoints" / f"step_{later}")
+    return runs.resumed_config(home / f"zero{stage}", zero_config(source, stage))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_go_on_as_one(one_rank: Path, two_ranks: Path, folder: Path, stage: int) -> None:
+    """Weights, moments and schedule survive the new cut: the rest of the run is that of one rank."""
+    home = folder / "fewer"
+    runs.train_here(continued(two_ranks, home, stage, step=1))
+    same_run(home / f"zero{stage}" / "run", one_rank / "plain" / "run")
+    assert not list((home / f"zero{stage}" / "run" / "checkpoints").glob("universal*"))
+
+
+def test_one_rank_goes_on_as_two(one_rank: Path, folder: Path) -> None:
+    home = folder / "more"
+    for stage in (2, 3):
+        runs.train_here(zero_config(home / "one", stage))
+    configs = [continued(home / "one", home / "two", stage, step=1) for stage in (2, 3)]
+    done = runs.torchrun(2, *runs.many(configs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in (2, 3):
+        same_run(home / "two" / f"zero{stage}" / "run", one_rank / "plain" / "run")

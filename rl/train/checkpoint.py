@@ -6,20 +6,24 @@
     checkpoints/latest              written last of all
 
 Nothing random has state of its own here: data, masks and rollouts are functions of (seed, step), so a
-step number is all the bookkeeping a bit-exact resume needs.
+step number is all the bookkeeping a bit-exact resume needs. On another number of ranks the optimizer's
+parts are cut anew through a DeepSpeed universal checkpoint, made beside the folders and deleted after.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.train import distributed
-from rl.train.learner import Learner
+from rl.train.learner import STATE, Learner
 
 FOLDER = "checkpoints"
 
@@ -47,7 +51,7 @@ def save_checkpoint(
         save_model(folder / "hf")
     distributed.barrier()
     for name, learner in learners.items():
-        learner.engine.save_checkpoint(str(folder / name), tag="state", client_state={"updates": learner.updates})
+        learner.save_state(folder / name)
     distributed.barrier()
     if distributed.rank() == 0:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -98,23 +102,48 @@ def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int,
         the step and the state given to `save_checkpoint`.
 
     Raises:
-        ValueError: the folder is incomplete, or was written by another number of ranks.
+        ValueError: the folder is incomplete, or cannot be cut anew for this number of ranks.
     """
     problem = incomplete(folder)
     if problem:
         raise ValueError(f"checkpoint {folder} is incomplete: {problem}")
     manifest = json.loads((folder / "complete.json").read_text())
-    saved = manifest["state"].get("world_size")
-    if saved is not None and saved != distributed.world_size():
-        raise ValueError(
-            f"checkpoint {folder} was written by {saved} ranks and this run has {distributed.world_size()}: "
-            "start as many ranks"
-        )
-    for name, learner in learners.items():
-        path, client = learner.engine.load_checkpoint(str(folder / name), tag="state")
-        assert path is not None, f"DeepSpeed found no state in {folder / name}"
-        learner.updates = client["updates"]
+    saved = manifest["state"].get("world_size", distributed.world_size())
+    cut_anew = [name for name, learner in learners.items() if saved != distributed.world_size() and learner.stage > 0]
+    with _universal(folder, cut_anew) as universal:
+        for name, learner in learners.items():
+            learner.load_state((universal if name in cut_anew else folder) / name, universal=name in cut_anew)
     return manifest["step"], manifest["state"]
+
+
+@contextlib.contextmanager
+def _universal(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder with the named DeepSpeed states of a checkpoint in a form that any number of ranks can load.
+
+    Rank 0 converts, and deletes the folder at the end. Every rank must enter and leave.
+    """
+    target = folder.with_name("universal.partial")
+    problem = ""
+    if names and distributed.rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        for name in names:
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+            folders = ["--input_folder", folder / name / STATE, "--output_folder", target / name / STATE]
+            done = subprocess.run([*command, *folders], capture_output=True, text=True)
+            if done.returncode:
+                problem = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+                break
+    problem = distributed.gather_objects(problem)[0]
+    if problem:
+        raise ValueError(
+            f"checkpoint {folder} was written by another number of ranks and is not convertible: {problem}"
+        )
+    try:
+        yield target
+    finally:
+        distributed.barrier()
+        if names and distributed.rank() == 0:
+            shutil.rmtree(target)
 
 
 def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:

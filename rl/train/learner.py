@@ -44,6 +44,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "zero3_bf16_offload_all": _built_in(3, True, ["optimizer", "param"]),
 }
 
+# Folder of the DeepSpeed files inside a saved state.
+STATE = "state"
+
 
 class TrainingError(RuntimeError):
     """A step that must not be taken: a loss or gradient that is not finite."""
@@ -170,6 +173,21 @@ class Learner:
     def learning_rate(self) -> float:
         """The rate the last update was taken with; 0 before the first."""
         return self._last_lr
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule; every rank writes its part."""
+        self.engine.save_checkpoint(str(folder), tag=STATE, client_state={"updates": self.updates})
+
+    def load_state(self, folder: Path, universal: bool = False) -> None:
+        """Read what `save_state` wrote, or the universal form of it, which any number of ranks can read."""
+        config = self.engine._config
+        config.load_universal_checkpoint = universal
+        try:
+            path, client = self.engine.load_checkpoint(str(folder), tag=STATE)
+        finally:
+            config.load_universal_checkpoint = False
+        assert path is not None, f"DeepSpeed found no state in {folder}"
+        self.updates = client["updates"]
 
     @torch.no_grad()
     def copy_weights_into(self, plain: nn.Module) -> None:
