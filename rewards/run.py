@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import threading
 import time
@@ -25,6 +26,8 @@ from rewards.load import load_reward
 from rewards.pool import WorkerPool
 from rewards.score import RewardFunction, Score
 from rewards.table import MODES, PartTally, RewardPart, ScoreTable
+
+logger = logging.getLogger(__name__)
 
 
 class RewardRunner:
@@ -45,6 +48,8 @@ class RewardRunner:
         cache_size: scores to remember by content; only for rewards that always judge the same the same.
         retries: further attempts after a transient failure.
         retry_seconds: pause before the first retry.
+        outage_seconds: how long to go on retrying beyond `retries`, every half minute at last, from the first
+            transient failure of a batch on: a reward server that died is waited for.
         memory_mb: memory limit of one child process in MiB; None for no limit.
         load_seconds: wall limit for a child process to start and load a reward.
 
@@ -62,6 +67,7 @@ class RewardRunner:
         cache_size: int = 0,
         retries: int = 2,
         retry_seconds: float = 0.5,
+        outage_seconds: float = 0.0,
         memory_mb: int | None = 4096,
         load_seconds: float = 120.0,
     ) -> None:
@@ -70,6 +76,8 @@ class RewardRunner:
         self.keys = [part.key for part in parts]
         self.retries = retries
         self.retry_seconds = retry_seconds
+        self.outage_seconds = outage_seconds
+        self._waiting_until: float | None = None
         self._inline = [(part.mode or mode) == "inline" for part in parts]
         self._functions: list[RewardFunction | None] = [None] * len(parts)
         self._limits = [FailureLimit(key, max_failure_share) for key in self.keys]
@@ -170,6 +178,7 @@ class RewardRunner:
             jobs += [Job(part, fresh[at : at + size]) for at in range(0, len(fresh), size)]
 
         pause = self.retry_seconds
+        self._waiting_until = None
         while jobs:
             later: list[Job] = []
             with contextlib.closing(self._execute(jobs, batch)) as outcomes:  # closing kills what is still busy
@@ -177,8 +186,10 @@ class RewardRunner:
                     later += self._absorb(job, outcome, batch, tallies[job.part])
             jobs = later
             if any(job.attempt for job in jobs):
+                if any(job.attempt == self.retries + 1 for job in jobs):
+                    logger.warning("a reward's server is down: waiting for it for up to %g s", self.outage_seconds)
                 time.sleep(pause)
-                pause *= 2
+                pause = min(2 * pause, 30.0)
 
         for tally, same in zip(tallies, twins, strict=True):
             for index, original in same.items():
@@ -209,7 +220,7 @@ class RewardRunner:
         """Book one call; return the calls it makes necessary."""
         tally.seconds += outcome.seconds
         if outcome.error is not None:
-            if outcome.transient and job.attempt < self.retries:
+            if outcome.transient and self._another(job):
                 tally.retries += len(job.indices)
                 return [Job(job.part, job.indices, job.attempt + 1)]
             if len(job.indices) > 1 and not outcome.transient:
@@ -226,12 +237,18 @@ class RewardRunner:
                 stored[index] = entry
         again: list[int] = []
         for index, score in zip(job.indices, outcome.scores, strict=True):
-            if score.failed and score.transient and job.attempt < self.retries:
+            if score.failed and score.transient and self._another(job):
                 again.append(index)
             else:
                 self._book(job.part, index, score, batch, tally)
         tally.retries += len(again)
         return [Job(job.part, again, job.attempt + 1)] if again else []
+
+    def _another(self, job: Job) -> bool:
+        """Whether a transient failure is tried again."""
+        if self._waiting_until is None:
+            self._waiting_until = time.monotonic() + self.outage_seconds
+        return job.attempt < self.retries or time.monotonic() < self._waiting_until
 
     def _book(self, part: int, index: int, score: Score, batch: Batch, tally: PartTally) -> None:
         tally.scores[index] = score

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -34,13 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 1)
     except RuntimeError as error:
         # Failures that training itself detects (TrainingError, RewardFailureError) explain themselves.
-        if type(error).__module__.split(".")[0] not in ("rl", "rewards", "rollouts"):
+        if type(error).__module__.split(".")[0] in ("rl", "rewards", "rollouts"):
+            return _complain(error, 1)
+        from rl.train import distributed
+
+        if not distributed.is_lost_rank(error):
             raise
-        return _complain(error, 1)
+        _complain(f"another rank ended or is stuck (see what it says): {error}", 1)
+        # A launcher reports the first rank that it finds ended. Leave it the time to find the one that was.
+        time.sleep(5)
+        return 1
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"denoise-rl: {' '.join(str(error).split())}", file=sys.stderr)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    who = f"denoise-rl: rank {os.environ['RANK']}" if several else "denoise-rl"
+    print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 
 
@@ -175,11 +186,16 @@ def _train(args: argparse.Namespace) -> int:
 
     check_run(config)
     with Session.open(config) as session:
+        from rl.train.interrupt import EXIT_CODE, Stopped
         from rl.train.loop import train
 
         for line in plan_lines(config):
             session.progress.message(line)
-        train(session)
+        try:
+            train(session)
+        except Stopped:
+            distributed.stop()
+            return EXIT_CODE
     if distributed.rank() == 0:
         finish(session.run_dir)
     distributed.stop()

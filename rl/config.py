@@ -27,6 +27,9 @@ class RunConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads per process; null leaves torch's default.")
     device: str = Field("auto", description="cpu, cuda, or auto for a GPU when there is one.")
     resume: bool = Field(False, description="Continue from the newest complete checkpoint in output_dir.")
+    collective_timeout_seconds: float = Field(
+        1800.0, gt=0, description="A run of several ranks fails when one of them keeps the others waiting this long."
+    )
     services: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Metric services to log to besides metrics.jsonl."
     )
@@ -108,6 +111,9 @@ class RewardConfig(Section):
     num_workers: int = Field(1, ge=1, description="Child processes in mode process.")
     timeout_seconds: float = Field(10.0, gt=0, description="Wall-clock limit of one scoring call in mode process.")
     max_failure_share: float = Field(0.1, ge=0, le=1, description="Stop the run when more than this share fails.")
+    outage_seconds: float = Field(
+        0.0, ge=0, description="Wait this long for a reward server that is down before its verdicts count as failed."
+    )
 
 
 class BlockStage(Section):

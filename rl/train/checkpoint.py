@@ -128,7 +128,7 @@ def _universal(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
         for name in names:
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-            folders = ["--input_folder", folder / name / STATE, "--output_folder", target / name / STATE]
+            folders = ["--input_folder", str(folder / name / STATE), "--output_folder", str(target / name / STATE)]
             done = subprocess.run([*command, *folders], capture_output=True, text=True)
             if done.returncode:
                 problem = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"

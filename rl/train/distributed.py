@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,10 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, timeout_seconds: float = 1800.0) -> None:
     """Join the process group: the launcher's if there is one, else a group of one.
+
+    A collective that waits for a rank longer than the timeout fails, and with it the run.
 
     Nothing is compiled: DeepSpeed's shared-memory all-reduce, the one op it would build here, is turned
     off (a killed build leaves a lock that hangs every later job).
@@ -51,7 +54,11 @@ def start(device: torch.device) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        verbose=False,
+    )
 
 
 def stop() -> None:
@@ -61,6 +68,11 @@ def stop() -> None:
 
         # DeepSpeed keeps groups of its own, which a later `start` in this process would find stale.
         deepspeed.comm.destroy_process_group()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed: another rank has ended, or did not come within the timeout."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def rank() -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from rl.algorithms import parse_options
@@ -13,6 +14,7 @@ from rl.evaluate.accuracy import Accuracy, as_metrics, evaluate
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.learner import Learner
 from rl.train.session import Session
 from rl.train.sft import supervised
@@ -53,7 +55,8 @@ def train(session: Session) -> dict[str, Any]:
         summary |= json.loads((session.run_dir / "before.json").read_text())
         views_before = summary.pop("views")
     if config.train.steps:
-        summary |= reinforce(session, checkpoint)
+        with heeding_sigterm() as told_to_stop:
+            summary |= reinforce(session, checkpoint, told_to_stop)
         after, _ = evaluate(session, session.model, heldout, config.eval.num_inference_steps)
         session.metrics.log(summary["train_steps"], "eval", as_metrics(after))
         summary |= _accuracy("after", after)
@@ -66,8 +69,14 @@ def train(session: Session) -> dict[str, Any]:
     return summary
 
 
-def reinforce(session: Session, checkpoint: Any = None) -> dict[str, Any]:
-    """The RL stage on `session.model`; the model holds the trained weights afterwards."""
+def reinforce(
+    session: Session, checkpoint: Any = None, told_to_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """The RL stage on `session.model`; the model holds the trained weights afterwards.
+
+    Raises:
+        Stopped: a rank was told to stop; the step it was in is finished and in a checkpoint.
+    """
     config = session.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
     updater = parse_options(config.algorithm).build().updater(session, total, checkpoint is not None)
@@ -95,15 +104,21 @@ def reinforce(session: Session, checkpoint: Any = None) -> dict[str, Any]:
         _log_samples(session, step, outcome.samples)
         session.progress.update(step, reward=metrics["reward/mean"], tokens_per_s=metrics["speed/tokens_per_s"])
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
-        out_of_time = bool(distributed.reduce_number(out_of_time, "max", session.device))
-        last = step == config.train.steps or out_of_time
+        # Reduced, because all ranks have to end after the same step.
+        ending = distributed.reduce_number(2 if told_to_stop() else out_of_time, "max", session.device)
+        last = step == config.train.steps or ending > 0
         if config.eval.every and step % config.eval.every == 0 and not last:
             rows = validation_rows(session.task, config.eval.every_prompts)
             results, _ = evaluate(session, session.model, rows, config.eval.num_inference_steps)
             session.metrics.log(step, "eval", as_metrics(results))
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             _checkpoint(session, step, updater.learners)
-        if out_of_time:
+        if ending == 2:
+            session.progress.message(
+                f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true"
+            )
+            raise Stopped
+        if ending:
             session.progress.message(f"train.max_seconds reached after {step} of {config.train.steps} steps")
             break
     return {

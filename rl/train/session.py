@@ -187,12 +187,13 @@ class Session:
                 num_workers=config.reward.num_workers,
                 timeout_seconds=config.reward.timeout_seconds,
                 max_failure_share=config.reward.max_failure_share,
+                outage_seconds=config.reward.outage_seconds,
             ).__enter__()
             for chosen in (parts or own, own)
         )
         # Alone, only a learner needs a process group; it starts one of its own.
         if distributed.launched():
-            distributed.start(device)
+            distributed.start(device, config.run.collective_timeout_seconds)
         rank = distributed.rank() if write else 1
         services = (
             open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
