@@ -116,7 +116,7 @@ class InProcessEngine:
         """
         started = time.perf_counter()
         self.stats = EngineStats()
-        plans = [self._plan(index, request) for index, request in enumerate(requests)]
+        plans = [self.plan(index, request) for index, request in enumerate(requests)]
         if not plans:
             return []
         # Longest first: requests of like length share batches, and no long one is left to run alone.
@@ -148,7 +148,12 @@ class InProcessEngine:
         self.stats.seconds = time.perf_counter() - started
         return self._trajectories(requests, plans, record, policy_version)
 
-    def _plan(self, index: int, request: Request) -> Plan:
+    def plan(self, index: int, request: Request) -> Plan:
+        """Where a request begins and ends on the canvas.
+
+        Raises:
+            ValueError: it does not fit the model's context, or has no prompt.
+        """
         prompt = len(request.prompt_ids)
         if not prompt:
             raise ValueError(f"request {index} has an empty prompt: give it at least one token")

@@ -15,6 +15,9 @@ _MIX_2 = -7723592293110705685
 
 TOKEN_STREAM = 1
 ORDER_STREAM = 2
+SEED_STREAM = 3
+REMASK_STREAM = 4
+CHOICE_STREAM = 5
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -38,3 +41,9 @@ def uniform(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, stre
     state = _mix(state + step * _GOLDEN)
     state = _mix(state + (position + 1) * _GOLDEN)
     return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+
+
+def split(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+    """New seeds, non-negative int64: one per entry of (seed, counter), broadcast to one shape."""
+    state = _mix(_mix(seed * _GOLDEN + SEED_STREAM) + (counter + 1) * _GOLDEN)
+    return _shift_right(state, 1)

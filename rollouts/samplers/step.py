@@ -21,7 +21,7 @@ class StepState:
         candidates: bool [B, L], masked positions whose token is drawn (logits are needed there).
         eligible: bool [B, L], candidates that may be revealed now (inside the current block).
         quota: int64 [B], positions the schedule reveals at this step.
-        seed: int64 [B], per request.
+        seed: int64 [B], per request, or [B, L], per position (a search redraws some positions and keeps others).
         step: int64 [B], denoising steps each request has taken.
     """
 
@@ -53,23 +53,29 @@ class StepResult:
     reveal: torch.Tensor
 
 
-def denoise_step(state: StepState, logits: torch.Tensor, options: SamplerOptions) -> StepResult:
+def denoise_step(
+    state: StepState, logits: torch.Tensor, options: SamplerOptions, proposal: torch.Tensor | None = None
+) -> StepResult:
     """Draw a token for every candidate and choose which to reveal.
 
     Args:
         state: see `StepState`.
         logits: [N, V] at the candidates, in row-major order of `state.candidates`.
         options: the decoder's parts.
+        proposal: [N, V] log-probs to draw from instead (guidance). Log-probs, confidences and the scores that
+            rank positions stay those of the sampling distribution.
     """
     row, position = state.candidates.nonzero(as_tuple=True)
-    seed, step = state.seed[row], state.step[row]
+    seed = state.seed[row] if state.seed.dim() == 1 else state.seed[row, position]
+    step = state.step[row]
     if options.temperature == 0:
         sampling = None
         token = logits.argmax(-1)
         logprob = torch.zeros(len(row), dtype=torch.float64, device=logits.device)
     else:
         sampling = sampling_logprobs(logits, options.temperature, options.top_p, options.top_k)
-        token = draw(sampling, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
+        source = sampling if proposal is None else proposal
+        token = draw(source, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
         logprob = sampling.gather(-1, token[:, None]).squeeze(-1).double()
     untouched = options.temperature == 1.0 and options.top_p >= 1.0 and options.top_k == 0
     if sampling is None or (options.score_from == "model" and not untouched):
