@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     rollout = add("rollout", _rollout, "Sample rollouts of a model and save trajectories and scores.")
     rollout.add_argument("--output", metavar="FOLDER", required=True, help="where trajectories and scores go")
     rollout.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to sample")
-    rollout.add_argument("--group-size", type=int, default=1, help="rollouts per prompt")
+    rollout.add_argument("--group-size", type=int, default=1, help="rollouts, or searches, per prompt")
+    rollout.add_argument("--search", metavar="NAME", help="search for high rewards: best_of_n, svdd, ... (docs)")
+    rollout.add_argument("--search-params", metavar="YAML", help="options of the search, {num_samples: 16}")
     evaluate = add("eval", _eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
     evaluate.add_argument("--data", metavar="FILE", help="problems in the task's published file format")
     evaluate.add_argument(
@@ -229,6 +231,10 @@ def _rollout(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {folder} exists: name a new or empty folder")
+    if args.search is not None:
+        return _search(args, config, folder)
+    if args.search_params is not None:
+        raise ValueError("--search-params belongs to --search NAME")
     from rl.train.session import Session
     from rollouts.trajectory import save_trajectories
 
@@ -245,6 +251,35 @@ def _rollout(args: argparse.Namespace) -> int:
     print(
         f"{len(scored.trajectories)} rollouts, mean reward {mean:.3f}, {scored.stats.sequence_forwards} sequence "
         f"forwards, {scored.stats.generated_tokens / max(scored.stats.seconds, 1e-9):,.0f} tokens/s -> {folder}"
+    )
+    return 0
+
+
+def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
+    import yaml
+
+    from rollouts.search.options import parse_search
+
+    try:
+        params = yaml.safe_load(args.search_params or "{}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"--search-params is not valid YAML: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"--search-params must be a mapping like {{num_samples: 16}}, got {args.search_params!r}")
+    options = parse_search(args.search, params)
+    from rl.evaluate.search import search_rollouts, write_search
+    from rl.train.session import Session
+
+    with Session.open(config, write=False) as session:
+        rows = session.task.heldout_rows(args.num_prompts)
+        found = search_rollouts(session, rows, args.search, options, args.group_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_search(folder, session, args.search, options, found)
+    budget, count = found.budget, found.num_requests
+    print(
+        f"{args.search}: {len(found.trajectories)} samples of {count} searches, mean reward {found.mean_reward():.3f}, "
+        f"per search {budget.denoiser_evaluations / count:.1f} denoiser and {budget.reward_evaluations / count:.1f} "
+        f"reward evaluations, {budget.unscored} without a verdict -> {folder}"
     )
     return 0
 

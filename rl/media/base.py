@@ -86,6 +86,14 @@ class Medium(Protocol):
         """
         ...
 
+    def search_sampler(self, engine: Any, rows: Sequence[Row]) -> Any:
+        """The engine's sampler as searches use it (`rollouts.search.protocol.SearchSampler`); rows condition it.
+
+        Raises:
+            ValueError: the sampler cannot be stopped, branched and resumed.
+        """
+        ...
+
     def ended(self, trajectories: Sequence[Any]) -> np.ndarray:
         """bool [M]: samples that came to their end; always True where a sample has no end of its own."""
         ...

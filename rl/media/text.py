@@ -18,6 +18,7 @@ from rl.train.plan import about, tokenizer_field
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
+from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory
 
 
@@ -101,6 +102,10 @@ class TextMedium:
         eos = self.tokenizer.eos_token_id
         cut = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in responses]
         return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+
+    def search_sampler(self, engine: InProcessEngine, rows: Sequence[Row]) -> TokenSampler:
+        requests = self.requests(rows, [[0]] * len(rows))
+        return TokenSampler(engine, [request.prompt_ids for request in requests])
 
     def ended(self, trajectories: Sequence[TokenTrajectory]) -> np.ndarray:
         eos = self.tokenizer.eos_token_id

@@ -55,9 +55,10 @@ def smc(
         log_weight += (gain + ratio).reshape(requests, count)
         step += 1
         share = _effective(log_weight) / count
-        again = np.flatnonzero((share < options.resample_below) | (options.resample_below == 1.0))
-        # After the last step the weights are the result.
-        if len(again) and not np.all(states.done):
+        # After the last step of a population its weights are the result.
+        moving = ~states.done.reshape(requests, count).all(1)
+        again = np.flatnonzero(moving & ((share < options.resample_below) | (options.resample_below == 1.0)))
+        if len(again):
             index = np.arange(requests * count).reshape(requests, count)
             index[again] = again[:, None] * count + systematic(log_weight[again], uniform(seed[again], step))
             states, values = states.select(index.reshape(-1)), values[index.reshape(-1)]

@@ -301,12 +301,11 @@ class TokenSampler:
             where = (part.canvas == engine.mask_token_id) & (index >= low) & (index < high)
             length = self._put(self._length[part.row])
             width = int(length.max())
+            visible = full_visibility(length, width)
             if engine.block_causal:
                 assert engine.options.block_length is not None
                 queries = index[None, :width].expand(len(chunk), -1)
                 visible = block_causal_visibility(queries, width, engine.options.block_length)
-            else:
-                visible = full_visibility(length, width)
             hidden = model.hidden_states(part.canvas[:, :width], visible=visible)
             self.budget.denoiser_evaluations += len(chunk)
             row, position = where.nonzero(as_tuple=True)
