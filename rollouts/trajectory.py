@@ -11,16 +11,17 @@ T denoising steps, V vocabulary, D width.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rollouts.npz_file import read_records, write_records
+
 FORMAT_VERSION = 1
+_KIND = "token trajectories"
 _EDIT_FIELDS = {
     "step": np.int32,
     "position": np.int32,
@@ -170,31 +171,22 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
             fill = getattr(trajectory, name)
             if fill is not None:
                 arrays[f"{name}_{index}"] = fill.astype(dtype, copy=False)
-    header = {
-        "format": "denoise-rl token trajectories",
-        "version": FORMAT_VERSION,
-        "items": [
-            {
-                "length": t.length,
-                "mask_token_id": t.mask_token_id,
-                "num_steps": t.num_steps,
-                "stop_length": t.stop_length,
-                "block_length": t.block_length,
-                "block_origin": t.block_origin,
-                "sampler": t.sampler,
-                "policy_version": t.policy_version,
-                "exact": t.exact,
-                "seed": t.seed,
-            }
-            for t in trajectories
-        ],
-    }
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(partial, path)
+    items = [
+        {
+            "length": t.length,
+            "mask_token_id": t.mask_token_id,
+            "num_steps": t.num_steps,
+            "stop_length": t.stop_length,
+            "block_length": t.block_length,
+            "block_origin": t.block_origin,
+            "sampler": t.sampler,
+            "policy_version": t.policy_version,
+            "exact": t.exact,
+            "seed": t.seed,
+        }
+        for t in trajectories
+    ]
+    write_records(path, _KIND, FORMAT_VERSION, items, arrays)
 
 
 def load_trajectories(path: str | os.PathLike[str]) -> list[TokenTrajectory]:
@@ -203,15 +195,9 @@ def load_trajectories(path: str | os.PathLike[str]) -> list[TokenTrajectory]:
     Raises:
         ValueError: the file is not a trajectory file, has another version, or a record is inconsistent.
     """
-    with np.load(path, allow_pickle=False) as data:
-        if "header" not in data:
-            raise ValueError(f"{path} is not a trajectory file: it has no header")
-        header = json.loads(bytes(data["header"]).decode())
-        if header.get("version") != FORMAT_VERSION:
-            raise ValueError(f"{path} has trajectory format {header.get('version')}, this code reads {FORMAT_VERSION}")
-        arrays = {name: data[name] for name in data.files if name != "header"}
+    items, arrays = read_records(path, _KIND, FORMAT_VERSION)
     trajectories = []
-    for index, item in enumerate(header["items"]):
+    for index, item in enumerate(items):
         prompt = slice(*arrays["prompt_offsets"][index : index + 2])
         edits = slice(*arrays["edit_offsets"][index : index + 2])
         trajectory = TokenTrajectory(

@@ -18,6 +18,7 @@ ORDER_STREAM = 2
 SEED_STREAM = 3
 REMASK_STREAM = 4
 CHOICE_STREAM = 5
+LATENT_STREAM = 6
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -47,3 +48,17 @@ def split(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     """New seeds, non-negative int64: one per entry of (seed, counter), broadcast to one shape."""
     state = _mix(_mix(seed * _GOLDEN + SEED_STREAM) + (counter + 1) * _GOLDEN)
     return _shift_right(state, 1)
+
+
+def branch_seed(seed: torch.Tensor, step: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """int64 seed of a branch that leaves a rollout before `step`; branch 0 is the rollout itself going on.
+
+    Args:
+        seed, step, branch: int64, broadcastable to one shape.
+    """
+    return torch.where(branch == 0, seed, split(split(seed, step), branch))
+
+
+def normal(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, stream: int) -> torch.Tensor:
+    """float64 standard normal, one per entry, by inversion of `uniform` (same arguments)."""
+    return torch.special.ndtri(uniform(seed, step, position, stream))

@@ -1,0 +1,158 @@
+"""The built-in image policy: a small class-conditional denoiser on pixels, with the scheduler it was trained on.
+
+A folder of it is laid out as diffusers lays out a pipeline: `unet/` (any network called like a class-conditional
+`UNet2DModel`; `UNet2DModel.from_pretrained(folder, subfolder="unet")` reads it), `scheduler/`, and `model_index.json`,
+which also names the classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rollouts.model_protocol import Conditioning
+
+INDEX = "model_index.json"
+CLASS_NAME = "ClassPolicy"
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+class ClassPolicy(nn.Module):
+    """An `ImagePolicy` whose prompts are class names.
+
+    Attributes:
+        classes: names in the order of their labels; the label after the last is the null label of guidance.
+    """
+
+    def __init__(self, unet: nn.Module, scheduler: Any, classes: Sequence[str]):
+        super().__init__()
+        self.unet, self.scheduler, self.classes = unet, scheduler, list(classes)
+        config: Any = unet.config
+        size = config.sample_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        self.latent_shape = (int(config.in_channels), int(height), int(width))
+        if config.num_class_embeds != len(self.classes) + 1:
+            raise ValueError(
+                f"model.backbone num_class_embeds is {config.num_class_embeds}: {len(self.classes)} classes and the "
+                f"null label need {len(self.classes) + 1}"
+            )
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler.config.get("prediction_type", "flow")
+
+    @property
+    def null_label(self) -> int:
+        return len(self.classes)
+
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": num_inference_steps}
+
+    def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Labels of class names.
+
+        Raises:
+            ValueError: a prompt is not one of the classes.
+        """
+        known = {name: label for label, name in enumerate(self.classes)}
+        for prompt in prompts:
+            if prompt not in known:
+                raise ValueError(f"prompt {prompt!r} is not a class of the model: {', '.join(self.classes)}")
+        return {"label": torch.tensor([known[prompt] for prompt in prompts], dtype=torch.int64)}
+
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> torch.Tensor:
+        label = conditioning["label"]
+        timesteps = timesteps.to(latents.dtype)
+        if guidance_scale == 1:
+            return self.unet(latents, timesteps, class_labels=label).sample
+        both = torch.cat([torch.full_like(label, self.null_label), label])
+        output = self.unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), class_labels=both).sample
+        without, given = output.chunk(2)
+        return without + guidance_scale * (given - without)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents / 2 + 0.5).clamp(0, 1)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder that `from_pretrained` reads back with equal outputs."""
+        root = Path(path)
+        root.mkdir(parents=True, exist_ok=True)
+        unet: Any = self.unet
+        unet.save_pretrained(root / "unet")
+        self.scheduler.save_pretrained(root / "scheduler")
+        index = {
+            "_class_name": CLASS_NAME,
+            "unet": ["diffusers", type(unet).__name__],
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "classes": self.classes,
+        }
+        (root / INDEX).write_text(json.dumps(index, indent=2))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> ClassPolicy:
+        """Read a folder of `save_pretrained`, in eval mode.
+
+        Raises:
+            ValueError: the folder is incomplete.
+        """
+        root = Path(path)
+        index = json.loads((root / INDEX).read_text())
+        for part in ("unet", "scheduler"):
+            if not (root / part).is_dir():
+                raise ValueError(f"model.path {str(path)!r} is incomplete: it has no folder {part!r}")
+        if not any((root / "unet").glob("*.safetensors")):
+            raise ValueError(f"model.path {str(path)!r} is incomplete: unet has no .safetensors weights")
+        unet = _network_class(index["unet"][1]).from_pretrained(root / "unet")
+        scheduler = _diffusers_class(index["scheduler"][1]).from_pretrained(root / "scheduler")
+        return cls(unet.eval(), scheduler, index["classes"])
+
+
+def new_policy(
+    backbone: Mapping[str, Any], scheduler: Mapping[str, Any], classes: Sequence[str], seed: int
+) -> ClassPolicy:
+    """A policy with weights drawn from `seed`.
+
+    Args:
+        backbone: `model_type` (mlp_denoiser, or a diffusers class such as UNet2DModel) and arguments of that network.
+        scheduler: `name` of a diffusers scheduler and its arguments; DDIM on a linear schedule by default, with an
+            offset of 1 so that its last step keeps a density.
+
+    Raises:
+        ValueError: there is no such network or scheduler.
+    """
+    settings = dict(backbone)
+    network = _network_class(settings.pop("model_type", "mlp_denoiser"))
+    name = scheduler.get("name", "DDIMScheduler")
+    kind = _diffusers_class(name)
+    given = {key: value for key, value in scheduler.items() if key != "name"}
+    defaults: dict[str, Any] = (
+        {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False} if name == "DDIMScheduler" else {}
+    )
+    torch.manual_seed(seed)
+    unet = network(**{"num_class_embeds": len(classes) + 1, **settings})
+    return ClassPolicy(unet.eval(), kind(**{**defaults, **given}), classes)
+
+
+def _network_class(name: str) -> Any:
+    if name in ("mlp_denoiser", "MlpDenoiser"):
+        from rl.models.mlp_denoiser import MlpDenoiser
+
+        return MlpDenoiser
+    return _diffusers_class(name)
+
+
+def _diffusers_class(name: str) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise ValueError(f"diffusers has no class {name!r}: check model.backbone model_type and model.scheduler name")
+    return found

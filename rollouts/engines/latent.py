@@ -1,0 +1,158 @@
+"""The engine of continuous diffusion: requests are denoised together, and branches share what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rollouts.engines.in_process import EngineStats
+from rollouts.engines.record import NonFiniteError
+from rollouts.latent_trajectory import LatentTrajectory
+from rollouts.model_protocol import Conditioning, ImagePolicy
+from rollouts.samplers.gaussian import gaussian_step, make_steps
+from rollouts.samplers.latent_options import LatentSamplerOptions
+from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
+
+
+class LatentEngine:
+    """Samples trajectories of one set of options.
+
+    A request's noise is a function of its seed, so its rollout does not depend on what shares its batch; the
+    model's rounding may.
+    """
+
+    def __init__(
+        self,
+        model: ImagePolicy,
+        options: LatentSamplerOptions,
+        max_batch_size: int = 256,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        """
+        Args:
+            dtype: of the latents, float32 or float64; trajectories are never kept in less.
+        """
+        self.model, self.options = model, options
+        self.max_batch_size, self.device, self.dtype = max_batch_size, torch.device(device), dtype
+        self.steps = make_steps(model.scheduler, options, model.schedule_options(options.num_inference_steps))
+        self.stats = EngineStats()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        splits: Sequence[tuple[int, int]] = (),
+        policy_version: int = 0,
+    ) -> list[LatentTrajectory]:
+        """Denoise every request.
+
+        Args:
+            conditioning: [B, ...] each, what the model's `encode` returned for the B requests.
+            seeds: int64 of every request.
+            splits: (step, branches): before this step every rollout goes on as this many, which share all that came
+                before it and draw different noise after it. Branch 0 is the rollout that would have been without.
+
+        Returns:
+            B x (product of branches) trajectories, a request's together, a branch's together within them.
+
+        Raises:
+            ValueError: splits are out of order or out of range.
+            NonFiniteError: the model's output is not finite.
+        """
+        at = [step for step, _ in splits]
+        if at != sorted(set(at)) or any(not 0 <= step < len(self.steps) for step in at):
+            raise ValueError(f"splits must ascend and lie in [0, {len(self.steps)}), got {at}")
+        if not len(seeds):
+            return []
+        branches = dict(splits)
+        given = {name: rows.to(self.device) for name, rows in conditioning.items()}
+        # `root` is the request of every rollout, `origin` its place in the population before the last split.
+        root = torch.arange(len(seeds), device=self.device)
+        seed = torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
+        latent = self._noise(seed, 0).mul_(self.steps.initial_std).to(self.dtype)
+        record = [{"latent": latent, "seed": seed}]
+        origins = [root]
+        for index in range(len(self.steps)):
+            origin = torch.arange(len(root), device=self.device)
+            if index in branches:
+                count = branches[index]
+                origin = origin.repeat_interleave(count)
+                branch = torch.arange(count, device=self.device).repeat(len(root))
+                root, latent = root[origin], latent[origin]
+                seed = branch_seed(seed[origin], torch.tensor(index, device=self.device), branch)
+            origins.append(origin)
+            output = self._predict(latent, index, {name: rows[root] for name, rows in given.items()})
+            rows = len(latent)
+            latent, mean, logprob = gaussian_step(
+                torch.from_numpy(self.steps.coefficients[index]).to(self.device).expand(rows, -1),
+                torch.full((rows,), self.steps.std[index], dtype=torch.float64, device=self.device),
+                self.steps.clip,
+                output,
+                latent,
+                self._noise(seed, index + 1),
+            )
+            record.append({"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob})
+        if not torch.isfinite(latent).all():
+            raise NonFiniteError("the model's output is not finite: its weights are damaged or training diverged")
+        return self._trajectories(record, origins, root, given, tuple(at), policy_version)
+
+    def _noise(self, seed: torch.Tensor, step: int) -> torch.Tensor:
+        """float64 [N, ...] standard normal; 0 draws the initial noise, i + 1 that of step i."""
+        shape = self.model.latent_shape
+        position = torch.arange(int(np.prod(shape)), device=self.device)
+        at = torch.tensor(step, device=self.device)
+        return normal(seed[:, None], at, position, LATENT_STREAM).reshape(-1, *shape)
+
+    def _predict(self, latent: torch.Tensor, index: int, conditioning: Conditioning) -> torch.Tensor:
+        outputs = []
+        for start in range(0, len(latent), self.max_batch_size):
+            part = slice(start, start + self.max_batch_size)
+            timestep = torch.full((len(latent[part]),), self.steps.timestep[index], device=self.device)
+            rows = {name: values[part] for name, values in conditioning.items()}
+            outputs.append(self.model.predict(latent[part], timestep, rows, self.options.guidance_scale))
+            evaluations = len(latent[part]) * (1 if self.options.guidance_scale == 1 else 2)
+            self.stats.forwards += 1
+            self.stats.sequence_forwards += evaluations
+            self.stats.query_tokens += evaluations * latent[0].numel()
+        self.stats.generated_tokens += latent.numel()
+        return torch.cat(outputs)
+
+    def _trajectories(
+        self,
+        record: list[dict[str, torch.Tensor]],
+        origins: list[torch.Tensor],
+        root: torch.Tensor,
+        conditioning: Conditioning,
+        splits: tuple[int, ...],
+        policy_version: int,
+    ) -> list[LatentTrajectory]:
+        """Follow every finished rollout back to its request."""
+        columns: dict[str, list[np.ndarray]] = {"latent": [], "seed": [], "mean": [], "logprob": []}
+        place = torch.arange(len(root), device=self.device)
+        for state, origin in zip(reversed(record), reversed(origins), strict=True):
+            for name, values in state.items():
+                columns[name].append(values[place].cpu().numpy())
+            place = origin[place]
+        latents, seed, mean, logprob = (np.stack(parts[::-1], axis=1) for parts in columns.values())
+        kept = {name: rows[root].cpu().numpy() for name, rows in conditioning.items()}
+        return [
+            LatentTrajectory(
+                latents=latents[i],
+                timestep=self.steps.timestep,
+                coefficients=self.steps.coefficients,
+                mean=mean[i],
+                std=self.steps.std,
+                logprob=logprob[i],
+                conditioning={name: rows[i] for name, rows in kept.items()},
+                seed=seed[i],
+                splits=splits,
+                clip=self.steps.clip,
+                sampler=self.options.record(),
+                policy_version=policy_version,
+            )
+            for i in range(len(root))
+        ]

@@ -1,0 +1,329 @@
+"""Gaussian steps: equal to diffusers' schedulers, log-probs equal to closed forms, noise independent of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from scipy.stats import norm
+
+from rollouts.engines.latent import LatentEngine
+from rollouts.engines.record import NonFiniteError
+from rollouts.latent_trajectory import load_latents, save_latents
+from rollouts.samplers.gaussian import GaussianSteps, gaussian_step, make_steps
+from rollouts.samplers.latent_options import LatentSamplerOptions
+from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
+from tests.image_models import FLOW, rollouts, tiny_policy
+
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
+    "set_alpha_to_one": False,
+}  # fmt: skip
+
+
+def options(**values: Any) -> LatentSamplerOptions:
+    return LatentSamplerOptions(**{"num_inference_steps": 10, **values})
+
+
+def our_step(steps: GaussianSteps, index: int, output: torch.Tensor, latent: torch.Tensor, noise: torch.Tensor) -> Any:
+    rows = len(latent)
+    return gaussian_step(
+        torch.from_numpy(steps.coefficients[index]).expand(rows, -1),
+        torch.full((rows,), steps.std[index], dtype=torch.float64),
+        steps.clip,
+        output,
+        latent,
+        noise,
+    )
+
+
+def draws(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("clip", "eta"), [(False, 1.0), (True, 1.0), (False, 0.3), (True, 0.0)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_ddim_step_is_diffusers_step(prediction: str, clip: bool, eta: float, offset: int) -> None:
+    scheduler = DDIMScheduler(
+        prediction_type=prediction, clip_sample=clip, steps_offset=offset, set_alpha_to_one=bool(offset)
+    )
+    steps = make_steps(scheduler, options(eta=eta))
+    scheduler.set_timesteps(10)
+    for index, timestep in enumerate(scheduler.timesteps):
+        latent, output, noise = (draws(3 * index + k, 4, 2, 3) for k in range(3))
+        theirs = scheduler.step(output, timestep, latent, eta=eta, variance_noise=noise).prev_sample
+        ours = our_step(steps, index, output, latent, noise)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_ddpm_step_is_diffusers_step(prediction: str, variance: str, clip: bool) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction, variance_type=variance, clip_sample=clip)
+    steps = make_steps(scheduler, options(kind="ddpm"))
+    scheduler.set_timesteps(10)
+    for index, timestep in enumerate(scheduler.timesteps):
+        latent, output = draws(index, 4, 2, 3), draws(100 + index, 4, 2, 3)
+        generator = torch.Generator().manual_seed(index)
+        theirs = scheduler.step(output, int(timestep), latent, generator=generator).prev_sample
+        ours = our_step(steps, index, output, latent, draws(index, 4, 2, 3))[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    assert steps.std[-1] == 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_stochastic_flow_step_is_diffusers_step(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=shift)
+    steps = make_steps(scheduler, options(kind="flow_stochastic"))
+    scheduler.set_timesteps(10)
+    for index, timestep in enumerate(scheduler.timesteps):
+        latent, output = draws(index, 4, 2, 3), draws(100 + index, 4, 2, 3)
+        generator = torch.Generator().manual_seed(index)
+        theirs = scheduler.step(output, timestep, latent, generator=generator).prev_sample
+        ours = our_step(steps, index, output, latent, draws(index, 4, 2, 3))[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert steps.std[-1] == 0
+
+
+def test_a_flow_sde_without_noise_is_diffusers_euler_step() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    steps = make_steps(scheduler, options(kind="flow_sde", noise_level=0.0))
+    scheduler.set_timesteps(10)
+    for index, timestep in enumerate(scheduler.timesteps):
+        latent, output = draws(index, 4, 2, 3), draws(100 + index, 4, 2, 3)
+        ours = our_step(steps, index, output, latent, torch.zeros(4, 2, 3))[0]
+        torch.testing.assert_close(ours, scheduler.step(output, timestep, latent).prev_sample, rtol=1e-5, atol=1e-6)
+    assert (steps.std == 0).all()
+
+
+def closed_form(kind: str, index: int, x: np.ndarray, o: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean and standard deviation of a step, written down from the papers without the table.
+
+    The noise schedule is rounded to float32 as diffusers keeps it; all else is float64.
+    """
+    alphas = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0).double().numpy()
+    if kind in ("ddim", "ddpm"):
+        t = 100 * (9 - index) + 1
+        before = alphas[t - 100] if t >= 100 else (alphas[0] if kind == "ddim" else 1.0)
+        now = alphas[t]
+        x0 = (x - np.sqrt(1 - now) * o) / np.sqrt(now)
+        variance = (1 - before) / (1 - now) * (1 - now / before)
+        if kind == "ddim":
+            variance *= 0.6**2
+            return np.sqrt(before) * x0 + np.sqrt(1 - before - variance) * o, np.sqrt(variance)
+        mean = (
+            np.sqrt(before) * (1 - now / before) / (1 - now) * x0 + np.sqrt(now / before) * (1 - before) / (1 - now) * x
+        )
+        return mean, np.sqrt(max(variance, 1e-20))
+    sigmas = np.append(np.linspace(1, 1 / 1000, 10).astype(np.float32), np.float32(0)).astype(np.float64)
+    t, after = sigmas[index], sigmas[index + 1]
+    if kind == "flow_stochastic":
+        return (1 - after) * (x - t * o), after
+    sigma = 0.5 * np.sqrt(t / (1 - (sigmas[1] if t == 1 else t)))
+    step = after - t
+    mean = x * (1 + sigma**2 * step / (2 * t)) + o * (1 + sigma**2 * (1 - t) / (2 * t)) * step
+    return mean, sigma * np.sqrt(-step)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "flow_sde", "flow_stochastic"])
+def test_log_probs_are_the_closed_form_at_every_step(kind: str) -> None:
+    """Against SciPy's density of formulas written down separately, in float64."""
+    scheduler = FLOW if kind.startswith("flow") else {"name": "DDIMScheduler", "steps_offset": 1}
+    policy = tiny_policy(scheduler)
+    chosen = options(kind=kind, eta=0.6, noise_level=0.5, min_std=0.0, guidance_scale=1.5)
+    for trajectory in rollouts(policy, chosen):
+        trajectory.validate()
+        conditioning = {name: torch.from_numpy(row[None]) for name, row in trajectory.conditioning.items()}
+        for index in range(10):
+            latent = torch.from_numpy(trajectory.latents[index][None])
+            time = torch.from_numpy(trajectory.timestep[index : index + 1])
+            with torch.no_grad():
+                output = policy.predict(latent, time, conditioning, 1.5)[0].numpy()
+            mean, std = closed_form(kind, index, trajectory.latents[index], output)
+            np.testing.assert_allclose(trajectory.mean[index], mean, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(trajectory.std[index], std, rtol=1e-3, atol=1e-6)
+            if trajectory.std[index] == 0:
+                # A sure step has no density: it counts as a probability of 1, and nobody may train on it.
+                assert trajectory.logprob[index] == 0 and not trajectory.is_decision[index]
+            else:
+                density = norm.logpdf(trajectory.latents[index + 1], mean, std).sum()
+                # A mean that is off by 1e-4 moves the log-density by that many standard deviations.
+                np.testing.assert_allclose(trajectory.logprob[index], density, atol=2e-3 + 2e-3 / std, rtol=1e-4)
+        assert (trajectory.std[-1] == 0) == (kind in ("ddpm", "flow_stochastic")) or kind == "ddpm"
+
+
+def test_the_published_schedule_of_stable_diffusion() -> None:
+    """Standard deviations of 20 DDIM steps at eta 1 with the published offset, read off the published code."""
+    steps = make_steps(DDIMScheduler(steps_offset=1, **STABLE_DIFFUSION), options(num_inference_steps=20))
+    assert steps.timestep.tolist() == [951 - 50 * i for i in range(20)]
+    np.testing.assert_allclose(steps.std[[0, -4, -3, -2, -1]], [0.644, 0.214, 0.167, 0.041, 0.0206], atol=2e-3)
+
+
+def test_the_last_step_without_an_offset_has_no_density_and_no_nan() -> None:
+    scheduler = DDIMScheduler(steps_offset=0, **STABLE_DIFFUSION)
+    excluded = make_steps(scheduler, options())
+    assert excluded.std[-1] == 0 and (excluded.std[:-1] > 0.02).all()
+    floored = make_steps(scheduler, options(small_std="floor", min_std=0.05))
+    assert floored.std[-1] == 0.05 and (floored.std >= 0.05).all()
+    trap = {"name": "DDIMScheduler", "steps_offset": 0}
+    for small, decisions in (("exclude", 9), ("floor", 10)):
+        for trajectory in rollouts(tiny_policy(trap), options(small_std=small, min_std=0.001)):
+            trajectory.validate()
+            assert trajectory.is_decision.sum() == decisions
+
+
+def exact_flow(mean: float, std: float) -> Any:
+    """The velocity E[noise - x0 | x_t] of flow matching on data N(mean, std^2), as a policy."""
+
+    class Flow:
+        latent_shape = (1, 4, 5)
+        scheduler = FlowMatchEulerDiscreteScheduler()
+
+        def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+            return {"sigmas": np.linspace(1.0, 0.001, num_inference_steps)}
+
+        def predict(self, x: torch.Tensor, timesteps: torch.Tensor, conditioning: Any, scale: float) -> torch.Tensor:
+            t = (timesteps / 1000).reshape(-1, 1, 1, 1)
+            residual = (x - (1 - t) * mean) / ((1 - t) ** 2 * std**2 + t**2)
+            return t * residual - (mean + (1 - t) * std**2 * residual)
+
+    return Flow()
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.7])
+def test_the_flow_sde_has_the_marginals_of_the_ode(noise_level: float) -> None:
+    """x_t of data N(1, 0.5^2) is N((1-t), ((1-t)/2)^2 + t^2), whatever the noise level.
+
+    20,000 independent entries, 200 steps, fixed seeds. Tolerance: 4 standard errors (0.007 sd of the mean, 0.005 sd of
+    the standard deviation), and for the standard deviation 0.015 for steps of finite length, whose bias a recursion
+    over means and variances puts at 0.012 or less. With the wrong sign of the drift's correction it is off by 2.
+    """
+    count, num_steps = 1_000, 200
+    flow = exact_flow(1.0, 0.5)
+    chosen = options(kind="flow_sde", noise_level=noise_level, num_inference_steps=num_steps)
+    engine = LatentEngine(flow, chosen, max_batch_size=count, dtype=torch.float64)
+    trajectories = engine.generate({}, list(range(count)))
+    latents = np.stack([t.latents.reshape(201, -1) for t in trajectories])
+    sigmas = np.append(trajectories[0].timestep / 1000, 0.0)
+    for index in (50, 100, 150, 190, 200):
+        t = sigmas[index]
+        exact = np.sqrt(((1 - t) / 2) ** 2 + t**2)
+        assert abs(latents[:, index].mean() - (1 - t)) < 0.028 * exact
+        assert abs(latents[:, index].std() - exact) < 0.02 * exact + 0.015
+
+
+def test_normal_draws_have_the_right_distribution() -> None:
+    index = torch.arange(200_000)
+    z = normal(index // 100, torch.tensor(3), index % 100, LATENT_STREAM)
+    assert abs(float(z.mean())) < 4 * 200_000**-0.5 and abs(float(z.std()) - 1) < 4 * 400_000**-0.5
+    for bound in (-2.0, -0.5, 1.0):
+        share = float((z < bound).double().mean())
+        assert abs(share - norm.cdf(bound)) < 4 * (0.25 / 200_000) ** 0.5
+    # Neighbouring seeds, steps and entries are unrelated.
+    other = normal(index // 100 + 1, torch.tensor(3), index % 100, LATENT_STREAM)
+    assert abs(float((z * other).mean())) < 4 * 200_000**-0.5
+
+
+def test_a_rollout_does_not_depend_on_its_batch() -> None:
+    policy, chosen = tiny_policy(), options(guidance_scale=2.0)
+    together = rollouts(policy, chosen, count=7)
+    for count, size in ((7, 2), (3, 256)):
+        for one, other in zip(together, rollouts(policy, chosen, count, max_batch_size=size), strict=False):
+            np.testing.assert_allclose(one.latents, other.latents, rtol=0, atol=1e-12)
+            np.testing.assert_array_equal(one.seed, other.seed)
+
+
+def test_branches_share_their_prefix_and_nothing_else() -> None:
+    policy, chosen = tiny_policy(), options()
+    plain = rollouts(policy, chosen, count=2)
+    tree = rollouts(policy, chosen, count=2, splits=((3, 2), (7, 3)))
+    assert len(tree) == 2 * 6
+    for request in range(2):
+        leaves = tree[6 * request : 6 * request + 6]
+        # The first branch is the rollout that would have been without branching.
+        np.testing.assert_allclose(leaves[0].latents, plain[request].latents, atol=1e-12)
+        for a, one in enumerate(leaves):
+            assert one.splits == (3, 7)
+            for b, other in enumerate(leaves):
+                shared = 10 if a == b else 7 if a // 3 == b // 3 else 3
+                equal = (one.latents == other.latents).reshape(11, -1).all(1)
+                assert (equal[: shared + 1].all() and not equal[shared + 1 :].any()) or a == b
+                assert [one.node(d) == other.node(d) for d in range(11)] == [d <= shared for d in range(11)]
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    policy = tiny_policy()
+    engine = LatentEngine(policy, options(guidance_scale=2.0), dtype=torch.float64)
+    engine.generate(policy.encode(["one", "two"]), [1, 2], [(3, 2), (7, 3)])
+    assert engine.stats.sequence_forwards == 2 * (2 * 3 + 4 * 4 + 12 * 3)
+    assert engine.stats.forwards == 10
+
+
+def test_branch_seeds_differ() -> None:
+    seeds = torch.arange(1000).repeat_interleave(8)
+    branch = torch.arange(8).repeat(1000)
+    made = torch.cat([branch_seed(seeds, torch.tensor(step), branch) for step in (2, 3)])
+    # Branch 0 keeps the seed at both steps; all else is new.
+    assert len(made.unique()) == 1000 + 2 * 1000 * 7
+
+
+@pytest.mark.parametrize("splits", [((7, 2), (3, 2)), ((10, 2),), ((-1, 2),)])
+def test_impossible_splits_are_refused(splits: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="splits must ascend"):
+        rollouts(tiny_policy(), options(), splits=splits)
+
+
+def test_a_model_that_gives_nan_is_not_sampled_from() -> None:
+    policy = tiny_policy()
+    torch.nn.init.constant_(policy.unet.out.bias, float("nan"))
+    with pytest.raises(NonFiniteError):
+        rollouts(policy, options())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "scheduler", "message"),
+    [
+        ({"kind": "flow_sde"}, {}, "sampler.kind 'flow_sde' needs a flow-matching scheduler"),
+        ({"kind": "ddim"}, FLOW, "sampler.kind 'ddim' needs a scheduler with alphas_cumprod"),
+        ({}, {"name": "DDIMScheduler", "thresholding": True}, "set thresholding to false"),
+        ({"kind": "ddpm"}, {"name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_refused(chosen: dict, scheduler: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LatentEngine(tiny_policy(scheduler), options(**chosen))
+
+
+def test_trajectories_survive_a_file(tmp_path: Path) -> None:
+    saved = rollouts(tiny_policy(double=False), options(), splits=((4, 2),))
+    save_latents(tmp_path / "t.npz", saved)
+    for before, after in zip(saved, load_latents(tmp_path / "t.npz"), strict=True):
+        for name in ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed"):
+            np.testing.assert_array_equal(getattr(before, name), getattr(after, name), strict=True)
+        np.testing.assert_array_equal(before.conditioning["label"], after.conditioning["label"], strict=True)
+        assert (before.splits, before.clip, before.sampler) == (after.splits, after.clip, after.sampler)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("seed", lambda t: t.seed[1:]),
+        ("latents", lambda t: t.latents.astype(np.float16)),
+        ("logprob", lambda t: t.logprob * np.nan),
+        ("std", lambda t: -t.std),
+        ("splits", lambda t: (3, 2)),
+        ("mean", lambda t: t.mean[:, :, :2]),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_named(field: str, change: Any) -> None:
+    trajectory = rollouts(tiny_policy(), options(), count=1)[0]
+    with pytest.raises(ValueError, match=f"field '{field}'"):
+        replace(trajectory, **{field: change(trajectory)}).validate()
