@@ -12,6 +12,7 @@ a clip of 0.026. `reduce="sum"` is the true ratio, whose usual clip of 0.2 holds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,10 +37,11 @@ class GaussianRows:
         std: float64 [U].
         trajectory: int64 [U], index among the trajectories given; ascending.
         step: int64 [U].
-        sampler_logprob: float64 [U], recorded, summed over entries.
+        recorded: float64 [U], the sampler's log-probs, on the scale of `scale`.
         sampler_mean: [U, ...], recorded.
         clip, guidance_scale: of the sampler.
         scale: what a sum over entries is multiplied by: 1, or 1/D.
+        other_mean: [U, ...], means under the policy that the KL term holds to, None without one.
     """
 
     latent: torch.Tensor
@@ -50,11 +52,13 @@ class GaussianRows:
     std: torch.Tensor
     trajectory: torch.Tensor
     step: torch.Tensor
-    sampler_logprob: torch.Tensor
+    recorded: torch.Tensor
     sampler_mean: torch.Tensor
     clip: float | None
     guidance_scale: float
     scale: float
+    other_mean: torch.Tensor | None = None
+    share: None = None
 
     @property
     def num_rows(self) -> int:
@@ -82,9 +86,20 @@ class GaussianRows:
         """float64 [U]: KL(N(mean, std^2) || N(other, std^2)), exact, on the scale of the log-probs."""
         return gaussian_kl(mean, other, self.std) * self.scale
 
-    def recorded(self) -> torch.Tensor:
-        """float64 [U]: the sampler's log-probs."""
-        return self.sampler_logprob * self.scale
+    def distinct(self) -> GaussianRows:
+        return self
+
+    @torch.no_grad()
+    def hold_to(self, model: ImagePolicy) -> None:
+        """Keep the means under a frozen model; `score` then gives the KL to it."""
+        self.other_mean = self.mean(model)
+
+    def score(self, model: ImagePolicy) -> tuple[torch.Tensor, ...]:
+        """logprob [U] and entropy [U], and with a policy to hold to the exact KL [U]; float64, with gradient."""
+        mean = self.mean(model)
+        entropy = self.scale * self.latent[0].numel() * (self.std.log() + 0.5 * math.log(2 * math.pi * math.e))
+        kl = () if self.other_mean is None else (self.kl(mean, self.other_mean),)
+        return (self.logprob(mean), entropy, *kl)
 
 
 def gaussian_rows(
@@ -121,6 +136,7 @@ def gaussian_rows(
         name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories])[trajectory])
         for name in first.conditioning
     }
+    scale = 1.0 if reduce == "sum" else 1.0 / first.num_entries
     return GaussianRows(
         latent=pick("latents"),
         sample=pick("latents", 1),
@@ -130,9 +146,9 @@ def gaussian_rows(
         std=pick("std"),
         trajectory=torch.from_numpy(trajectory.astype(np.int64)),
         step=torch.from_numpy(step.astype(np.int64)),
-        sampler_logprob=pick("logprob"),
+        recorded=pick("logprob") * scale,
         sampler_mean=pick("mean"),
         clip=first.clip,
         guidance_scale=float(first.sampler["guidance_scale"]),
-        scale=1.0 if reduce == "sum" else 1.0 / first.num_entries,
+        scale=scale,
     )
