@@ -1,11 +1,15 @@
 """Advantages from rewards: pure functions on tensors.
 
 M rewards, each belonging to a group (the rollouts of one prompt). A missing reward is NaN: it takes no
-part in its group's statistics and its advantage is NaN, which the caller masks out.
+part in its group's statistics and its advantage is NaN, which the caller masks out. Per-step rewards are
+[M, T], NaN behind a rollout's last step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 
@@ -66,3 +70,135 @@ def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch
     low = low.scatter_reduce(0, group[valid], reward[valid], "amin")
     high = high.scatter_reduce(0, group[valid], reward[valid], "amax")
     return ~(high > low)
+
+
+def contrast_advantage(advantage: torch.Tensor, group: torch.Tensor, temperature: float) -> torch.Tensor:
+    """What wd1 weighs log-likelihoods by: the softmax of the advantages minus that of their negatives.
+
+    Tang et al. 2025 (arXiv 2507.08838): w+ = softmax(A / psi) and w- = softmax(-A / psi) over the rollouts of a
+    prompt; the loss is sum_k (w-_k - w+_k) log pi(o_k), so w+ - w- stands where an advantage does. It adds up to 0
+    in every group.
+
+    Args:
+        advantage: [M], NaN where there is no reward.
+        temperature: psi; the larger, the nearer to A itself (times 2 / (psi |group|)).
+    """
+    valid = ~torch.isnan(advantage)
+    result = torch.full_like(advantage, torch.nan)
+    for index in group[valid].unique():
+        members = valid & (group == index)
+        scaled = advantage[members] / temperature
+        result[members] = scaled.softmax(0) - (-scaled).softmax(0)
+    return result
+
+
+def step_values(reward: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a denoising step is credited with, from the rewards of every step's full fill.
+
+    With r_i the reward of the fill at step i = 0..T-1 (MDPO, He et al. 2025, arXiv 2508.13148, in our time order):
+
+    * "final": r_{T-1} at every step, the terminal reward alone.
+    * "step": r_i.
+    * "future": the mean of r_j over the later steps j > i; r_{T-1} at the last.
+    * "delta": r_i - r_{i-1}, and r_0 at the first.
+    * "delta_future": delta + future, the paper's.
+
+    Args:
+        reward: [M, T], NaN behind a rollout's last step; one NaN among the others makes the whole rollout NaN.
+    """
+    steps = torch.arange(reward.shape[1])
+    # Steps in front of the last that has a reward belong to the rollout.
+    last = torch.where(torch.isnan(reward), -1, steps).amax(1, keepdim=True)
+    inside = steps <= last
+    broken = (torch.isnan(reward) & inside).any(1) | (last[:, 0] < 0)
+    value = torch.where(inside & ~broken[:, None], reward, torch.zeros_like(reward))
+    final = value.gather(1, last.clamp(min=0))
+    later = value.flip(1).cumsum(1).flip(1) - value
+    future = torch.where(steps == last, final, later / (last - steps).clamp(min=1))
+    delta = value - torch.nn.functional.pad(value, (1, 0))[:, :-1]
+    choices = {
+        "final": final.expand_as(value),
+        "step": value,
+        "future": future,
+        "delta": delta,
+        "delta_future": delta + future,
+    }
+    if kind not in choices:
+        raise ValueError(f"algorithm.credit must be one of {', '.join(choices)}, got {kind!r}")
+    return torch.where(inside & ~broken[:, None], choices[kind], torch.full_like(value, torch.nan))
+
+
+def step_advantage(value: torch.Tensor, cell: torch.Tensor, scale: str = "std", eps: float = 1e-4) -> torch.Tensor:
+    """A step's value minus the mean of its cell, the steps it is compared with.
+
+    Args:
+        value: [M, T], NaN where there is none; those take no part.
+        cell: int64 [M, T]. Steps of the same group and index share a cell in MDPO; steps of the same group and
+            canvas do when states are compared (DiSPO, arXiv 2602.06462).
+        scale: "std" divides by the cell's sample standard deviation plus eps (MDPO), "none" by nothing.
+
+    Returns:
+        [M, T]; 0 in a cell of one step, NaN where the value is.
+    """
+    valid = ~torch.isnan(value)
+    _, index = cell[valid].unique(return_inverse=True)
+    flat = value[valid]
+    zeros = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=value.dtype)
+    count = zeros.index_add(0, index, torch.ones_like(flat))
+    centred = flat - (zeros.index_add(0, index, flat) / count)[index]
+    if scale == "std":
+        variance = zeros.index_add(0, index, centred**2) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt()[index] + eps)
+    elif scale != "none":
+        raise ValueError(f"algorithm.scale must be std or none for per-step advantages, got {scale!r}")
+    result = torch.full_like(value, torch.nan)
+    result[valid] = centred
+    return result
+
+
+def select_steps(
+    advantage: torch.Tensor,
+    num_steps: int,
+    how: str,
+    seeds: Sequence[int],
+    surprisal: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """bool [M, T]: up to `num_steps` steps of every rollout to train on.
+
+    * "largest": the largest |advantage|, the earlier of equals (MDPO). It trains on extreme advantages: the mean over
+      the chosen steps is no estimate of the mean over all.
+    * "uniform": without replacement, each step alike; unbiased for the mean over all steps.
+    * "stratified": one step from each of `num_steps` equal stretches of the trajectory; unbiased too where the
+      stretches are equally long.
+    * "surprisal": without replacement with probabilities softmax(surprisal) (RLDF, arXiv 2605.25638), in which hard
+      steps count more; no correction is made.
+
+    Args:
+        advantage: [M, T], NaN where a step cannot be chosen.
+        seeds: one per rollout; the draw of a rollout depends on its own seed only.
+        surprisal: [M, T], mean -log p of what each step revealed; for "surprisal" alone.
+    """
+    allowed = ~torch.isnan(advantage)
+    chosen = torch.zeros_like(allowed)
+    for row, seed in enumerate(seeds):
+        steps = allowed[row].nonzero().flatten()
+        count = min(num_steps, len(steps))
+        if not count:
+            continue
+        rng = np.random.default_rng(seed)
+        if how == "largest":
+            picked = advantage[row, steps].abs().argsort(descending=True, stable=True)[:count]
+        elif how == "uniform":
+            picked = torch.from_numpy(rng.permutation(len(steps))[:count])
+        elif how == "stratified":
+            edges = len(steps) * np.arange(count + 1) // count
+            picked = torch.from_numpy(rng.integers(edges[:-1], edges[1:]))
+        elif how == "surprisal":
+            assert surprisal is not None, "selection by surprisal needs the surprisals"
+            # The largest of log-weight + Gumbel noise: a draw without replacement.
+            noise = torch.from_numpy(rng.gumbel(size=len(steps)))
+            picked = (surprisal[row, steps] + noise).argsort(descending=True)[:count]
+        else:
+            raise ValueError(f"algorithm.select must be largest, uniform, stratified or surprisal, got {how!r}")
+        chosen[row, steps[picked]] = True
+    return chosen

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from rl.advantages import group_advantage, zero_variance_groups
+from rl.advantages import (
+    contrast_advantage,
+    group_advantage,
+    select_steps,
+    step_advantage,
+    step_values,
+    zero_variance_groups,
+)
 
 NAN = math.nan
 
@@ -101,3 +108,106 @@ def test_groups_without_variance() -> None:
 def test_unknown_choices_are_errors(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         group_advantage(REWARD, GROUP, **settings)
+
+
+def test_a_contrast_of_softmaxes_by_hand() -> None:
+    """psi = 1/log 2 turns advantages 1, 0, -1 into weights 2, 1, 1/2 of a sum of 7/2, and the reverse."""
+    advantage = vector(1, 0, 7, -1, NAN)
+    group = torch.tensor([0, 0, 1, 0, 0])
+    weight = contrast_advantage(advantage, group, temperature=1 / math.log(2))
+    assert weight.tolist() == pytest.approx([3 / 7, 0, 0, -3 / 7, NAN], nan_ok=True)
+    # For a large psi it is the centred advantage, times 2 / (psi |group|).
+    large = contrast_advantage(vector(1, -1), torch.tensor([0, 0]), temperature=1e6)
+    assert large.tolist() == pytest.approx([1e-6, -1e-6])
+
+
+# Right at the second step only, and right from the third on; the second rollout is one step shorter.
+STEPS = torch.tensor([[0, 1, 0, 0], [0, 0, 1, NAN]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("final", [[0, 0, 0, 0], [1, 1, 1, NAN]]),
+        ("step", [[0, 1, 0, 0], [0, 0, 1, NAN]]),
+        ("future", [[1 / 3, 0, 0, 0], [1 / 2, 1, 1, NAN]]),
+        ("delta", [[0, 1, -1, 0], [0, 0, 1, NAN]]),
+        ("delta_future", [[1 / 3, 1, -1, 0], [1 / 2, 1, 2, NAN]]),
+    ],
+)
+def test_what_a_step_is_credited_with_by_hand(kind: str, expected: list[list[float]]) -> None:
+    for row, wanted in zip(step_values(STEPS, kind).tolist(), expected, strict=True):
+        assert row == pytest.approx(wanted, nan_ok=True)
+
+
+def test_the_deltas_of_a_rollout_add_up_to_its_final_reward() -> None:
+    reward = torch.rand(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(step_values(reward, "delta").sum(1), reward[:, -1])
+
+
+def test_a_rollout_with_an_unscored_step_is_left_out() -> None:
+    reward = torch.tensor([[1, NAN, 1], [NAN, NAN, NAN], [1, 0, NAN]], dtype=torch.float64)
+    for kind in ("final", "step", "future", "delta", "delta_future"):
+        value = step_values(reward, kind)
+        assert value.isnan().tolist() == [[True] * 3, [True] * 3, [False, False, True]]
+
+
+def test_a_step_is_compared_with_its_cell_by_hand() -> None:
+    value = torch.tensor([[1, 2], [3, NAN], [5, 6]], dtype=torch.float64)
+    by_index = torch.tensor([[0, 1]] * 3)
+    # Means 3 and 4; sample standard deviations 2 and sqrt(8).
+    plain = step_advantage(value, by_index, "none")
+    assert plain.flatten().tolist() == pytest.approx([-2, -2, 0, NAN, 2, 2], nan_ok=True)
+    scaled = step_advantage(value, by_index, "std", eps=0.0)
+    assert scaled.flatten().tolist() == pytest.approx([-1, -1 / math.sqrt(2), 0, NAN, 1, 1 / math.sqrt(2)], nan_ok=True)
+    # Other cells: 1 and 3 share one, 2 and 6 another, 5 is alone.
+    cells = torch.tensor([[0, 7], [0, 0], [3, 7]])
+    assert step_advantage(value, cells, "none").flatten().tolist() == pytest.approx([-1, -2, 1, NAN, 0, 2], nan_ok=True)
+    assert step_advantage(value, cells, "std")[2, 0] == 0
+
+
+def test_which_steps_are_trained() -> None:
+    advantage = torch.tensor([[0.1, -3, NAN, 2, 0.5, -2], [NAN] * 6], dtype=torch.float64)
+    largest = select_steps(advantage, 3, "largest", [5, 6])
+    assert largest.nonzero().tolist() == [[0, 1], [0, 3], [0, 5]]
+    for how in ("largest", "uniform", "stratified", "surprisal"):
+        everything = select_steps(advantage, 9, how, [5, 6], torch.zeros_like(advantage))
+        assert everything.nonzero().tolist() == [[0, 0], [0, 1], [0, 3], [0, 4], [0, 5]]
+        few = select_steps(advantage, 2, how, [5, 6], torch.zeros_like(advantage))
+        assert few.sum(1).tolist() == [2, 0]
+        # A rollout's own seed decides, whatever else is in the batch.
+        assert select_steps(advantage[:1], 2, how, [5], torch.zeros(1, 6)).tolist() == few[:1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        # 2 of 6 steps, each alike; one of each half; log-odds 0 or log 3 of one step out of six.
+        ("uniform", [1 / 3] * 6),
+        ("stratified", [1 / 3] * 6),
+        ("surprisal", [3 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 8]),
+    ],
+)
+def test_how_often_a_step_is_trained(how: str, expected: list[float]) -> None:
+    n = 4000
+    advantage = torch.ones(n, 6, dtype=torch.float64)
+    surprisal = torch.zeros_like(advantage)
+    surprisal[:, 0] = math.log(3)
+    chosen = select_steps(advantage, 1 if how == "surprisal" else 2, how, range(n), surprisal)
+    for share, wanted in zip(chosen.double().mean(0).tolist(), expected, strict=True):
+        assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / n)
+    if how == "stratified":
+        assert (chosen[:, :3].sum(1) == 1).all() and (chosen[:, 3:].sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: step_values(STEPS, "best"), r"algorithm\.credit must be one of final, step, .*, got 'best'"),
+        (lambda: step_advantage(STEPS, STEPS.long(), "max"), r"algorithm\.scale must be std or none .*, got 'max'"),
+        (lambda: select_steps(STEPS, 1, "all", [0, 1]), r"algorithm\.select must be largest, .*, got 'all'"),
+    ],
+)
+def test_unknown_step_choices_are_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

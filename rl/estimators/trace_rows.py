@@ -33,25 +33,40 @@ from rl.estimators.rows import ScoringRows
 from rollouts.trajectory import TokenTrajectory
 
 # Token ids, absolute positions, segments and blocks of one document, int64 of one length.
-_Document = tuple[np.ndarray, ...]
+Document = tuple[np.ndarray, ...]
 
 
-def merged_steps(step: np.ndarray, shrink: int) -> np.ndarray:
-    """Index of the merged step of every edit: distinct steps in order, grouped in runs of `shrink`."""
-    _, rank = np.unique(step, return_inverse=True)
-    return rank // shrink
+def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:
+    """Index of the merged step of every edit: distinct steps in order, grouped in runs of `shrink`.
+
+    Args:
+        segments: cut the distinct steps into this many runs of like length instead (StepMerge of d2, arXiv
+            2509.21474: 1 is the estimate from the first canvas alone, as many as there are steps is exact).
+    """
+    distinct, rank = np.unique(step, return_inverse=True)
+    if segments is None:
+        return rank // shrink
+    return rank * min(segments, len(distinct)) // max(len(distinct), 1)
 
 
-def _check(trajectories: Sequence[TokenTrajectory], shrink: int) -> None:
-    if shrink < 1:
-        raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
+def check_sampled(trajectories: Sequence[TokenTrajectory]) -> None:
+    """Raise ValueError unless the trajectories were sampled, all from one kind of distribution."""
     for index, trajectory in enumerate(trajectories):
         if trajectory.sampler.get("temperature", 0) == 0:
             raise ValueError(f"trajectory {index} was decoded greedily: set sampler.temperature > 0 to train on it")
-        if shrink > 1 and not trajectory.is_reveal.all():
-            raise ValueError("algorithm.shrink > 1 needs trajectories without remasking: set algorithm.shrink to 1")
     if len({tuple(sorted(t.sampler.items())) for t in trajectories}) > 1:
         raise ValueError("trajectories of one batch must share their sampler settings")
+
+
+def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None = None) -> None:
+    if shrink < 1:
+        raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
+    check_sampled(trajectories)
+    kept = all(trajectory.is_reveal.all() for trajectory in trajectories)
+    if shrink > 1 and not kept:
+        raise ValueError("algorithm.shrink > 1 needs trajectories without remasking: set algorithm.shrink to 1")
+    if segments is not None and not kept:
+        raise ValueError("algorithm.segments needs trajectories without remasking: use tracerl or mdpo on these")
 
 
 def remask_rows(
@@ -60,18 +75,20 @@ def remask_rows(
     logit_shift: int = 0,
     block_length: int | None = None,
     pack_to: int | None = None,
+    segments: int | None = None,
 ) -> ScoringRows:
     """One document per merged step: the canvas before it.
 
     Args:
+        segments: see `merged_steps`.
         block_length: None for full attention; a block-causal model's block size otherwise.
         pack_to: see `packed_rows`; None gives every canvas a row, right-padded to the longest.
     """
-    _check(trajectories, shrink)
-    documents: list[_Document] = []
+    _check(trajectories, shrink, segments)
+    documents: list[Document] = []
     owners, columns, targets, steps = [], [], [], []
     for trajectory in trajectories:
-        group = merged_steps(trajectory.step, shrink)
+        group = merged_steps(trajectory.step, shrink, segments)
         canvas = trajectory.canvas_at(0)
         first = len(documents)
         positions = np.arange(len(canvas))
@@ -86,7 +103,7 @@ def remask_rows(
         columns.append(trajectory.position[reveal])
         targets.append(trajectory.token[reveal])
         steps.append(group[reveal])
-    return _assemble(trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift)
+    return assemble(trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift)
 
 
 def packed_rows(
@@ -94,6 +111,7 @@ def packed_rows(
     shrink: int = 1,
     block_length: int | None = None,
     pack_to: int | None = None,
+    segments: int | None = None,
 ) -> ScoringRows:
     """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
 
@@ -104,9 +122,10 @@ def packed_rows(
         block_length: training block size; the trajectory's own when None.
         pack_to: put several documents into one row while they fit into this many tokens; a longer document has a
             row of its own. None gives every document a row.
+        segments: see `merged_steps`; of each block.
     """
-    _check(trajectories, shrink)
-    documents: list[_Document] = []
+    _check(trajectories, shrink, segments)
+    documents: list[Document] = []
     owners, columns, targets, steps = [], [], [], []
     for index, trajectory in enumerate(trajectories):
         size = block_length or trajectory.block_length
@@ -118,14 +137,14 @@ def packed_rows(
         final = trajectory.final_canvas()
         clean = (trajectory.length // size - 1) * size
         ids, positions = [final[:clean]], [np.arange(clean)]
-        segments, blocks = [np.zeros(clean, dtype=np.int64)], [np.arange(clean) // size]
+        copies, blocks = [np.zeros(clean, dtype=np.int64)], [np.arange(clean) // size]
         column, step = np.empty((2, len(trajectory.step)), dtype=np.int64)
         width, segment = clean, 0
         # Later blocks of the initial canvas are masks, so one replayed canvas serves every block.
         canvas = trajectory.canvas_at(0)
         for b in np.unique(block):
             of_block = np.flatnonzero(block == b)
-            group = merged_steps(trajectory.step[of_block], shrink)
+            group = merged_steps(trajectory.step[of_block], shrink, segments)
             inside = np.arange(b * size, (b + 1) * size)
             for g in range(group[-1] + 1):
                 edits = of_block[group == g]
@@ -133,18 +152,18 @@ def packed_rows(
                 segment += 1
                 ids.append(canvas[inside].copy())
                 positions.append(inside)
-                segments.append(np.full(size, segment))
+                copies.append(np.full(size, segment))
                 blocks.append(np.full(size, b))
                 column[edits] = width + trajectory.position[edits] - b * size
                 width += size
                 canvas[trajectory.position[edits]] = trajectory.token[edits]
-        documents.append(tuple(np.concatenate(x) for x in (ids, positions, segments, blocks)))
+        documents.append(tuple(np.concatenate(x) for x in (ids, positions, copies, blocks)))
         reveal = trajectory.is_reveal
         owners.append(np.full(int(reveal.sum()), index))
         columns.append(column[reveal])
         targets.append(trajectory.token[reveal])
         steps.append(step[reveal])
-    return _assemble(trajectories, documents, owners, columns, targets, steps, pack_to)
+    return assemble(trajectories, documents, owners, columns, targets, steps, pack_to)
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,9 +184,9 @@ def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.nda
     return row, offset
 
 
-def _assemble(
+def assemble(
     trajectories: Sequence[TokenTrajectory],
-    documents: Sequence[_Document],
+    documents: Sequence[Document],
     owners: list[np.ndarray],
     columns: list[np.ndarray],
     targets: list[np.ndarray],

@@ -1,0 +1,224 @@
+"""Likelihood estimates from artificial masks: copies of a finished answer with some tokens hidden again.
+
+The answer is scored in states that the sampler never visited, so none of these is the log-prob of the rollout. What
+each estimates instead, and how far off it is, stands in docs/algorithms.md and is measured in
+tests/test_masked_copies.py.
+
+The masks of a trajectory are a function of its own seed (which comes from run seed, RL step, prompt and sample) and of
+the pass over the rollouts (`iteration`): old, new and reference policy see the same ones, however an update is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rl.estimators.combine import CombinedRows, per_token, per_trajectory
+from rl.estimators.rows import ScoringRows
+from rl.estimators.trace_rows import Document, assemble, check_sampled
+from rollouts.model_protocol import DenoisingModel
+from rollouts.trajectory import TokenTrajectory
+
+Scope = Literal["answer", "canvas"]
+
+
+@dataclass
+class Copy:
+    """One masked copy of a trajectory's final canvas.
+
+    Attributes:
+        hidden: int64 positions that carry the mask token.
+        read: int64 positions whose token is scored, all of them hidden.
+        weight: factor of their log-probs.
+    """
+
+    hidden: np.ndarray
+    read: np.ndarray
+    weight: float = 1.0
+
+
+# The copies of one trajectory: (positions to estimate, its random numbers) -> copies that hide some of them.
+Draw = Callable[[np.ndarray, np.random.Generator], list[Copy]]
+
+
+def scope_positions(trajectory: TokenTrajectory, scope: Scope) -> np.ndarray:
+    """int64: the answer up to and including the end token (published by most), or the whole response."""
+    start = trajectory.prompt_length
+    return np.arange(start, start + trajectory.stop_length if scope == "answer" else trajectory.length)
+
+
+def copy_rows(
+    trajectories: Sequence[TokenTrajectory],
+    model: DenoisingModel,
+    draw: Draw,
+    scope: Scope = "answer",
+    prompt_mask: float = 0.0,
+    iteration: int = 0,
+) -> tuple[ScoringRows, torch.Tensor]:
+    """Draw the copies of every trajectory and say where to read them.
+
+    Response positions outside the scope are hidden in every copy and never read: the answer is scored as if what
+    follows it had not been decided yet. A block-causal model gets `[clean | noisy copy of every block]` instead of
+    the noisy canvas, as in its supervised training (`masking.py`).
+
+    Args:
+        draw: gives the copies; it is handed the scope's positions.
+        prompt_mask: hide each prompt token of each copy with this probability (d1).
+        iteration: pass over the rollouts; each has masks of its own.
+
+    Returns:
+        rows (`step` is the index of the copy), and the weight float64 [N] of every read.
+    """
+    check_sampled(trajectories)
+    causal = model.attention == "block_causal"
+    documents: list[Document] = []
+    owners, columns, targets, steps, weights = [], [], [], [], []
+    for trajectory in trajectories:
+        size = model.block_length if causal else None
+        final, places = trajectory.final_canvas(), scope_positions(trajectory, scope)
+        rng = np.random.default_rng([trajectory.seed, iteration])
+        response = np.arange(trajectory.prompt_length, trajectory.length)
+        outside = np.setdiff1d(response, places)
+        read, column, owner, step = [], [], [], []
+        for index, copy in enumerate(draw(places, rng)):
+            noisy = final.copy()
+            noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
+            forgotten = rng.random(trajectory.prompt_length) < prompt_mask
+            noisy[: trajectory.prompt_length][forgotten] = trajectory.mask_token_id
+            owner.append(np.full(len(copy.read), len(documents)))
+            documents.append(_document(final, noisy, size))
+            read.append(copy.read)
+            column.append(copy.read + (len(final) if causal else 0))
+            step.append(np.full(len(copy.read), index))
+            weights.append(np.full(len(copy.read), copy.weight))
+        owners.append(np.concatenate(owner))
+        columns.append(np.concatenate(column))
+        steps.append(np.concatenate(step))
+        targets.append(final[np.concatenate(read)])
+    rows = assemble(trajectories, documents, owners, columns, targets, steps, None, model.logit_shift)
+    return rows, torch.from_numpy(np.concatenate(weights))
+
+
+def _document(final: np.ndarray, noisy: np.ndarray, block_length: int | None) -> Document:
+    positions = np.arange(len(final))
+    zeros = np.zeros_like(positions)
+    if block_length is None:
+        return noisy, positions, zeros, zeros
+    block = positions // block_length
+    pairs = ((final, noisy), (positions, positions), (zeros, block + 1), (block, block))
+    return tuple(np.concatenate(pair) for pair in pairs)
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def everything_hidden(places: np.ndarray, rng: np.random.Generator) -> list[Copy]:
+    """One copy without any answer token: the mean-field estimate of d1 (Zhao et al. 2025, arXiv 2504.12216)."""
+    return [Copy(places, places)]
+
+
+def random_ratio(
+    places: np.ndarray, rng: np.random.Generator, low: float = 0.0, high: float = 1.0, turn: float = 0.0
+) -> list[Copy]:
+    """One copy at a uniform mask ratio (UniGRPO; Yang et al. 2025, arXiv 2505.15809).
+
+    Args:
+        low, high: range of the ratio; the number hidden is that share rounded up, at least 1.
+        turn: adds this share of the range, wrapping around: passes over the same rollouts spread over it evenly.
+    """
+    ratio = low + (high - low) * ((rng.random() + turn) % 1.0)
+    hidden = _some(places, max(1, int(np.ceil(ratio * len(places)))), rng)
+    return [Copy(hidden, hidden)]
+
+
+def coupled(places: np.ndarray, rng: np.random.Generator, low: float = 0.2, high: float = 0.8) -> list[Copy]:
+    """A random mask, its complement and the fully hidden canvas (coupled-GRPO; Gong et al. 2025, arXiv 2506.20639).
+
+    Each token is hidden with probability t in the first copy, and in the second when it is not. The published
+    estimate of a token is half the sum of its log-prob in the full copy and of 1/t (or 1/(1-t)) times the other one.
+    """
+    ratio = rng.uniform(low, high)
+    hidden = rng.random(len(places)) < ratio
+    halves = ((places[hidden], ratio), (places[~hidden], 1 - ratio))
+    return [Copy(places, places, 0.5), *(Copy(part, part, 0.5 / share) for part, share in halves if len(part))]
+
+
+def coupled_counts(places: np.ndarray, rng: np.random.Generator, draws: int = 1, weighted: bool = True) -> list[Copy]:
+    """`draws` pairs of complementary masks, the number hidden uniform on 0..L.
+
+    With the weights (L+1)/l and (L+1)/(L-l), halved, the sum over reads is an unbiased estimate of the evidence lower
+    bound (ESPO; Ou et al. 2025, arXiv 2512.03759). Without them (GDSD, arXiv 2605.29398) every token counts 1/2 in
+    the one copy that hides it. Counts are stratified over the draws.
+    """
+    length, copies = len(places), []
+    for index in range(draws):
+        count = int((index + rng.random()) / draws * (length + 1))
+        hidden = _some(places, count, rng)
+        for part in (hidden, np.setdiff1d(places, hidden)):
+            if len(part):
+                weight = (length + 1) / len(part) if weighted else 1.0
+                copies.append(Copy(part, part, 0.5 * weight / draws))
+    return copies
+
+
+def block_masks(
+    places: np.ndarray, rng: np.random.Generator, draws: int = 2, block_length: int | None = None
+) -> list[Copy]:
+    """Copies with one random block partly hidden, the blocks before it clean, those behind it hidden (SPG).
+
+    Wang et al. 2025 (arXiv 2510.09541). Block and number of hidden tokens are uniform; the weight makes the sum over
+    reads an unbiased estimate of the (block-autoregressive) lower bound, and the mean weight of any token 1.
+    """
+    size, copies = block_length or len(places), []
+    num_blocks = -(-len(places) // size)
+    for _ in range(draws):
+        start = int(rng.integers(num_blocks)) * size
+        block, behind = places[start : start + size], places[start + size :]
+        count = 1 + int(rng.integers(len(block)))
+        read = _some(block, count, rng)
+        copies.append(Copy(np.concatenate([read, behind]), read, num_blocks * len(block) / count))
+    return copies
+
+
+def _some(places: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.permutation(places)[:count])
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def answer_decisions(rows: ScoringRows, weight: torch.Tensor, lengths: Sequence[int]) -> CombinedRows:
+    """One decision per answer: all weighted reads added up, per token of the answer."""
+    share = weight / torch.tensor(lengths, dtype=weight.dtype)[rows.trajectory]
+    return per_trajectory(rows, share, len(lengths))
+
+
+def sandwich_decisions(
+    rows: ScoringRows, weight: torch.Tensor, lengths: Sequence[int], num_draws: int, power: float
+) -> CombinedRows:
+    """Two decisions per answer, both per token: step 0 the lower bound, step 1 the upper bound of SPG.
+
+    The lower bound is the mean over the draws of the weighted log-probs. The upper one is the sum over tokens of
+    (1/b) log mean over the draws of weight p^b; a token that no draw hid is left out of it (its mean would be 0).
+    """
+    count = len(lengths)
+    size = torch.tensor(lengths, dtype=weight.dtype)
+    lower = per_trajectory(rows, weight / num_draws / size[rows.trajectory], count)
+    tokens = per_token(rows, weight)
+    index = torch.arange(count)
+    return CombinedRows(
+        rows,
+        part=lower.part,
+        weight=lower.weight,
+        trajectory=torch.cat([index, index]),
+        step=torch.cat([torch.zeros_like(index), torch.ones_like(index)]),
+        power=power,
+        term=tokens.part,
+        term_weight=weight / num_draws,
+        term_part=count + tokens.trajectory,
+        term_scale=1.0 / size[tokens.trajectory],
+    )
