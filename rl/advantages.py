@@ -8,9 +8,13 @@ part in its group's statistics and its advantage is NaN, which the caller masks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from rl.estimators.base import Verdicts
 
 
 def group_advantage(
@@ -202,3 +206,39 @@ def select_steps(
             raise ValueError(f"algorithm.select must be largest, uniform, stratified or surprisal, got {how!r}")
         chosen[row, steps[picked]] = True
     return chosen
+
+
+def mdpo_advantage(
+    verdicts: Verdicts, credit: str, compare: str, scale: str, train_steps: int, select: str, mask_weight: bool
+) -> torch.Tensor:
+    """[M, T]: the advantage of every step that MDPO trains, NaN at the others.
+
+    Steps of advantage 0 are left out where a rollout has others; a rollout that has only such steps keeps them, so
+    that it counts in the mean over rollouts.
+
+    Args:
+        verdicts: with the rewards of all fills, and `rl.estimators.fill_rows.StepNotes`.
+        compare: "index" (same step index of the group) or "canvas" (same canvas of the group).
+        mask_weight: multiply by response length over masked positions of the step.
+        credit, scale, train_steps, select: see `step_values`, `step_advantage`, `select_steps`.
+    """
+    assert verdicts.steps is not None, "MDPO needs the rewards of every fill"
+    shape = verdicts.steps.shape
+    masked, canvas, surprisal = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    surprisal = surprisal.double()
+    for row, note in enumerate(verdicts.notes):
+        for into, values in ((masked, note.masked), (canvas, note.canvas), (surprisal, note.surprisal)):
+            into[row, : len(values)] = torch.from_numpy(values)
+    value = step_values(verdicts.steps, credit)
+    # A failed last fill looks like a shorter rollout; its terminal reward says that it failed.
+    value[torch.isnan(verdicts.reward)] = torch.nan
+    inside = canvas if compare == "canvas" else torch.arange(shape[1]).expand(shape)
+    pairs = torch.stack([verdicts.group[:, None].expand(shape), inside], dim=-1).reshape(-1, 2)
+    cell = torch.unique(pairs, dim=0, return_inverse=True)[1].view(shape)
+    advantage = step_advantage(value, cell, scale)
+    useful = advantage.nan_to_num() != 0
+    advantage[~useful & useful.any(1, keepdim=True)] = torch.nan
+    chosen = select_steps(advantage, train_steps, select, [note.seed for note in verdicts.notes], surprisal)
+    if mask_weight:
+        advantage = advantage * masked[:, :1] / masked.clamp(min=1)
+    return torch.where(chosen, advantage, torch.nan)

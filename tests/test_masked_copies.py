@@ -30,9 +30,9 @@ PROMPT = [1, 4, 2]
 SETTINGS = {"temperature": 1.3, "top_p": 0.95, "top_k": 6}
 
 
-def sampled(model: Any, count: int = 4, eos: int | None = None, **settings: Any) -> list[TokenTrajectory]:
+def sampled(model: Any, count: int = 4, **settings: Any) -> list[TokenTrajectory]:
     options = SamplerOptions(**{"gen_length": 3, "num_inference_steps": 3, **settings})
-    return InProcessEngine(model, options, eos_token_id=eos).generate([Request(PROMPT, seed=s) for s in range(count)])
+    return InProcessEngine(model, options).generate([Request(PROMPT, seed=s) for s in range(count)])
 
 
 @torch.no_grad()
@@ -101,8 +101,9 @@ def score(model: Any, trajectories: list[TokenTrajectory], draw: masks.Draw, **s
 
 
 def scripted(model: Any, trajectory: TokenTrajectory, draw: Callable, *values: Any) -> float:
-    """The weighted sum over reads of one draw."""
-    _, weight, logprob = score(model, [trajectory], lambda places, rng: draw(places, Script(*values)))
+    """The weighted sum over reads of one draw: its level, then its random numbers."""
+    level, *numbers = values
+    _, weight, logprob = score(model, [trajectory], lambda places, rng, _: draw(places, Script(*numbers), level))
     return float((weight * logprob).sum())
 
 
@@ -110,7 +111,7 @@ def scripted(model: Any, trajectory: TokenTrajectory, draw: Callable, *values: A
 
 DRAWS = {
     "everything hidden": masks.everything_hidden,
-    "random ratio": partial(masks.random_ratio, low=0.3, turn=0.4),
+    "random ratio": partial(masks.random_ratio, low=0.3),
     "coupled": masks.coupled,
     "coupled counts": partial(masks.coupled_counts, draws=2),
     "block masks": partial(masks.block_masks, draws=3, block_length=2),
@@ -122,15 +123,17 @@ DRAWS = {
 @pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted", "qwen3-full"])
 def test_reads_equal_plain_forwards_of_their_copies(make_model, family: str, draw: str, scope: Any) -> None:
     model = make_model(family)
-    trajectories = sampled(model, 5, eos=3, gen_length=6, num_inference_steps=3, **SETTINGS)
-    assert len({t.stop_length for t in trajectories}) > 1
+    trajectories = sampled(model, 6, gen_length=6, num_inference_steps=3, **SETTINGS)
+    # As if some had ended early.
+    trajectories = [replace(t, stop_length=3 + i % 4) for i, t in enumerate(trajectories)]
     rows, weight, logprob = score(model, trajectories, DRAWS[draw], scope=scope, prompt_mask=0.3, iteration=2)
     at = 0
     for index, trajectory in enumerate(trajectories):
         # The same draws once more, and the slow way to use them.
         rng = np.random.default_rng([trajectory.seed, 2])
+        level = (np.random.default_rng(trajectory.seed).random() + 2 * 0.6180339887498949) % 1
         places = np.arange(3, 3 + trajectory.stop_length if scope == "answer" else trajectory.length)
-        for number, copy in enumerate(DRAWS[draw](places, rng)):
+        for number, copy in enumerate(DRAWS[draw](places, rng, level)):
             canvas = trajectory.final_canvas()
             for position in range(3, trajectory.length):
                 if position in copy.hidden or position not in places:
@@ -145,18 +148,19 @@ def test_reads_equal_plain_forwards_of_their_copies(make_model, family: str, dra
                 assert float(weight[at]) == copy.weight
                 assert position in copy.hidden
                 at += 1
-    assert at == len(logprob) > 20 and logprob.std() > 0.3
+    assert at == len(logprob) > 15 and logprob.std() > 0.3
 
 
 @pytest.mark.parametrize("draw", ["everything hidden", "coupled counts"])
 def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, draw: str) -> None:
     model = make_model("gpt2-block4")
-    trajectories = sampled(model, 4, gen_length=9, num_inference_steps=3, block_length=4)
+    trajectories = sampled(model, 4, gen_length=8, num_inference_steps=4, block_length=4)
     rows, _, logprob = score(model, trajectories, DRAWS[draw], scope="canvas")
     at = 0
     for trajectory in trajectories:
         rng = np.random.default_rng([trajectory.seed, 0])
-        for copy in DRAWS[draw](np.arange(3, trajectory.length), rng):
+        level = np.random.default_rng(trajectory.seed).random()
+        for copy in DRAWS[draw](np.arange(3, trajectory.length), rng, level):
             for position in copy.read:
                 end = (int(position) // 4 + 1) * 4
                 canvas = trajectory.final_canvas()[:end]
@@ -228,17 +232,11 @@ def test_coupled_counts_are_unbiased_for_the_lower_bound(exact) -> None:
         ]
         assert np.mean(values) == pytest.approx(lower_bound(table, 3), abs=1e-12)
         assert np.std(values) > 0.01
-        # Two draws take their counts from different halves; each pair is one of the values above.
-        low, high = ([v for i, v in enumerate(values) if (i // len(ORDERS) < 2) == first] for first in (True, False))
-        double = [
-            scripted(
-                model, trajectory, partial(masks.coupled_counts, draws=2), (a + 0.5) / 2, ORDERS[i], (b + 0.5) / 2,
-                ORDERS[j],
-            )
-            for a in range(2) for i in (0, 3) for b in range(2) for j in (1, 5)
-        ]  # fmt: skip
-        expected = [(low[a * 6 + i] + high[b * 6 + j]) / 2 for a in range(2) for i in (0, 3) for b in range(2) for j in (1, 5)]  # noqa: E501  # fmt: skip
-        assert double == pytest.approx(expected, abs=1e-12)
+        # Two draws at one level take their counts from different halves, and average what each would give alone.
+        for level, counts in ((0.25, (0, 2)), (0.75, (1, 3))):
+            pair = scripted(model, trajectory, partial(masks.coupled_counts, draws=2), level, ORDERS[3], ORDERS[5])
+            alone = [values[count * len(ORDERS) + order] for count, order in zip(counts, (3, 5), strict=True)]
+            assert pair == pytest.approx(np.mean(alone), abs=1e-12)
 
 
 def test_block_masks_are_unbiased_for_the_blockwise_lower_bound(exact) -> None:
@@ -246,14 +244,16 @@ def test_block_masks_are_unbiased_for_the_blockwise_lower_bound(exact) -> None:
     behind the first. With one block for everything it is the plain lower bound."""
     for model, trajectory, table in exact:
         whole = [
-            scripted(model, trajectory, partial(masks.block_masks, draws=1), 0, count, order)
+            scripted(model, trajectory, partial(masks.block_masks, draws=1), (count + 0.5) / 3, 0, order)
             for count in range(3)
             for order in ORDERS
         ]
         assert np.mean(whole) == pytest.approx(lower_bound(table, 3), abs=1e-12)
         draw = partial(masks.block_masks, draws=1, block_length=2)
-        first = [scripted(model, trajectory, draw, 0, count, order) for count in range(2) for order in ((0, 1), (1, 0))]
-        second = scripted(model, trajectory, draw, 1, 0, (0,))
+        first = [
+            scripted(model, trajectory, draw, level, 0, order) for level in (0.2, 0.7) for order in ((0, 1), (1, 0))
+        ]
+        second = scripted(model, trajectory, draw, 0.4, 1, (0,))
         one, two = (table[()][0] + table[()][1]) / 2, (table[(0,)][1] + table[(1,)][0]) / 2
         assert (np.mean(first) + second) / 2 == pytest.approx(one + two + table[(0, 1)][2], abs=1e-12)
 
@@ -267,7 +267,7 @@ def test_coupled_pairs_expect_one_and_a_half_log_probs(exact) -> None:
         for hidden in itertools.product([False, True], repeat=3):
             numbers = np.where(hidden, 0.0, 0.9)
             probability = np.prod(np.where(hidden, t, 1 - t))
-            total += probability * scripted(model, trajectory, masks.coupled, t, numbers)
+            total += probability * scripted(model, trajectory, masks.coupled, (t - 0.2) / 0.6, numbers)
         expected = 0.0
         for j in range(3):
             others = [k for k in range(3) if k != j]
@@ -311,10 +311,23 @@ def test_a_random_ratio_reads_each_token_in_the_states_of_its_ratio(exact) -> No
         assert np.mean(values) == pytest.approx(expected, abs=1e-12)
 
 
-def test_turns_spread_the_mask_ratio_over_the_passes() -> None:
-    places = np.arange(100)
-    counts = [len(masks.random_ratio(places, Script(0.3, range(100)), turn=turn / 4)[0].read) for turn in range(4)]
-    assert counts == [30, 55, 80, 5]
+def test_levels_are_spread_evenly_over_the_passes(make_model) -> None:
+    """Whatever the number of passes, no two of a trajectory's mask ratios are near each other."""
+    model = make_model("gpt2-full")
+    for trajectory in sampled(model, 3):
+        levels: list[float] = []
+
+        def draw(places: np.ndarray, rng: Any, level: float, seen: list[float] = levels) -> list[masks.Copy]:
+            seen.append(level)
+            return masks.everything_hidden(places, rng, level)
+
+        for iteration in range(13):
+            masks.copy_rows([trajectory], model, draw, iteration=iteration)
+            places = np.sort([*levels, levels[0]])
+            assert iteration == 0 or np.diff(np.sort(levels)).min() > 0.38 / len(levels)
+            assert len(places) == iteration + 2
+    counts = [len(masks.random_ratio(np.arange(100), Script(range(100)), level)[0].read) for level in (0, 0.295, 0.999)]
+    assert counts == [1, 30, 100]
 
 
 def test_the_sandwich_holds_the_likelihood_of_a_random_order(exact) -> None:
@@ -330,12 +343,8 @@ def test_the_sandwich_holds_the_likelihood_of_a_random_order(exact) -> None:
         bounds = {}
         for power in (1.0, 1.5, 3.0):
 
-            def everything(places: np.ndarray, rng: Any) -> list[masks.Copy]:
-                return [
-                    masks.block_masks(places, Script(0, count, order), draws=1)[0]
-                    for count in range(3)
-                    for order in ORDERS
-                ]
+            def everything(places: np.ndarray, rng: Any, level: float) -> list[masks.Copy]:
+                return [one_block(places, *single) for single in itertools.product(range(3), ORDERS)]
 
             rows, weight = masks.copy_rows([trajectory], model, everything)
             both = masks.sandwich_decisions(rows, weight, [3], num_draws=18, power=power)
@@ -357,31 +366,32 @@ def test_the_sandwich_holds_the_likelihood_of_a_random_order(exact) -> None:
         assert lower < bounds[1.0] < bounds[1.5] < bounds[3.0]
 
 
+def one_block(places: np.ndarray, count: int, order: tuple[int, ...]) -> masks.Copy:
+    return masks.block_masks(places, Script(0, order), (count + 0.5) / 3, draws=1)[0]
+
+
 def test_two_draws_leave_the_upper_bound_biased(exact) -> None:
-    """The published number of draws, 2: a token that no draw hides is missing, and the log of a mean of two is low.
-    The mean over all pairs of draws is off the bound from all draws in both directions."""
+    """The published number of draws, 2: a token that no draw hides is missing (its mean of 0 is left out), which
+    raises the sum of negative terms, and the log of a mean of two lies below the log of the whole mean. Over all pairs
+    of draws the upper bound of three tokens is off by +0.03 to +0.60 nats here; the lower bound is not off."""
     biases = []
-    for model, trajectory, _ in exact[:2]:
-        single = [(count, order) for count in range(3) for order in ORDERS]
-        values = []
-        for one, two in itertools.product(single, repeat=2):
-            draw = partial(_pair, one=one, two=two)
-            rows, weight = masks.copy_rows([trajectory], model, draw)
-            with torch.no_grad():
-                values.append(masks.sandwich_decisions(rows, weight, [3], 2, 1.5).score(model)[0].tolist())
-        lower, upper = (3 * np.mean(values, axis=0)).tolist()
-        rows, weight = masks.copy_rows(
-            [trajectory], model, lambda p, r, all_=single: [masks.block_masks(p, Script(0, *s), 1)[0] for s in all_]
-        )
+    singles = list(itertools.product(range(3), ORDERS))
+    for model, trajectory, table in exact:
+        draws = [partial(_draws, singles=pair) for pair in itertools.product(singles, repeat=2)]
+        scored = [masks.copy_rows([trajectory], model, draw) for draw in [*draws, partial(_draws, singles=singles)]]
         with torch.no_grad():
-            full = (3 * masks.sandwich_decisions(rows, weight, [3], 18, 1.5).score(model)[0]).tolist()
-        assert lower == pytest.approx(full[0], abs=1e-12)
-        biases.append(upper - full[1])
-    assert all(0.05 < abs(bias) for bias in biases)
+            *pairs, whole = [
+                (3 * masks.sandwich_decisions(*rows, [3], len(singles) if i == len(draws) else 2, 1.5).score(model)[0])
+                for i, rows in enumerate(scored)
+            ]
+        lower, upper = torch.stack(pairs).mean(0).tolist()
+        assert lower == pytest.approx(lower_bound(table, 3), abs=1e-12)
+        biases.append(upper - float(whole[1]))
+    assert min(biases) > 0.03 and 0.5 < max(biases) < 0.7
 
 
-def _pair(places: np.ndarray, rng: Any, one: tuple, two: tuple) -> list[masks.Copy]:
-    return masks.block_masks(places, Script(0, *one, 0, *two), draws=2)
+def _draws(places: np.ndarray, rng: Any, level: float, singles: Any) -> list[masks.Copy]:
+    return [one_block(places, *single) for single in singles]
 
 
 # --- the trace, merged ------------------------------------------------------------------------------------------------
@@ -409,7 +419,7 @@ def test_step_merge_goes_from_the_one_step_estimate_to_the_exact_trace(make_mode
                 assert float(logprob[at]) == pytest.approx(slow, abs=1e-9)
                 at += 1
         errors[segments] = float((logprob - recorded).abs().mean())
-    one_step, _, hidden = score(model, trajectories, masks.everything_hidden)
+    _, _, hidden = score(model, trajectories, masks.everything_hidden)
     order = np.argsort(np.concatenate([i * 100 + t.position for i, t in enumerate(trajectories)]))
     with torch.no_grad():
         first = score_rows(model, remask_rows(trajectories, segments=1))[0]
@@ -452,7 +462,7 @@ def test_decisions_add_up_their_reads(make_model) -> None:
         by_token, entropy = tokens.score(model)
         by_answer, _ = answers.score(model)
         reads = score_rows(model, rows)[1]
-        shared = tokens.merged()
+        shared = tokens.distinct()
         assert shared.num_rows < tokens.num_rows == len(rows.input_ids) and shared.num_tokens == shared.num_rows * 8
         torch.testing.assert_close(shared.score(model)[0], by_token, rtol=0, atol=1e-12)
     assert tokens.trajectory.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and answers.trajectory.tolist() == [0, 1, 2]
@@ -466,4 +476,4 @@ def test_decisions_add_up_their_reads(make_model) -> None:
         assert float(by_answer[index]) == pytest.approx(float((weight * logprob)[mine].sum() / 5))
     moved = answers.to("meta")
     assert all(v.device.type == "meta" for v in vars(moved).values() if isinstance(v, torch.Tensor))
-    assert moved.rows.input_ids.device.type == "meta" and answers.recorded() is None
+    assert moved.rows.input_ids.device.type == "meta" and answers.recorded is None

@@ -14,6 +14,7 @@ from rl.algorithms.options import RecipeOptions
 
 RECIPES = {
     "tracerl": "rl.algorithms.tracerl:TraceRLOptions",
+    "mdpo": "rl.algorithms.mdpo:MDPOOptions",
 }
 
 DEFAULT = "tracerl"

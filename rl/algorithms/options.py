@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rl.config import OptimizerConfig
+from rl.config import Config, OptimizerConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,9 @@ class Recipe:
         loss: one record of decisions -> per-decision loss and metrics.
         num_decisions: (trajectory, its `steps` or None) -> decisions that `rows` will score, without building them.
         needs_step_rewards: score every step's full fill (`Verdicts.steps`).
+        note: trajectory -> something small that `advantage` needs to know of it (`Verdicts.notes`).
+        redraw: the estimator is random: `rows` takes one more keyword, `iteration`, the pass over the rollouts, and
+            is called anew for every pass.
         needs_reference: keep a frozen copy of the starting policy.
         old_logprob: where the ratio's denominator comes from.
         aggregation: how decisions are averaged (`rl/losses/aggregate.py`).
@@ -45,7 +48,7 @@ class Recipe:
         value_reward: what the critic predicts: the group "advantage" or the "raw" reward.
     """
 
-    rows: Callable[[Sequence[Any], Any, int | None, Sequence[np.ndarray] | None], DecisionRows]
+    rows: Callable[..., DecisionRows]
     advantage: Callable[[Verdicts], torch.Tensor]
     loss: Callable[[DecisionBatch], LossOutput]
     needs_reference: bool
@@ -55,6 +58,8 @@ class Recipe:
     value_reward: Literal["advantage", "raw"] = "advantage"
     num_decisions: Callable[[Any, np.ndarray | None], int] = field(default=revealed)
     needs_step_rewards: bool = False
+    note: Callable[[Any], Any] | None = None
+    redraw: bool = False
 
     def updater(self, session: Session, total_updates: int, resumed: bool) -> Updater:
         """What takes the RL steps of a run (`rl.train.update.Updater`)."""
@@ -113,6 +118,10 @@ class RecipeOptions(BaseModel):
         if self.kl_to == "old" and self.old_logprob == "on_policy":
             raise ValueError("algorithm.kl_to old is always 0 with old_logprob on_policy: set old_logprob to recompute")
         return self
+
+    def requires(self, config: Config) -> dict[str, Any]:
+        """Dotted keys of other sections -> the values without which this recipe cannot run."""
+        return {}
 
     def build(self) -> Recipe:
         """The recipe these options describe."""

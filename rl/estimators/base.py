@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,8 +57,10 @@ class Verdicts:
         group: int64 [M], index of the prompt.
         steps: float64 [M, T], the reward of every step's full fill, NaN behind a trajectory's last step; None when the
             recipe did not ask for it (`Recipe.needs_step_rewards`).
+        notes: [M], what `Recipe.note` says of each trajectory; empty without it.
     """
 
     reward: torch.Tensor
     group: torch.Tensor
     steps: torch.Tensor | None = None
+    notes: Sequence[Any] = ()

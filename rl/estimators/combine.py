@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from rl.estimators.dedupe import merge_equal_rows
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.rows import ScoringRows
 
 
 @dataclass
 class CombinedRows:
-    """U decisions, each a weighted sum over reads, or over log-mean-exps of reads.
+    """U decisions, each a weighted sum over reads, or over log-mean-exps of reads; a `rl.estimators.base.DecisionRows`.
 
     Example: the answer "7 8" scored in two copies, the first hiding both tokens, the second the 8 alone. As one
     decision per answer, with the token log-probs averaged over the copies that hide them::
@@ -30,7 +29,7 @@ class CombinedRows:
         rows: the reads, in any order.
         part: int64 [N], decision that each read is part of; -1 when it is part of none.
         weight: float64 [N], its factor.
-        trajectory, step: int64 [U].
+        trajectory, step, recorded, share: see `DecisionRows`.
         power: b of the log-mean-exps below.
         term: int64 [N] or None, the log-mean-exp each read belongs to: term a has the value
             (1/b) log sum over its reads of term_weight p^b.
@@ -50,9 +49,13 @@ class CombinedRows:
     term_part: torch.Tensor | None = None
     term_scale: torch.Tensor | None = None
 
+    # No sampler made these decisions, so there is no log-prob of its to compare with.
+    recorded: torch.Tensor | None = None
+    share: torch.Tensor | None = None
+
     @property
     def num_rows(self) -> int:
-        return self.rows.input_ids.shape[0]
+        return self.rows.num_rows
 
     @property
     def num_tokens(self) -> int:
@@ -62,17 +65,12 @@ class CombinedRows:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, rows=self.rows.to(device), **moved)
 
-    def merged(self) -> CombinedRows:
-        """Equal rows forwarded once."""
-        return replace(self, rows=merge_equal_rows(self.rows))
-
-    def recorded(self) -> None:
-        """No sampler made these decisions: there is no log-prob of its to compare with."""
-        return None
+    def distinct(self) -> CombinedRows:
+        return replace(self, rows=self.rows.distinct())
 
     def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """logprob [U], and entropy [U], the mean over the reads of each decision."""
-        return self.combine(*score_rows(model, self.rows))
+        return self.combine(*self.rows.score(model))
 
     def combine(self, logprob: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[N] reads -> [U] decisions, differentiable."""

@@ -41,8 +41,10 @@ class Copy:
     weight: float = 1.0
 
 
-# The copies of one trajectory: (positions to estimate, its random numbers) -> copies that hide some of them.
-Draw = Callable[[np.ndarray, np.random.Generator], list[Copy]]
+# The copies of one trajectory: (positions to estimate, its random numbers, its level) -> copies that hide some of them.
+# The level, in [0, 1), stands for the mask ratio; over the passes it is spread evenly (a golden-ratio sequence).
+Draw = Callable[[np.ndarray, np.random.Generator, float], list[Copy]]
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def scope_positions(trajectory: TokenTrajectory, scope: Scope) -> np.ndarray:
@@ -81,10 +83,11 @@ def copy_rows(
         size = model.block_length if causal else None
         final, places = trajectory.final_canvas(), scope_positions(trajectory, scope)
         rng = np.random.default_rng([trajectory.seed, iteration])
+        level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
         response = np.arange(trajectory.prompt_length, trajectory.length)
         outside = np.setdiff1d(response, places)
         read, column, owner, step = [], [], [], []
-        for index, copy in enumerate(draw(places, rng)):
+        for index, copy in enumerate(draw(places, rng, level)):
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
             forgotten = rng.random(trajectory.prompt_length) < prompt_mask
@@ -116,48 +119,50 @@ def _document(final: np.ndarray, noisy: np.ndarray, block_length: int | None) ->
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
-def everything_hidden(places: np.ndarray, rng: np.random.Generator) -> list[Copy]:
+def everything_hidden(places: np.ndarray, rng: np.random.Generator, level: float) -> list[Copy]:
     """One copy without any answer token: the mean-field estimate of d1 (Zhao et al. 2025, arXiv 2504.12216)."""
     return [Copy(places, places)]
 
 
 def random_ratio(
-    places: np.ndarray, rng: np.random.Generator, low: float = 0.0, high: float = 1.0, turn: float = 0.0
+    places: np.ndarray, rng: np.random.Generator, level: float, low: float = 0.0, high: float = 1.0
 ) -> list[Copy]:
     """One copy at a uniform mask ratio (UniGRPO; Yang et al. 2025, arXiv 2505.15809).
 
     Args:
         low, high: range of the ratio; the number hidden is that share rounded up, at least 1.
-        turn: adds this share of the range, wrapping around: passes over the same rollouts spread over it evenly.
     """
-    ratio = low + (high - low) * ((rng.random() + turn) % 1.0)
-    hidden = _some(places, max(1, int(np.ceil(ratio * len(places)))), rng)
+    count = int(np.ceil((low + (high - low) * level) * len(places)))
+    hidden = _some(places, max(1, count), rng)
     return [Copy(hidden, hidden)]
 
 
-def coupled(places: np.ndarray, rng: np.random.Generator, low: float = 0.2, high: float = 0.8) -> list[Copy]:
+def coupled(
+    places: np.ndarray, rng: np.random.Generator, level: float, low: float = 0.2, high: float = 0.8
+) -> list[Copy]:
     """A random mask, its complement and the fully hidden canvas (coupled-GRPO; Gong et al. 2025, arXiv 2506.20639).
 
     Each token is hidden with probability t in the first copy, and in the second when it is not. The published
     estimate of a token is half the sum of its log-prob in the full copy and of 1/t (or 1/(1-t)) times the other one.
     """
-    ratio = rng.uniform(low, high)
+    ratio = low + (high - low) * level
     hidden = rng.random(len(places)) < ratio
     halves = ((places[hidden], ratio), (places[~hidden], 1 - ratio))
     return [Copy(places, places, 0.5), *(Copy(part, part, 0.5 / share) for part, share in halves if len(part))]
 
 
-def coupled_counts(places: np.ndarray, rng: np.random.Generator, draws: int = 1, weighted: bool = True) -> list[Copy]:
-    """`draws` pairs of complementary masks, the number hidden uniform on 0..L.
+def coupled_counts(
+    places: np.ndarray, rng: np.random.Generator, level: float, draws: int = 1, weighted: bool = True
+) -> list[Copy]:
+    """`draws` pairs of complementary masks, the number hidden uniform on 0..L, stratified over the draws.
 
     With the weights (L+1)/l and (L+1)/(L-l), halved, the sum over reads is an unbiased estimate of the evidence lower
     bound (ESPO; Ou et al. 2025, arXiv 2512.03759). Without them (GDSD, arXiv 2605.29398) every token counts 1/2 in
-    the one copy that hides it. Counts are stratified over the draws.
+    the one copy that hides it.
     """
     length, copies = len(places), []
     for index in range(draws):
-        count = int((index + rng.random()) / draws * (length + 1))
-        hidden = _some(places, count, rng)
+        hidden = _some(places, int((index + level) / draws * (length + 1)), rng)
         for part in (hidden, np.setdiff1d(places, hidden)):
             if len(part):
                 weight = (length + 1) / len(part) if weighted else 1.0
@@ -166,19 +171,20 @@ def coupled_counts(places: np.ndarray, rng: np.random.Generator, draws: int = 1,
 
 
 def block_masks(
-    places: np.ndarray, rng: np.random.Generator, draws: int = 2, block_length: int | None = None
+    places: np.ndarray, rng: np.random.Generator, level: float, draws: int = 2, block_length: int | None = None
 ) -> list[Copy]:
     """Copies with one random block partly hidden, the blocks before it clean, those behind it hidden (SPG).
 
-    Wang et al. 2025 (arXiv 2510.09541). Block and number of hidden tokens are uniform; the weight makes the sum over
-    reads an unbiased estimate of the (block-autoregressive) lower bound, and the mean weight of any token 1.
+    Wang et al. 2025 (arXiv 2510.09541). Block and number of hidden tokens are uniform, the latter stratified over the
+    draws. The weight makes the mean over draws of the sum over reads an unbiased estimate of the (block by block)
+    lower bound, and the mean weight of any token 1.
     """
     size, copies = block_length or len(places), []
     num_blocks = -(-len(places) // size)
-    for _ in range(draws):
+    for index in range(draws):
         start = int(rng.integers(num_blocks)) * size
         block, behind = places[start : start + size], places[start + size :]
-        count = 1 + int(rng.integers(len(block)))
+        count = 1 + int((index + level) / draws * len(block))
         read = _some(block, count, rng)
         copies.append(Copy(np.concatenate([read, behind]), read, num_blocks * len(block) / count))
     return copies

@@ -103,7 +103,9 @@ def remask_rows(
         columns.append(trajectory.position[reveal])
         targets.append(trajectory.token[reveal])
         steps.append(group[reveal])
-    return assemble(trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift)
+    return assemble(
+        trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift, recorded=_recorded(trajectories)
+    )
 
 
 def packed_rows(
@@ -163,7 +165,11 @@ def packed_rows(
         columns.append(column[reveal])
         targets.append(trajectory.token[reveal])
         steps.append(step[reveal])
-    return assemble(trajectories, documents, owners, columns, targets, steps, pack_to)
+    return assemble(trajectories, documents, owners, columns, targets, steps, pack_to, recorded=_recorded(trajectories))
+
+
+def _recorded(trajectories: Sequence[TokenTrajectory]) -> np.ndarray:
+    return np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,11 +199,14 @@ def assemble(
     steps: list[np.ndarray],
     pack_to: int | None,
     logit_shift: int = 0,
+    recorded: np.ndarray | None = None,
+    share: np.ndarray | None = None,
 ) -> ScoringRows:
     """Lay documents out in rows and put the per-trajectory pieces together as tensors.
 
     Args:
         owners, columns: document of each decision, and its place inside it.
+        recorded, share: [N], see `ScoringRows`.
     """
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -221,7 +230,6 @@ def assemble(
         in_row[row[index]] += 1
     owner = np.concatenate(owners)
     counts = [len(target) for target in targets]
-    recorded = np.concatenate([t.logprob[t.is_reveal] for t in trajectories]).astype(np.float64)
     return ScoringRows(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
@@ -233,7 +241,8 @@ def assemble(
         target=tensor(np.concatenate(targets)),
         trajectory=tensor(np.repeat(np.arange(len(counts)), counts)),
         step=tensor(np.concatenate(steps)),
-        recorded=torch.from_numpy(recorded),
+        recorded=None if recorded is None else torch.from_numpy(recorded.astype(np.float64)),
+        share=None if share is None else torch.from_numpy(share.astype(np.float64)),
         logit_shift=logit_shift,
         **{k: trajectories[0].sampler[k] for k in ("temperature", "top_p", "top_k")},
     )

@@ -111,6 +111,10 @@ def check_run(config: Config, new: bool = True) -> None:
     if config.train.steps and config.sampler.temperature == 0:
         raise ValueError("sampler.temperature is 0: greedy rollouts carry no gradient, set it above 0 to train")
     options = parse_options(config.algorithm)
+    for key, value in options.requires(config).items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) != value:
+            raise ValueError(f"algorithm.name {options.name} needs {key}={value}: set it")
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
         raise ValueError(f"goal.steps {config.goal.steps} is not in eval.num_inference_steps: add it there")
     if config.sft.masking == "semi_ar" and config.sampler.block_length is None:

@@ -154,13 +154,19 @@ class PolicyUpdater:
         """
         self.sums = defaultdict(float)
         before = self.learner.updates
-        chunks = [self._micro_batches(rollouts, chosen) for chosen in self._chosen(rollouts)]
+        updates = self._chosen(rollouts)
         spare = self._spare(rollouts)
-        for chunk in chunks:
-            self._prepare(chunk, spare)
+        # A random estimator has rows of its own for every pass; all are prepared before the first update.
+        passes = [
+            [self._micro_batches(rollouts, chosen, iteration) for chosen in updates]
+            for iteration in range(self.train.epochs if self.recipe.redraw else 1)
+        ]
+        for chunks in passes:
+            for chunk in chunks:
+                self._prepare(chunk, spare)
         norms: list[float] = []
         for epoch in range(self.train.epochs):
-            for index, chunk in enumerate(chunks):
+            for index, chunk in enumerate(passes[epoch % len(passes)]):
                 if self.critic is not None:
                     losses = [self._value_loss(batch) for batch in chunk]
                     # Every rank knows the global norm: its share adds up to it once.
@@ -174,7 +180,7 @@ class PolicyUpdater:
         work = ("forward_passes", "backward_passes", "sequence_forwards", "tokens_forwarded")
         self.session.spend(**{name: self.sums.pop(name, 0.0) for name in work})
         self.session.costs.updates += self.learner.updates - before
-        return self._metrics(norms, chunks)
+        return self._metrics(norms, passes[0])
 
     def _advantage(self, rollouts: ScoredRollouts) -> torch.Tensor:
         """[M] or [M, T] of this rank; statistics of the batch are taken over the rollouts of all ranks."""
@@ -182,18 +188,22 @@ class PolicyUpdater:
         group: list[int] = []
         steps: list[np.ndarray] = []
         start = offset = 0
-        mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [])
-        for rank, (values, groups, of_steps) in enumerate(distributed.gather_objects(mine)):
+        own = [] if self.recipe.note is None else [self.recipe.note(t) for t in rollouts.trajectories]
+        notes: list[Any] = []
+        mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [], own)
+        for rank, (values, groups, of_steps, their_notes) in enumerate(distributed.gather_objects(mine)):
             start = len(reward) if rank == distributed.rank() else start
             reward += values
             group += [offset + g for g in groups]
             steps += of_steps
+            notes += their_notes
             offset = max(group, default=-1) + 1
         everything = self.recipe.advantage(
             Verdicts(
                 torch.tensor(reward, dtype=torch.float64),
                 torch.tensor(group, dtype=torch.int64),
                 padded(steps) if self.recipe.needs_step_rewards else None,
+                notes,
             )
         )
         return everything[start : start + len(rollouts.reward)]
@@ -237,19 +247,25 @@ class PolicyUpdater:
         return chosen
 
     def _micro_batches(
-        self, rollouts: ScoredRollouts, chosen: tuple[list[int], torch.Tensor, torch.Tensor]
+        self, rollouts: ScoredRollouts, chosen: tuple[list[int], torch.Tensor, torch.Tensor], iteration: int
     ) -> list[MicroBatch]:
         indices, advantage, weight = chosen
         size = self.train.micro_batch_size
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        return [self._micro_batch(rollouts, part, advantage[part], weight[part]) for part in parts]
+        return [self._micro_batch(rollouts, part, advantage[part], weight[part], iteration) for part in parts]
 
     def _micro_batch(
-        self, rollouts: ScoredRollouts, indices: list[int], advantage: torch.Tensor, weight: torch.Tensor
+        self,
+        rollouts: ScoredRollouts,
+        indices: list[int],
+        advantage: torch.Tensor,
+        weight: torch.Tensor,
+        iteration: int = 0,
     ) -> MicroBatch:
         trajectories = [rollouts.trajectories[i] for i in indices]
         steps = None if advantage.dim() == 1 else [row.numpy() for row in ~torch.isnan(advantage)]
-        rows = self.recipe.rows(trajectories, self.session.model, self.block_length, steps).distinct()
+        draw = {"iteration": iteration} if self.recipe.redraw else {}
+        rows = self.recipe.rows(trajectories, self.session.model, self.block_length, steps, **draw).distinct()
         owner, step = rows.trajectory, rows.step
         decision_advantage = advantage[owner] if advantage.dim() == 1 else advantage[owner, step]
         weight = weight[owner].double()

@@ -1,0 +1,226 @@
+"""MDPO: the rows of recorded fills, per-step advantages, and what a run does with them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rl.advantages import mdpo_advantage
+from rl.estimators.base import Verdicts
+from rl.estimators.fill_rows import StepNotes, fill_rows, num_fill_targets, step_notes
+from rl.estimators.rows import score_rows
+from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.samplers.distribution import sampling_logprobs
+from rollouts.samplers.options import SamplerOptions
+from rollouts.trajectory import TokenTrajectory
+from tests.runs import lines, tiny_config, train_here
+
+NAN = math.nan
+
+
+def sampled(model: Any, count: int = 4, **settings: Any) -> list[TokenTrajectory]:
+    options = {"gen_length": 8, "num_inference_steps": 4, "record_x0": True, "temperature": 1.3, "top_p": 0.95}
+    engine = InProcessEngine(model, SamplerOptions(**{**options, **settings}))
+    return engine.generate([Request([1, 4, 2][: 1 + s % 3], seed=s) for s in range(count)])
+
+
+@pytest.mark.parametrize("targets", ["masked", "committed"])
+@pytest.mark.parametrize("block_length", [None, 4])
+@pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted", "qwen3-full"])
+def test_the_learner_scores_the_recorded_fills(make_model, family: str, block_length: Any, targets: Any) -> None:
+    """Sampler, learner and one plain forward of the canvas agree on every draw, prompts of three lengths in a batch."""
+    model = make_model(family)
+    trajectories = sampled(model, block_length=block_length)
+    steps = [np.array([True, False, True, True]), *[np.array([False, i % 2 == 0, False, True]) for i in range(3)]]
+    rows = fill_rows(trajectories, model, steps, targets)
+    with torch.no_grad():
+        logprob = score_rows(model, rows)[0]
+    torch.testing.assert_close(logprob, rows.recorded, rtol=0, atol=1e-9)
+    at = 0
+    for index, (trajectory, chosen) in enumerate(zip(trajectories, steps, strict=True)):
+        before = at
+        for step in np.flatnonzero(chosen):
+            canvas = trajectory.canvas_at(step)
+            with torch.no_grad():
+                logits = model(torch.from_numpy(canvas)[None])[0]
+            now = trajectory.position[trajectory.step == step]
+            for position in now if targets == "committed" else np.flatnonzero(canvas == trajectory.mask_token_id):
+                token = int(trajectory.x0_hat[step, position])
+                plain = sampling_logprobs(
+                    logits[position - model.logit_shift][None], keep=torch.tensor([token]), **trajectory.sampler
+                )[0, token]
+                assert (int(rows.trajectory[at]), int(rows.step[at])) == (index, step)
+                assert int(rows.position_ids[rows.row[at], rows.column[at]]) == position
+                assert float(logprob[at]) == pytest.approx(float(plain), abs=1e-9)
+                at += 1
+        assert at - before == num_fill_targets(trajectory, chosen, targets)
+    assert at == len(logprob) and logprob.std() > 0.3
+
+
+def test_what_a_draw_counts(make_model) -> None:
+    """With weight 1 / decisions: confidence over (targets of its step x steps). A step that was left out is counted."""
+    model = make_model("gpt2-full")
+    (trajectory,) = sampled(model, 1)
+    steps = [np.array([True, False, False, True])]
+    for confidence in (False, True):
+        for num_steps, divisor in ((None, 2), (3, 3), (9, 4)):
+            rows = fill_rows([trajectory], model, steps, confidence=confidence, num_steps=num_steps)
+            # 8 masked positions at step 0, 2 at step 3.
+            assert rows.step.tolist() == [0] * 8 + [3] * 2
+            weight = rows.share / 10
+            sure = torch.from_numpy(trajectory.x0_confidence)[rows.step, rows.column] if confidence else 1.0
+            expected = sure / torch.tensor([8.0] * 8 + [2.0] * 2) / divisor
+            torch.testing.assert_close(weight, expected.double(), rtol=1e-6, atol=0)
+            if not confidence:
+                assert float(weight.sum()) == pytest.approx(2 / divisor)
+
+
+def test_a_rollout_without_fills_is_refused(make_model) -> None:
+    model = make_model("gpt2-full")
+    plain = sampled(model, 1, record_x0=False)
+    with pytest.raises(ValueError, match=r"set sampler\.record_x0=true"):
+        num_fill_targets(plain[0], np.array([True] * 4), "masked")
+
+
+def test_notes_of_a_trajectory(make_model) -> None:
+    model = make_model("gpt2-full")
+    first, second = sampled(model, 2, num_inference_steps=3)
+    notes = step_notes(first)
+    # 8 positions over 3 steps, the remainder first.
+    assert notes.masked.tolist() == [8, 5, 2] and notes.seed == first.seed
+    for step in range(3):
+        assert notes.surprisal[step] == pytest.approx(-first.logprob[first.step == step].mean())
+    assert len(set(notes.canvas.tolist())) == 3
+    again = InProcessEngine(model, SamplerOptions(gen_length=8, num_inference_steps=3)).generate([Request([1], seed=9)])
+    assert step_notes(again[0]).canvas[0] == notes.canvas[0] != step_notes(second).canvas[0]
+
+
+def verdicts(steps: list[list[float]], canvas: list[list[int]] | None = None) -> Verdicts:
+    table = torch.tensor(steps, dtype=torch.float64)
+    keys = canvas or [[0] * len(steps[0])] * len(steps)
+    masked = np.array([8, 4, 2])
+    notes = [StepNotes(s, np.array(k), np.zeros(3), masked) for s, k in enumerate(keys)]
+    last = torch.tensor([[r for r in row if r == r][-1] for row in steps], dtype=torch.float64)
+    return Verdicts(last, torch.zeros(len(steps), dtype=torch.int64), table, notes)
+
+
+SETTINGS: dict[str, Any] = {
+    "credit": "delta_future", "compare": "index", "scale": "none", "train_steps": 3, "select": "largest",
+    "mask_weight": False,
+}  # fmt: skip
+
+
+def advantage(given: Verdicts, **settings: Any) -> list[list[float]]:
+    return mdpo_advantage(given, **{**SETTINGS, **settings}).tolist()
+
+
+def approx(rows: list[list[float]]) -> Any:
+    return [pytest.approx(row, nan_ok=True) for row in rows]
+
+
+def test_advantages_of_a_group_by_hand() -> None:
+    """One rollout finds the answer and loses it, the other finds it last.
+
+    Credit (delta + future): 0+1/2, 1+0, -1+0 against 0+1/2, 0+1, 1+1; their means are 1/2, 1 and 1/2.
+    """
+    group = verdicts([[0, 1, 0], [0, 0, 1]])
+    assert advantage(group) == approx([[NAN, NAN, -1.5], [NAN, NAN, 1.5]])
+    # Sample standard deviation of -1 and 2 is sqrt(4.5).
+    z = 1.5 / (math.sqrt(4.5) + 1e-4)
+    assert advantage(group, scale="std") == approx([[NAN, NAN, -z], [NAN, NAN, z]])
+    # Terminal reward alone: -1/2 and 1/2 at every step; a step with 4 of 8 masked counts 2, with 2 of 8 counts 4.
+    final = advantage(group, credit="final", mask_weight=True)
+    assert final == approx([[-0.5, -1, -2], [0.5, 1, 2]])
+    # Two steps of equal advantage: the earlier; chosen before the weight by masks.
+    assert advantage(group, credit="final", train_steps=2, mask_weight=True) == approx([[-0.5, -1, NAN], [0.5, 1, NAN]])
+    # The first canvas is shared, the others are not: nothing to compare with there.
+    alone = advantage(verdicts([[1, 1, 0], [0, 0, 1]], [[5, 6, 7], [5, 8, 9]]), credit="step", compare="canvas")
+    assert alone == approx([[0.5, NAN, NAN], [-0.5, NAN, NAN]])
+    # The same canvas at different steps is the same state.
+    shifted = advantage(verdicts([[1, 1, 0], [0, 0, 1]], [[5, 6, 7], [4, 5, 6]]), credit="step", compare="canvas")
+    assert shifted == approx([[0.5, NAN, NAN], [NAN, -0.5, NAN]])
+
+
+def test_a_rollout_without_advantage_keeps_its_place_in_the_mean() -> None:
+    """0 and not NaN: it is one of the rollouts that the loss is averaged over."""
+    group = verdicts([[1, 0, 1], [0, 0, 0], [0.5, 0, 0.5]])
+    assert advantage(group, credit="step") == approx([[0.5, NAN, 0.5], [-0.5, NAN, -0.5], [0, 0, 0]])
+
+
+def test_an_unscored_rollout_has_no_advantage() -> None:
+    given = verdicts([[1, 0, 1], [0, NAN, 0], [0, 0, 0]])
+    assert advantage(given, credit="step") == approx([[0.5, NAN, 0.5], [NAN] * 3, [-0.5, NAN, -0.5]])
+    given.reward[2] = NAN
+    assert torch.tensor(advantage(given, credit="step"))[1:].isnan().all()
+
+
+COUNTING = """
+def dense(prompts, completions, **columns):
+    with open({path!r}, "a") as file:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            file.write(prompt + completion + "\\n")
+    def score(text):
+        return sum((i + 1) * 1.37 ** int(digit) for i, digit in enumerate(text) if digit.isdigit()) / 500
+    return [score(c) for c in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A tiny MDPO run of two steps, and the texts its reward was asked about."""
+    folder = tmp_path_factory.mktemp("mdpo")
+    queries = folder / "queries.txt"
+    arguments = tiny_config(
+        folder, "algorithm.name=mdpo", "algorithm.entropy_coef=0", "algorithm.train_steps=2", "sampler.record_x0=true",
+        "train.steps=2", "train.epochs=1", "train.max_logprob_gap=1e-4",
+        "sampler.temperature=0.03", "task.params.min_givens=8", "eval.num_prompts=2",
+        reward=COUNTING.format(path=str(queries)),
+    )  # fmt: skip
+    train_here(arguments)
+    return folder / "run", queries.read_text().splitlines()
+
+
+def test_a_run_takes_one_optimizer_step_per_batch(run) -> None:
+    train = lines(run[0], "train")
+    assert [line["cost/updates"] for line in train] == [1, 2]
+    # Exact, in the learner's precision: the sampler's log-prob of every draw of the fills.
+    assert all(line["policy/logprob_gap_max"] < 1e-4 for line in train)
+    # 16 rollouts, at most 2 steps each, with at most 16 and 12 masked positions.
+    assert all(16 < line["policy/decisions"] <= 16 * 28 for line in train)
+    assert all(line["policy/grad_norm"] > 0 for line in train)
+
+
+def test_every_distinct_fill_is_verified_once(run) -> None:
+    """An RL step of 8 prompts and 2 rollouts of 4 steps: 16 terminal texts, then the distinct fills of each prompt."""
+    train = lines(run[0], "train")
+    queries, first = run[1], int(train[0]["cost/reward_queries"])
+    assert train[-1]["cost/reward_queries"] == len(queries)
+    for mine in (queries[:first], queries[first:]):
+        fills = mine[16:]
+        assert len(fills) == len(set(fills)) and 8 <= len(fills) < 16 * 4
+        # The terminal texts are the last fills.
+        assert set(mine[:16]) <= set(fills)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampler.record_x0=false", "algorithm.name mdpo needs sampler.record_x0=True"),
+        ("algorithm.credit=best", "algorithm.credit"),
+        ("algorithm.aggregation=token_mean", "algorithm.aggregation"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+    from rl.config import load_config
+    from rl.train.plan import check_run
+
+    arguments = tiny_config(
+        tmp_path, "algorithm.name=mdpo", "algorithm.entropy_coef=0", "sampler.record_x0=true", override
+    )
+    with pytest.raises(ValueError, match=message):
+        check_run(load_config(arguments[1], arguments[2:]))
