@@ -1,0 +1,301 @@
+"""diffusers pipelines as policies, against the pipelines themselves: tiny random ones in the published layouts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from rl.models.diffusers_policy import DiffusersPolicy, PipelineOptions, load_diffusers_policy
+from rollouts.model_protocol import ImagePolicy
+from tests.tiny_pipelines import FAMILIES, SIZE, save_pipeline
+
+PROMPTS = ["a cat on a bike", "two dogs"]
+GUIDANCE = {"sd": 5.0, "sdxl": 5.0, "sd3": 4.5, "flux": 3.5, "flux-schnell": 1.0}
+LENGTHS = {"sd3": {"max_sequence_length": 12}, "flux": {"max_sequence_length": 12}}
+LENGTHS["flux-schnell"] = LENGTHS["flux"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("pipelines")
+    for family in FAMILIES:
+        save_pipeline(root / family, family)
+    return {family: str(root / family) for family in FAMILIES}
+
+
+def load(folders: dict[str, str], family: str, **options: Any) -> DiffusersPolicy:
+    size = {"height": SIZE, "width": SIZE + 8}
+    return load_diffusers_policy(folders[family], PipelineOptions(**size, **LENGTHS.get(family, {}), **options))
+
+
+def draw(policy: DiffusersPolicy, count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn((count, *policy.latent_shape), generator=torch.Generator().manual_seed(seed))
+
+
+def recorded(folder: str, family: str, guidance: float, steps: int = 3, negative: str = "blurry") -> Any:
+    """What a published pipeline's own run gives its scheduler at every step, and the images it ends with."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "unet"):  # PNDM averages predictions and Euler rescales what the network sees
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    calls = []
+    step = pipeline.scheduler.step
+
+    def watched(output: Any, timestep: Any, sample: Any, *rest: Any, **options: Any) -> Any:
+        result = step(output, timestep, sample, *rest, **options)
+        calls.append([output.clone(), timestep.clone(), sample.clone(), result[0].clone()])
+        return result
+
+    pipeline.scheduler.step = watched
+    images = pipeline(
+        PROMPTS,
+        height=SIZE,
+        width=SIZE + 8,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+        **({} if family.startswith("flux") else {"negative_prompt": [negative] * 2}),
+        **LENGTHS.get(family, {}),
+    ).images
+    for call in calls:
+        if family.startswith("flux"):
+            for place in (0, 2, 3):
+                call[place] = pipeline._unpack_latents(call[place], SIZE, SIZE + 8, pipeline.vae_scale_factor)
+    return calls, images
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Equal up to this share of the largest entry: random networks amplify, and round as they amplify."""
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_and_images_are_the_pipelines_own(folders: dict[str, str], family: str) -> None:
+    policy = load(folders, family, negative_prompt="blurry")
+    assert isinstance(policy, ImagePolicy)
+    assert policy.latent_shape == (4, SIZE // 2, SIZE // 2 + 4)
+    guidances = {GUIDANCE[family], 1.0}
+    for guidance in guidances:
+        calls, images = recorded(folders[family], family, guidance)
+        conditioning = policy.encode(PROMPTS)
+        assert all(len(rows) == 2 for rows in conditioning.values())
+        for output, timestep, sample, _ in calls:
+            with torch.no_grad():
+                found = policy.predict(sample, timestep.double().expand(2), conditioning, guidance)
+            assert found.dtype == torch.float32
+            assert_close(found, output)
+            assert output.std() > 0.05
+        found = policy.decode(calls[-1][3]).permute(0, 2, 3, 1).numpy()
+        assert np.allclose(found, images, atol=1e-5)
+        assert np.std(images) > 0.02
+    assert not torch.allclose(policy.encode(["a cat"])["prompt_embeds"], policy.encode(["a dog"])["prompt_embeds"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flow_pipelines_take_the_steps_their_pipeline_takes(folders: dict[str, str], family: str) -> None:
+    policy = load(folders, family)
+    if not hasattr(policy.scheduler, "alphas_cumprod"):
+        calls, _ = recorded(folders[family], family, GUIDANCE[family], steps=4)
+        own = copy.deepcopy(policy.scheduler)
+        own.set_timesteps(**policy.schedule_options(4))
+        assert own.timesteps.tolist() == [call[1].item() for call in calls]
+        assert policy.prediction_type == "flow"
+    else:
+        # PNDM and Euler have no density; DDIM on the same noise schedule has, and starts from the same times.
+        assert type(policy.scheduler) is diffusers.DDIMScheduler
+        policy.scheduler.set_timesteps(**policy.schedule_options(20))
+        assert policy.scheduler.timesteps.tolist() == list(range(951, 0, -50))
+        assert torch.equal(policy.scheduler.alphas_cumprod, policy.frozen.pipeline.scheduler.alphas_cumprod)
+        assert not policy.scheduler.config.clip_sample and not policy.scheduler.config.set_alpha_to_one
+        assert policy.prediction_type == "epsilon"
+
+
+def test_sd3_and_flux_shift_their_times_with_the_resolution(tmp_path: Path) -> None:
+    save_pipeline(tmp_path, "sd3", use_dynamic_shifting=True)
+    policy = load_diffusers_policy(str(tmp_path), PipelineOptions(height=16, width=24, max_sequence_length=12))
+    # 4 x 6 patches: 0.5 + (1.15 - 0.5) / (4096 - 256) * (24 - 256)
+    assert policy.schedule_options(5)["mu"] == pytest.approx(0.5 + 0.65 / 3840 * (24 - 256))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_may_be_at_different_steps_and_do_not_see_each_other(folders: dict[str, str], family: str) -> None:
+    policy = load(folders, family)
+    latents, conditioning, times = draw(policy), policy.encode(PROMPTS), torch.tensor([801.0, 201.0])
+    with torch.no_grad():
+        both = policy.predict(latents, times, conditioning, GUIDANCE[family])
+        for row in range(2):
+            part = slice(row, row + 1)
+            rows = {name: values[part] for name, values in conditioning.items()}
+            alone = policy.predict(latents[part], times[part], rows, GUIDANCE[family])
+            assert_close(both[part], alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_adapters_train_and_off_they_leave_the_model_as_it_was(folders: dict[str, str], family: str) -> None:
+    policy = load(folders, family, lora_rank=2)
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert len(trained) == 2 * sum("lora_A" in name for name in trained)
+    frozen = {name: p.clone() for name, p in policy.named_parameters() if name not in trained}
+    latents, conditioning, times = draw(policy), policy.encode(PROMPTS), torch.tensor([501.0, 501.0])
+
+    def predict() -> torch.Tensor:
+        return policy.predict(latents, times, conditioning, GUIDANCE[family])
+
+    before = predict().detach()
+    with policy.reference():
+        assert torch.equal(predict(), before)  # new adapters add nothing
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # B is 0 at first, so that A moves only in the second step
+        loss = (predict() - 1).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (predict() - before).abs().max() > 1e-3
+    with policy.reference(), torch.no_grad():
+        assert torch.equal(predict(), before)
+    for name, parameter in policy.named_parameters():
+        assert name in trained or torch.equal(parameter, frozen[name]), name
+
+
+def shake(policy: DiffusersPolicy, seed: int = 5) -> None:
+    """Move every trained weight, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_policy_is_read_back_with_equal_outputs(
+    folders: dict[str, str], family: str, rank: int, tmp_path: Path
+) -> None:
+    policy = load(folders, family, lora_rank=rank, lora_alpha=3 if rank else None)
+    latents, times = draw(policy), torch.tensor([701.0, 301.0])
+
+    def outputs(model: DiffusersPolicy) -> torch.Tensor:
+        with torch.no_grad():
+            return model.predict(latents, times, model.encode(PROMPTS), GUIDANCE[family])
+
+    before = outputs(policy)
+    shake(policy)
+    expected = outputs(policy)
+    assert (expected - before).abs().max() > 1e-2
+    policy.save_pretrained(tmp_path / "saved")
+    size = {"height": SIZE, "width": SIZE + 8, **LENGTHS.get(family, {})}
+    again = load_diffusers_policy(str(tmp_path / "saved"), PipelineOptions(**size))
+    assert torch.equal(outputs(again), expected)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in policy.parameters()]
+    assert outputs(policy).equal(expected) and policy.frozen.pipeline is not None  # saving changes nothing
+    policy.save_merged(tmp_path / "merged")
+    merged = load_diffusers_policy(str(tmp_path / "merged"), PipelineOptions(**size))
+    assert_close(outputs(merged), expected)
+    assert outputs(policy).equal(expected)
+    if rank:
+        # The adapters are an ordinary diffusers LoRA: the untouched pipeline loads them and gives the same output.
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[family])
+        pipeline.load_lora_weights(tmp_path / "saved")
+        plain = load(folders, family)
+        plain.denoiser = getattr(pipeline, policy.denoiser_name)
+        assert_close(outputs(plain), expected, 1e-6)
+
+
+def test_a_copy_shares_the_text_encoders_and_trains_its_own_adapters(folders: dict[str, str]) -> None:
+    policy = load(folders, "sd", lora_rank=2)
+    other = copy.deepcopy(policy)
+    assert other.frozen is policy.frozen
+    assert {name for name, _ in policy.named_parameters()} == {
+        f"denoiser.{name}" for name, _ in policy.denoiser.named_parameters()
+    }
+    shake(other)
+    latents, conditioning, times = draw(policy), policy.encode(PROMPTS), torch.tensor([701.0, 301.0])
+    first, second = (model.predict(latents, times, conditioning, 2.0) for model in (policy, other))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_rewards_on_pixels_reach_the_adapters_through_the_decoder(folders: dict[str, str]) -> None:
+    policy = load(folders, "sd", lora_rank=2)
+    shake(policy)
+    output = policy.predict(draw(policy), torch.tensor([501.0, 501.0]), policy.encode(PROMPTS), 1.0)
+    policy.decode(output).mean().backward()
+    gradients = [p.grad.abs().sum().item() for p in policy.parameters() if p.requires_grad and p.grad is not None]
+    assert len(gradients) == sum(p.requires_grad for p in policy.parameters()) and min(gradients) > 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(folders: dict[str, str]) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        policy = load(folders, "sd", gradient_checkpointing=checkpointing)
+        policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 3.0).mean().backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_half_precision_weights_keep_latents_and_images_in_float32(folders: dict[str, str]) -> None:
+    policy, exact = load(folders, "sdxl", dtype="bfloat16"), load(folders, "sdxl")
+    assert policy.denoiser.dtype == torch.bfloat16 and policy.frozen.pipeline.vae.dtype == torch.float32
+    latents, times = draw(policy), torch.tensor([501.0, 1.0])
+    with torch.no_grad():
+        found = policy.predict(latents, times, policy.encode(PROMPTS), 2.0)
+        expected = exact.predict(latents, times, exact.encode(PROMPTS), 2.0)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("sd", {"height": 17}, r"model.image.height is 17: this pipeline needs a multiple of 2"),
+        ("flux", {"height": 18}, r"model.image.height is 18: this pipeline needs a multiple of 4"),
+        ("sd", {"lora_rank": 2, "lora_targets": ("to_z",)}, r"model.lora.target_modules \['to_z'\]: Target modules"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(folders: dict[str, str], family: str, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_diffusers_policy(folders[family], PipelineOptions(**{"height": 16, "width": 16, **options}))
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_do_not_fit_are_one_line(folders: dict[str, str], tmp_path: Path) -> None:
+    options = PipelineOptions(height=SIZE, width=SIZE)
+    with pytest.raises(ValueError, match=r"model.path 'no/such' cannot be loaded as a diffusers pipeline: "):
+        load_diffusers_policy("no/such", options)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
+    with pytest.raises(ValueError, match="is a AudioLDMPipeline: known pipelines are StableDiffusionPipeline, "):
+        load_diffusers_policy(str(tmp_path / "odd"), options)
+    policy = load_diffusers_policy(folders["sd"], PipelineOptions(height=SIZE, width=SIZE, lora_rank=2))
+    policy.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"model.lora.rank is 4, the adapters in .* have rank 2"):
+        load_diffusers_policy(str(tmp_path / "lora"), PipelineOptions(lora_rank=4))
+    index = json.loads((tmp_path / "lora" / "lora_policy.json").read_text())
+    index["lora"]["target_modules"] = ["to_q"]
+    (tmp_path / "lora" / "lora_policy.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="its adapters do not fit"):
+        load_diffusers_policy(str(tmp_path / "lora"), options)
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is incomplete: pytorch_lora_weights.safetensors is missing"):
+        load_diffusers_policy(str(tmp_path / "lora"), options)
+
+
+def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: dict[str, str]) -> None:
+    policy = load(folders, "flux-schnell")
+    with pytest.raises(
+        ValueError, match=r"sampler.guidance_scale is 2.0: this FLUX model has no guidance, set it to 1"
+    ):
+        policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 2.0)
+    with pytest.raises(ValueError, match="takes text prompts, the task gave 7"):
+        policy.encode(["a cat", 7])
+    with pytest.raises(ValueError, match=r"model.lora.rank is 0"), policy.reference():
+        pass

@@ -1,0 +1,148 @@
+"""Tiny random diffusers pipelines, saved in the published folder layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from tests.tiny_vision import clip_text_config, clip_tokenizer, roughen
+
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux-schnell")
+SIZE = 16  # pixels; the VAE halves them
+
+
+def save_pipeline(folder: Path, family: str, seed: int = 0, **scheduler: Any) -> Any:
+    """Write a pipeline of a family to `folder` and return it."""
+    torch.manual_seed(seed)
+    pipeline = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux-schnell": _schnell}[family](**scheduler)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            roughen(part, seed + len(name))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def _text_encoder(kind: str = "CLIPTextModel", **changes: Any) -> Any:
+    return getattr(transformers, kind)(transformers.CLIPTextConfig(**clip_text_config(**changes)))
+
+
+def _t5() -> Any:
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=160, **sizes))
+
+
+def _t5_tokenizer() -> Any:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,."]
+    return transformers.T5TokenizerFast(vocab=pieces, model_max_length=16)
+
+
+def _vae(channels: int, **changes: Any) -> Any:
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    settings = {"block_out_channels": [4, 8], "norm_num_groups": 2, "latent_channels": channels, "sample_size": SIZE}
+    return diffusers.AutoencoderKL(**blocks, **settings, **changes)
+
+
+def _unet(width: int, **changes: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        cross_attention_dim=width,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        **changes,
+    )
+
+
+def _sd(**scheduler: Any) -> Any:
+    """With the scheduler file of SD 1.5, which describes PNDM."""
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(4),
+        text_encoder=_text_encoder(),
+        tokenizer=clip_tokenizer(),
+        unet=_unet(16),
+        scheduler=diffusers.PNDMScheduler(**published, skip_prk_steps=True, **scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(**scheduler: Any) -> Any:
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    text = {"projection_class_embeddings_input_dim": 12 + 6 * 8, "addition_time_embed_dim": 8}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(4, force_upcast=True),
+        text_encoder=_text_encoder(),
+        text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=_unet(32, addition_embed_type="text_time", transformer_layers_per_block=1, **text),
+        scheduler=diffusers.EulerDiscreteScheduler(**published, timestep_spacing="leading", **scheduler),
+        add_watermarker=False,
+    )
+
+
+def _sd3(**scheduler: Any) -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=16,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=_vae(4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_text_encoder("CLIPTextModelWithProjection"),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=_text_encoder("CLIPTextModelWithProjection"),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=_t5(),
+        tokenizer_3=_t5_tokenizer(),
+    )
+
+
+def _flux(guidance_embeds: bool = True, **scheduler: Any) -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{**shift, **scheduler}),
+        vae=_vae(4, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_text_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+    )
+
+
+def _schnell(**scheduler: Any) -> Any:
+    return _flux(guidance_embeds=False, **scheduler)
