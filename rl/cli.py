@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--export", metavar="FORMAT", help="also write samples for human-eval, evalplus or livecodebench")
     kept.add_argument("--reward", help="judge by another reward than the task's: a name, or {name: NAME, params: {}}")
     kept.add_argument("--rescore", metavar="FOLDER", help="judge the generations of a folder again, without a model")
-    add("check", _check, "Check a config, the installation and the DeepSpeed JSON without training.")
+    check = add("check", _check, "Check a config, the installation and the DeepSpeed JSON without training.")
+    check.add_argument("--plan", action="store_true", help="estimate the memory per rank instead; needs no checkpoint")
+    check.add_argument("--ranks", type=int, help="with --plan: number of ranks; this process's when not given")
+    check.add_argument("--prompt-length", type=int, default=256, help="with --plan: tokens of a prompt")
+    check.add_argument("--memory", type=float, metavar="GIB", help="with --plan: fail when a rank needs more")
     score = add("score", _score, "Run a reward over a JSON-lines file of samples.", config=False)
     score.add_argument("file", metavar="FILE", help="one JSON object a line, with prompt and completion")
     score.add_argument("--reward", required=True, help="registered name, pkg.module:function, or path/file.py:function")
@@ -329,6 +333,15 @@ def _check(args: argparse.Namespace) -> int:
     config = _config(args)
     from rl.train.plan import check_run, plan_lines
 
+    if args.plan:
+        from rl.train.memory import memory_lines
+
+        ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        for number, name in ((ranks, "--ranks"), (args.prompt_length, "--prompt-length")):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        print("\n".join([*plan_lines(config, ranks), *memory_lines(config, ranks, args.prompt_length, args.memory)]))
+        return 0
     check_run(config, new=False)
     print("\n".join(plan_lines(config)))
     print("config ok")

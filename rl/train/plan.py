@@ -37,14 +37,17 @@ def about(field: str) -> Iterator[None]:
         raise ValueError(f"{field}: {kind}{text[:300]}{'...' if len(text) > 300 else ''}") from error
 
 
-def plan_lines(config: Config) -> list[str]:
+def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
     """Derived batch numbers, one sentence each.
+
+    Args:
+        ranks: number of ranks; the launcher's when None.
 
     Raises:
         ValueError: the batch does not divide over ranks and micro-batches.
     """
     _check_steps(config)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train
     lines = [f"run {config.run.output_dir}, task {config.task.name}, seed {config.run.seed}, {world} rank(s)"]
     if config.sft.steps:
