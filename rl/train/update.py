@@ -34,7 +34,7 @@ class StepOutcome:
 
     Attributes:
         metrics: numbers to log.
-        seconds: by stage: rollout, reward, learn.
+        seconds: by stage: rollout, reward, learn, sync (weights to the copy that samples).
         samples: a few samples as plain JSON, for samples.jsonl.
     """
 
@@ -123,11 +123,13 @@ class PolicyUpdater:
         rollouts = sample_step(self.session, step, self.learner.updates, self.recipe.needs_step_rewards)
         rolled = time.perf_counter()
         metrics = rollout_metrics(rollouts, self.session.device) | self.update(rollouts)
+        learned = time.perf_counter()
         self.learner.copy_weights_into(self.sampling)
         seconds = {
             "rollout": rolled - tick - rollouts.reward_seconds,
             "reward": rollouts.reward_seconds,
-            "learn": time.perf_counter() - rolled,
+            "learn": learned - rolled,
+            "sync": time.perf_counter() - learned,
         }
         return StepOutcome(metrics, seconds, sample_lines(self.session, rollouts))
 
