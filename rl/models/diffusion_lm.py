@@ -128,6 +128,7 @@ class DiffusionLM(PreTrainedModel):
         visible: torch.Tensor | BlockMask | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, Q, D]; see `DenoisingModel.hidden_states`.
 
@@ -143,7 +144,8 @@ class DiffusionLM(PreTrainedModel):
             # The kernel takes one row of the mask for all queries only with its query axis spelled out.
             mask = attention.additive(visible, self.dtype).expand(-1, -1, input_ids.shape[1], -1)
         return self.backbone(
-            input_ids=input_ids,
+            input_ids=input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,

@@ -19,6 +19,7 @@ SEED_STREAM = 3
 REMASK_STREAM = 4
 CHOICE_STREAM = 5
 LATENT_STREAM = 6
+GUMBEL_STREAM = 7
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
