@@ -43,7 +43,7 @@ class PseudoLikelihood(SoftReward):
                 f"reward 'pseudo_likelihood': cannot load model '{model}': {str(error).splitlines()[0]}"
             ) from error
         self.network = network.eval().requires_grad_(False)
-        ids = self.tokenizer.convert_tokens_to_ids(list(alphabet))
+        ids: list[int] = [self.tokenizer.convert_tokens_to_ids(letter) for letter in alphabet]  # type: ignore[misc]
         missing = [a for a, i in zip(alphabet, ids, strict=True) if i is None or i == self.tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"reward 'pseudo_likelihood': {model} has no token for the letter {missing[0]!r}")

@@ -59,6 +59,15 @@ def group_advantage(
     return torch.where(valid, advantage, torch.full_like(advantage, torch.nan))
 
 
+def group_softmax(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """[M]: exp(value) over its mean in the group, so that weights average 1; NaN where the value is NaN."""
+    weight = torch.full_like(value, torch.nan)
+    for index in group.unique():
+        mine = (group == index) & ~torch.isnan(value)
+        weight[mine] = torch.softmax(value[mine], 0) * int(mine.sum())
+    return weight
+
+
 def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
     """bool [num_groups]: groups whose scored rewards are all equal (they carry no policy gradient).
 

@@ -56,6 +56,26 @@ class DenoisingModel(Protocol):
         ...
 
 
+class SoftInputModel(DenoisingModel, Protocol):
+    """A denoiser that also takes mixtures of tokens, which relaxed sampling feeds it."""
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        """int64 [...] token ids -> [..., D]; a mixture of tokens is the mean of their rows."""
+        ...
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        visible: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As of `DenoisingModel`; `inputs_embeds` [B, Q, D] stands in for the embeddings of `input_ids`."""
+        ...
+
+
 def mask_token_of(model: DenoisingModel) -> int:
     """The model's mask token id, or a ValueError that says how to set it."""
     if model.mask_token_id is None:

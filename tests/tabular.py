@@ -53,6 +53,9 @@ class TabularModel(nn.Module):
     def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
+    def forward(self, input_ids: torch.Tensor, visible: Any = None) -> torch.Tensor:
+        return self.hidden_states(input_ids)
+
     def logp(self, state: tuple[int, ...]) -> torch.Tensor:
         """[L, V]: log-probs at every position of a state (token V is the mask)."""
         index = 0

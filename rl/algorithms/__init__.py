@@ -13,6 +13,7 @@ from typing import Any
 from rl.algorithms.options import RecipeOptions
 
 RECIPES = {
+    "drakes": "rl.algorithms.drakes:DrakesOptions",
     "tracerl": "rl.algorithms.tracerl:TraceRLOptions",
     "mdpo": "rl.algorithms.mdpo:MDPOOptions",
 }

@@ -42,6 +42,8 @@ class Recipe:
         redraw: the estimator is random: `rows` takes one more keyword, `iteration`, the pass over the rollouts, and
             is called anew for every pass.
         needs_reference: keep a frozen copy of the starting policy.
+        needs_log_ratio: give the advantage every trajectory's log-ratio to it (`Verdicts.log_ratio`); the loss gets no
+            `ref_logprob` then.
         old_logprob: where the ratio's denominator comes from.
         aggregation: how decisions are averaged (`rl/losses/aggregate.py`).
         value: options of a diffusion value model, None for the group advantage alone.
@@ -60,6 +62,7 @@ class Recipe:
     needs_step_rewards: bool = False
     note: Callable[[Any], Any] | None = None
     redraw: bool = False
+    needs_log_ratio: bool = False
 
     def updater(self, session: Session, total_updates: int, resumed: bool) -> Updater:
         """What takes the RL steps of a run (`rl.train.update.Updater`)."""

@@ -58,9 +58,12 @@ class Verdicts:
         steps: float64 [M, T], the reward of every step's full fill, NaN behind a trajectory's last step; None when the
             recipe did not ask for it (`Recipe.needs_step_rewards`).
         notes: [M], what `Recipe.note` says of each trajectory; empty without it.
+        log_ratio: float64 [M], sum over a trajectory's decisions of sampler log-prob - reference log-prob; its mean is
+            the KL along the path. None when the recipe did not ask for it (`Recipe.needs_log_ratio`).
     """
 
     reward: torch.Tensor
     group: torch.Tensor
     steps: torch.Tensor | None = None
     notes: Sequence[Any] = ()
+    log_ratio: torch.Tensor | None = None

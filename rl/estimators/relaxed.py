@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rollouts.model_protocol import DenoisingModel
+from rollouts.model_protocol import SoftInputModel
 from rollouts.samplers.relaxed import FreePositions
 from rollouts.visibility import full_visibility
 
@@ -33,7 +33,15 @@ class SoftCanvas:
         """The same canvases with other tokens in the free positions."""
         return replace(self, token=token)
 
-    def score(self, model: DenoisingModel) -> torch.Tensor:
+    def at_temperature(self, temperature: float) -> SoftCanvas:
+        return replace(self, temperature=temperature)
+
+    def to(self, device: torch.device | str) -> SoftCanvas:
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "length", "token")}
+        free = {name: getattr(self.free, name).to(device) for name in ("row", "position", "seed")}
+        return replace(self, **moved, free=replace(self.free, **free))
+
+    def score(self, model: SoftInputModel) -> torch.Tensor:
         """[N, V] log-probs of the token at each free position."""
         row, position = self.free.row, self.free.position
         visible = full_visibility(self.length, self.input_ids.shape[1])
@@ -50,7 +58,7 @@ class SoftCanvas:
         return (logits / self.temperature).log_softmax(-1)
 
 
-def free_canvas(prompts: list[list[int]], gen_length: int, seeds: list[int], model: DenoisingModel) -> SoftCanvas:
+def free_canvas(prompts: list[list[int]], gen_length: int, seeds: list[int], model: SoftInputModel) -> SoftCanvas:
     """Prompts followed by `gen_length` masks, every one of them free.
 
     Raises:
@@ -71,6 +79,6 @@ def free_canvas(prompts: list[list[int]], gen_length: int, seeds: list[int], mod
     index = torch.arange(ids.shape[1])
     start = torch.tensor([len(prompt) for prompt in prompts])
     row, position = ((index >= start[:, None]) & (index < length[:, None])).nonzero(as_tuple=True)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = model.get_input_embeddings().num_embeddings
     free = FreePositions(row, position, torch.tensor(seeds), model.mask_token_id, vocab_size)
     return SoftCanvas(ids, length, free, torch.full_like(row, model.mask_token_id))

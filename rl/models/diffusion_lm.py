@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from rl.models import attention
+from rl.models import attention, conv
 
 # Low enough to underflow to probability 0 in every dtype, high enough to survive a division by a temperature.
 _NEVER = -1e9
@@ -178,4 +178,5 @@ class DiffusionLM(PreTrainedModel):
         return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))
 
 
+conv.register()
 AutoConfig.register("diffusion_lm", DiffusionLMConfig)

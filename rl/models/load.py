@@ -34,7 +34,7 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
             raise ValueError("model.tokenizer is required: this task does not bring its own alphabet")
         from rl.tasks.char_tokenizer import char_tokenizer
 
-        return char_tokenizer(task.alphabet)
+        return char_tokenizer(task.alphabet, getattr(task, "ends", True))
     if os.sep in source and not Path(source).is_dir():
         raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
     try:

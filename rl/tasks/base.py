@@ -19,7 +19,8 @@ class Task(Protocol):
     Attributes:
         reward: name of the reward used when the config names none.
         grid: (rows, columns) of the response for the denoising viewer, None for running text.
-        alphabet: characters of the built-in character tokenizer, None when the task needs a real one.
+        alphabet: characters of the built-in character tokenizer, None when the task needs a real one. With a further
+            attribute `ends` False, that tokenizer has no end token: every response has the full length.
 
     A task may also have `templates` (`rl.tasks.templates`), the prompts that evaluation can ask it with.
     """
@@ -59,6 +60,7 @@ def validation_rows(task: Task, count: int) -> list[Row]:
 TASKS = {
     "sudoku": "rl.tasks.sudoku:SudokuTask",
     "countdown": "rl.tasks.countdown:CountdownTask",
+    "dna": "rl.tasks.dna:DnaTask",
     "jsonl": "rl.tasks.jsonl:JsonlTask",
 }
 

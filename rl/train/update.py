@@ -95,6 +95,11 @@ class PolicyUpdater:
         self.train = config = session.config.train
         # The frozen policy is the one RL started from, also after a resume.
         self.reference = session.starting_policy(resumed) if recipe.needs_reference else None
+        if recipe.needs_log_ratio and session.config.filters.drop_zero_variance:
+            raise ValueError(
+                "filters.drop_zero_variance leaves prompts without their KL to the reference: set it to false for this "
+                "recipe"
+            )
         value = recipe.value
         # session.model is the copy that samples; it gets the learner's weights after every update.
         self.sampling: nn.Module = (
@@ -189,16 +194,19 @@ class PolicyUpdater:
         reward: list[float] = []
         group: list[int] = []
         steps: list[np.ndarray] = []
+        ratio: list[float] = []
         start = offset = 0
         own = [] if self.recipe.note is None else [self.recipe.note(t) for t in rollouts.trajectories]
         notes: list[Any] = []
-        mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [], own)
-        for rank, (values, groups, of_steps, their_notes) in enumerate(distributed.gather_objects(mine)):
+        log_ratio = self._log_ratio(rollouts) if self.recipe.needs_log_ratio else []
+        mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [], own, log_ratio)
+        for rank, (values, groups, of_steps, their_notes, ratios) in enumerate(distributed.gather_objects(mine)):
             start = len(reward) if rank == distributed.rank() else start
             reward += values
             group += [offset + g for g in groups]
             steps += of_steps
             notes += their_notes
+            ratio += ratios
             offset = max(group, default=-1) + 1
         everything = self.recipe.advantage(
             Verdicts(
@@ -206,9 +214,29 @@ class PolicyUpdater:
                 torch.tensor(group, dtype=torch.int64),
                 padded(steps) if self.recipe.needs_step_rewards else None,
                 notes,
+                torch.tensor(ratio, dtype=torch.float64) if self.recipe.needs_log_ratio else None,
             )
         )
         return everything[start : start + len(rollouts.reward)]
+
+    @torch.no_grad()
+    def _log_ratio(self, rollouts: ScoredRollouts) -> list[float]:
+        """[M] of this rank; see `Verdicts.log_ratio`."""
+        assert self.reference is not None
+        total = torch.zeros(len(rollouts.trajectories), dtype=torch.float64)
+        size = self.train.micro_batch_size
+        for start in range(0, len(total), size):
+            part = rollouts.trajectories[start : start + size]
+            rows = self.recipe.rows(part, self.session.model, self.block_length, None).distinct()
+            rows = rows.to(self.session.device)
+            assert rows.recorded is not None, "a log-ratio needs an estimator of the sampler's own decisions"
+            ratio = rows.recorded - rows.score(self.reference)[0].double()
+            total.index_add_(0, rows.trajectory.cpu() + start, ratio.cpu())
+            self.sums["forward_passes"] += 1
+            self.sums["sequence_forwards"] += rows.num_rows
+            self.sums["tokens_forwarded"] += rows.num_tokens
+        self.sums["path_kl"] += float(total.sum()) / max(len(total), 1) / distributed.world_size()
+        return total.tolist()
 
     def _chosen(self, rollouts: ScoredRollouts) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """For every update: indices of its trajectories, all advantages [M] or [M, T], all weights [M].
@@ -306,7 +334,7 @@ class PolicyUpdater:
         if self.recipe.old_logprob == "recompute":
             for batch, scored in zip(chunk, self._forward(self.learner, chunk, spare), strict=True):
                 batch.old_logprob = scored[0].double()
-        if self.reference is not None:
+        if self.reference is not None and not self.recipe.needs_log_ratio:
             for batch in chunk:
                 batch.ref_logprob = batch.rows.score(self.reference)[0].double()
                 self._count(batch)
@@ -427,6 +455,8 @@ class PolicyUpdater:
             "policy/logprob_gap_max": gap_max,
             "policy/decisions": decisions,
         }
+        if "path_kl" in total:
+            metrics["policy/path_kl"] = total.pop("path_kl")
         per_update = [name for name in ("loss/total", "value/loss", "value/grad_norm") if name in total]
         metrics |= {name: total.pop(name) / len(norms) for name in per_update}
         if self.recipe.value is not None:

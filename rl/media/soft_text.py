@@ -1,0 +1,72 @@
+"""Text sampled with a gradient: relaxed rollouts whose one-hot ends go to differentiable rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rewards.soft import DifferentiableSum
+from rl.estimators.relaxed import free_canvas
+from rl.tasks.base import Row
+from rl.train.reward_gradient import Forward, GradientSegment
+from rl.train.session import Session
+from rollouts.samplers.options import RelaxedOptions
+from rollouts.samplers.relaxed import relaxed_rollout
+
+
+class RelaxedText:
+    """A `rl.train.reward_gradient.GradientSampler` for fixed-length responses of full-attention models."""
+
+    def __init__(self, session: Session, options: RelaxedOptions, with_reference: bool):
+        """
+        Raises:
+            ValueError: a reward without gradient, letters without a token, or a sampler that cannot be relaxed.
+        """
+        config = session.config
+        self.session, self.options, self.sampler = session, options, config.sampler
+        for name, plain in (("block_length", None), ("top_p", 1.0), ("top_k", 0)):
+            if getattr(self.sampler, name) != plain:
+                raise ValueError(
+                    f"sampler.{name} is {getattr(self.sampler, name)}: algorithm.gradient pathwise needs {plain}"
+                )
+        steps = self.sampler.num_inference_steps
+        if options.relaxed_steps > steps:
+            raise ValueError(
+                f"algorithm.relaxed.relaxed_steps ({options.relaxed_steps}) must not exceed "
+                f"sampler.num_inference_steps ({steps})"
+            )
+        parts: Any = [(part.name, part.weight, part.params) for part in config.reward.functions]
+        self.reward = DifferentiableSum(parts or [(session.task.reward, 1.0, {})])
+        letters = session.tokenizer.convert_tokens_to_ids(list(self.reward.alphabet))
+        unknown = [a for a, i in zip(self.reward.alphabet, letters, strict=True) if i is None or i < 0]
+        if unknown:
+            raise ValueError(f"model.tokenizer has no token for the letter {unknown[0]!r} that the rewards read")
+        self.letters = torch.tensor(letters, device=session.device)
+        self.num_segments = steps - options.relaxed_steps + 1 if with_reference else 1
+        self.forwards = self.reference_forwards = steps
+
+    def segments(
+        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
+    ) -> Iterator[GradientSegment]:
+        prompts = [row["prompt"] for row in rows]
+        prompt_ids = self.session.tokenizer(prompts, add_special_tokens=False).input_ids
+        canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.session.model)
+        canvas = canvas.at_temperature(self.sampler.temperature).to(self.session.device)
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        for segment in relaxed_rollout(
+            lambda token: policy(canvas.holding(token)),
+            None if reference is None else lambda token: reference(canvas.holding(token)),
+            canvas.free,
+            self.sampler.num_inference_steps,
+            self.options,
+        ):
+            if segment.one_hot is None:
+                yield GradientSegment(segment.kl)
+                continue
+            one_hot = segment.one_hot.view(len(rows), self.sampler.gen_length, -1)
+            reward = self.reward.soft(prompts, one_hot[..., self.letters], **columns)
+            texts = self.session.tokenizer.batch_decode(segment.token.view(len(rows), -1))
+            metrics = {"policy/last_mask_mass": float(segment.mask_mass.mean())}
+            yield GradientSegment(segment.kl, reward, texts, metrics)
