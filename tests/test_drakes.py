@@ -79,7 +79,7 @@ def test_the_score_function_gradient_is_the_gradient_of_the_objective(world: Wor
     path = sum_log_ratio(world, reference)
     torch.testing.assert_close(path.detach(), log_ratio)
     (exact,) = torch.autograd.grad((p * (reward - ALPHA * path)).sum(), [world.model.table], retain_graph=True)
-    verdicts = Verdicts(reward, torch.zeros(len(reward), dtype=torch.int64), None, log_ratio)
+    verdicts = Verdicts(reward, torch.zeros(len(reward), dtype=torch.int64), log_ratio=log_ratio)
     advantage = DrakesOptions(gradient="score_function", alpha=ALPHA).advantage(verdicts)
     torch.testing.assert_close(advantage, (reward - ALPHA * log_ratio) - (reward - ALPHA * log_ratio).mean())
     ours = -gradient_of(world, advantage, p.detach(), gradient="score_function", alpha=ALPHA)
@@ -119,7 +119,7 @@ def test_the_regression_pulls_to_the_tilted_law(world: World) -> None:
     ours = -gradient_of(world, target / p.detach(), p.detach(), **options)
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
     # On samples the same weights come from the group alone, up to a factor: a softmax at temperature alpha.
-    verdicts = Verdicts(reward, torch.zeros(len(reward), dtype=torch.int64), None, log_ratio)
+    verdicts = Verdicts(reward, torch.zeros(len(reward), dtype=torch.int64), log_ratio=log_ratio)
     weight = DrakesOptions(**options).advantage(verdicts)
     torch.testing.assert_close(weight / weight.sum(), target / p.detach() / (target / p.detach()).sum())
     assert float(weight.mean()) == pytest.approx(1.0)
@@ -153,7 +153,7 @@ def test_sampled_updates_reach_the_tilted_law(gradient: str) -> None:
         with torch.no_grad():
             ratio = rows.recorded - rows.score(reference)[0]
         log_ratio = torch.zeros(200, dtype=torch.float64).index_add(0, rows.trajectory, ratio)
-        advantage = recipe.advantage(Verdicts(reward, group, None, log_ratio))
+        advantage = recipe.advantage(Verdicts(reward, group, log_ratio=log_ratio))
         logprob, entropy = rows.score(policy)
         batch = DecisionBatch(
             logprob=logprob, entropy=entropy, old_logprob=logprob.detach(), ref_logprob=None,
