@@ -50,6 +50,14 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute a layer's activations in the backward pass: less memory, one more forward."
     )
+    never_generate: list[int | str] = Field(
+        [],
+        description="Token ids or strings that are never generated, besides the mask token and ids the tokenizer does "
+        "not know; special stands for all of the tokenizer's special tokens.",
+    )
+    wrap: bool = Field(
+        True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
+    )
 
 
 class TaskConfig(Section):

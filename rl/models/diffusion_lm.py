@@ -18,9 +18,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from rl.models import attention, conv
-
-# Low enough to underflow to probability 0 in every dtype, high enough to survive a division by a temperature.
-_NEVER = -1e9
+from rl.models.rotary import ExactRotary
+from rl.models.vocabulary import Ranges, exclude_
 
 
 class DiffusionLMConfig(PreTrainedConfig):
@@ -35,9 +34,11 @@ class DiffusionLMConfig(PreTrainedConfig):
         attention: str = "full",
         block_length: int | None = None,
         logit_shift: int = 0,
+        excluded_token_ids: Ranges = (),
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
+        self.excluded_token_ids = [list(r) for r in excluded_token_ids]
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -64,7 +65,7 @@ class DiffusionLMConfig(PreTrainedConfig):
             )
 
 
-class DiffusionLM(PreTrainedModel):
+class DiffusionLM(ExactRotary, PreTrainedModel):
     """A `rollouts.model_protocol.DenoisingModel`.
 
     Built with `attn_implementation="flex_attention"` (GPU only), the learner's forwards get their visibility
@@ -111,6 +112,18 @@ class DiffusionLM(PreTrainedModel):
         return self.backbone.config.max_position_embeddings
 
     @property
+    def excluded_token_ids(self) -> Ranges:
+        return self.config.excluded_token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head.out_features
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lm_head.in_features
+
+    @property
     def wants_block_mask(self) -> bool:
         """Whether the learner should describe visibility by a FlexAttention block mask."""
         return self.config._attn_implementation == "flex_attention"
@@ -120,6 +133,15 @@ class DiffusionLM(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def exclude(self, ranges: Ranges) -> None:
+        """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
+        self.config.excluded_token_ids = [list(r) for r in ranges]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `token_logits` alone uses."""
+        backbone = {id(p) for p in self.backbone.parameters()}
+        return [p for p in self.lm_head.parameters() if id(p) not in backbone]
 
     def hidden_states(
         self,
@@ -153,13 +175,8 @@ class DiffusionLM(PreTrainedModel):
         ).last_hidden_state
 
     def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., V] in at least float32, the mask token excluded."""
-        logits = self.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-        never[self.mask_token_id] = _NEVER
-        # In place: nobody else holds the head's output, and a copy of it is what memory is short of.
-        return logits.add_(never)
+        """[..., V] in at least float32, the mask token and the excluded tokens out of reach."""
+        return exclude_(self.lm_head(hidden), self.mask_token_id, self.config.excluded_token_ids)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rl.config import ModelConfig
+from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -45,25 +46,41 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         ) from error
 
 
-def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
+def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
     """A policy from a folder or hub name, or a new one with weights drawn from `seed`.
+
+    Args:
+        tokenizer: says which ids can be decoded; None leaves that as the folder has it.
+
+    Returns:
+        a `DenoisingModel`: `DiffusionLM`, or `MaskedLM` around a Hugging Face masked LM.
 
     Raises:
         ValueError: the folder is missing or incomplete, or the config describes no model.
     """
-    model = _load_policy(config, tokenizer, seed)
+    if config.path is not None:
+        check_model_folder(config.path)
+        model = _from_path(config, tokenizer)
+    else:
+        model = _new(config, tokenizer, seed)
+    if tokenizer is not None:
+        if tokenizer.mask_token_id not in (None, model.mask_token_id):
+            raise ValueError(
+                f"model.tokenizer has mask token id {tokenizer.mask_token_id} and the model {model.mask_token_id}: "
+                "set model.tokenizer to the model's own"
+            )
+        # A folder keeps what it was trained without.
+        ranges = [*model.excluded_token_ids, *excluded_ranges(tokenizer, model.vocab_size, config.never_generate)]
+        model.exclude(as_ranges(i for start, stop in ranges for i in range(start, stop)))
     if config.gradient_checkpointing:
         # It acts in the learner alone, which sets the layers' training flag.
         model.activation_checkpointing_enable()
     return model
 
 
-def _load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
+def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 
-    if config.path is not None:
-        check_model_folder(config.path)
-        return _from_pretrained(config.path, config.attn_implementation)
     if not config.backbone:
         raise ValueError("model.backbone or model.path is required: there is no model to train")
     if tokenizer.mask_token_id is None:
@@ -82,19 +99,30 @@ def _load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
     ).eval()
 
 
-def _from_pretrained(path: str, attn_implementation: str) -> DiffusionLM:
-    """A saved policy in eval mode; transformers would fill missing weights with random ones and go on."""
+def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
+    """What the folder's config.json says it is, in eval mode."""
     from safetensors import SafetensorError
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    from rl.models.diffusion_lm import DiffusionLM
-
+    assert config.path is not None
     _quiet()
     try:
-        loaded: Any = DiffusionLM.from_pretrained(
-            path, attn_implementation=attn_implementation, output_loading_info=True
-        )
+        described, _ = PreTrainedConfig.get_config_dict(config.path)
+        if described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            from rl.models.masked_lm import load_masked_lm
+
+            return load_masked_lm(config.path, tokenizer, config.wrap)
+        return _from_pretrained(config.path, config.attn_implementation)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model.path {config.path!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _from_pretrained(path: str, attn_implementation: str) -> DiffusionLM:
+    """A saved policy in eval mode; transformers would fill missing weights with random ones and go on."""
+    from rl.models.diffusion_lm import DiffusionLM
+
+    loaded: Any = DiffusionLM.from_pretrained(path, attn_implementation=attn_implementation, output_loading_info=True)
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -115,7 +143,7 @@ def check_model_folder(path: str) -> None:
         raise ValueError(f"model.path {path!r} is incomplete: it has no .safetensors weights")
 
 
-def save_policy(model: DiffusionLM, tokenizer: Any, path: str | os.PathLike[str]) -> None:
+def save_policy(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
     """Write a Hugging Face folder that `load_policy` reads back with equal logits."""
     _quiet()
     model.save_pretrained(path)

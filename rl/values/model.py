@@ -36,8 +36,9 @@ class ValueModel(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(policy_model)
         # The copied output head predicts nothing here; left trainable it would only cost optimizer state.
-        self.model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]
-        self.head = ValueHead(self.model.get_output_embeddings().in_features)  # type: ignore[operator]
+        for parameter in self.model.head_parameters():  # type: ignore[operator]
+            parameter.requires_grad_(False)
+        self.head = ValueHead(self.model.hidden_size)  # type: ignore[arg-type]
 
     def forward(self, rows: ScoringRows) -> torch.Tensor:
         """Values [N] of the rows' decisions."""
@@ -51,7 +52,7 @@ class PolicyWithValue(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.head = ValueHead(model.get_output_embeddings().in_features)  # type: ignore[operator]
+        self.head = ValueHead(model.hidden_size)  # type: ignore[arg-type]
 
     def forward(self, rows: ScoringRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """logprob [N], entropy [N] and values [N]."""

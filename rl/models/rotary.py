@@ -1,0 +1,26 @@
+"""Rotary frequencies that no cast of the weights rounds.
+
+transformers keeps them in a buffer, and `model.to(torch.bfloat16)` or DeepSpeed's bf16 mode rounds it with the weights:
+at position 1000 an angle is then off by whole radians, silently, and in the learner only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ExactRotary(nn.Module):
+    """Mix-in: buffers called `inv_freq` follow the module to its device and keep their dtype."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        exact = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            setattr(module, leaf, buffer.to(getattr(module, leaf).device))
+        return self
