@@ -52,6 +52,7 @@ def test_agreement_of_all_problems_is_no_certainty() -> None:
 
 
 def test_what_has_no_score_counts_nowhere_and_is_shown() -> None:
+    """Defect W13: what failed to be generated or judged becomes an empty, that is a wrong, answer."""
     generations = [made("a", 0, 1.0), made("a", 1, None), made("b", 0, None, reason="no tests"), made("b", 1, None)]
     result = figures([*generations, made("c", 0, 0.0), made("c", 1, 0.0)], [])
     assert result.avg == 0.5 and result.num_problems == 2  # a is 1 of 1, b is nothing, c 0 of 2

@@ -59,7 +59,11 @@ def sampled(trained: Learner) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", runs.ZERO)
 @pytest.mark.parametrize("cuts", [[6], [1, 2, 3]], ids=["one", "three"])
 def test_updates_equal_plain_torch(stage: int, cuts: list[int]) -> None:
-    """Clipping is at work (the norms exceed it), the rate warms up and decays, moments carry over."""
+    """Clipping is at work (the norms exceed it), the rate warms up and decays, moments carry over.
+
+    Defects W4 (an optimizer step for every micro-batch, whatever the accumulation says) and W5 (moments and schedule
+    begin anew at every RL step).
+    """
     reference = Regression().eval()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)
     trained = learner(stage)

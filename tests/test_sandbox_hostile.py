@@ -129,6 +129,7 @@ def _processes_of(owner: int) -> list[str]:
 
 
 def test_all_programs_in_the_strongest_isolation(surroundings: tuple[Path, socket.socket]) -> None:
+    """Defect W7: a program that exits while it is imported, or in the call, passes all its tests."""
     report = judge(surroundings, "auto", [])
     assert report["slowest"] < 20
 
