@@ -42,9 +42,11 @@ def backbone(width: int, layers: int) -> dict[str, Any]:
 
 
 def exchanged() -> float:
-    """Bytes of this rank's collectives so far."""
+    """Bytes of this rank's collectives so far; a group of one sends nothing."""
     import deepspeed.comm.comm as comm
 
+    if distributed.world_size() == 1:
+        return 0.0
     return sum(
         size * entry[0] for sizes in comm.comms_logger.comms_dict.values() for size, entry in sizes.items() if size
     )

@@ -9,10 +9,14 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.train.checkpoint import find_checkpoint, incomplete
 from tests import runs
 
@@ -140,3 +144,31 @@ def test_what_is_incomplete_is_named(whole: Path, tmp_path: Path, damage, line: 
     assert incomplete(folder) is None
     damage(folder)
     assert (incomplete(folder) or "").startswith(line)
+
+
+RELOAD = """
+import sys
+import numpy as np, torch
+from rl.models.diffusion_lm import DiffusionLM
+
+model = DiffusionLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    np.save(sys.argv[2], model(torch.arange(12)[None] % 6).numpy())
+"""
+
+
+def test_export_reloads_in_a_clean_process_with_equal_logits(whole: Path, tmp_path: Path) -> None:
+    """The exported folder against the weights in DeepSpeed's own file of the newest checkpoint."""
+    done = runs.cli("export", whole, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    done = runs.execute([sys.executable, "-c", RELOAD, tmp_path / "model", tmp_path / "logits.npy"])
+    assert done.returncode == 0, done.stderr
+    state = whole / "checkpoints" / "step_6" / "policy" / "state" / "mp_rank_00_model_states.pt"
+    trained = torch.load(state, weights_only=False)["module"]
+    model = DiffusionLM(DiffusionLMConfig.from_pretrained(whole / "warm_start")).eval()
+    model.load_state_dict({name.removeprefix("model."): value for name, value in trained.items()})
+    with torch.no_grad():
+        expected = model(torch.arange(12)[None] % 6).numpy()
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+    done = runs.cli("export", whole, tmp_path / "model")
+    assert done.returncode == 2 and "exists: name a new folder" in done.stderr
