@@ -105,6 +105,15 @@ def contrast_advantage(advantage: torch.Tensor, group: torch.Tensor, temperature
     return result
 
 
+def sandwich_advantage(advantage: torch.Tensor, omega: float) -> torch.Tensor:
+    """[M, 2]: what the lower and the upper bound of an answer's likelihood are multiplied by (SPG, arXiv 2510.09541).
+
+    A >= 0 raises the lower bound; A < 0 lowers the mixture omega upper + (1 - omega) lower.
+    """
+    upper = torch.where(advantage < 0, omega, 0.0)
+    return advantage[:, None] * torch.stack([1.0 - upper, upper], dim=1)
+
+
 def step_values(reward: torch.Tensor, kind: str) -> torch.Tensor:
     """What a denoising step is credited with, from the rewards of every step's full fill.
 

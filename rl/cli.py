@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -317,13 +318,15 @@ def _eval(args: argparse.Namespace) -> int:
             f"{steps:4d} steps: {result.accuracy:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
             f"n={result.num_prompts}  unscored={result.unscored}  tokens/forward={result.tokens_per_forward:.2f}"
         )
+        if result.backslide is not None:
+            print(f"            {result.backslide.line()}")
     if args.output:
         payload = {
             "task": config.task.name,
             "model": config.model.path,
             "data": args.data,
             "sampler": config.sampler.model_dump(),
-            "results": {str(steps): vars(result) for steps, result in results.items()},
+            "results": {str(steps): asdict(result) for steps, result in results.items()},
         }
         Path(args.output).write_text(json.dumps(payload, indent=1))
     return 0

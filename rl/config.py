@@ -154,6 +154,9 @@ class TrainConfig(Section):
         description="Name of a config in configs/deepspeed (zero2, zero3_bf16, ...), or the path of a DeepSpeed JSON.",
     )
     max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
+    max_sequence_forwards: int | None = Field(
+        None, gt=0, description="Stop the stage when this many sequences went through the model, sampling and learning."
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
@@ -199,6 +202,10 @@ class EvalConfig(Section):
     every_prompts: int = Field(256, ge=1, description="Validation prompts of the evaluations on the way.")
     viewer_items: int = Field(6, ge=0, description="Prompts shown step by step in the report.")
     viewer_steps: int | None = Field(None, ge=1, description="Step count of the viewer; null takes the sampler's.")
+    sampler: dict[str, Any] = Field({}, description="Sampler options that evaluations change, {selector: top_n}.")
+    backslide: bool = Field(
+        False, description="Also judge every step's full fill: how often an answer was right before the end was wrong."
+    )
 
 
 class GoalConfig(Section):

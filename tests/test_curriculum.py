@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from rl.algorithms.tracerl import covered
 from rl.config import TrainConfig, load_config
-from rl.estimators.trace_rows import packed_rows
+from rl.estimators.trace_rows import covered, packed_rows
 from rl.tasks.base import split_of
 from rl.tasks.countdown import CountdownTask
 from rl.train.plan import check_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from rl.advantages import mdpo_advantage
 from rl.estimators.base import Verdicts
 from rl.estimators.fill_rows import StepNotes, fill_rows, num_fill_targets, step_notes
 from rl.estimators.rows import score_rows
+from rl.evaluate.backslide import Backslide, backslide_of
+from rl.track.report import write_report
+from rl.track.verdict import backslide_line
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -224,3 +228,30 @@ def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, override: str, m
     )
     with pytest.raises(ValueError, match=message):
         check_run(load_config(arguments[1], arguments[2:]))
+
+
+def test_answer_backslide_by_hand() -> None:
+    """Right, right, wrong; wrong, right; wrong twice; right, wrong; and one with an unscored fill, left out."""
+    rewards = [[1, 1, 0], [0, 1], [0.9, 0], [2, 0.5], [1, NAN, 0]]
+    report = backslide_of([np.array(r, dtype=np.float64) for r in rewards])
+    assert (report.share, report.steps, report.ever) == (2 / 4, 1.5, 3 / 4)
+    assert backslide_of([np.array([0.0]), np.array([1.0])]) == Backslide(0.0, 0.0, 0.5)
+    assert math.isnan(backslide_of([np.array([NAN])]).share)
+
+
+def test_a_run_reports_backslide_before_and_after(tmp_path: Path) -> None:
+    """With eval.backslide the verifier sees the fills of held-out problems; a budget of sequences ends the run."""
+    arguments = tiny_config(
+        tmp_path, "algorithm.entropy_coef=0", "eval.backslide=true", "eval.sampler.selector=left_most",
+        "train.max_sequence_forwards=150", "eval.viewer_items=0",
+    )  # fmt: skip
+    train_here(arguments)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # 16 rollouts of 4 steps, then 2 passes over at most 64 rows: over the budget after the first step or the second.
+    assert summary["sequence_forwards"] >= 150 and summary["train_steps"] < 3
+    assert summary["before_backslide"].keys() == {"4"} and summary["after_backslide"]["4"]["share"] == 0.0
+    assert "Right at an earlier step and wrong at the end: before training 0.000 at 4 steps" in backslide_line(summary)
+    evals = lines(tmp_path / "run", "eval")
+    assert all("eval/backslide_share@4" in line for line in evals)
+    write_report(tmp_path / "run")
+    assert "Right at an earlier step" in (tmp_path / "run" / "report.html").read_text()

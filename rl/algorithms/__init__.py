@@ -16,6 +16,16 @@ RECIPES = {
     "drakes": "rl.algorithms.drakes:DrakesOptions",
     "tracerl": "rl.algorithms.tracerl:TraceRLOptions",
     "mdpo": "rl.algorithms.mdpo:MDPOOptions",
+    "diffu_grpo": "rl.algorithms.diffu_grpo:DiffuGRPOOptions",
+    "coupled_grpo": "rl.algorithms.coupled_grpo:CoupledGRPOOptions",
+    "unigrpo": "rl.algorithms.unigrpo:UniGRPOOptions",
+    "wd1": "rl.algorithms.wd1:WD1Options",
+    "spg": "rl.algorithms.spg:SPGOptions",
+    "espo": "rl.algorithms.espo:ESPOOptions",
+    "gdsd": "rl.algorithms.gdsd:GDSDOptions",
+    "d2_stepmerge": "rl.algorithms.d2_stepmerge:D2StepMergeOptions",
+    "cj_grpo": "rl.algorithms.cj_grpo:CJGRPOOptions",
+    "justgrpo": "rl.algorithms.justgrpo:JustGRPOOptions",
 }
 
 DEFAULT = "tracerl"

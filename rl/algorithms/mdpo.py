@@ -11,8 +11,7 @@ starting policy. Fills that occur twice are verified once. Steps whose advantage
 
 Departs from the published code: one optimizer step per batch (it takes one for every S-th of a batch and logs one);
 old log-probs are the sampler's, so further epochs are PPO (there they crash); groups are prompts, not ranks;
-temperature and filters of the rollout hold in the loss too. Its weights and targets are options, as are final-only
-and plain-step credit, same-canvas comparison and the other ways to choose steps. docs/algorithms.md.
+temperature and filters of the rollout hold in the loss too. More: docs/algorithms.md.
 """
 
 from __future__ import annotations

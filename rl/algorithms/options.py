@@ -130,6 +130,17 @@ class RecipeOptions(BaseModel):
         """The recipe these options describe."""
         raise NotImplementedError(f"recipe {self.name} has no build()")
 
+    def token_recipe(self, rows: Callable[..., DecisionRows]) -> Recipe:
+        """Group advantage and clipped loss on an estimator whose decisions are the tokens of the trace."""
+        return Recipe(
+            rows=rows,
+            advantage=self.group_advantage(),
+            loss=self.policy_loss(),
+            needs_reference=self.kl_to == "reference",
+            old_logprob=self.old_logprob,
+            aggregation=self.aggregation,
+        )
+
     def policy_loss(self) -> Callable[[DecisionBatch], LossOutput]:
         """The clipped policy-gradient loss with these options."""
         from functools import partial

@@ -14,25 +14,13 @@ block, token ids and the sampling temperature are the rollout's (see `rl/estimat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from rl.algorithms.options import Recipe, RecipeOptions, ValueOptions
-
-if TYPE_CHECKING:
-    from rl.estimators.rows import ScoringRows
-    from rollouts.model_protocol import DenoisingModel
-    from rollouts.trajectory import TokenTrajectory
-
-
-def covered(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:
-    """Trajectories whose canvas ends where a training block does; what is added was never revealed."""
-    if block is None:
-        return trajectories
-    return [replace(t, length=-(-t.length // block) * block) for t in trajectories]
 
 
 class TraceRLOptions(RecipeOptions):
@@ -57,23 +45,7 @@ class TraceRLOptions(RecipeOptions):
         return self
 
     def build(self) -> Recipe:
-        from rl.estimators.trace_rows import packed_rows, remask_rows
+        from rl.estimators.trace_rows import trace_rows
 
-        def rows(
-            trajectories: Sequence[TokenTrajectory], model: DenoisingModel, block: int | None = None, steps: Any = None
-        ) -> ScoringRows:
-            assert steps is None, "TraceRL trains every step"
-            if model.attention == "block_causal":
-                return packed_rows(covered(trajectories, block), self.shrink, block, self.pack_to)
-            return remask_rows(trajectories, self.shrink, model.logit_shift, pack_to=self.pack_to)
-
-        return Recipe(
-            rows=rows,
-            advantage=self.group_advantage(),
-            loss=self.policy_loss(),
-            needs_reference=self.kl_to == "reference",
-            old_logprob=self.old_logprob,
-            aggregation=self.aggregation,
-            value=self.value,
-            value_reward=self.value_reward,
-        )
+        recipe = self.token_recipe(partial(trace_rows, shrink=self.shrink, pack_to=self.pack_to))
+        return replace(recipe, value=self.value, value_reward=self.value_reward)

@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from rl.estimators.rows import ScoringRows
+from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
 # Token ids, absolute positions, segments and blocks of one document, int64 of one length.
@@ -67,6 +69,34 @@ def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int |
         raise ValueError("algorithm.shrink > 1 needs trajectories without remasking: set algorithm.shrink to 1")
     if segments is not None and not kept:
         raise ValueError("algorithm.segments needs trajectories without remasking: use tracerl or mdpo on these")
+
+
+def covered(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:
+    """Trajectories whose canvas ends where a training block does; what is added was never revealed."""
+    if block is None:
+        return trajectories
+    return [replace(t, length=-(-t.length // block) * block) for t in trajectories]
+
+
+def trace_rows(
+    trajectories: Sequence[TokenTrajectory],
+    model: DenoisingModel,
+    block: int | None = None,
+    steps: Sequence[np.ndarray] | None = None,
+    shrink: int = 1,
+    pack_to: int | None = None,
+    segments: int | None = None,
+) -> ScoringRows:
+    """The layout of the model's attention.
+
+    Args:
+        block: training block length, None for the rollout's.
+        shrink, segments: see `merged_steps`; pack_to: see `packed_rows`.
+    """
+    assert steps is None, "the trace trains every step"
+    if model.attention == "block_causal":
+        return packed_rows(covered(trajectories, block), shrink, block, pack_to, segments)
+    return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments)
 
 
 def remask_rows(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rl.evaluate.backslide import Backslide, backslide_of
 from rl.evaluate.intervals import wilson_interval
 from rl.tasks.base import Row
 from rl.train import distributed
@@ -16,7 +17,7 @@ from rl.train.session import ScoredRollouts, Session
 class Accuracy:
     """Share of prompts to which the task's own reward gives at least 1, with its 95 % Wilson interval.
 
-    A prompt without a score counts in `unscored` and in no share.
+    A prompt without a score counts in `unscored` and in no share. `backslide` is there with `eval.backslide`.
     """
 
     steps: int
@@ -27,6 +28,7 @@ class Accuracy:
     unscored: int
     forward_passes: float
     tokens_per_forward: float
+    backslide: Backslide | None = None
 
 
 def evaluate(
@@ -40,9 +42,12 @@ def evaluate(
     first, mine = session.shard(rows)
     results: dict[int, Accuracy] = {}
     rollouts: dict[int, ScoredRollouts] = {}
+    backslide = session.config.eval.backslide
     for steps in step_counts:
         engine = session.engine(model, session.medium.evaluation_options(steps, temperature))
-        scored = session.rollout(engine, mine, 1, seed=0, first=first, count=False, verifier=True)
+        scored = session.rollout(
+            engine, mine, 1, seed=0, first=first, count=False, verifier=True, step_rewards=backslide
+        )
         values = [v for part in distributed.gather_objects(scored.reward.tolist()) for v in part]
         judged = [v for v in values if v == v]
         right = sum(v >= 1.0 for v in judged)
@@ -58,6 +63,9 @@ def evaluate(
             len(values) - len(judged),
             sequence_forwards,
             tokens / max(sequence_forwards, 1),
+            backslide_of([s for part in distributed.gather_objects(scored.step_reward) for s in part])
+            if backslide
+            else None,
         )
         rollouts[steps] = scored
     return results, rollouts
@@ -71,4 +79,6 @@ def as_metrics(results: dict[int, Accuracy]) -> dict[str, float]:
         metrics[f"eval/accuracy_low@{steps}"] = result.low
         metrics[f"eval/accuracy_high@{steps}"] = result.high
         metrics[f"eval/unscored@{steps}"] = result.unscored
+        if result.backslide is not None:
+            metrics |= {f"eval/backslide_{name}@{steps}": value for name, value in vars(result.backslide).items()}
     return metrics

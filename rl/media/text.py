@@ -64,11 +64,13 @@ class TextMedium:
         return self.config.sampler
 
     def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> SamplerOptions:
-        options = self.config.sampler.model_copy(
-            update={"temperature": temperature, "num_inference_steps": num_inference_steps, "record_x0": False}
-        )
-        options.steps_per_block()
-        return options
+        changed = {
+            **self.config.eval.sampler,
+            "temperature": temperature,
+            "num_inference_steps": num_inference_steps,
+            "record_x0": self.config.eval.backslide,
+        }
+        return SamplerOptions.model_validate({**self.config.sampler.model_dump(), **changed})
 
     def requests(
         self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None

@@ -15,7 +15,16 @@ from rl.track.frames import build_view, frame_budget
 from rl.track.jsonl import FILE_NAME as METRICS
 from rl.track.jsonl import NON_FINITE, read_metrics
 from rl.track.plots import DARK, LIGHT, plot_learning_curve
-from rl.track.verdict import IMPROVED, WORSE, compare, goal_line, read_summary, unscored_line, verdict_line
+from rl.track.verdict import (
+    IMPROVED,
+    WORSE,
+    backslide_line,
+    compare,
+    goal_line,
+    read_summary,
+    unscored_line,
+    verdict_line,
+)
 
 _COSTS = {
     "forward_passes": "model forward passes",
@@ -66,6 +75,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         verdict=verdict_line(summary),
         goal=goal_line(summary),
         unscored=unscored_line(summary),
+        backslide=backslide_line(summary),
         mood=_mood(summary),
         curves=_curves(folder) if records else None,
         curve_text=_curve_text(records),

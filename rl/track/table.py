@@ -9,7 +9,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rl.evaluate.intervals import Interval
-from rl.track.verdict import IMPROVED, WORSE, Comparison, compare, goal_line, unscored_line, verdict_line
+from rl.track.verdict import (
+    IMPROVED,
+    WORSE,
+    Comparison,
+    backslide_line,
+    compare,
+    goal_line,
+    unscored_line,
+    verdict_line,
+)
 
 HEADINGS = ("denoising steps", "before", "after", "change", "verdict")
 
@@ -63,7 +72,7 @@ def title(summary: Mapping[str, Any]) -> str:
 
 def conclusion(summary: Mapping[str, Any]) -> str:
     """The verdict; the goal when the run had one; unscored problems when there were any."""
-    lines = (verdict_line(summary), goal_line(summary), unscored_line(summary))
+    lines = (verdict_line(summary), goal_line(summary), backslide_line(summary), unscored_line(summary))
     return "\n".join(line for line in lines if line)
 
 

@@ -140,6 +140,20 @@ def unscored_line(summary: Mapping[str, Any]) -> str | None:
     return f"Held-out problems without a score, counted in no accuracy: {'; '.join(parts)}." if parts else None
 
 
+def backslide_line(summary: Mapping[str, Any]) -> str | None:
+    """How often an answer was right at some step and wrong at the end; None when it was not measured."""
+    parts = []
+    for side in ("before", "after"):
+        table = summary.get(f"{side}_backslide") or {}
+        shares = [
+            f"{_share(table[s]['share'])} at {s} steps ({table[s]['steps']:.1f} right steps each)"
+            for s in sorted(table, key=_step_order)
+        ]
+        if shares:
+            parts.append(f"{side} training {', '.join(shares)}")
+    return f"Right at an earlier step and wrong at the end: {'; '.join(parts)}." if parts else None
+
+
 def _measured(share: float | None) -> float | None:
     """None for NaN too: an accuracy over no scored problem is no measurement."""
     return None if share is None or math.isnan(share) else share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -106,7 +107,9 @@ def reinforce(
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
         # Reduced, because all ranks have to end after the same step.
         ending = distributed.reduce_number(2 if told_to_stop() else out_of_time, "max", session.device)
-        last = step == config.train.steps or ending > 0
+        # Costs are sums over all ranks already.
+        spent = session.costs.sequence_forwards >= (config.train.max_sequence_forwards or math.inf)
+        last = step == config.train.steps or ending > 0 or spent
         if config.eval.every and step % config.eval.every == 0 and not last:
             rows = validation_rows(session.task, config.eval.every_prompts)
             results, _ = evaluate(session, session.model, rows, config.eval.num_inference_steps)
@@ -120,6 +123,9 @@ def reinforce(
             raise Stopped
         if ending:
             session.progress.message(f"train.max_seconds reached after {step} of {config.train.steps} steps")
+            break
+        if spent:
+            session.progress.message(f"train.max_sequence_forwards reached after {step} of {config.train.steps} steps")
             break
     return {
         "train_steps": step,
@@ -141,7 +147,8 @@ def _checkpoint(session: Session, step: int, learners: dict[str, Learner]) -> No
 
 
 def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:
-    return {
+    backslides = {str(steps): vars(result.backslide) for steps, result in results.items() if result.backslide}
+    return ({f"{name}_backslide": backslides} if backslides else {}) | {
         name: {str(steps): result.accuracy for steps, result in results.items()},
         f"{name}_interval": {str(steps): [result.low, result.high] for steps, result in results.items()},
         f"{name}_unscored": {str(steps): result.unscored for steps, result in results.items()},

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rl.advantages import zero_variance_groups
+from rl.evaluate.backslide import backslide_of
 from rl.train import distributed
 from rl.train.session import ScoredRollouts, Session, join_metrics
 
@@ -86,7 +87,12 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
     means = torch.stack([p.mean() for p in prompts if len(p)] or [torch.tensor(torch.nan, dtype=torch.float64)])
     mean = float(means.mean())
     half = 1.96 * float(means.std(correction=1)) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    slid = {}
+    if rollouts.step_reward is not None:
+        everywhere = [s for part in distributed.gather_objects(rollouts.step_reward) for s in part]
+        slid = {f"rollout/backslide_{name}": value for name, value in vars(backslide_of(everywhere)).items()}
     return {
+        **slid,
         **join_metrics(distributed.gather_objects((rollouts.table.metrics, len(rollouts.completions)))),
         **distributed.sum_metrics(rollouts.filtered, device),
         "rollout/tokens": distributed.reduce_number(rollouts.stats.generated_tokens, "sum", device),

@@ -275,12 +275,15 @@ class Session:
         return completions, rewards.score([row["prompt"] for row in rows], completions, columns, groups=groups)
 
     def judge_steps(
-        self, rows: Sequence[Row], trajectories: Sequence[Any], group_size: int = 1
+        self, rows: Sequence[Row], trajectories: Sequence[Any], group_size: int = 1, verifier: bool = False
     ) -> tuple[list[np.ndarray], int]:
         """The reward of every step's full fill, and how many distinct ones were scored.
 
         A fill that occurs again for the same prompt is scored once. Rewards see it without the columns that
         describe a trajectory.
+
+        Args:
+            verifier: see `judge`.
 
         Returns:
             [M] float64 [T_i], NaN where a fill has no score, and the number of reward queries.
@@ -301,7 +304,8 @@ class Session:
                 indices.append(place[key])
             where.append(indices)
         judged = [rows[index] for index in owners]
-        table = self.rewards.score(
+        rewards = self.verifier if verifier else self.rewards
+        table = rewards.score(
             [row["prompt"] for row in judged], texts, _row_columns(judged), groups=[i // group_size for i in owners]
         )
         values = np.array([np.nan if v is None else v for v in table.values], dtype=np.float64)
@@ -336,7 +340,9 @@ class Session:
         repeated = [row for row in rows for _ in range(group_size)]
         completions, table = self.judge(repeated, trajectories, group_size, verifier)
         reward = torch.tensor([float("nan") if v is None else v for v in table.values], dtype=torch.float64)
-        of_steps, queries = self.judge_steps(repeated, trajectories, group_size) if step_rewards else (None, 0)
+        of_steps, queries = (
+            self.judge_steps(repeated, trajectories, group_size, verifier) if step_rewards else (None, 0)
+        )
         overlong = torch.from_numpy(~self.medium.ended(trajectories))
         group_index = torch.arange(len(rows)).repeat_interleave(group_size)
         steps_table = None if of_steps is None else padded(of_steps)

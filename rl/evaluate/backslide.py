@@ -1,0 +1,42 @@
+"""Answer backslide: right at an earlier denoising step, wrong at the end ("over-denoising"; MDPO, arXiv 2508.13148)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Backslide:
+    """Of rollouts whose every step's full fill was judged; a fill is right when its reward is at least 1.
+
+    Example: fills right, right, wrong in one rollout and wrong, wrong, right in the other: share 0.5, steps 2.0,
+    ever 1.0.
+
+    Attributes:
+        share: rollouts that were right at an earlier step and wrong at the end.
+        steps: mean number of right steps of these; 0 when there are none.
+        ever: rollouts that were right at some step.
+    """
+
+    share: float
+    steps: float
+    ever: float
+
+    def line(self) -> str:
+        return (
+            f"right at some step {self.ever:.3f}, right before and wrong at the end {self.share:.3f} "
+            f"(on average {self.steps:.1f} right steps)"
+        )
+
+
+def backslide_of(step_reward: Sequence[np.ndarray]) -> Backslide:
+    """From the rewards of every step's fill, float64 [T_i] each; rollouts with an unscored fill are left out."""
+    right = [reward >= 1.0 for reward in step_reward if len(reward) and not np.isnan(reward).any()]
+    if not right:
+        return Backslide(float("nan"), float("nan"), float("nan"))
+    slid = [int(steps.sum()) for steps in right if steps.any() and not steps[-1]]
+    share, ever = len(slid) / len(right), sum(bool(steps.any()) for steps in right) / len(right)
+    return Backslide(share, float(np.mean(slid)) if slid else 0.0, ever)

@@ -1,0 +1,222 @@
+"""Every recipe: its file is short, its loss has the gradient of what it says, its masks are stable, it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rl.advantages import sandwich_advantage
+from rl.algorithms import RECIPES, parse_options
+from rl.batch import DecisionBatch
+from rl.config import load_config
+from rl.estimators.base import Verdicts
+from rl.losses.aggregate import decision_weights, weighted_sum
+from rl.losses.regression import regression_loss
+from rl.train.plan import check_run
+from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.samplers.options import SamplerOptions
+from rollouts.trajectory import TokenTrajectory
+from tests.runs import lines, tiny_config, train_here
+
+MASKED = ["diffu_grpo", "coupled_grpo", "unigrpo", "wd1", "spg", "espo", "gdsd"]
+TRACED = ["tracerl", "d2_stepmerge", "cj_grpo", "justgrpo"]
+ALL = [*MASKED, *TRACED, "mdpo"]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_file_has_at_most_80_lines(name: str) -> None:
+    path = Path(__file__).resolve().parents[1] / (RECIPES[name].partition(":")[0].replace(".", "/") + ".py")
+    text = path.read_text()
+    assert len(text.splitlines()) <= 80
+    assert ("arXiv" in text and "Depart" in text) or name == "justgrpo"
+
+
+def rollouts(model: Any, name: str, count: int = 6) -> list[TokenTrajectory]:
+    order = {"selector": "left_most", "num_inference_steps": 4} if name == "justgrpo" else {"num_inference_steps": 3}
+    options = SamplerOptions(gen_length=4, record_x0=name == "mdpo", **order)
+    engine = InProcessEngine(model, options)
+    return engine.generate([Request([1, 2, 3], seed=10 * s + 1) for s in range(count)])
+
+
+def fixed_batch(model: Any, name: str, iteration: int = 0, **options: Any) -> tuple:
+    """recipe, rows, advantage and weight of every decision, for six rollouts of two prompts."""
+    recipe = parse_options({"name": name, **options}).build()
+    trajectories = rollouts(model, name)
+    reward = torch.tensor([1, 0, 0.2, 0, 0.7, 1], dtype=torch.float64)
+    table = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    table[:, -1] = reward
+    notes = [recipe.note(t) for t in trajectories] if recipe.note else []
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    advantage = recipe.advantage(Verdicts(reward, group, table if recipe.needs_step_rewards else None, notes))
+    steps = None if advantage.dim() == 1 else [row.numpy() for row in ~advantage.isnan()]
+    draw = {"iteration": iteration} if recipe.redraw else {}
+    rows = recipe.rows(trajectories, model, None, steps, **draw)
+    length = torch.tensor([recipe.num_decisions(t, s) for t, s in zip(trajectories, steps or [None] * 6, strict=True)])
+    weight = decision_weights(recipe.aggregation, length, float(length.sum()), 6, 4)[rows.trajectory]
+    weight = weight if rows.share is None else weight * rows.share
+    of_decision = advantage[rows.trajectory] if advantage.dim() == 1 else advantage[rows.trajectory, rows.step]
+    return recipe, rows, of_decision, weight
+
+
+def loss_of(model: Any, batch: tuple, old: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    recipe, rows, advantage, weight = batch
+    logprob, entropy = rows.distinct().score(model)
+    decisions = DecisionBatch(logprob, entropy, old, reference, advantage, weight, rows.trajectory, rows.step)
+    decisions.check()
+    return weighted_sum(recipe.loss(decisions).loss, weight)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_gradient_of_a_recipes_loss_is_its_slope(make_model, name: str) -> None:
+    """Central differences along random directions, in float64; the old policy is a little behind, so that ratios and
+    clips are not 1, and the reference further."""
+    model = make_model("gpt2-full", vocab_size=8)
+    # Inside its narrow clamp GDSD has a gradient only where nothing has moved.
+    batch = fixed_batch(model, name, **({"clip_low": 0.5, "clip_high": 0.5} if name == "gdsd" else {}))
+    with torch.no_grad():
+        at = batch[1].score(model)[0]
+    noise = torch.Generator().manual_seed(3)
+    old = at + 0.1 * torch.randn(len(at), generator=noise, dtype=torch.float64)
+    if batch[0].old_logprob == "on_policy":
+        old = at
+    reference = at + 0.3 * torch.randn(len(at), generator=noise, dtype=torch.float64)
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(loss_of(model, batch, old, reference), parameters)
+    size = math.sqrt(sum(float(g.square().sum()) for g in gradient))
+    assert size > 1e-4
+    for _ in range(3):
+        direction = [torch.randn(p.shape, generator=noise, dtype=torch.float64) for p in parameters]
+        # Half along the gradient: a random direction alone hardly sees it.
+        direction = [d / 100 + g / size for d, g in zip(direction, gradient, strict=True)]
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(parameters, direction, strict=True):
+                    p.add_(d, alpha=sign * 1e-6)
+                values.append(float(loss_of(model, batch, old, reference)))
+                for p, d in zip(parameters, direction, strict=True):
+                    p.sub_(d, alpha=sign * 1e-6)
+        slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_the_trajectorys_own(make_model, name: str) -> None:
+    """The same rows when asked again (old, new and reference policy), whatever else is in the micro-batch; others in
+    the next pass."""
+    model = make_model("gpt2-full", vocab_size=8)
+    recipe, rows, _, weight = fixed_batch(model, name)
+    again = fixed_batch(model, name)[1]
+    with torch.no_grad():
+        together = rows.score(model)[0]
+        assert torch.equal(again.score(model)[0], together)
+        for index, trajectory in enumerate(rollouts(model, name)):
+            alone = recipe.rows([trajectory], model, None, None, iteration=0)
+            mine = rows.trajectory == index
+            torch.testing.assert_close(alone.score(model)[0], together[mine], rtol=0, atol=1e-12)
+            if alone.share is not None:
+                torch.testing.assert_close(alone.share, rows.share[mine])
+        later = fixed_batch(model, name, iteration=1)[1].score(model)[0]
+    assert later.shape != together.shape or not torch.equal(later, together)
+    assert torch.isfinite(weight).all()
+
+
+def test_an_answer_counts_once_whatever_is_read_of_it(make_model) -> None:
+    """Weights of six answers: a sixth each, spread over tokens; SPG's two bounds share one answer's advantage."""
+    model = make_model("gpt2-full", vocab_size=8)
+    for name in ("diffu_grpo", "coupled_grpo", "unigrpo", "wd1", "espo", "gdsd", "cj_grpo", "d2_stepmerge"):
+        _, rows, _, weight = fixed_batch(model, name)
+        total = torch.zeros(6, dtype=torch.float64).index_add(0, rows.trajectory, weight)
+        torch.testing.assert_close(total, torch.full((6,), 1 / 6, dtype=torch.float64))
+
+
+def test_the_two_bounds_share_the_advantage_by_hand() -> None:
+    given = torch.tensor([2.0, -2.0, 0.0, math.nan])
+    mixed = sandwich_advantage(given, 0.25).tolist()
+    assert mixed[:3] == [[2, 0], [-1.5, -0.5], [0, 0]] and all(math.isnan(x) for x in mixed[3])
+
+
+def test_the_regression_loss_by_hand() -> None:
+    """psi A = 2, 2, -1; changes 0, 1, -3 of which the clamp (log 1/2, log 2) leaves 0, log 2, -log 2."""
+    logprob = torch.tensor([0.0, 1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    batch = DecisionBatch(logprob, zeros, zeros, None, torch.tensor([1, 1, -0.5]), zeros + 1)
+    output = regression_loss(batch, psi=2.0, clip_low=0.5, clip_high=1.0)
+    log2 = math.log(2)
+    assert output.loss.tolist() == pytest.approx([4, (log2 - 2) ** 2, (1 - log2) ** 2])
+    assert torch.autograd.grad(output.loss.sum(), logprob)[0].tolist() == [-4, 0, 0]
+    assert output.metrics["clip_fraction"].tolist() == [0, 1, 1]
+
+
+def test_traced_recipes_score_what_was_sampled(make_model) -> None:
+    """Exact ones give the recorded log-probs; StepMerge with fewer segments than steps does not."""
+    model = make_model("qwen3-full", vocab_size=8)
+    for name in ("cj_grpo", "justgrpo", "mdpo"):
+        _, rows, _, _ = fixed_batch(model, name)
+        with torch.no_grad():
+            torch.testing.assert_close(rows.score(model)[0], rows.recorded, rtol=0, atol=1e-9)
+    for segments, exact in ((1, False), (3, True), (8, True)):
+        _, rows, _, _ = fixed_batch(model, "d2_stepmerge", segments=segments)
+        with torch.no_grad():
+            gap = float((rows.score(model)[0] - rows.recorded).abs().max())
+        assert (gap < 1e-9) == exact
+
+
+def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:
+    arguments = tiny_config(tmp_path, "algorithm.name=justgrpo", "algorithm.entropy_coef=0")
+    with pytest.raises(ValueError, match=r"algorithm\.name justgrpo needs sampler\.selector=left_most"):
+        check_run(load_config(arguments[1], arguments[2:]))
+    right = [*arguments[2:], "sampler.selector=left_most", "sampler.num_inference_steps=16"]
+    check_run(load_config(arguments[1], right))
+
+
+@pytest.mark.parametrize("name", [*MASKED, *TRACED[1:]])
+def test_a_recipe_runs(tmp_path: Path, name: str) -> None:
+    """Two passes over the rollouts of two steps, in micro-batches, through the real loop."""
+    extra = ["sampler.selector=left_most", "sampler.num_inference_steps=16"] if name == "justgrpo" else []
+    arguments = tiny_config(
+        tmp_path, f"algorithm.name={name}", "algorithm.entropy_coef=0", "train.steps=2", "train.micro_batch_size=4",
+        "eval.num_prompts=2", "eval.viewer_items=0", *extra,
+    )  # fmt: skip
+    train_here(arguments)
+    train = lines(tmp_path / "run", "train")
+    assert [line["cost/updates"] for line in train] == [2, 4]
+    assert all(np.isfinite(line["loss/total"]) and line["policy/grad_norm"] > 0 for line in train)
+
+
+def test_an_update_does_not_depend_on_its_cut(tmp_path: Path) -> None:
+    """Estimators with masks give the same weights in micro-batches of 2 and of 16 (to float32 rounding)."""
+    from tests.runs import largest_difference, weights
+
+    ends = []
+    for size in (2, 16):
+        folder = tmp_path / str(size)
+        train_here(
+            tiny_config(
+                folder,
+                "algorithm.name=espo",
+                "algorithm.entropy_coef=0",
+                "train.steps=2",
+                f"train.micro_batch_size={size}",
+                "eval.num_prompts=2",
+                "eval.viewer_items=0",
+            )
+        )
+        ends.append(weights(folder / "run"))
+    assert largest_difference(*ends) < 1e-5
+
+
+def test_an_answer_that_ended_early_is_scored_up_to_its_end(make_model) -> None:
+    model = make_model("gpt2-full", vocab_size=8)
+    trajectories = [replace(t, stop_length=2) for t in rollouts(model, "wd1", 2)]
+    answer = parse_options({"name": "diffu_grpo"}).build()
+    canvas = parse_options({"name": "diffu_grpo", "scope": "canvas"}).build()
+    for recipe, count in ((answer, 2), (canvas, 4)):
+        rows = recipe.rows(trajectories, model, None, None, iteration=0)
+        assert len(rows.trajectory) == 2 * count and recipe.num_decisions(trajectories[0], None) == count
