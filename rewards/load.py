@@ -39,6 +39,8 @@ NAMES = {
     "clip_score": "rewards.clip_score:ClipScore",
     "code_tests": "rewards.code_tests:CodeTests",
     "countdown": "rewards.countdown:countdown",
+    "digit_classifier": "rewards.digits:DigitClassifier",
+    "digit_judge": "rewards.digits:DigitJudge",
     "format": "rewards.format_tags:FormatReward",
     "hpsv2": "rewards.preference_models:Hpsv2",
     "image_classifier": "rewards.image_classifier:ImageClassifier",

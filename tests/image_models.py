@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rl.models.class_policy import ClassPolicy, new_policy
-from rollouts.engines.latent import LatentEngine
+from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.samplers.latent_options import LatentSamplerOptions
 
@@ -35,6 +35,6 @@ def rollouts(
     **engine: Any,
 ) -> list[LatentTrajectory]:
     dtype = next(policy.parameters()).dtype
-    sampler = LatentEngine(policy, options, dtype=dtype, **engine)
+    sampler = LatentEngine(policy, options, dtype=dtype, splits=splits, **engine)
     prompts = [CLASSES[i % len(CLASSES)] for i in range(count)]
-    return sampler.generate(policy.encode(prompts), [10 + i for i in range(count)], splits)
+    return sampler.generate([LatentRequest(p, 10 + i) for i, p in enumerate(prompts) for _ in range(sampler.leaves)])

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy.stats import norm
 
-from rollouts.engines.latent import LatentEngine
+from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import load_latents, save_latents
 from rollouts.samplers.gaussian import GaussianSteps, gaussian_step, make_steps
@@ -189,6 +189,9 @@ def exact_flow(mean: float, std: float) -> Any:
         def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
             return {"sigmas": np.linspace(1.0, 0.001, num_inference_steps)}
 
+        def encode(self, prompts: Any) -> dict[str, torch.Tensor]:
+            return {}
+
         def predict(self, x: torch.Tensor, timesteps: torch.Tensor, conditioning: Any, scale: float) -> torch.Tensor:
             t = (timesteps / 1000).reshape(-1, 1, 1, 1)
             residual = (x - (1 - t) * mean) / ((1 - t) ** 2 * std**2 + t**2)
@@ -209,7 +212,7 @@ def test_the_flow_sde_has_the_marginals_of_the_ode(noise_level: float) -> None:
     flow = exact_flow(1.0, 0.5)
     chosen = options(kind="flow_sde", noise_level=noise_level, num_inference_steps=num_steps)
     engine = LatentEngine(flow, chosen, max_batch_size=count, dtype=torch.float64)
-    trajectories = engine.generate({}, list(range(count)))
+    trajectories = engine.generate([LatentRequest("", seed) for seed in range(count)])
     latents = np.stack([t.latents.reshape(201, -1) for t in trajectories])
     sigmas = np.append(trajectories[0].timestep / 1000, 0.0)
     for index in (50, 100, 150, 190, 200):
@@ -260,8 +263,8 @@ def test_branches_share_their_prefix_and_nothing_else() -> None:
 
 def test_a_shared_prefix_is_computed_once() -> None:
     policy = tiny_policy()
-    engine = LatentEngine(policy, options(guidance_scale=2.0), dtype=torch.float64)
-    engine.generate(policy.encode(["one", "two"]), [1, 2], [(3, 2), (7, 3)])
+    engine = LatentEngine(policy, options(guidance_scale=2.0), dtype=torch.float64, splits=[(3, 2), (7, 3)])
+    engine.generate([LatentRequest(prompt, 1) for prompt in ("one", "two") for _ in range(6)])
     assert engine.stats.sequence_forwards == 2 * (2 * 3 + 4 * 4 + 12 * 3)
     assert engine.stats.forwards == 10
 
@@ -278,6 +281,13 @@ def test_branch_seeds_differ() -> None:
 def test_impossible_splits_are_refused(splits: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(ValueError, match="splits must ascend"):
         rollouts(tiny_policy(), options(), splits=splits)
+
+
+def test_branches_of_two_prompts_are_refused() -> None:
+    engine = LatentEngine(tiny_policy(), options(), dtype=torch.float64, splits=[(2, 2)])
+    for prompts in (("one", "two"), ("one", "one", "one")):
+        with pytest.raises(ValueError, match=r"train\.group_size must be a multiple"):
+            engine.generate([LatentRequest(prompt, 1) for prompt in prompts])
 
 
 def test_a_model_that_gives_nan_is_not_sampled_from() -> None:

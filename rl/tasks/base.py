@@ -62,6 +62,7 @@ TASKS = {
     "countdown": "rl.tasks.countdown:CountdownTask",
     "dna": "rl.tasks.dna:DnaTask",
     "jsonl": "rl.tasks.jsonl:JsonlTask",
+    "digits": "rl.tasks.digits:DigitsTask",
 }
 
 

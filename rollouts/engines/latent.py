@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +18,19 @@ from rollouts.model_protocol import Conditioning, ImagePolicy
 from rollouts.samplers.gaussian import gaussian_step, make_steps
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
+
+
+@dataclass(frozen=True)
+class LatentRequest:
+    """One rollout to sample.
+
+    Attributes:
+        prompt: what the model's `encode` takes.
+        seed: the noise depends on this, the step and the entry only.
+    """
+
+    prompt: Any
+    seed: int
 
 
 class LatentEngine:
@@ -30,49 +47,55 @@ class LatentEngine:
         max_batch_size: int = 256,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        splits: Sequence[tuple[int, int]] = (),
     ):
         """
         Args:
             dtype: of the latents, float32 or float64; trajectories are never kept in less.
+            splits: (step, branches): before this step every rollout goes on as this many, which share all that came
+                before it and draw different noise after it. Branch 0 is the rollout that would have been without.
         """
         self.model, self.options = model, options
         self.max_batch_size, self.device, self.dtype = max_batch_size, torch.device(device), dtype
         self.steps = make_steps(model.scheduler, options, model.schedule_options(options.num_inference_steps))
+        self.splits = tuple(splits)
         self.stats = EngineStats()
 
+    @property
+    def leaves(self) -> int:
+        """Rollouts that one tree ends in."""
+        return math.prod(branches for _, branches in self.splits)
+
     @torch.no_grad()
-    def generate(
-        self,
-        conditioning: Conditioning,
-        seeds: Sequence[int],
-        splits: Sequence[tuple[int, int]] = (),
-        policy_version: int = 0,
-    ) -> list[LatentTrajectory]:
+    def generate(self, requests: Sequence[LatentRequest], policy_version: int = 0) -> list[LatentTrajectory]:
         """Denoise every request.
 
-        Args:
-            conditioning: [B, ...] each, what the model's `encode` returned for the B requests.
-            seeds: int64 of every request.
-            splits: (step, branches): before this step every rollout goes on as this many, which share all that came
-                before it and draw different noise after it. Branch 0 is the rollout that would have been without.
-
-        Returns:
-            B x (product of branches) trajectories, a request's together, a branch's together within them.
+        With splits, every `leaves` requests in a row are the leaves of one tree: they must share their prompt, and the
+        first one's seed is the tree's. A branch's leaves stand together.
 
         Raises:
-            ValueError: splits are out of order or out of range.
+            ValueError: splits are out of order or range, or requests do not fill up trees of one prompt.
             NonFiniteError: the model's output is not finite.
         """
-        at = [step for step, _ in splits]
+        at = [step for step, _ in self.splits]
         if at != sorted(set(at)) or any(not 0 <= step < len(self.steps) for step in at):
             raise ValueError(f"splits must ascend and lie in [0, {len(self.steps)}), got {at}")
-        if not len(seeds):
+        roots = requests[:: self.leaves]
+        if any(request.prompt != roots[i // self.leaves].prompt for i, request in enumerate(requests)) or (
+            len(roots) * self.leaves != len(requests)
+        ):
+            raise ValueError(
+                f"the {self.leaves} branches of a rollout share a prompt: train.group_size must be a multiple of them"
+            )
+        self.stats = EngineStats()
+        if not roots:
             return []
-        branches = dict(splits)
-        given = {name: rows.to(self.device) for name, rows in conditioning.items()}
-        # `root` is the request of every rollout, `origin` its place in the population before the last split.
-        root = torch.arange(len(seeds), device=self.device)
-        seed = torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
+        started = time.perf_counter()
+        branches = dict(self.splits)
+        given = self._encode([request.prompt for request in roots])
+        # `root` is the tree of every rollout, `origin` its place in the population before the last split.
+        root = torch.arange(len(roots), device=self.device)
+        seed = torch.tensor([request.seed for request in roots], dtype=torch.int64, device=self.device)
         latent = self._noise(seed, 0).mul_(self.steps.initial_std).to(self.dtype)
         record = [{"latent": latent, "seed": seed}]
         origins = [root]
@@ -98,7 +121,15 @@ class LatentEngine:
             record.append({"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob})
         if not torch.isfinite(latent).all():
             raise NonFiniteError("the model's output is not finite: its weights are damaged or training diverged")
+        self.stats.seconds = time.perf_counter() - started
         return self._trajectories(record, origins, root, given, tuple(at), policy_version)
+
+    def _encode(self, prompts: list[Any]) -> dict[str, torch.Tensor]:
+        """Conditioning of every prompt; equal ones go through the text encoder once."""
+        place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        encoded = self.model.encode(list(place))
+        where = torch.tensor([place[prompt] for prompt in prompts])
+        return {name: rows.cpu()[where].to(self.device) for name, rows in encoded.items()}
 
     def _noise(self, seed: torch.Tensor, step: int) -> torch.Tensor:
         """float64 [N, ...] standard normal; 0 draws the initial noise, i + 1 that of step i."""
