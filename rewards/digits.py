@@ -40,7 +40,7 @@ def digits(half: Literal["train", "judge"]) -> tuple[np.ndarray, np.ndarray]:
     return np.round(data.images[part] * 255 / 16).astype(np.uint8), data.target[part].astype(np.int64)
 
 
-def pixels(images: Sequence[Any]) -> np.ndarray:
+def pixels(images: Sequence[Any] | np.ndarray) -> np.ndarray:
     """float64 [N, 64] in [0, 1].
 
     Raises:

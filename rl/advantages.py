@@ -260,3 +260,30 @@ def mdpo_advantage(
     if mask_weight:
         advantage = advantage * masked[:, :1] / masked.clamp(min=1)
     return torch.where(chosen, advantage, torch.nan)
+
+
+def extremes(value: torch.Tensor, group: torch.Tensor, high: float, low: float) -> torch.Tensor:
+    """bool [M]: the largest value of every group if it is at least `high`, the smallest if it is below `low`.
+
+    B²-DiffuRL's selection (Hu et al. 2025): 0, 1 or 2 of a group. Of equal values the first counts; NaN never does.
+    """
+    kept = torch.zeros(len(value), dtype=torch.bool)
+    for index in range(int(group.max()) + 1 if len(group) else 0):
+        inside = ((group == index) & ~torch.isnan(value)).nonzero().flatten()
+        if len(inside):
+            best, worst = inside[value[inside].argmax()], inside[value[inside].argmin()]
+            kept[best] |= value[best] >= high
+            kept[worst] |= value[worst] < low
+    return kept
+
+
+def node_advantage(reward: torch.Tensor, node: torch.Tensor, group: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
+    """[M]: mean reward of the leaves of a leaf's node, z-scored over the nodes of its group (population).
+
+    Args:
+        node: int64 [M], node of every leaf at one depth of its tree; a node belongs to one group.
+    """
+    count = int(node.max()) + 1
+    first = torch.stack([(node == index).nonzero()[0, 0] for index in range(count)])
+    value = torch.stack([reward[node == index].nanmean() for index in range(count)])
+    return group_advantage(value, group[first], scale="std", eps=eps)[node]

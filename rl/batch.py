@@ -34,6 +34,7 @@ class DecisionBatch:
             update over all micro-batches and ranks (`losses/aggregate.py`), so sums simply add up.
         trajectory: int64 [N], whose decision it is, an index into the trajectories of this micro-batch, or None.
         step: int64 [N], its denoising step, or None.
+        other: [N], with gradient, what the estimator gives beside: for Gaussian steps the exact KL to another policy.
     """
 
     logprob: torch.Tensor
@@ -44,9 +45,10 @@ class DecisionBatch:
     weight: torch.Tensor
     trajectory: torch.Tensor | None = None
     step: torch.Tensor | None = None
+    other: torch.Tensor | None = None
 
     def check(self) -> None:
-        for name in ("entropy", "old_logprob", "ref_logprob", "advantage", "weight", "trajectory", "step"):
+        for name in ("entropy", "old_logprob", "ref_logprob", "advantage", "weight", "trajectory", "step", "other"):
             value = getattr(self, name)
             assert value is None or value.shape == self.logprob.shape, f"{name} has shape {value.shape}"
 

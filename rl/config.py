@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import SamplerOptions
 
 
@@ -40,7 +41,17 @@ class ModelConfig(Section):
     tokenizer: str | None = Field(
         None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
     )
-    backbone: dict[str, Any] = Field({}, description="transformers config of a new model's backbone, with model_type.")
+    backbone: dict[str, Any] = Field(
+        {},
+        description="transformers config of a new model's backbone, with model_type; for images the built-in "
+        "mlp_denoiser's or a diffusers network's arguments.",
+    )
+    scheduler: dict[str, Any] = Field(
+        {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."
+    )
+    pipeline: dict[str, Any] = Field(
+        {}, description="Options of a diffusers pipeline (rl.models.diffusers_policy), such as lora_rank."
+    )
     attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
     block_length: int | None = Field(None, ge=1, description="Block size of a new block-causal model.")
     logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
@@ -101,6 +112,9 @@ class SftConfig(Section):
     )
     loss_weight: Literal["elbo", "uniform"] = Field(
         "elbo", description="Weight 1/t on a masked token (the MDLM bound), or 1."
+    )
+    drop_condition: float = Field(
+        0.1, ge=0, le=1, description="Share of images shown without their prompt, which guidance needs."
     )
     optimizer: SftOptimizerConfig = SftOptimizerConfig()
     max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
@@ -231,6 +245,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     sampler: SamplerOptions = SamplerOptions()
+    image_sampler: LatentSamplerOptions = LatentSamplerOptions()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     sft: SftConfig = SftConfig()

@@ -13,6 +13,11 @@ from typing import Any
 from rl.algorithms.options import RecipeOptions
 
 RECIPES = {
+    "b2_diffurl": "rl.algorithms.b2_diffurl:B2DiffuRLOptions",
+    "branch_grpo": "rl.algorithms.branch_grpo:BranchGrpoOptions",
+    "ddpo": "rl.algorithms.ddpo:DdpoOptions",
+    "dpok": "rl.algorithms.ddpo:DpokOptions",
+    "flow_grpo": "rl.algorithms.flow_grpo:FlowGrpoOptions",
     "drakes": "rl.algorithms.drakes:DrakesOptions",
     "tracerl": "rl.algorithms.tracerl:TraceRLOptions",
     "mdpo": "rl.algorithms.mdpo:MDPOOptions",

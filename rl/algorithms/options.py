@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -44,6 +44,11 @@ class Recipe:
         needs_reference: keep a frozen copy of the starting policy.
         needs_log_ratio: give the advantage every trajectory's log-ratio to it (`Verdicts.log_ratio`); the loss gets no
             `ref_logprob` then.
+        hold_to: policy that rows are shown before the first update (`hold_to(model)`): the one that sampled, or the
+            frozen reference.
+        splits: index of the RL step -> where rollouts branch (`LatentEngine.splits`), None for media without branches.
+        memory: what a recipe remembers from step to step; its `state()` goes into checkpoints and comes back
+            through `restore(state)`. None for most.
         old_logprob: where the ratio's denominator comes from.
         aggregation: how decisions are averaged (`rl/losses/aggregate.py`).
         value: options of a diffusion value model, None for the group advantage alone.
@@ -63,6 +68,9 @@ class Recipe:
     note: Callable[[Any], Any] | None = None
     redraw: bool = False
     needs_log_ratio: bool = False
+    hold_to: Literal["none", "old", "reference"] = "none"
+    splits: Callable[[int], Sequence[tuple[int, int]]] | None = None
+    memory: Any = None
 
     def updater(self, session: Session, total_updates: int, resumed: bool) -> Updater:
         """What takes the RL steps of a run (`rl.train.update.Updater`)."""
@@ -92,6 +100,8 @@ class RecipeOptions(BaseModel):
     """Options every policy-gradient recipe has."""
 
     model_config = ConfigDict(extra="forbid")
+    # What a recipe trains (`rl.media.base.MEDIA`).
+    medium: ClassVar[str] = "text"
 
     name: str = Field(description="Recipe name.")
     baseline: Literal["mean", "leave_one_out"] = Field("mean", description="Baseline of the group advantage.")

@@ -43,8 +43,11 @@ class DecisionRows(Protocol):
         """The same decisions with equal inputs forwarded once, where that can happen."""
         ...
 
-    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """logprob [U] and entropy [U] (nats) under the model's weights, with gradient."""
+    def score(self, model: Any) -> tuple[torch.Tensor, ...]:
+        """logprob [U] and entropy [U] (nats) under the model's weights, with gradient.
+
+        An estimator may give one more number per decision, which its loss finds in `DecisionBatch.other`.
+        """
         ...
 
 
@@ -60,6 +63,7 @@ class Verdicts:
         notes: [M], what `Recipe.note` says of each trajectory; empty without it.
         log_ratio: float64 [M], sum over a trajectory's decisions of sampler log-prob - reference log-prob; its mean is
             the KL along the path. None when the recipe did not ask for it (`Recipe.needs_log_ratio`).
+        rl_step: index of the RL step they were sampled in.
     """
 
     reward: torch.Tensor
@@ -67,3 +71,4 @@ class Verdicts:
     steps: torch.Tensor | None = None
     notes: Sequence[Any] = ()
     log_ratio: torch.Tensor | None = None
+    rl_step: int = 0

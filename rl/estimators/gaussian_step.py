@@ -52,13 +52,13 @@ class GaussianRows:
     std: torch.Tensor
     trajectory: torch.Tensor
     step: torch.Tensor
-    recorded: torch.Tensor
+    recorded: torch.Tensor | None
     sampler_mean: torch.Tensor
     clip: float | None
     guidance_scale: float
     scale: float
     other_mean: torch.Tensor | None = None
-    share: None = None
+    share: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:

@@ -37,11 +37,14 @@ def clipped_policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
     loss = -surrogate - entropy_coef * batch.entropy
-    if kl_to == "reference":
+    if kl_estimator == "exact" and kl_to != "none":
+        assert batch.other is not None, "an exact KL needs an estimator that gives it"
+        kl = batch.other
+    elif kl_to == "reference":
         assert batch.ref_logprob is not None, "kl_to=reference needs ref_logprob"
         kl = kl_estimate(kl_estimator, batch.logprob, batch.ref_logprob)
     else:
-        kl = kl_estimate(kl_estimator, batch.logprob, batch.old_logprob)
+        kl = kl_estimate("k3" if kl_estimator == "exact" else kl_estimator, batch.logprob, batch.old_logprob)
     if kl_to != "none":
         loss = loss + kl_coef * kl
     with torch.no_grad():

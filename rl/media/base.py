@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rl.estimators.base import DecisionRows
     from rl.tasks.base import Row, Task
 
-MEDIA = {"text": "rl.media.text:TextMedium"}
+MEDIA = {"text": "rl.media.text:TextMedium", "images": "rl.media.images:ImagesMedium"}
 
 
 class Engine(Protocol):
@@ -32,10 +32,12 @@ class Medium(Protocol):
     Attributes:
         name: key of `MEDIA`.
         tokenizer: text only, None for others.
+        horizon: most decisions of one sample: response tokens, or denoising steps.
     """
 
     name: str
     tokenizer: Any
+    horizon: int
 
     @classmethod
     def open(cls, config: Config, task: Task) -> Medium:
@@ -112,6 +114,10 @@ class Medium(Protocol):
             part: the rows to return.
             seed: the only source of randomness.
         """
+        ...
+
+    def measure(self, rows: Sequence[Row], completions: Sequence[Any], rewards: Sequence[float]) -> dict[str, float]:
+        """Numbers about a set of samples beside the verdicts on each, such as its diversity; often none."""
         ...
 
     def views(self, rows: Sequence[Row], trajectories: Sequence[Any], values: Sequence[float | None]) -> list[Any]:

@@ -149,6 +149,13 @@ class TextMedium:
             weight = torch.ones_like(weight)
         return masked, weight / (len(rows) * config.sampler.gen_length)
 
+    @property
+    def horizon(self) -> int:
+        return self.config.sampler.gen_length
+
+    def measure(self, rows: Sequence[Row], completions: Sequence[str], rewards: Sequence[float]) -> dict[str, float]:
+        return {}
+
     def views(
         self, rows: Sequence[Row], trajectories: Sequence[TokenTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:

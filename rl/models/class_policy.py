@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -51,16 +52,18 @@ class ClassPolicy(nn.Module):
     def null_label(self) -> int:
         return len(self.classes)
 
+    null_prompt = ""
+
     def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
         return {"num_inference_steps": num_inference_steps}
 
     def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Labels of class names.
+        """Labels of class names; "" is the null label.
 
         Raises:
             ValueError: a prompt is not one of the classes.
         """
-        known = {name: label for label, name in enumerate(self.classes)}
+        known = {name: label for label, name in enumerate(self.classes)} | {self.null_prompt: self.null_label}
         for prompt in prompts:
             if prompt not in known:
                 raise ValueError(f"prompt {prompt!r} is not a class of the model: {', '.join(self.classes)}")
@@ -77,6 +80,11 @@ class ClassPolicy(nn.Module):
         output = self.unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), class_labels=both).sample
         without, given = output.chunk(2)
         return without + guidance_scale * (given - without)
+
+    def latents_of(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """float32 [B, C, H, W] of uint8 images [H, W] or [H, W, C]."""
+        stacked = torch.from_numpy(np.stack([image.reshape(*image.shape[:2], -1) for image in images]))
+        return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return (latents / 2 + 0.5).clamp(0, 1)

@@ -78,7 +78,7 @@ def load_task(name: str, params: dict[str, Any]) -> Task:
 
     from rl.tasks.benchmarks import BENCHMARKS, BenchmarkTask
 
-    cls = _task_class(name)
+    cls = task_class(name)
     first: tuple[str, ...] = ()
     if cls is None and name in BENCHMARKS:
         cls, first = BenchmarkTask, (name,)
@@ -99,7 +99,7 @@ def load_task(name: str, params: dict[str, Any]) -> Task:
     return cls(*first, **params)
 
 
-def _task_class(name: str) -> Any:
+def task_class(name: str) -> Any:
     """The class of a task named in `TASKS` or as `pkg.module:Class`, None for any other name."""
     target = TASKS.get(name, name)
     module, colon, attribute = target.partition(":")

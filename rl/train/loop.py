@@ -16,8 +16,7 @@ from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
-from rl.train.learner import Learner
-from rl.train.session import Session
+from rl.train.session import ScoredRollouts, Session
 from rl.train.sft import supervised
 
 
@@ -44,9 +43,7 @@ def train(session: Session) -> dict[str, Any]:
             _drop_samples(session, -1)
         if config.sft.steps:
             summary |= supervised(session)
-        before, _ = evaluate(session, session.model, heldout, config.eval.num_inference_steps)
-        session.metrics.log(0, "eval", as_metrics(before))
-        summary |= _accuracy("before", before)
+        summary |= _evaluated(session, "before", heldout, 0)
         views_before = _views(session, session.model, heldout)
         if distributed.rank() == 0:
             session.save_model(session.run_dir / "warm_start")
@@ -58,9 +55,7 @@ def train(session: Session) -> dict[str, Any]:
     if config.train.steps:
         with heeding_sigterm() as told_to_stop:
             summary |= reinforce(session, checkpoint, told_to_stop)
-        after, _ = evaluate(session, session.model, heldout, config.eval.num_inference_steps)
-        session.metrics.log(summary["train_steps"], "eval", as_metrics(after))
-        summary |= _accuracy("after", after)
+        summary |= _evaluated(session, "after", heldout, summary["train_steps"])
         summary["goal"] = _goal(session, summary)
     views = _views(session, session.model, heldout)
     if distributed.rank() == 0:
@@ -86,6 +81,9 @@ def reinforce(
         step, state = load_checkpoint(checkpoint, updater.learners)
         vars(session.costs).update(state["costs"])
         updater.resumed(step)
+        memory = getattr(updater, "memory", None)
+        if memory is not None:
+            memory.restore(state["memory"])
         session.metrics.truncate_after(step)
         _drop_samples(session, step)
         session.progress.message(f"resumed from {checkpoint}")
@@ -112,10 +110,9 @@ def reinforce(
         last = step == config.train.steps or ending > 0 or spent
         if config.eval.every and step % config.eval.every == 0 and not last:
             rows = validation_rows(session.task, config.eval.every_prompts)
-            results, _ = evaluate(session, session.model, rows, config.eval.num_inference_steps)
-            session.metrics.log(step, "eval", as_metrics(results))
+            _evaluated(session, "on the way", rows, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _checkpoint(session, step, updater.learners)
+            _checkpoint(session, step, updater)
         if ending == 2:
             session.progress.message(
                 f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true"
@@ -135,15 +132,38 @@ def reinforce(
     }
 
 
-def _checkpoint(session: Session, step: int, learners: dict[str, Learner]) -> None:
+def _checkpoint(session: Session, step: int, updater: Any) -> None:
+    state = {"costs": vars(session.costs), "world_size": distributed.world_size()}
+    memory = getattr(updater, "memory", None)
+    if memory is not None:
+        state["memory"] = memory.state()
     save_checkpoint(
         session.run_dir,
         step,
-        learners,
+        updater.learners,
         session.save_model,
-        {"costs": vars(session.costs), "world_size": distributed.world_size()},
+        state,
         session.config.checkpoint.keep,
     )
+
+
+def _evaluated(session: Session, name: str, rows: list[Row], step: int) -> dict[str, Any]:
+    """Evaluate the model as it is, log it, and give its part of the summary."""
+    results, rollouts = evaluate(session, session.model, rows, session.config.eval.num_inference_steps)
+    measured = {steps: _measured(session, scored) for steps, scored in rollouts.items()}
+    metrics = {f"eval/{key}@{steps}": value for steps, values in measured.items() for key, value in values.items()}
+    session.metrics.log(step, "eval", as_metrics(results) | metrics)
+    quality = {str(steps): values for steps, values in measured.items() if values}
+    return _accuracy(name, results) | ({f"{name}_quality": quality} if quality else {})
+
+
+def _measured(session: Session, scored: ScoredRollouts) -> dict[str, float]:
+    """Numbers about the samples of all ranks as a set, where the medium has some."""
+    mine = (scored.rows, scored.completions, scored.reward.tolist())
+    rows, completions, rewards = (
+        [x for part in parts for x in part] for parts in zip(*distributed.gather_objects(mine), strict=True)
+    )
+    return session.medium.measure(rows, completions, rewards)
 
 
 def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:

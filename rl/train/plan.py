@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rl.config import Config, load_config
+
+if TYPE_CHECKING:
+    from rl.tasks.base import Task
 
 
 def is_ours(error: BaseException) -> bool:
@@ -46,7 +50,8 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
     Raises:
         ValueError: the batch does not divide over ranks and micro-batches.
     """
-    _check_steps(config)
+    if medium_of(config) == "text":
+        _check_steps(config)
     world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train
     lines = [f"run {config.run.output_dir}, task {config.task.name}, seed {config.run.seed}, {world} rank(s)"]
@@ -58,8 +63,13 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
         per_update = trajectories // train.updates_per_step // world
         micro = -(-per_update // train.micro_batch_size)
         updates = train.steps * train.updates_per_step * train.epochs
-        counts = train.mixed_steps or [config.sampler.num_inference_steps]
-        forwards = sum(config.sampler.steps_per_block(n) * _num_blocks(config) for n in counts) / len(counts)
+        if medium_of(config) == "images":
+            forwards: float = config.image_sampler.num_inference_steps * (
+                1 if config.image_sampler.guidance_scale == 1 else 2
+            )
+        else:
+            counts = train.mixed_steps or [config.sampler.num_inference_steps]
+            forwards = sum(config.sampler.steps_per_block(n) * _num_blocks(config) for n in counts) / len(counts)
         lines += [
             f"rl: {train.steps} steps of {train.prompts_per_step} prompts x {train.group_size} rollouts = "
             f"{trajectories} trajectories per step",
@@ -99,7 +109,6 @@ def check_run(config: Config, new: bool = True) -> None:
         ValueError: one line naming the field and the fix.
     """
     from rl.algorithms import parse_options
-    from rl.models.load import check_model_folder, load_tokenizer
     from rl.tasks.base import load_task
     from rl.train.distributed import pick_device
     from rl.train.learner import read_deepspeed_config
@@ -132,10 +141,6 @@ def check_run(config: Config, new: bool = True) -> None:
         raise ValueError(
             "train.block_schedule scores other states than were sampled: set algorithm.old_logprob to recompute"
         )
-    if config.model.path is not None:
-        check_model_folder(config.model.path)
-    elif not config.model.backbone:
-        raise ValueError("model.backbone or model.path is required: there is no model to train")
     from rewards.load import load_reward
 
     with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
@@ -148,15 +153,16 @@ def check_run(config: Config, new: bool = True) -> None:
             load_reward(part.name, part.params)
     if not config.reward.functions:
         load_reward(task.reward, {})
-    with about(tokenizer_field(config)):
-        tokenizer = load_tokenizer(config.model, task)
-    longest = max(len(tokenizer(row["prompt"], add_special_tokens=False).input_ids) for row in rows)
-    context = _context(config)
-    if context and longest + config.sampler.gen_length > context:
+    medium = getattr(task, "medium", "text")
+    if config.train.steps and options.medium != medium:
         raise ValueError(
-            f"a prompt of {longest} tokens plus sampler.gen_length {config.sampler.gen_length} does not fit the "
-            f"model's {context} positions: raise model.backbone's positions"
+            f"algorithm.name {options.name!r} trains {options.medium}, and task.name {config.task.name!r} is about "
+            f"{medium}: choose another algorithm"
         )
+    if medium == "images":
+        _check_images(config)
+    else:
+        _check_text(config, task, [row["prompt"] for row in rows])
     if new and config.run.resume:
         _check_same_run(config)
     if new and not config.run.resume and int(os.environ.get("RANK", "0")) == 0:
@@ -169,13 +175,54 @@ def check_run(config: Config, new: bool = True) -> None:
             )
 
 
+def _check_text(config: Config, task: Task, prompts: Sequence[str]) -> None:
+    from rl.models.load import check_model_folder, load_tokenizer
+
+    if config.model.path is not None:
+        check_model_folder(config.model.path)
+    elif not config.model.backbone:
+        raise ValueError("model.backbone or model.path is required: there is no model to train")
+    with about(tokenizer_field(config)):
+        tokenizer = load_tokenizer(config.model, task)
+    longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
+    context = _context(config)
+    if context and longest + config.sampler.gen_length > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens plus sampler.gen_length {config.sampler.gen_length} does not fit the "
+            f"model's {context} positions: raise model.backbone's positions"
+        )
+
+
+def _check_images(config: Config) -> None:
+    """Raise ValueError when the options of an image run contradict themselves."""
+    from rl.algorithms import parse_options
+
+    if config.train.mixed_steps:
+        raise ValueError("train.mixed_steps is for text: set image_sampler.num_inference_steps")
+    if config.sft.trajectories is not None:
+        raise ValueError("sft.trajectories is for text: images are fitted to the task's own")
+    path = config.model.path
+    if path is not None and not Path(path).is_dir() and path.startswith((".", "/")):
+        raise ValueError(f"model.path {path!r} is not a folder")
+    check: Any = getattr(parse_options(config.algorithm), "check_sampler", None)
+    if config.train.steps and check is not None:
+        check(config.image_sampler.num_inference_steps, config.train.group_size)
+
+
+def medium_of(config: Config) -> str:
+    """The medium of the config's task, without building it."""
+    from rl.tasks.base import task_class
+
+    return getattr(task_class(config.task.name), "medium", "text")
+
+
 def _check_same_run(config: Config) -> None:
     """A run goes on with the settings it began with; only where and how long it runs may change."""
     saved = Path(config.run.output_dir) / "config.yaml"
     if not saved.is_file():
         return
     before = load_config(saved)
-    for section in ("model", "task", "sampler", "reward", "sft", "train", "filters", "algorithm"):
+    for section in ("model", "task", "sampler", "image_sampler", "reward", "sft", "train", "filters", "algorithm"):
         old, now = getattr(before, section), getattr(config, section)
         if old != now:
             old, now = (value if isinstance(value, dict) else value.model_dump() for value in (old, now))

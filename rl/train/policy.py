@@ -15,6 +15,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: DecisionRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """logprob [U] and entropy [U]."""
+    def forward(self, rows: DecisionRows) -> tuple[torch.Tensor, ...]:
+        """logprob [U] and entropy [U]; see `DecisionRows.score`."""
         return rows.score(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from rl.train import distributed
 from rl.train.session import ScoredRollouts, Session, join_metrics
 
 
-def sample_step(session: Session, step: int, policy_version: int, step_rewards: bool = False) -> ScoredRollouts:
+def sample_step(
+    session: Session,
+    step: int,
+    policy_version: int,
+    step_rewards: bool = False,
+    splits: Sequence[tuple[int, int]] = (),
+) -> ScoredRollouts:
     """The scored rollouts of this rank; batches of prompts are added while the filters leave too few of them.
 
     Args:
         step_rewards: score every step's full fill too.
+        splits: where rollouts branch, for engines that can.
     """
     config = session.config
     wanted, rounds = config.train.prompts_per_step, config.filters.refill_rounds
@@ -27,8 +35,11 @@ def sample_step(session: Session, step: int, policy_version: int, step_rewards: 
     for start in range(0, len(rows), wanted):
         first, mine = session.shard(rows[start : start + wanted])
         first += start
+        engine = session.engine(session.model)
+        if splits:
+            engine.splits = tuple(splits)
         part = session.rollout(
-            session.engine(session.model),
+            engine,
             mine,
             config.train.group_size,
             seed=step_seed(config.run.seed, step),

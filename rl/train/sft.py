@@ -37,7 +37,7 @@ def supervised(session: Session) -> dict[str, float]:
         step += 1
         loss = distributed.reduce_number(float(sum(sums)), "sum", session.device)
         seconds = time.perf_counter() - started
-        speed = step * config.batch_size * session.config.sampler.gen_length / seconds
+        speed = step * config.batch_size * session.medium.horizon / seconds
         session.metrics.log(
             step,
             "sft",

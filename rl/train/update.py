@@ -120,12 +120,16 @@ class PolicyUpdater:
         self.sums: dict[str, float] = defaultdict(float)
         # Set during a block-size curriculum; None scores every trajectory on its own grid.
         self.block_length: int | None = None
+        self.rl_step = 0
+        self.memory = recipe.memory
 
     def step(self, step: int) -> StepOutcome:
         """Sample the rollouts of an RL step, score them, and learn from them."""
         tick = time.perf_counter()
         self._use_blocks(step)
-        rollouts = sample_step(self.session, step, self.learner.updates, self.recipe.needs_step_rewards)
+        self.rl_step = step
+        splits = self.recipe.splits(step) if self.recipe.splits else ()
+        rollouts = sample_step(self.session, step, self.learner.updates, self.recipe.needs_step_rewards, splits)
         rolled = time.perf_counter()
         metrics = rollout_metrics(rollouts, self.session.device) | self.update(rollouts)
         learned = time.perf_counter()
@@ -215,6 +219,7 @@ class PolicyUpdater:
                 padded(steps) if self.recipe.needs_step_rewards else None,
                 notes,
                 torch.tensor(ratio, dtype=torch.float64) if self.recipe.needs_log_ratio else None,
+                self.rl_step,
             )
         )
         return everything[start : start + len(rollouts.reward)]
@@ -269,7 +274,7 @@ class PolicyUpdater:
             device = self.session.device
             decisions = distributed.reduce_number(float(length[scored].sum()), "sum", device)
             trajectories = distributed.reduce_number(float(scored.sum()), "sum", device)
-            constant = self.session.config.sampler.gen_length
+            constant = self.session.medium.horizon
             weight = decision_weights(
                 self.recipe.aggregation, length, max(decisions, 1.0), max(trajectories, 1.0), constant
             )
@@ -334,7 +339,14 @@ class PolicyUpdater:
         if self.recipe.old_logprob == "recompute":
             for batch, scored in zip(chunk, self._forward(self.learner, chunk, spare), strict=True):
                 batch.old_logprob = scored[0].double()
-        if self.reference is not None and not self.recipe.needs_log_ratio:
+        if self.recipe.hold_to != "none":
+            # session.model still has the weights that sampled.
+            held = self.reference if self.recipe.hold_to == "reference" else self.session.model
+            for batch in (*chunk, spare):
+                batch.rows.hold_to(held)  # type: ignore[attr-defined]
+                if batch is not spare:
+                    self._count(batch)
+        elif self.reference is not None and not self.recipe.needs_log_ratio:
             for batch in chunk:
                 batch.ref_logprob = batch.rows.score(self.reference)[0].double()
                 self._count(batch)
@@ -385,6 +397,7 @@ class PolicyUpdater:
                 weight=batch.weight,
                 trajectory=batch.rows.trajectory,
                 step=batch.rows.step,
+                other=scored[2] if self.recipe.value is None and len(scored) > 2 else None,
             )
             decisions.check()
             output = self.recipe.loss(decisions)

@@ -1,0 +1,85 @@
+"""Rows for supervised training of image models: noised data, and the regression target of the model's prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class DenoisingRows:
+    """B noised samples; `score` gives minus the mean squared error of each, so that fitting is maximising it.
+
+    With the target noise it is, up to a constant and the schedule's weights, the log-likelihood bound that
+    Ho et al. 2020 (arXiv 2006.11239) train on (their simple loss).
+    """
+
+    noised: torch.Tensor
+    target: torch.Tensor
+    timestep: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+    trajectory: torch.Tensor
+    step: torch.Tensor
+    recorded: torch.Tensor | None = None
+    share: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.noised)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.noised.numel()
+
+    def to(self, device: torch.device | str) -> DenoisingRows:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, conditioning={k: v.to(device) for k, v in self.conditioning.items()}, **moved)
+
+    def distinct(self) -> DenoisingRows:
+        return self
+
+    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = model.predict(self.noised, self.timestep, self.conditioning, 1.0)
+        error = (output - self.target).square().flatten(1).mean(1)
+        return -error, torch.zeros_like(error)
+
+
+def noised(
+    scheduler: Any, kind: str, data: torch.Tensor, noise: torch.Tensor, level: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Data at a noise level, the target of a model's prediction there, and the timestep it is told.
+
+    Args:
+        kind: prediction type of the model (`ImagePolicy`).
+        data, noise: [B, ...].
+        level: [B] in [0, 1): share of the schedule.
+    """
+    shape = (-1, *[1] * (data.dim() - 1))
+    if kind == "flow":
+        t = torch.from_numpy(level).to(data.dtype).reshape(shape)
+        return (1 - t) * data + t * noise, noise - data, torch.from_numpy(level * 1000)
+    timestep = torch.from_numpy((level * scheduler.config.num_train_timesteps).astype(np.int64))
+    a = scheduler.alphas_cumprod[timestep].to(data.dtype).reshape(shape)
+    mixed = a.sqrt() * data + (1 - a).sqrt() * noise
+    target = {"epsilon": noise, "sample": data, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * data}[kind]
+    return mixed, target, timestep
+
+
+def denoising_rows(
+    model: Any, latents: torch.Tensor, prompts: Sequence[Any], part: slice, drop: float, seed: Sequence[int]
+) -> DenoisingRows:
+    """Rows of `part`. Noise, levels and dropped prompts are drawn for the whole batch, whatever its cut."""
+    rng = np.random.default_rng(list(seed))
+    count = len(latents)
+    level = (rng.permutation(count) + rng.random(count)) / count
+    noise = torch.from_numpy(rng.standard_normal(tuple(latents.shape))).to(latents.dtype)
+    dropped = rng.random(count) < drop
+    shown = [model.null_prompt if gone else prompt for prompt, gone in zip(prompts, dropped, strict=True)]
+    mixed, target, timestep = noised(model.scheduler, model.prediction_type, latents[part], noise[part], level[part])
+    index = torch.arange(len(mixed))
+    conditioning = model.encode(shown[part])
+    return DenoisingRows(mixed, target, timestep, conditioning, index, torch.zeros_like(index))

@@ -1,0 +1,53 @@
+"""Rewards of earlier RL steps by prompt: what a new reward of the prompt is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+
+class PromptHistory:
+    """The last `steps` RL steps before the current one, per prompt; a recipe's memory."""
+
+    def __init__(self, steps: int, min_count: int = 2):
+        """
+        Args:
+            min_count: rewards a prompt needs for statistics of its own; with fewer, those of all prompts stand in.
+        """
+        self.steps, self.min_count = steps, min_count
+        self._rewards: dict[str, list[list[float]]] = {}
+
+    def z_scores(self, reward: torch.Tensor, prompts: Sequence[Hashable], eps: float = 1e-8) -> torch.Tensor:
+        """[M] rewards of this step, each minus the mean of its prompt, over its standard deviation (n - 1).
+
+        The statistics cover this step and the remembered ones, and this step is remembered. NaN stays NaN.
+        """
+        names = [str(prompt) for prompt in prompts]
+        now: dict[str, list[float]] = {}
+        for name, value in zip(names, reward.tolist(), strict=True):
+            if value == value:
+                now.setdefault(name, []).append(value)
+        pools = {
+            name: torch.tensor([v for part in (*self._rewards.get(name, []), values) for v in part]).double()
+            for name, values in now.items()
+        }
+        everything = torch.cat(list(pools.values())) if pools else torch.zeros(0, dtype=torch.float64)
+        result = torch.full_like(reward, torch.nan)
+        for index, (name, value) in enumerate(zip(names, reward.tolist(), strict=True)):
+            if value != value:
+                continue
+            pool = pools[name] if len(pools[name]) >= self.min_count else everything
+            spread = float(pool.std()) if len(pool) > 1 else 0.0
+            # Equal rewards have no better and no worse; dividing rounding errors by eps would invent them.
+            result[index] = 0.0 if spread < eps else (value - float(pool.mean())) / (spread + eps)
+        for name, values in now.items():
+            self._rewards[name] = [*self._rewards.get(name, []), values][-self.steps :] if self.steps else []
+        return result
+
+    def state(self) -> dict[str, Any]:
+        return self._rewards
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._rewards = {name: [list(part) for part in parts] for name, parts in state.items()}
