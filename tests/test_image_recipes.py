@@ -1,0 +1,202 @@
+"""Recipes on Gaussian steps: schedules, selection, histories and tree advantages against numbers done by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from rl.advantages import extremes, node_advantage
+from rl.algorithms import RECIPES, parse_options
+from rl.algorithms.b2_diffurl import B2DiffuRLOptions
+from rl.algorithms.ddpo import DdpoOptions
+from rl.algorithms.image_options import ImageRecipeOptions, Note, branch_of, note
+from rl.batch import DecisionBatch
+from rl.estimators.base import Verdicts
+from rl.prompt_history import PromptHistory
+from rollouts.samplers.latent_options import LatentSamplerOptions
+from tests.image_models import rollouts, tiny_policy
+
+NAN = float("nan")
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def verdicts(reward: Sequence[float], notes: Sequence[Note], group: Sequence[int], rl_step: int = 0) -> Verdicts:
+    return Verdicts(tensor(*reward), torch.tensor(group), notes=notes, rl_step=rl_step)
+
+
+def tree(prompt: str, root: int, count: int, split: int, num_steps: int = 4, sure: int = 0) -> list[Note]:
+    """Leaves of one tree that branches before step `split`; the last `sure` steps have no density."""
+    decides = tuple(step < num_steps - sure for step in range(num_steps))
+    return [
+        Note(prompt, tuple([root] * (split + 1) + [100 * root + leaf] * (num_steps - split)), decides)
+        for leaf in range(count)
+    ]
+
+
+def test_the_published_interval_schedule() -> None:
+    """Remaining steps of 20: 14 for stages 0-14, then 15: 15-28, 16: 29-42, 17: 43-57, 18: 58-71, 19: 72-85, 20."""
+    options = B2DiffuRLOptions(interval_steps=100)
+    lengths = [20 - options.first_step(stage, 20) for stage in range(100)]
+    assert [lengths.count(n) for n in range(14, 21)] == [15, 14, 14, 15, 14, 14, 14]
+    assert lengths == sorted(lengths)
+    assert 20 - options.first_step(500, 20) == 20
+    assert B2DiffuRLOptions(progressive=False).first_step(0, 20) == 0
+    # Fewer steps than the first interval: all of them from the start.
+    assert options.first_step(0, 10) == 0
+
+
+def test_the_branch_point_is_where_the_interval_begins() -> None:
+    recipe = B2DiffuRLOptions(interval_steps=100).build()
+    assert recipe.splits is not None
+    assert [recipe.splits(stage) for stage in (0, 15, 99)] == [[(6, 5)], [(5, 5)], [(0, 5)]]
+    plain = B2DiffuRLOptions(branches=1, selection="all").build()
+    assert plain.splits is not None and plain.splits(0) == []
+
+
+def test_extremes() -> None:
+    value = tensor(0.6, 2.0, -1.0, 0.4, -0.4, 0.0, 1.0, NAN, 0.9, NAN)
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
+    # Group 0 gives both, group 1 neither, group 2 only its best: its worst is above the bound.
+    assert extremes(value, group, 0.5, -0.5).nonzero().flatten().tolist() == [1, 2, 6]
+    assert extremes(value, group, 5.0, -5.0).sum() == 0
+
+
+def test_z_scores_by_prompt_over_the_remembered_steps() -> None:
+    history = PromptHistory(steps=1)
+    first = history.z_scores(tensor(1, 3, 10, NAN), ["a", "a", "b", "a"])
+    # a: mean 2, standard deviation sqrt(2). b has one reward: the statistics of all, mean 14/3, sd sqrt(67/3).
+    torch.testing.assert_close(first[:2], tensor(-1, 1) / 2**0.5)
+    torch.testing.assert_close(first[2], (tensor(10 - 14 / 3) / (67 / 3) ** 0.5)[0])
+    assert first[3].isnan()
+    second = history.z_scores(tensor(5, 7), ["a", "b"])
+    # a: 1, 3, 5 -> mean 3, sd 2. b: 10, 7 -> mean 8.5, sd sqrt(4.5).
+    torch.testing.assert_close(second, tensor(1.0, -1.5 / 4.5**0.5))
+    third = history.z_scores(tensor(9, 9), ["a", "a"])
+    # The step before last is forgotten: 5, 9, 9.
+    torch.testing.assert_close(third, tensor(4 / 3, 4 / 3) / (16 / 3) ** 0.5)
+    flat = PromptHistory(0).z_scores(tensor(0.1, 0.1, 0.1), ["a"] * 3)
+    assert (flat == 0).all()
+
+
+def test_a_history_goes_on_where_it_was_saved() -> None:
+    one, other = PromptHistory(3), PromptHistory(3)
+    one.z_scores(tensor(1, 2, 4), ["a", "a", "b"])
+    other.restore(json.loads(json.dumps(one.state())))
+    later = (tensor(3, 5), ["a", "b"])
+    torch.testing.assert_close(one.z_scores(*later), other.z_scores(*later), rtol=0, atol=0)
+
+
+def test_b2_trains_the_extremes_of_a_branch_point_on_the_interval() -> None:
+    options = B2DiffuRLOptions(num_steps=4, branches=3, first_interval=2, interval_steps=10)
+    recipe = options.build()
+    notes = tree("a", 1, 3, split=2, sure=1) + tree("a", 2, 3, split=2, sure=1)
+    # Mean 2, standard deviation sqrt(2): z = -1.41, 0, 1.41, then -0.71, 0.71, 0.
+    advantage = recipe.advantage(verdicts([0, 2, 4, 1, 3, 2], notes, [0, 0, 0, 1, 1, 1]))
+    z = torch.tensor([-2.0, 2.0, -1.0, 1.0], dtype=torch.float64) / 2**0.5
+    expected = torch.full((6, 4), NAN, dtype=torch.float64)
+    # Steps 0 and 1 are shared, step 3 is sure: step 2 alone is trained.
+    expected[[0, 2, 3, 4], 2] = z
+    torch.testing.assert_close(advantage, expected, equal_nan=True)
+
+
+def test_the_branch_advantage_compares_within_the_branch_point() -> None:
+    options = B2DiffuRLOptions(num_steps=4, branches=2, first_interval=2, advantage="branch", selection="all")
+    notes = tree("a", 1, 2, split=2) + tree("a", 2, 2, split=2)
+    advantage = options.build().advantage(verdicts([10, 12, 0, 2], notes, [0, 0, 0, 0]))
+    assert advantage[:, :2].isnan().all()
+    # Both pairs differ by 2: deviation 1 over (standard deviation 1 + 0.1), however different the pairs are.
+    torch.testing.assert_close(advantage[:, 2:], tensor(-1, 1, -1, 1)[:, None].expand(4, 2) / 1.1)
+
+
+def test_ddpo_trains_every_step_and_with_backward_progress_the_last_ones() -> None:
+    notes = tree("a", 1, 2, split=0)
+    both = verdicts([0, 1], notes, [0, 0])
+    everywhere = DdpoOptions(min_count=2).build().advantage(both)
+    torch.testing.assert_close(everywhere, tensor(-1, 1)[:, None].expand(2, 4) / 2**0.5)
+    late = DdpoOptions(min_count=2, progressive=True, first_interval=3, interval_steps=10).build().advantage(both)
+    assert late[:, 0].isnan().all()
+    torch.testing.assert_close(late[:, 1:], everywhere[:, 1:])
+
+
+def test_advantages_are_clamped() -> None:
+    notes = tree("a", 1, 30, split=0)
+    advantage = DdpoOptions(advantage_clip=2.0).build().advantage(verdicts([0.0] * 29 + [1.0], notes, [0] * 30))
+    assert advantage.max() == 2
+
+
+def test_node_advantage() -> None:
+    # Two prompts of four leaves; nodes of two. Node means 1, 3 and 0, 0: z = -1, 1 and 0, 0.
+    reward = tensor(0, 2, 2, 4, 0, 0, -1, 1)
+    node, group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0] * 4 + [1] * 4)
+    expected = tensor(-1, -1, 1, 1, 0, 0, 0, 0)
+    torch.testing.assert_close(node_advantage(reward, node, group, eps=0.0 + 1e-12), expected)
+
+
+def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
+    options = parse_options({"name": "branch_grpo", "splits": [1, 3]})
+    trajectories = rollouts(
+        tiny_policy(), LatentSamplerOptions(num_inference_steps=5, min_std=0), count=1, splits=((1, 2), (3, 2))
+    )
+    notes = [note(t) for t in trajectories]
+    advantage = options.build().advantage(verdicts([0, 2, 2, 8], notes, [0, 0, 0, 0]))
+    # Nothing differs before the first split. Below it two nodes, of mean 1 and 5; below the second every leaf.
+    assert advantage[:, 0].isnan().all()
+    expected = tensor(-2, -2, 2, 2) / (2 + 1e-4)
+    torch.testing.assert_close(advantage[:, 1:3], expected[:, None].expand(4, 2))
+    leaves = tensor(-3, -1, -1, 5) / (3 + 1e-4)
+    torch.testing.assert_close(advantage[:, 3:], leaves[:, None].expand(4, 2))
+
+
+def test_notes_of_real_trajectories_tell_branch_points_apart() -> None:
+    options = LatentSamplerOptions(num_inference_steps=5)
+    trajectories = rollouts(tiny_policy(), options, count=2, splits=((2, 3),))
+    seen = verdicts([0.0] * 6, [note(t) for t in trajectories], [0] * 3 + [1] * 3)
+    assert branch_of(seen, 2).tolist() == [0, 0, 0, 1, 1, 1]
+    assert branch_of(seen, 3).tolist() == [0, 1, 2, 3, 4, 5]
+    assert len({n.prompt for n in seen.notes}) == 2
+
+
+def test_the_exact_kl_enters_the_loss() -> None:
+    loss = DdpoOptions(kl_to="reference", kl_coef=0.5).build().loss
+    zeros = torch.zeros(2, dtype=torch.float64)
+    batch = DecisionBatch(zeros, zeros, zeros, None, zeros, zeros + 0.5, other=tensor(1.0, 3.0))
+    torch.testing.assert_close(loss(batch).loss, tensor(0.5, 1.5))
+    torch.testing.assert_close(loss(batch).metrics["kl"], tensor(1.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "b2_diffurl", "branches": 1}, "algorithm.branches 1 leaves nothing to compare"),
+        ({"name": "ddpo", "kl_coef": 0.1}, "algorithm.kl_coef does nothing"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_options(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "group", "message"),
+    [
+        ({"name": "b2_diffurl"}, 10, 5, "algorithm.num_steps"),
+        ({"name": "b2_diffurl"}, 20, 4, "train.group_size"),
+        ({"name": "branch_grpo"}, 20, 8, "16 leaves"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps: int, group: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_options(options).check_sampler(steps, group)  # type: ignore[attr-defined]
+
+
+def test_every_image_recipe_says_so() -> None:
+    images = {n for n in RECIPES if issubclass(type(parse_options({"name": n})), ImageRecipeOptions)}
+    assert images == {"b2_diffurl", "branch_grpo", "ddpo", "dpok", "flow_grpo"}
+    assert all((parse_options({"name": n}).medium == "images") == (n in images) for n in RECIPES)
