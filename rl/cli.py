@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--group-size", type=int, default=1, help="rollouts, or searches, per prompt")
     rollout.add_argument("--search", metavar="NAME", help="search for high rewards: best_of_n, svdd, ... (docs)")
     rollout.add_argument("--search-params", metavar="YAML", help="options of the search, {num_samples: 16}")
+    compare = add("align", _align, "Compare searches and recipes that align one pretrained model with one reward.")
+    compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a table for each run.seed")
     evaluate = add("eval", _eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
     evaluate.add_argument("--data", metavar="FILE", help="problems in the task's published file format")
     evaluate.add_argument(
@@ -286,6 +288,20 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
         f"per search {budget.denoiser_evaluations / count:.1f} denoiser and {budget.reward_evaluations / count:.1f} "
         f"reward evaluations, {budget.unscored} without a verdict -> {folder}"
     )
+    return 0
+
+
+def _align(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from rl.evaluate.align import align, summary_lines
+
+    tables = []
+    for seed in args.seeds or [config.run.seed]:
+        folder = f"{config.run.output_dir}/seed-{seed}" if args.seeds else config.run.output_dir
+        run = config.run.model_copy(update={"seed": seed, "output_dir": folder})
+        tables.append(align(config.model_copy(update={"run": run})))
+    for line in summary_lines(tables):
+        print(line)
     return 0
 
 

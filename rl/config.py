@@ -240,6 +240,28 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="Newest checkpoints to keep.")
 
 
+class AlignRow(Section):
+    name: str = Field(description="Name of the row, and of its folder.")
+    search: str | None = Field(None, description="Search with the pretrained model by this name (rollouts/search).")
+    params: dict[str, Any] = Field({}, description="Options of the search.")
+    algorithm: dict[str, Any] | None = Field(None, description="Recipe that fine-tunes the pretrained model.")
+    overrides: list[str] = Field([], description="Dotted overrides of this row's training, train.steps=50.")
+    num_samples: int | None = Field(None, ge=1, description="Samples of this row; null takes align.num_samples.")
+
+
+class AlignConfig(Section):
+    """`denoise-rl align`: a table of ways to align one pretrained model with one reward."""
+
+    rows: list[AlignRow] = Field([], description="What to compare.")
+    num_samples: int = Field(128, ge=2, description="Samples per row.")
+    pretrained: str | None = Field(None, description="Folder of the pretrained model; made if missing.")
+    oracles: dict[str, int] = Field({}, description="Oracle file -> half of the labelled data; trained if missing.")
+    oracle_labels: int = Field(8000, ge=1, description="Labelled sequences of each oracle.")
+    judges: dict[str, RewardPartConfig] = Field({}, description="Column name -> reward nobody optimises.")
+    likelihood_samples: int = Field(64, ge=1, description="Samples scored under the pretrained model.")
+    likelihood_masks: int = Field(32, ge=1, description="Mask patterns per scored sample.")
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -254,6 +276,7 @@ class Config(Section):
     algorithm: dict[str, Any] = Field({}, description="Recipe name and its options (see rl/algorithms).")
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    align: AlignConfig = AlignConfig()
     goal: GoalConfig | None = Field(None, description="What the run sets out to show; the report says if it did.")
 
     @field_validator("algorithm")

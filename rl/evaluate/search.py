@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rl.tasks.base import Row
 from rl.train.session import Session, request_seed
@@ -74,9 +75,18 @@ def search_rollouts(
         _, table = session.judge(judged, sampler.trajectories(states))
         return np.array([np.nan if value is None else value for value in table.values], dtype=np.float64)
 
+    soft = None
+    if name in ("guidance", "tds"):
+        from rl.media.soft_text import SoftTextReward
+
+        of_response = SoftTextReward(session)
+
+        def soft(prediction: torch.Tensor, states: Any) -> torch.Tensor:
+            return of_response(prediction, [rows[row] for row in states.row])
+
     row = np.repeat(np.arange(len(rows)), searches_per_row)
     seed = [request_seed(session.config.run.seed, i, g) for i in range(len(rows)) for g in range(searches_per_row)]
-    found = search(name, Problem(sampler, reward), row, np.array(seed, dtype=np.int64), options)
+    found = search(name, Problem(sampler, reward, soft), row, np.array(seed, dtype=np.int64), options)
     trajectories = sampler.trajectories(found.states)
     completions, _ = session.medium.finished(trajectories)
     return SearchedRollouts(

@@ -16,6 +16,32 @@ from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
 
 
+class SoftTextReward:
+    """The rewards of a config as a differentiable function of soft responses over the vocabulary."""
+
+    def __init__(self, session: Session):
+        """
+        Raises:
+            ValueError: a reward without gradient, or letters without a token.
+        """
+        parts: Any = [(part.name, part.weight, part.params) for part in session.config.reward.functions]
+        self.sum = DifferentiableSum(parts or [(session.task.reward, 1.0, {})])
+        letters = [session.tokenizer.convert_tokens_to_ids(letter) for letter in self.sum.alphabet]
+        unknown = [
+            letter
+            for letter, index in zip(self.sum.alphabet, letters, strict=True)
+            if index is None or index == session.tokenizer.unk_token_id
+        ]
+        if unknown:
+            raise ValueError(f"model.tokenizer has no token for the letter {unknown[0]!r} that the rewards read")
+        self.letters = torch.tensor(letters, device=session.device)
+
+    def __call__(self, one_hot: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """[B] of responses [B, L, V] to the prompts of B rows."""
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        return self.sum.soft([row["prompt"] for row in rows], one_hot[..., self.letters], **columns)
+
+
 class RelaxedText:
     """A `rl.train.reward_gradient.GradientSampler` for fixed-length responses of full-attention models."""
 
@@ -37,13 +63,7 @@ class RelaxedText:
                 f"algorithm.relaxed.relaxed_steps ({options.relaxed_steps}) must not exceed "
                 f"sampler.num_inference_steps ({steps})"
             )
-        parts: Any = [(part.name, part.weight, part.params) for part in config.reward.functions]
-        self.reward = DifferentiableSum(parts or [(session.task.reward, 1.0, {})])
-        letters = session.tokenizer.convert_tokens_to_ids(list(self.reward.alphabet))
-        unknown = [a for a, i in zip(self.reward.alphabet, letters, strict=True) if i is None or i < 0]
-        if unknown:
-            raise ValueError(f"model.tokenizer has no token for the letter {unknown[0]!r} that the rewards read")
-        self.letters = torch.tensor(letters, device=session.device)
+        self.reward = SoftTextReward(session)
         self.num_segments = steps - options.relaxed_steps + 1 if with_reference else 1
         self.forwards = self.reference_forwards = steps
 
@@ -54,7 +74,6 @@ class RelaxedText:
         prompt_ids = self.session.tokenizer(prompts, add_special_tokens=False).input_ids
         canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.session.model)
         canvas = canvas.at_temperature(self.sampler.temperature).to(self.session.device)
-        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
         for segment in relaxed_rollout(
             lambda token: policy(canvas.holding(token)),
             None if reference is None else lambda token: reference(canvas.holding(token)),
@@ -66,7 +85,7 @@ class RelaxedText:
                 yield GradientSegment(segment.kl)
                 continue
             one_hot = segment.one_hot.view(len(rows), self.sampler.gen_length, -1)
-            reward = self.reward.soft(prompts, one_hot[..., self.letters], **columns)
+            reward = self.reward(one_hot, rows)
             texts = self.session.tokenizer.batch_decode(segment.token.view(len(rows), -1))
             metrics = {"policy/last_mask_mass": float(segment.mask_mass.mean())}
             yield GradientSegment(segment.kl, reward, texts, metrics)
