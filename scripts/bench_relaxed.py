@@ -1,6 +1,7 @@
 """Memory and time of a DRAKES update against T and K: python scripts/bench_relaxed.py PICTURE.png
 
-Memory is what autograd holds at its peak, counted as tensors are saved; the model is the one of configs/dna_drakes.yaml.
+Memory is what autograd holds at its peak, counted as tensors are saved (what a checkpoint computes again is not); the
+model is the one of configs/dna_drakes.yaml.
 """
 
 from __future__ import annotations

@@ -284,3 +284,24 @@ def test_what_cannot_be_relaxed_is_one_clear_line(make_model) -> None:
         free_canvas([[1] * 6], 64, [0], make_model("gpt2-full"))
     with pytest.raises(ValidationError):
         RelaxedOptions(relaxed_steps=0)
+
+
+def test_a_masked_lm_takes_soft_inputs_with_its_frame_and_padding() -> None:
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    from rl.models.masked_lm import MaskedLM
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=30, initializer_range=0.5, type_vocab_size=1, pad_token_id=1,
+    )  # fmt: skip
+    model = MaskedLM(RobertaForMaskedLM(config).double(), 11, begin_token_ids=[0], end_token_ids=[2])
+    canvas = free_canvas([[4, 5], [6], [7, 8, 9]], 4, [0, 1, 2], model)
+    token = torch.randint(3, 11, canvas.token.shape, generator=torch.Generator().manual_seed(0))
+    hard = canvas.holding(token).score(model)
+    soft = torch.nn.functional.one_hot(token, 12).double().requires_grad_(True)
+    scored = canvas.holding(soft).score(model)
+    torch.testing.assert_close(scored, hard)
+    (gradient,) = torch.autograd.grad(scored[:, 4].sum(), soft)
+    assert gradient.abs().max() > 1e-3

@@ -163,12 +163,15 @@ class MaskedLM(ExactRotary, nn.Module):
         visible: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, Q, D]; see `DenoisingModel.hidden_states`. A row is one canvas from position 0, right-padded.
 
         Raises:
-            ValueError: a cache, or rows that hold several canvases.
+            ValueError: a cache, rows that hold several canvases, or soft inputs of a model that looks at the ids too.
         """
+        if inputs_embeds is not None and getattr(self.config, "token_dropout", False):
+            raise ValueError("this model (ESM) scales by its share of mask tokens: it takes no mixtures of tokens")
         if cache is not None:
             raise ValueError("a masked LM keeps no keys and values: set rollout.cache to none")
         batch, width = input_ids.shape
@@ -196,7 +199,14 @@ class MaskedLM(ExactRotary, nn.Module):
         place = torch.arange(ids.shape[1], device=device)
         after = len(begin) + seen.sum(1, keepdim=True)
         ids = ids.scatter(1, after + torch.arange(len(end), device=device), end.expand(batch, -1))
-        inputs = {"input_ids": ids, "attention_mask": (place < after + len(end)).long()}
+        inputs = {"attention_mask": (place < after + len(end)).long()}
+        if inputs_embeds is None:
+            inputs["input_ids"] = ids
+        else:
+            around = self.get_input_embeddings()(ids)
+            inside = torch.nn.functional.pad(inputs_embeds, (0, 0, len(begin), len(end)))
+            soft = torch.nn.functional.pad(seen, (len(begin), len(end)))
+            inputs["inputs_embeds"] = torch.where(soft[..., None], inside, around)
         if self._takes_positions:
             inputs["position_ids"] = (place + self._first_position).expand(batch, -1)
         return self.encoder(**inputs).last_hidden_state[:, len(begin) : len(begin) + width]

@@ -1,7 +1,7 @@
 """Sapiens, antibody masked language models (Prihoda et al. 2022, mAbs 14:2020203), as Hugging Face folders.
 
-The PyPI package `sapiens` (MIT) carries two RoBERTa checkpoints of 0.57 M parameters in fairseq's layout, one for heavy and
-one for light chains. It depends on fairseq, which nothing here needs: install it by `pip install --no-deps sapiens`.
+The PyPI package `sapiens` (MIT) carries two RoBERTa checkpoints of 0.57 M parameters in fairseq's layout, one for heavy
+and one for light chains. It depends on fairseq, which nothing here needs: `pip install --no-deps sapiens`.
 
     python -m rl.models.sapiens runs/sapiens_vh            # or, with a file: ... runs/sapiens_vh checkpoint_vh.pt
 """

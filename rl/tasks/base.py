@@ -60,6 +60,7 @@ def validation_rows(task: Task, count: int) -> list[Row]:
 TASKS = {
     "sudoku": "rl.tasks.sudoku:SudokuTask",
     "countdown": "rl.tasks.countdown:CountdownTask",
+    "antibody": "rl.tasks.antibody:AntibodyTask",
     "dna": "rl.tasks.dna:DnaTask",
     "jsonl": "rl.tasks.jsonl:JsonlTask",
     "digits": "rl.tasks.digits:DigitsTask",
