@@ -4,7 +4,7 @@ occupancy_m = sum over positions of sigmoid(slope * (log-odds score of m there -
 activity    = sum over m of w_m log(1 + occupancy_m) + c * (1 - exp(-occupancy_a)) * (1 - exp(-occupancy_b))
 
 The shipped matrices are made from consensus sequences (IUPAC letters) of four liver transcription factors: no file, no
-download. The optional package `pyprego` (extra `motifs`) brings JASPAR and HOCOMOCO.
+download. The optional package `pyprego` (installed with --no-deps) brings JASPAR and HOCOMOCO.
 """
 
 from __future__ import annotations
