@@ -141,9 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--timeout-seconds", type=float, default=10.0, help="limit of one scoring call")
     new_reward = add("new-reward", _new_reward, "Write a working reward plugin and its test.", config=False)
     new_reward.add_argument("name", help="my_reward, or folder/my_reward.py")
-    export = add("export", _export, "Copy the policy of a checkpoint to a plain Hugging Face folder.", config=False)
-    export.add_argument("checkpoint", help="run folder, or one of its checkpoints/step_N")
+    export = add("export", _export, "Copy the policy of a checkpoint to a plain folder, or convert it.", config=False)
+    export.add_argument("checkpoint", help="run folder, one of its checkpoints/step_N, or a model folder")
     export.add_argument("output", help="new folder for the model and tokenizer")
+    export.add_argument("--layout", metavar="NAME", help="write a published layout: llada, dream or sdar")
     for name, run, text in (
         ("plot", _plot, "Draw the learning curve of one run, or of several."),
         ("report", _report, "Write the HTML report of a run."),
@@ -400,7 +401,7 @@ def _new_reward(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from rl.train.checkpoint import export_policy
 
-    print(export_policy(args.checkpoint, args.output))
+    print(export_policy(args.checkpoint, args.output, args.layout))
     return 0
 
 

@@ -53,13 +53,18 @@ class ModelConfig(Section):
         {}, description="Options of a diffusers pipeline (rl.models.diffusers_policy), such as lora_rank."
     )
     attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
-    block_length: int | None = Field(None, ge=1, description="Block size of a new block-causal model.")
+    block_length: int | None = Field(
+        None, ge=1, description="Block size of a block-causal model; null takes that of a loaded one."
+    )
     logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
     attn_implementation: Literal["sdpa", "flex_attention"] = Field(
         "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute a layer's activations in the backward pass: less memory, one more forward."
+    )
+    eos_token: str | None = Field(
+        None, description="Token that ends a response, such as <|im_end|>; null takes the tokenizer's end token."
     )
     never_generate: list[int | str] = Field(
         [],
@@ -74,6 +79,7 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     name: str = Field("sudoku", description="Task name, or pkg.module:Class.")
     params: dict[str, Any] = Field({}, description="Parameters of the task.")
+    chat: bool = Field(False, description="Put every prompt into the tokenizer's chat template, as one user turn.")
 
 
 class OptimizerConfig(Section):

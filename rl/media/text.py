@@ -14,6 +14,7 @@ from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import ScoringRows
 from rl.models.load import load_policy, load_tokenizer, save_policy
 from rl.tasks.base import Row, Task
+from rl.tasks.templates import chat_prompt
 from rl.train.plan import about, tokenizer_field
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
@@ -72,10 +73,15 @@ class TextMedium:
         }
         return SamplerOptions.model_validate({**self.config.sampler.model_dump(), **changed})
 
+    def prompt_text(self, row: Row) -> str:
+        """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""
+        prompt = str(row["prompt"])
+        return chat_prompt(self.tokenizer, prompt) if self.config.task.chat else prompt
+
     def requests(
         self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
     ) -> list[Request]:
-        prompts = [row["prompt"] for row in rows]
+        prompts = [self.prompt_text(row) for row in rows]
         prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
         return [
             Request(ids, seed, steps[i] if steps else None) for i, ids in enumerate(prompt_ids) for seed in seeds[i]
@@ -192,7 +198,7 @@ class TextMedium:
         for row in rows:
             if "answer" not in row:
                 raise ValueError("sft needs rows with an answer: set task.params.answer_column")
-            prompt = self.tokenizer(row["prompt"], add_special_tokens=False).input_ids
+            prompt = self.tokenizer(self.prompt_text(row), add_special_tokens=False).input_ids
             answer = self.tokenizer(row["answer"], add_special_tokens=False).input_ids
             if len(answer) > length:
                 raise ValueError(f"an answer has {len(answer)} tokens, sampler.gen_length is {length}: raise it")

@@ -35,10 +35,13 @@ class DiffusionLMConfig(PreTrainedConfig):
         block_length: int | None = None,
         logit_shift: int = 0,
         excluded_token_ids: Ranges = (),
+        published: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
         self.excluded_token_ids = [list(r) for r in excluded_token_ids]
+        # The config.json of the published checkpoint this model was loaded from, to export it again.
+        self.published = published
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -89,6 +92,10 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
         self.backbone = AutoModel.from_config(backbone_config, attn_implementation="sdpa")
         self.backbone.set_attn_implementation(attention.NAME)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            table = next(n for n, m in self.backbone.named_modules() if m is self.backbone.get_input_embeddings())
+            self.lm_head.weight = self.backbone.get_input_embeddings().weight
+            self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
         self.post_init()
 
     @property

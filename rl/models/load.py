@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rl.config import ModelConfig
+from rl.models.families import FAMILIES, family_of
+from rl.models.families.family import rename
 from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.tasks.base import Task
 
@@ -25,10 +29,6 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
     Raises:
         ValueError: none of them exists.
     """
-    from transformers import AutoTokenizer
-
-    import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in a model folder)
-
     source = config.tokenizer or config.path
     if source is None:
         if task.alphabet is None:
@@ -36,14 +36,41 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         from rl.tasks.char_tokenizer import char_tokenizer
 
         return char_tokenizer(task.alphabet, getattr(task, "ends", True))
-    if os.sep in source and not Path(source).is_dir():
+    if not Path(source).is_dir() and not is_hub_name(source):
         raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer can be loaded from {source!r}: {_first_line(error)}; set model.tokenizer"
         ) from error
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"model.eos_token {config.eos_token!r} is no token of the tokenizer")
+        tokenizer.eos_token = config.eos_token
+    return tokenizer
+
+
+def read_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder or hub name, without remote code.
+
+    Raises:
+        OSError, ValueError: there is none, or it needs code of its publisher's.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in a model folder)
+
+    try:
+        described = read_config(str(source))
+    except OSError:
+        described = {}
+    if family_of(described) is None:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # These folders name code of the publisher's for what is an ordinary tokenizer: one file, or Qwen's two.
+    folder = local_folder(str(source))
+    one_file = (folder / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if one_file else Qwen2Tokenizer).from_pretrained(folder)
 
 
 def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
@@ -102,38 +129,116 @@ def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
 def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
     """What the folder's config.json says it is, in eval mode."""
     from safetensors import SafetensorError
-    from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     assert config.path is not None
     _quiet()
     try:
-        described, _ = PreTrainedConfig.get_config_dict(config.path)
+        described = read_config(config.path)
         if described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             from rl.models.masked_lm import load_masked_lm
 
             return load_masked_lm(config.path, tokenizer, config.wrap)
-        return _from_pretrained(config.path, config.attn_implementation)
+        return _diffusion_lm(config, described)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path {config.path!r} cannot be loaded: {_first_line(error)}") from error
 
 
-def _from_pretrained(path: str, attn_implementation: str) -> DiffusionLM:
-    """A saved policy in eval mode; transformers would fill missing weights with random ones and go on."""
-    from rl.models.diffusion_lm import DiffusionLM
+def read_config(path: str) -> dict[str, Any]:
+    """The config.json of a folder or hub name."""
+    from transformers import PreTrainedConfig
 
-    loaded: Any = DiffusionLM.from_pretrained(path, attn_implementation=attn_implementation, output_loading_info=True)
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"model.path {path!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first")
+    described, _ = PreTrainedConfig.get_config_dict(path)
+    return dict(described)
+
+
+def model_fields(described: Mapping[str, Any], block_length: int | None = None) -> dict[str, Any]:
+    """Arguments of `DiffusionLMConfig` from a config.json in our own layout or a published one.
+
+    Raises:
+        ValueError: it is neither, or a published one that this code does not know how to read.
+    """
+    family = family_of(described)
+    if family is not None:
+        return family.fields(described, block_length)
+    if described.get("model_type") != "diffusion_lm":
+        known = ", ".join(f.model_type for f in FAMILIES.values())
+        raise ValueError(
+            f"config.json says model_type {described.get('model_type')!r}: known are diffusion_lm, {known}, and masked "
+            "LMs of transformers"
+        )
+    return dict(described) | ({"block_length": block_length} if block_length else {})
+
+
+def backbone_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The transformers config of the backbone a config.json describes; empty for a masked LM, which has none."""
+    family = family_of(described)
+    if family is not None:
+        return dict(family.fields(described, described.get("block_size") or 1)["backbone"])
+    return dict(described.get("backbone", {}))
+
+
+def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM:
+    from transformers.initialization import no_init_weights
+
+    from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+    from rl.models.weights import Folder, check_weights
+
+    assert config.path is not None
+    where = f"model.path {config.path!r}"
+    try:
+        fields = model_fields(described, config.block_length)
+        weights = Folder(local_folder(config.path))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    # Built where it stays and not on the meta device: buffers that no file holds (rotary frequencies) are then right.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(weights.dtype)
+    try:
+        with no_init_weights():
+            settings = DiffusionLMConfig.from_dict(fields)
+            settings._attn_implementation = config.attn_implementation
+            model = DiffusionLM(settings)
+    finally:
+        torch.set_default_dtype(before)
+    family = family_of(described)
+    names = None if family is None else family.names
+    # Messages name weights as the files do.
+    theirs = {str(name if names is None else rename(name, names, to_ours=False)): name for name in model.state_dict()}
+    wanted = {file: tuple(model.state_dict()[name].shape) for file, name in theirs.items()}
+    # A tied head is the embedding: whatever a file holds beside it is not read.
+    spare = {file for file, name in theirs.items() if settings.tie_word_embeddings and name == "lm_head.weight"}
+    for file in spare:
+        del theirs[file], wanted[file]
+    check_weights(wanted, weights.shapes, where, ignored=lambda n: n in spare or n.endswith("rotary_emb.inv_freq"))
+    weights.copy_into(model, theirs)
     return model.eval()
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model, downloaded first when `path` is a hub name.
+
+    Raises:
+        OSError: there is no such model, or no connection.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this reads as `owner/name` or `name`, and not as a place beside a folder that exists."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and (
+        "/" not in path or not Path(path).parent.is_dir()
+    )
 
 
 def check_model_folder(path: str) -> None:
     """Raise ValueError when a local model folder lacks its config or weights (hub names pass)."""
     folder = Path(path)
-    if not folder.exists() and os.sep not in path and not path.startswith("."):
+    if not folder.exists() and is_hub_name(path):
         return
     if not folder.is_dir():
         raise ValueError(f"model.path {path!r} is not a folder")

@@ -1,10 +1,19 @@
-"""Do weights fit a model? One line about the first that does not; nothing is filled in or left out in silence."""
+"""Weights in safetensors folders: read without a copy too many, checked first, written in shards.
+
+Do they fit the model? One line about the first that does not; nothing is filled in or left out in silence.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -54,3 +63,74 @@ def refuse(
         raise ValueError(
             f"{where} does not fit its config: {len(unexpected)} weights belong to no such model, {unexpected[0]} first"
         )
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Folder:
+    """The safetensors of a folder, sharded or not; tensors are read one at a time.
+
+    Attributes:
+        shapes: of every tensor, by its name in the files.
+        dtype: the narrowest type that holds all of them.
+    """
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            ValueError: a shard of the index is missing, or a name appears twice.
+            SafetensorError, OSError: a file is damaged.
+        """
+        from safetensors import safe_open
+
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = sorted(file.name for file in path.glob("*.safetensors"))
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        dtypes = set()
+        self._files = [path / name for name in files]
+        for file in self._files:
+            if not file.is_file():
+                raise ValueError(f"cannot be loaded: shard {file.name} is missing")
+            with safe_open(file, "pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    if name in self.shapes:
+                        raise ValueError(f"cannot be loaded: {name} is in two files, {file.name} is the second")
+                    part = handle.get_slice(name)
+                    self.shapes[name] = tuple(part.get_shape())
+                    kind = part.get_dtype()
+                    if kind not in _DTYPES:
+                        raise ValueError(f"cannot be loaded: {name} has type {kind}, only floating point is read")
+                    dtypes.add(_DTYPES[kind])
+        if not self.shapes:
+            raise ValueError("cannot be loaded: it holds no tensors")
+        self.dtype = functools.reduce(torch.promote_types, dtypes)
+
+    @torch.no_grad()
+    def copy_into(self, model: nn.Module, names: Mapping[str, str]) -> None:
+        """Fill the model's weights, which must fit (see `check_weights`).
+
+        Args:
+            names: the model's name of every tensor that is to be read.
+        """
+        from safetensors import safe_open
+
+        targets = model.state_dict()
+        for file in self._files:
+            with safe_open(file, "pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    if name in names:
+                        targets[names[name]].copy_(handle.get_tensor(name))
+
+
+def write_weights(
+    weights: Mapping[str, torch.Tensor], path: str | os.PathLike[str], shard_size: str | int = "5GB"
+) -> None:
+    """Write safetensors, with an index when there are several shards."""
+    from huggingface_hub import save_torch_state_dict
+
+    tensors: dict[str, Any] = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_torch_state_dict(tensors, str(path), max_shard_size=shard_size, metadata={"format": "pt"})

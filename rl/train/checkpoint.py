@@ -146,27 +146,39 @@ def _universal(folder: Path, names: Sequence[str]) -> Iterator[Path]:
             shutil.rmtree(target)
 
 
-def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """Copy the Hugging Face folder of a checkpoint, or of a run's newest one.
+def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str], layout: str | None = None) -> Path:
+    """Copy the Hugging Face folder of a checkpoint, or of a run's newest one, or convert it.
+
+    Args:
+        source: run folder, checkpoint folder or model folder.
+        layout: a published layout (`rl.models.families`); None keeps ours.
 
     Raises:
-        ValueError: there is no complete checkpoint, or the output exists.
+        ValueError: there is no complete checkpoint, the output exists, or the model does not fit the layout.
     """
-    folder: Path | None = Path(source)
-    if not (Path(source) / "complete.json").exists():
-        folder, notes = find_checkpoint(source)
-        if folder is None:
-            raise ValueError(f"{source} holds no complete checkpoint" + "".join(f"; {note}" for note in notes))
-    assert folder is not None
-    problem = incomplete(folder)
-    if problem:
-        raise ValueError(f"checkpoint {folder} is incomplete: {problem}")
+    hf = Path(source)
+    if not (hf / "config.json").is_file():
+        folder: Path | None = Path(source)
+        if not (Path(source) / "complete.json").exists():
+            folder, notes = find_checkpoint(source)
+            if folder is None:
+                raise ValueError(f"{source} holds no complete checkpoint" + "".join(f"; {note}" for note in notes))
+        assert folder is not None
+        problem = incomplete(folder)
+        if problem:
+            raise ValueError(f"checkpoint {folder} is incomplete: {problem}")
+        hf = folder / "hf"
     target = Path(output)
     if target.exists():
         raise ValueError(f"{target} exists: name a new folder")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder / "hf", partial)
+    if layout is None:
+        shutil.copytree(hf, partial)
+    else:
+        from rl.models.export import convert_folder
+
+        convert_folder(hf, partial, layout)
     os.replace(partial, target)
     return target
 

@@ -343,7 +343,9 @@ def _backbone(config: Config) -> dict[str, Any]:
     described = dict(config.model.backbone)
     file = Path(config.model.path or "") / "config.json"
     if not described and config.model.path and file.is_file():
-        described = json.loads(file.read_text()).get("backbone", {})
+        from rl.models.load import backbone_of
+
+        described = backbone_of(json.loads(file.read_text()))
     if "model_type" not in described or "vocab_size" not in described:
         raise ValueError(
             "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with model.path "

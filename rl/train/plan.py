@@ -184,6 +184,10 @@ def _check_text(config: Config, task: Task, prompts: Sequence[str]) -> None:
         raise ValueError("model.backbone or model.path is required: there is no model to train")
     with about(tokenizer_field(config)):
         tokenizer = load_tokenizer(config.model, task)
+    if config.task.chat:
+        from rl.tasks.templates import chat_prompt
+
+        prompts = [chat_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
     context = _context(config)
     if context and longest + config.sampler.gen_length > context:
@@ -274,7 +278,9 @@ def _context(config: Config) -> int | None:
         if not file.is_file():
             return None
         with about(f"model.path {config.model.path!r}"):
-            backbone = json.loads(file.read_text()).get("backbone", {})
+            from rl.models.load import backbone_of
+
+            backbone = backbone_of(json.loads(file.read_text()))
     return backbone.get("max_position_embeddings", backbone.get("n_positions"))
 
 
