@@ -55,11 +55,14 @@ class TokenTrajectory:
         step, position, token: int [E], the edits ordered by step; a step may edit many positions.
         logprob: float64 [E], natural log of the probability the sampler gave this token when it chose
             it (after temperature and filters; 0 for a remasking edit and for greedy choices).
-        confidence: float32 [E], probability of the token under the score distribution, in [0, 1].
+        confidence: float32 [E], probability of the token under the score distribution, in [0, 1]; 0 for a remasking
+            edit.
         stop_length: response tokens to keep as the answer (up to and including the end token), <= L-P.
         block_length: block size of the decoding grid, None when the response is one block.
         block_origin: absolute position of the grid's first block boundary (0 for block-causal models).
-        sampler: the sampler settings that define the distribution (temperature, top_p, top_k, ...).
+        sampler: the sampler settings that define the distribution (temperature, top_p, top_k, and cfg_scale
+            where there is guidance: the learner combines its logits in the same way).
+        decoder: the rule that chose positions: the preset's name and every part (`SamplerOptions.decoder`).
         policy_version: optimizer steps taken by the weights that sampled this.
         exact: False when an approximate cache was used: log-probs then carry an unknown error.
         x0_hat: int64 [T, L], the full fill of every step, recorded on request only: the canvas with a draw for
@@ -83,6 +86,7 @@ class TokenTrajectory:
     block_length: int | None = None
     block_origin: int = 0
     sampler: dict[str, Any] = field(default_factory=dict)
+    decoder: dict[str, Any] = field(default_factory=dict)
     policy_version: int = 0
     exact: bool = True
     x0_hat: np.ndarray | None = None
@@ -180,6 +184,7 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
             "block_length": t.block_length,
             "block_origin": t.block_origin,
             "sampler": t.sampler,
+            "decoder": t.decoder,
             "policy_version": t.policy_version,
             "exact": t.exact,
             "seed": t.seed,

@@ -26,8 +26,9 @@ from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
 from rollouts.model_protocol import DenoisingModel, mask_token_of
+from rollouts.samplers.distribution import guided_logits
 from rollouts.samplers.options import SamplerOptions
-from rollouts.samplers.parts import even_quota
+from rollouts.samplers.parts import step_quota
 from rollouts.samplers.step import StepState, denoise_step
 from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import block_causal_visibility, full_visibility
@@ -100,6 +101,18 @@ class InProcessEngine:
             raise ValueError("sampler.record_x0 needs a full-attention model: a block-causal one has no full fill")
         if approximate_cache != "none" and options.record_x0:
             raise ValueError("sampler.record_x0 needs forwards of the whole canvas: set rollout.cache to none")
+        cached = self.block_causal or approximate_cache != "none"
+        if cached and options.cfg_scale:
+            raise ValueError(
+                "sampler.cfg_scale needs forwards of the whole canvas, with and without its prompt: use a "
+                "full-attention model and rollout.cache none, or set sampler.cfg_scale to 0"
+            )
+        if cached and options.reach_back:
+            raise ValueError(
+                "sampler.revise_scope all_previous changes blocks that a cache has stored: set it to block"
+            )
+        if options.eos_confidence < 1 and eos_token_id is None:
+            raise ValueError("sampler.eos_confidence needs an end token, the tokenizer has none: set it to 1")
         self.options = options
         self.eos_token_id = eos_token_id
         self.max_batch_size = max_batch_size
@@ -126,6 +139,9 @@ class InProcessEngine:
         record = Record(len(plans))
         width = waiting[0].length
         canvas = torch.full((len(slots.index), width), self.mask_token_id, dtype=torch.int64, device=self.device)
+        running = None
+        if self.options.reviser == "rcr":
+            running = torch.empty(canvas.shape, dtype=torch.float64, device=self.device)
         cache = None
         if cached:
             # One position more than any canvas has: padding queries write there.
@@ -138,13 +154,15 @@ class InProcessEngine:
                 admitted[slot] = requests[plan.index].prompt_ids
                 canvas[slot] = self.mask_token_id
                 canvas[slot, : plan.prompt] = torch.as_tensor(admitted[slot], device=self.device)
+                if running is not None:
+                    running[slot] = -torch.inf
             if admitted and self.block_causal:
                 assert cache is not None
                 self._prefill(canvas, cache, slots, admitted)
             group = slots.next_group()
             if not len(group):
                 break
-            self._denoise(canvas, cache, slots, group, record)
+            self._denoise(canvas, running, cache, slots, group, record)
         self.stats.seconds = time.perf_counter() - started
         return self._trajectories(requests, plans, record, policy_version)
 
@@ -157,6 +175,8 @@ class InProcessEngine:
         prompt = len(request.prompt_ids)
         if not prompt:
             raise ValueError(f"request {index} has an empty prompt: give it at least one token")
+        if self.mask_token_id in request.prompt_ids:
+            raise ValueError(f"request {index} has the mask token {self.mask_token_id} in its prompt: take it out")
         block = self.options.block_length
         length, start = prompt + self.options.gen_length, prompt
         if self.block_causal:
@@ -217,38 +237,98 @@ class InProcessEngine:
                 cache.copy([source] * len(targets), targets, int(slots.start[source]))
 
     def _denoise(
-        self, canvas: torch.Tensor, cache: BlockCache | None, slots: Slots, group: np.ndarray, record: Record
+        self,
+        canvas: torch.Tensor,
+        running: torch.Tensor | None,
+        cache: BlockCache | None,
+        slots: Slots,
+        group: np.ndarray,
+        record: Record,
     ) -> None:
         """One denoising forward and decision for the requests in the slots `group`."""
-        names = ("length", "start", "end", "num_masked", "steps", "block_step", "step", "seed")
+        options = self.options
+        names = ("length", "start", "end", "num_masked", "left", "steps", "block_step", "step", "seed", "prompt")
         # One transfer for all numbers of the group.
         numbers = torch.from_numpy(np.stack([group, *(getattr(slots, name)[group] for name in names)])).to(self.device)
-        where, length, start, end, total, steps, block_step, step, seed = numbers
+        where, length, start, end, total, left, steps, block_step, step, seed, prompt = numbers
         index = torch.arange(canvas.shape[1], device=self.device)
         tokens = canvas[where]
         masked = tokens == self.mask_token_id
-        eligible = masked & (index >= start[:, None]) & (index < end[:, None])
-        candidates = masked & (index < length[:, None]) if self.options.record_x0 else eligible
+        filled = None
+        if options.reviser == "none":
+            eligible = masked & (index >= start[:, None]) & (index < end[:, None])
+        else:
+            # With all_previous, masks of earlier blocks are filled again too. Prompts have none.
+            first = prompt if options.reach_back else start.maximum(prompt)
+            inside = (index >= first[:, None]) & (index < end[:, None])
+            eligible, filled = masked & inside, ~masked & inside
+        candidates = masked & (index < length[:, None]) if options.record_x0 else eligible
+        if options.reviser == "edit":
+            candidates = candidates | filled
         row, position = candidates.nonzero(as_tuple=True)
         hidden, begin = self._hidden(tokens, cache, slots, group, start, length)
-        logits = self.model.token_logits(hidden[row, position - self.model.logit_shift - begin[row]])
-        quota = even_quota(total, steps.minimum(total), block_step)
-        state = StepState(tokens, candidates, eligible, quota, seed, step)
-        result = denoise_step(state, logits, self.options)
+        at = (row, position - self.model.logit_shift - begin[row])
+        logits = self.model.token_logits(hidden[at])
+        if options.cfg_scale:
+            unprompted = torch.where(index < prompt[:, None], self.mask_token_id, tokens)
+            hidden, _ = self._hidden(unprompted, cache, slots, group, start, length)
+            logits = guided_logits(logits, self.model.token_logits(hidden[at]), options.cfg_scale)
+        if not options.follows_time:
+            steps = steps.minimum(total)
+        quota = step_quota(options.quota, total, left, steps, block_step)
+        before = None if running is None else running[where]
+        state = StepState(tokens, candidates, eligible, quota, seed, step, steps, block_step, filled, before)
+        result = denoise_step(state, logits, options, eos_token_id=self.eos_token_id)
         request = slots.index[group]
-        if self.options.record_x0:
-            record.add_fill(result, tokens, request)
-        shown = torch.where(result.reveal, result.token, self.mask_token_id)
+        if options.record_x0:
+            record.add_fill(result, tokens, masked, request)
+        if running is not None:
+            assert result.running is not None
+            running[where] = result.running
+        shown = torch.where(result.reveal, result.token, tokens[result.row, result.position])
         canvas[where[result.row], result.position] = shown
-        edited, token = record.add(result, request, slots.step[group])
-        revealed = np.bincount(edited, minlength=len(group))
-        ends = np.zeros(len(token), dtype=bool) if self.eos_token_id is None else token == self.eos_token_id
-        ended = np.bincount(edited[ends], minlength=len(group)) > 0
+        if result.remask is not None:
+            canvas[where] = canvas[where].masked_fill(result.remask, self.mask_token_id)
+        edited, token = record.add(result, request, slots.step[group], self.mask_token_id)
         record.num_steps[request] = slots.step[group] + 1
         # A block-causal model never saw what lies behind the terminal block.
         record.length[request] = slots.end[group] if self.block_causal else slots.length[group]
-        slots.after_step(group, revealed, ended, self.options.block_length)
         self.stats.generated_tokens += len(token)
+        if options.reviser == "none":
+            revealed = np.bincount(edited, minlength=len(group))
+            ends = np.zeros(len(token), dtype=bool) if self.eos_token_id is None else token == self.eos_token_id
+            ended = np.bincount(edited[ends], minlength=len(group)) > 0
+            slots.after_step(group, revealed, ended, options.block_length)
+        else:
+            changed = result.reveal & ~masked[result.row, result.position]
+            edits = torch.bincount(result.row[changed], minlength=len(group))
+            self._after_revision(canvas[where], inside, edits, slots, group)
+
+    def _after_revision(
+        self, canvas: torch.Tensor, inside: torch.Tensor, edits: torch.Tensor, slots: Slots, group: np.ndarray
+    ) -> None:
+        """Count a step that may have taken tokens back: what is left and where it ended is read off the canvas.
+
+        Args:
+            canvas: int64 [N, L], after the step.
+            inside: bool [N, L], the positions that the step could change.
+            edits: int64 [N], tokens replaced by other tokens.
+        """
+        options = self.options
+        left = ((canvas == self.mask_token_id) & inside).sum(1)
+        ended = torch.zeros_like(left) if self.eos_token_id is None else ((canvas == self.eos_token_id) & inside).sum(1)
+        left_now, ends, edited = torch.stack([left, ended, edits]).cpu().numpy()
+        busy = np.zeros(len(group), dtype=bool)
+        if options.reviser == "remdm":
+            busy = slots.block_step[group] + 1 < slots.steps[group]
+        elif options.reviser == "edit":
+            complete = slots.left[group] == 0
+            slots.post_step[group] += complete
+            more = slots.post_step[group] < options.max_post_steps
+            busy = more & (~complete | (edited > 0))
+        # An end token may have been taken back.
+        slots.stopped[group] = False
+        slots.after_step(group, slots.left[group] - left_now, ends > 0, options.block_length, busy)
 
     def _hidden(
         self,
@@ -315,6 +395,7 @@ class InProcessEngine:
                 block_length=self.options.block_length,
                 block_origin=0 if self.block_causal else plan.prompt,
                 sampler=self.options.distribution(),
+                decoder=self.options.decoder(),
                 policy_version=policy_version,
                 exact=self.approximate_cache == "none",
                 seed=request.seed,

@@ -28,14 +28,16 @@ class Record:
             {name: [] for name in FILL_FIELDS} for _ in range(num_requests)
         ]
 
-    def add(self, result: StepResult, request: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keep what a step revealed.
+    def add(
+        self, result: StepResult, request: np.ndarray, step: np.ndarray, mask_token_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keep what a step revealed and took back.
 
         Args:
             request, step: int64 [N], of each row of the step.
 
         Returns:
-            row [E] and token [E] of the edits. They are on the host: one transfer carries everything.
+            row [E] and token [E] of the revealed positions. They are on the host: one transfer carries everything.
         """
         kept = result.reveal.nonzero().squeeze(1)
         # Floats travel as their bits, so that one tensor holds all columns.
@@ -43,21 +45,30 @@ class Record:
         columns = torch.stack([result.row, result.position, result.token, *floats])[:, kept].cpu().numpy()
         row, token = columns[0], columns[2]
         self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:]]))
+        if result.remask is not None:
+            back, position = result.remask.nonzero().cpu().numpy().T
+            # Log-prob and confidence are 0, whose bits are 0: taking a token back is no draw.
+            nothing = np.zeros((2, len(back)), dtype=np.int64)
+            masks = np.full((1, len(back)), mask_token_id)
+            self._parts.append(np.concatenate([[request[back], step[back], position], masks, nothing]))
         return row, token
 
-    def add_fill(self, result: StepResult, canvas: torch.Tensor, request: np.ndarray) -> None:
+    def add_fill(self, result: StepResult, canvas: torch.Tensor, masked: torch.Tensor, request: np.ndarray) -> None:
         """Keep what a step drew everywhere.
 
         Args:
             canvas: int64 [N, L], before the step.
+            masked: bool [N, L], its masks.
             request: int64 [N], of each row.
         """
-        place = (result.row, result.position)
+        # Token editing also looks at tokens it then leaves as they are.
+        drawn = masked[result.row, result.position] | result.reveal
+        place, token = (result.row[drawn], result.position[drawn]), result.token[drawn]
         unknown = torch.full(canvas.shape, torch.nan, dtype=torch.float64, device=canvas.device)
         fills = {
-            "x0_hat": canvas.index_put(place, result.token),
-            "x0_confidence": unknown.index_put(place, result.confidence.double()),
-            "x0_logprob": unknown.index_put(place, result.logprob.double()),
+            "x0_hat": canvas.index_put(place, token),
+            "x0_confidence": unknown.index_put(place, result.confidence.double()[drawn]),
+            "x0_logprob": unknown.index_put(place, result.logprob.double()[drawn]),
         }
         for name, values in fills.items():
             for i, row in zip(request, values.cpu().numpy().astype(FILL_FIELDS[name]), strict=True):

@@ -41,6 +41,7 @@ class Slots:
         num_masked: positions of the current block that were masked when it began.
         left: positions of it that are masked now.
         block_step, step: denoising steps taken in this block, and in all.
+        post_step: those taken in it after its last mask was revealed.
         fresh: the block has not been denoised yet, and its first forward is a longer one.
         stopped: an end token was revealed.
     """
@@ -55,7 +56,9 @@ class Slots:
         self.prompt, self.length, self.start, self.end, self.steps, self.seed = (
             np.zeros(count, dtype=np.int64) for _ in range(6)
         )
-        self.num_masked, self.left, self.block_step, self.step = (np.zeros(count, dtype=np.int64) for _ in range(4))
+        self.num_masked, self.left, self.block_step, self.post_step, self.step = (
+            np.zeros(count, dtype=np.int64) for _ in range(5)
+        )
         self.fresh, self.stopped = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
 
     def free(self) -> np.ndarray:
@@ -68,7 +71,7 @@ class Slots:
         self._enter(np.array([slot]), fresh)
 
     def _enter(self, slots: np.ndarray, fresh: bool) -> None:
-        self.block_step[slots] = 0
+        self.block_step[slots] = self.post_step[slots] = 0
         self.fresh[slots] = fresh
         masked = self.end[slots] - np.maximum(self.start[slots], self.prompt[slots])
         self.num_masked[slots] = self.left[slots] = masked
@@ -84,14 +87,22 @@ class Slots:
         first, later = np.flatnonzero(active & self.fresh), np.flatnonzero(active & ~self.fresh)
         return first if len(first) >= len(later) else later
 
-    def after_step(self, group: np.ndarray, revealed: np.ndarray, ended: np.ndarray, block: int | None) -> np.ndarray:
+    def after_step(
+        self,
+        group: np.ndarray,
+        revealed: np.ndarray,
+        ended: np.ndarray,
+        block: int | None,
+        busy: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Count a step of the group; enter next blocks.
 
         Args:
             group: int64 [N], the slots that were forwarded.
-            revealed: int64 [N], positions each revealed.
+            revealed: int64 [N], positions each revealed, less those it masked again.
             ended: bool [N], whether an end token was among them.
             block: block length, None when the response is one block.
+            busy: bool [N], whose block is not done although nothing in it is masked.
 
         Returns:
             slots whose request is done, freed; what they held stays readable until they are used again.
@@ -101,7 +112,7 @@ class Slots:
         self.left[group] -= revealed
         self.stopped[group] |= ended
         self.fresh[group] = False
-        complete = group[self.left[group] == 0]
+        complete = group[(self.left[group] == 0) if busy is None else (self.left[group] == 0) & ~busy]
         over = self.stopped[complete] | (self.end[complete] == self.length[complete])
         onward = complete[~over]
         if len(onward):

@@ -60,3 +60,13 @@ def draw(logprobs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     cdf = logprobs.double().exp().cumsum(dim=-1)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None]).squeeze(-1)
     return token.clamp_(max=logprobs.shape[-1] - 1)
+
+
+def guided_logits(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance as LLaDA applies it: u + (scale + 1)(c - u); scale 0 is the conditional model.
+
+    Args:
+        conditional: [N, V], c, logits given the prompt.
+        unconditional: [N, V], u, logits with every prompt token masked.
+    """
+    return unconditional + (scale + 1) * (conditional - unconditional)

@@ -20,6 +20,7 @@ REMASK_STREAM = 4
 CHOICE_STREAM = 5
 LATENT_STREAM = 6
 GUMBEL_STREAM = 7
+REVISE_STREAM = 8
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

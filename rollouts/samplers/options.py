@@ -6,12 +6,37 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rollouts.samplers.presets import PRESETS
+
+# What a preset chooses. Everything else (lengths, steps, blocks, temperature, guidance) is left to the user.
+PARTS = (
+    "quota",
+    "score",
+    "score_from",
+    "order_temperature",
+    "eos_confidence",
+    "selector",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "reviser",
+    "running_confidence",
+    "revise_scope",
+    "remdm_cap",
+    "edit_threshold",
+    "max_post_steps",
+)
+_IN_UNIT_INTERVAL = ("probability", "max_probability", "margin")
+
 
 class SamplerOptions(BaseModel):
-    """A decoder: quota x token sampler x score x selector, on a block schedule."""
+    """A decoder: quota x token sampler x score x selector x reviser, on a block schedule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: str | None = Field(
+        None, description="Published decoder whose parts to take (docs/decoders.md); options given beside it win."
+    )
     gen_length: int = Field(16, ge=1, description="Response tokens to generate.")
     num_inference_steps: int = Field(
         4, ge=1, description="Denoising steps for the whole response, split evenly over its blocks."
@@ -24,27 +49,116 @@ class SamplerOptions(BaseModel):
     temperature: float = Field(1.0, ge=0, description="Token sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus filter; 1 keeps every token.")
     top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
-    score: Literal["probability", "margin", "neg_entropy", "random"] = Field(
-        "probability", description="What ranks masked positions for revealing."
+    cfg_scale: float = Field(
+        0.0, ge=0, description="Classifier-free guidance against the masked prompt (full attention); 0 is none."
+    )
+    quota: Literal["even", "cosine", "dream", "doubling"] = Field(
+        "even", description="How many positions each step of a block reveals."
+    )
+    score: Literal["probability", "max_probability", "margin", "neg_entropy", "random"] = Field(
+        "probability",
+        description="What ranks masked positions for revealing; probability is the drawn token's, max_probability the "
+        "most likely one's.",
     )
     score_from: Literal["model", "sampling"] = Field(
         "model",
         description="Distribution the score is read from: the model's (temperature 1, unfiltered) or the sampling one.",
     )
-    selector: Literal["top_n", "threshold", "dynamic", "left_most"] = Field(
+    order_temperature: float = Field(
+        0.0, ge=0, description="Draw positions with probability softmax(score / this) instead of the best; 0 does not."
+    )
+    eos_confidence: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor on an end token's score at a block's first step, rising linearly to 1 at its last.",
+    )
+    selector: Literal[
+        "top_n", "threshold", "dynamic", "left_most", "factor", "entropy_bound", "entropy_sum", "bernoulli"
+    ] = Field(
         "top_n",
         description="Which positions a step reveals: the quota's best, all above threshold (at least one), "
-        "above threshold or else the quota's best, or the left-most.",
+        "above threshold or else the quota's best, the left-most, as many as factor or entropy_bound allow, or each "
+        "on its own with Dream's probability 1 - s/t.",
     )
     threshold: float = Field(0.9, gt=0, le=1, description="Score bound of the threshold and dynamic selectors.")
+    factor: float = Field(
+        1.0,
+        gt=0,
+        description="The factor selector reveals the n most confident while (n + 1)(1 - n-th score) < factor.",
+    )
+    entropy_bound: float = Field(
+        0.1,
+        gt=0,
+        description="Nats: bound on the revealed positions' entropies without the largest (selector entropy_bound) or "
+        "with it (entropy_sum).",
+    )
+    reviser: Literal["none", "rcr", "remdm", "edit"] = Field(
+        "none",
+        description="Take revealed tokens back: running-confidence remasking, ReMDM's random remasking, or LLaDA2.1's "
+        "token editing.",
+    )
+    running_confidence: Literal["max", "last"] = Field(
+        "max", description="What rcr ranks a position by: its highest score so far (paper) or its last (code)."
+    )
+    revise_scope: Literal["block", "all_previous"] = Field(
+        "block", description="Tokens rcr and remdm may take back: the current block's, or earlier blocks' too."
+    )
+    remdm_cap: float = Field(0.02, gt=0, le=1, description="Upper bound of ReMDM's remasking probability.")
+    edit_threshold: float = Field(
+        0.5, ge=0, lt=1, description="A drawn token replaces another one when its probability exceeds this (edit)."
+    )
+    max_post_steps: int = Field(16, ge=0, description="Steps of a complete block in which tokens are still edited.")
     record_x0: bool = Field(
         False, description="Also record the full fill of every step, its confidences and log-probs (MDPO)."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") is not None:
+            return {**_preset(given["preset"]), **given}
+        return given
+
     @model_validator(mode="after")
-    def _steps_divide(self) -> SamplerOptions:
+    def _parts_fit(self) -> SamplerOptions:
         self.steps_per_block()
+        if self.selector in ("threshold", "dynamic", "factor") and self.score == "neg_entropy":
+            raise ValueError(
+                f"sampler.threshold compares probabilities: with score neg_entropy set sampler.selector top_n, not "
+                f"{self.selector}"
+            )
+        if self.selector in ("entropy_bound", "entropy_sum") and self.score != "neg_entropy":
+            raise ValueError(f"sampler.selector {self.selector} bounds entropies: set sampler.score to neg_entropy")
+        if self.order_temperature and (self.selector != "top_n" or self.reviser == "rcr" or self.score == "random"):
+            raise ValueError(
+                "sampler.order_temperature draws the quota's positions by their scores: it needs selector top_n, a "
+                "score other than random, and no reviser rcr"
+            )
+        if self.eos_confidence < 1 and self.score not in _IN_UNIT_INTERVAL:
+            raise ValueError(
+                f"sampler.eos_confidence scales probabilities: set sampler.score to one of {_IN_UNIT_INTERVAL}"
+            )
+        if self.reviser == "rcr" and self.selector != "top_n":
+            raise ValueError("sampler.reviser rcr keeps the quota's most confident: set sampler.selector to top_n")
+        if self.reviser == "remdm" and self.selector != "bernoulli":
+            raise ValueError("sampler.reviser remdm reveals and remasks at random: set sampler.selector to bernoulli")
         return self
+
+    @property
+    def random_order(self) -> bool:
+        """Whether which positions are revealed is drawn too, also when tokens are greedy."""
+        return self.score == "random" or self.order_temperature > 0 or self.selector == "bernoulli"
+
+    @property
+    def follows_time(self) -> bool:
+        """Whether the schedule is a function of time on Dream's grid: then no step is left out, even an idle one."""
+        return self.quota == "dream" or self.selector == "bernoulli"
+
+    @property
+    def reach_back(self) -> bool:
+        """Whether a reviser may change blocks before the current one."""
+        return self.reviser in ("rcr", "remdm") and self.revise_scope == "all_previous"
 
     def steps_per_block(self, num_inference_steps: int | None = None) -> int:
         """Denoising steps each block gets.
@@ -70,8 +184,29 @@ class SamplerOptions(BaseModel):
         return steps // num_blocks
 
     def distribution(self) -> dict[str, Any]:
-        """The settings a learner needs to score the recorded tokens."""
-        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        """The settings a learner needs to score the recorded tokens; guidance only where there is some."""
+        settings: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return settings | ({"cfg_scale": self.cfg_scale} if self.cfg_scale else {})
+
+    def decoder(self) -> dict[str, Any]:
+        """The preset's name and every part: the rule that chose positions, as a trajectory records it."""
+        return {name: getattr(self, name) for name in ("preset", *PARTS)}
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ValueError(f"sampler.preset {name!r} does not exist: choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_parts(name: str) -> dict[str, Any]:
+    """The preset's name and a value for every part, to lay over options that were already resolved.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    defaults = {part: SamplerOptions.model_fields[part].default for part in PARTS}
+    return {"preset": name, **defaults, **_preset(name)}
 
 
 class RelaxedOptions(BaseModel):

@@ -9,7 +9,8 @@ import torch
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
-from rollouts.samplers.parts import position_scores, select_positions
+from rollouts.samplers.parts import perturbed, position_scores, ramp, select_positions, times
+from rollouts.samplers.revisers import remask_least_confident, remdm_chances, running_confidence
 
 
 @dataclass
@@ -18,11 +19,15 @@ class StepState:
 
     Attributes:
         canvas: int64 [B, L].
-        candidates: bool [B, L], masked positions whose token is drawn (logits are needed there).
-        eligible: bool [B, L], candidates that may be revealed now (inside the current block).
+        candidates: bool [B, L], positions whose token is drawn (logits are needed there): masks, and what token
+            editing may replace.
+        eligible: bool [B, L], masked candidates that may be revealed now (inside the current block).
         quota: int64 [B], positions the schedule reveals at this step.
         seed: int64 [B], per request, or [B, L], per position (a search redraws some positions and keeps others).
         step: int64 [B], denoising steps each request has taken.
+        num_steps, block_step: int64 [B], steps of the block and how many were taken, for what depends on time.
+        filled: bool [B, L], tokens that a reviser may take back; never a prompt's. None without a reviser.
+        running: float64 [B, L], running confidences, for reviser rcr.
     """
 
     canvas: torch.Tensor
@@ -31,6 +36,10 @@ class StepState:
     quota: torch.Tensor
     seed: torch.Tensor
     step: torch.Tensor
+    num_steps: torch.Tensor | None = None
+    block_step: torch.Tensor | None = None
+    filled: torch.Tensor | None = None
+    running: torch.Tensor | None = None
 
 
 @dataclass
@@ -42,7 +51,10 @@ class StepResult:
         token: int64 [N], the draw.
         logprob: float64 [N], under the sampling distribution (0 for greedy).
         confidence: float64 [N], probability of the token under the score distribution.
-        reveal: bool [N], the candidates that are committed.
+        reveal: bool [N], the candidates that are committed: masks that take their token, and tokens that
+            another one replaces.
+        remask: bool [B, L], tokens that become masks; None without a reviser that does so.
+        running: float64 [B, L], the running confidences after the step; None when there are none.
     """
 
     row: torch.Tensor
@@ -51,12 +63,18 @@ class StepResult:
     logprob: torch.Tensor
     confidence: torch.Tensor
     reveal: torch.Tensor
+    remask: torch.Tensor | None = None
+    running: torch.Tensor | None = None
 
 
 def denoise_step(
-    state: StepState, logits: torch.Tensor, options: SamplerOptions, proposal: torch.Tensor | None = None
+    state: StepState,
+    logits: torch.Tensor,
+    options: SamplerOptions,
+    proposal: torch.Tensor | None = None,
+    eos_token_id: int | None = None,
 ) -> StepResult:
-    """Draw a token for every candidate and choose which to reveal.
+    """Draw a token for every candidate, choose which to reveal and which tokens to take back.
 
     Args:
         state: see `StepState`.
@@ -64,6 +82,7 @@ def denoise_step(
         options: the decoder's parts.
         proposal: [N, V] log-probs to draw from instead (guidance). Log-probs, confidences and the scores that
             rank positions stay those of the sampling distribution.
+        eos_token_id: whose score `eos_confidence` lowers.
     """
     row, position = state.candidates.nonzero(as_tuple=True)
     seed = state.seed[row] if state.seed.dim() == 1 else state.seed[row, position]
@@ -81,10 +100,55 @@ def denoise_step(
     if sampling is None or (options.score_from == "model" and not untouched):
         sampling = torch.log_softmax(logits, dim=-1)
     confidence = sampling.gather(-1, token[:, None]).squeeze(-1).double().exp()
-    random = None
-    if options.score == "random":
-        random = noise.uniform(seed, step, position, noise.ORDER_STREAM)
+    random = noise.uniform(seed, step, position, noise.ORDER_STREAM) if options.random_order else None
+    score = position_scores(options.score, sampling, token, random)
+    if options.eos_confidence < 1:
+        assert eos_token_id is not None and state.num_steps is not None and state.block_step is not None
+        lowered = score * ramp(options.eos_confidence, state.num_steps, state.block_step)[row]
+        score = torch.where(token == eos_token_id, lowered, score)
+    if options.order_temperature:
+        assert random is not None
+        score = perturbed(score, options.order_temperature, random)
     scores = torch.zeros(state.canvas.shape, dtype=torch.float64, device=logits.device)
-    scores[row, position] = position_scores(options.score, sampling, token, random)
-    chosen = select_positions(options.selector, scores, state.eligible, state.quota, options.threshold)
-    return StepResult(row, position, token, logprob, confidence, chosen[row, position])
+    scores[row, position] = score
+    result = StepResult(row, position, token, logprob, confidence, torch.empty(0))
+    if options.reviser == "rcr":
+        assert state.running is not None and state.filled is not None
+        result.running = running_confidence(options.running_confidence, state.running, scores, state.eligible)
+        chosen, result.remask = remask_least_confident(result.running, state.eligible, state.filled, state.quota)
+    elif options.selector == "bernoulli":
+        chosen = _bernoulli(state, result, random, options)
+    else:
+        bounds = {
+            "factor": options.factor,
+            "entropy_bound": options.entropy_bound,
+            "entropy_sum": options.entropy_bound,
+        }
+        bound = bounds.get(options.selector, options.threshold)
+        chosen = select_positions(options.selector, scores, state.eligible, state.quota, bound)
+    result.reveal = chosen[row, position]
+    if options.reviser == "edit":
+        assert state.filled is not None
+        other = token != state.canvas[row, position]
+        result.reveal = result.reveal | (state.filled[row, position] & other & (confidence > options.edit_threshold))
+    return result
+
+
+def _bernoulli(
+    state: StepState, result: StepResult, random: torch.Tensor | None, options: SamplerOptions
+) -> torch.Tensor:
+    """bool [B, L]: each mask on its own with Dream's probability 1 - s/t, or ReMDM's; sets `result.remask`."""
+    assert random is not None and state.num_steps is not None and state.block_step is not None
+    if options.reviser == "remdm":
+        assert state.filled is not None
+        chance, sigma = remdm_chances(options.remdm_cap, state.num_steps, state.block_step)
+        index = torch.arange(state.canvas.shape[1], device=random.device)
+        seed = state.seed[:, None] if state.seed.dim() == 1 else state.seed
+        u = noise.uniform(seed, state.step[:, None], index, noise.REVISE_STREAM)
+        result.remask = state.filled & (u < sigma[:, None])
+    else:
+        t, s = times(state.num_steps, state.block_step)
+        chance = 1 - s / t
+    chosen = torch.zeros_like(state.eligible)
+    chosen[result.row, result.position] = random < chance[result.row]
+    return chosen & state.eligible

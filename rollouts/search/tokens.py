@@ -21,7 +21,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.record import NonFiniteError
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import sampling_logprobs
-from rollouts.samplers.parts import even_quota
+from rollouts.samplers.parts import step_quota
 from rollouts.samplers.step import StepResult, StepState, denoise_step
 from rollouts.search.protocol import Budget
 from rollouts.trajectory import TokenTrajectory
@@ -92,12 +92,18 @@ class TokenSampler:
             prompts: token ids, one sequence per conditioning.
 
         Raises:
-            ValueError: an approximate cache, recorded fills, or a prompt that does not fit.
+            ValueError: an approximate cache, recorded fills, a decoder that takes tokens back or is guided, or a prompt
+                that does not fit.
         """
         if engine.approximate_cache != "none":
             raise ValueError("a search needs exact states: set rollout.cache to none")
         if engine.options.record_x0:
             raise ValueError("a search records no fills: set sampler.record_x0 to false")
+        if engine.options.reviser != "none" or engine.options.cfg_scale:
+            raise ValueError(
+                "a search revises states itself and draws from the plain model: set sampler.reviser to none and "
+                "sampler.cfg_scale to 0"
+            )
         self.engine = engine
         self.budget = Budget()
         self.policy_version = policy_version
@@ -324,10 +330,13 @@ class TokenSampler:
         begin, end = self._put(np.maximum(part.start, self._prompt[part.row])), self._put(part.end)
         eligible = where & (index >= begin[:, None]) & (index < end[:, None])
         total = end - begin
-        steps = self._put(self._steps[part.row]).minimum(total)
-        quota = even_quota(total, steps, self._put(part.block_step))
-        state = StepState(part.canvas, where, eligible, quota, seeds, self._put(part.step))
-        return denoise_step(state, logits, self.engine.options, proposal)
+        options, block_step = self.engine.options, self._put(part.block_step)
+        steps = self._put(self._steps[part.row])
+        if not options.follows_time:
+            steps = steps.minimum(total)
+        quota = step_quota(options.quota, total, eligible.sum(-1), steps, block_step)
+        state = StepState(part.canvas, where, eligible, quota, seeds, self._put(part.step), steps, block_step)
+        return denoise_step(state, logits, options, proposal, self.engine.eos_token_id)
 
     def _commit(self, part: TokenStates, result: StepResult) -> TokenStates:
         """Write what was revealed onto the canvases and into the histories, and count the step."""
@@ -406,6 +415,7 @@ class TokenSampler:
                 block_length=engine.options.block_length,
                 block_origin=0 if engine.block_causal else len(self.prompts[row]),
                 sampler=engine.options.distribution(),
+                decoder=engine.options.decoder(),
                 policy_version=self.policy_version,
                 seed=int(states.seed[i]),
             )
