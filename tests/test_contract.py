@@ -19,6 +19,7 @@ from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.presets import PRESETS
 from rollouts.trajectory import TokenTrajectory
 
 FULL = ["gpt2-full", "qwen3-full", "gpt2-full-shifted"]
@@ -78,13 +79,20 @@ def one_forward_per_step(model: Any, trajectory: TokenTrajectory, group: np.ndar
     canvas = trajectory.canvas_at(0)
     visible = naive_visible(model, trajectory.length, trajectory.block_length)
     result = torch.zeros(len(trajectory.step), dtype=torch.float64)
+    distribution = dict(trajectory.sampler)
+    scale = distribution.pop("cfg_scale", 0.0)
     for g in np.unique(group):
         logits = model(torch.from_numpy(canvas)[None], visible=visible)[0]
+        if scale:
+            blank = canvas.copy()
+            blank[: trajectory.prompt_length] = trajectory.mask_token_id
+            without = model(torch.from_numpy(blank)[None], visible=visible)[0]
+            logits = without + (scale + 1) * (logits - without)
         for edit in np.flatnonzero(group == g):
             token = int(trajectory.token[edit])
             if token != trajectory.mask_token_id:
                 at = logits[trajectory.position[edit] - model.logit_shift]
-                result[edit] = sampling_logprobs(at[None], keep=torch.tensor([token]), **trajectory.sampler)[0, token]
+                result[edit] = sampling_logprobs(at[None], keep=torch.tensor([token]), **distribution)[0, token]
         for edit in np.flatnonzero(group == g):
             canvas[trajectory.position[edit]] = trajectory.token[edit]
     return result[torch.from_numpy(trajectory.is_reveal)]
@@ -242,6 +250,87 @@ def test_every_selector_keeps_the_contract(make_model, family: str, selector: st
     with torch.no_grad():
         logprob, _ = score_rows(model, rows_for(model, trajectories))
     np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
+
+
+def revisions(trajectories: list[TokenTrajectory]) -> int:
+    """Decisions beyond the first of a position: tokens taken back and decided again, or replaced."""
+    return sum(int(t.is_reveal.sum()) - len(np.unique(t.position)) for t in trajectories)
+
+
+REVISING = ["rcr", "rcr_last", "remdm", "llada2_1_quality", "llada2_1_speed"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_keeps_the_contract_on_block_models(make_model, name: str) -> None:
+    """For every prompt length from 1 to 3B, both layouts, with everything that was taken back."""
+    model = make_model("gpt2-block4")
+    settings = {"temperature": 1.2, "top_p": 0.95, "revise_scope": "block", "remdm_cap": 0.3, "max_post_steps": 3}
+    trajectories = rollouts(model, range(1, 3 * B + 1), preset=name, num_inference_steps=8, **settings)
+    plain = torch.cat([one_forward_per_step(model, t) for t in trajectories])
+    for rows in (packed_rows(trajectories, pack_to=90), remask_rows(trajectories, block_length=B)):
+        with torch.no_grad():
+            logprob, _ = score_rows(model, rows.distinct())
+        np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
+        np.testing.assert_allclose(plain.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(rows.recorded.numpy(), recorded(trajectories))
+    assert (
+        packed_rows(trajectories).target.tolist()
+        == np.concatenate([t.token[t.is_reveal] for t in trajectories]).tolist()
+    )
+    assert (revisions(trajectories) > 2) == (name in REVISING)
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+@pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_keeps_the_contract_on_full_models(make_model, name: str, family: str, cfg_scale: float) -> None:
+    """Blocks, so that all_previous reaches back; with guidance the learner combines its logits likewise."""
+    model = make_model(family)
+    settings = {"temperature": 1.2, "remdm_cap": 0.3, "max_post_steps": 3, "cfg_scale": cfg_scale}
+    trajectories = rollouts(model, range(1, 5), 4, preset=name, num_inference_steps=8, **settings)
+    plain = torch.cat([one_forward_per_step(model, t) for t in trajectories])
+    rows = remask_rows(trajectories, logit_shift=model.logit_shift, pack_to=30)
+    with torch.no_grad():
+        logprob, _ = score_rows(model, rows.distinct())
+    for scored in (logprob, plain):
+        np.testing.assert_allclose(scored.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
+    assert logprob.std() > 0.3
+    assert rows.num_rows == len(rows.input_ids) * (2 if cfg_scale else 1)
+
+
+def test_guidance_left_out_by_the_learner_breaks_the_equality(make_model) -> None:
+    model = make_model("gpt2-full")
+    trajectories = rollouts(model, range(1, 5), cfg_scale=1.5)
+    rows = remask_rows(trajectories)
+    with torch.no_grad():
+        for wrong in ({"unprompted": None}, {"cfg_scale": 1.0}, {"unprompted": rows.input_ids}):
+            logprob, _ = score_rows(model, replace(rows, **wrong))
+            assert np.abs(logprob.numpy() - recorded(trajectories)).max() > 0.05
+
+
+def test_gradients_of_guided_decisions_reach_both_branches(make_model) -> None:
+    model = make_model("gpt2-full")
+    trajectories = rollouts(model, range(2, 4), cfg_scale=1.5)
+    logprob, _ = score_rows(model, remask_rows(trajectories).distinct())
+    gradients = torch.autograd.grad(logprob.sum(), list(model.parameters()))
+    parameter, direction = list(model.parameters())[-1], torch.zeros(0)
+    direction = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
+    values = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter.add_(sign * 1e-5 * direction)
+            values.append(sum(float(one_forward_per_step(model, t).sum()) for t in trajectories))
+            parameter.sub_(sign * 1e-5 * direction)
+    assert float((gradients[-1] * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_the_packed_layout_refuses_blocks_that_were_reopened(make_model) -> None:
+    settings = {"preset": "rcr_last", "gen_length": 16, "num_inference_steps": 16, "temperature": 2.0}
+    trajectories = rollouts(make_model("gpt2-full"), range(4, 5), 4, eos=None, **settings)
+    anchored = [replace(t, block_origin=0) for t in trajectories]
+    assert any((np.diff(t.position // 4) < 0).any() for t in anchored)
+    with pytest.raises(ValueError, match="blocks that are finished one after the other"):
+        packed_rows(anchored)
 
 
 @pytest.mark.parametrize("block_length", [2, 8])

@@ -12,7 +12,9 @@ from rollouts.engines.shared import first_of_equal_rows
 
 def merge_equal_rows(rows: ScoringRows) -> ScoringRows:
     """The same decisions on the distinct rows only. Log-probs and gradients stay what they were."""
-    layout = ("input_ids", "position_ids", "document", "segment", "block")
+    layout = ["input_ids", "position_ids", "document", "segment", "block"]
+    if rows.unprompted is not None:
+        layout.append("unprompted")
     key = torch.cat([getattr(rows, name) for name in layout], dim=1)
     first, inverse = first_of_equal_rows(key)
     if len(first) == len(key):

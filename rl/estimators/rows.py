@@ -9,6 +9,7 @@ import torch
 
 from rl.estimators.logprob import logprob_and_entropy
 from rollouts.model_protocol import DenoisingModel
+from rollouts.samplers.distribution import guided_logits
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -35,6 +36,8 @@ class ScoringRows:
         trajectory: int64 [N], index of the decision's trajectory among those given.
         step: int64 [N], its (merged) denoising step within the trajectory, 0, 1, 2, ...
         recorded, share: float64 [N] or None, see `rl.estimators.base.DecisionRows`.
+        unprompted: int64 [R, W], input_ids with every prompt token masked, None without guidance.
+        cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
         logit_shift: the state that predicts a position stands this far to its left.
     """
@@ -51,6 +54,8 @@ class ScoringRows:
     step: torch.Tensor
     recorded: torch.Tensor | None = None
     share: torch.Tensor | None = None
+    unprompted: torch.Tensor | None = None
+    cfg_scale: float = 0.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -58,11 +63,15 @@ class ScoringRows:
 
     @property
     def num_rows(self) -> int:
-        return self.input_ids.shape[0]
+        return self.input_ids.shape[0] * self._branches
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.numel()
+        return self.input_ids.numel() * self._branches
+
+    @property
+    def _branches(self) -> int:
+        return 1 if self.unprompted is None else 2
 
     def distinct(self) -> ScoringRows:
         """The same decisions with equal rows forwarded once."""
@@ -131,8 +140,11 @@ class ScoringRows:
         return may_see
 
 
-def hidden_states(model: DenoisingModel, rows: ScoringRows) -> torch.Tensor:
-    """[R, W, D]: the backbone on the rows. The mask is built once here, not in every layer."""
+def hidden_states(model: DenoisingModel, rows: ScoringRows, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place.
+
+    The mask is built once here, not in every layer.
+    """
     visible: Any
     if getattr(model, "wants_block_mask", False):
         visible = rows.block_mask()
@@ -142,7 +154,8 @@ def hidden_states(model: DenoisingModel, rows: ScoringRows) -> torch.Tensor:
         visible = None if bool(seen.all()) else seen[:, None, :]
     else:
         visible = rows.visible()
-    return model.hidden_states(rows.input_ids, visible=visible, position_ids=rows.position_ids)
+    ids = rows.input_ids if input_ids is None else input_ids
+    return model.hidden_states(ids, visible=visible, position_ids=rows.position_ids)
 
 
 def score_rows(
@@ -160,5 +173,9 @@ def score_rows(
     """
     if hidden is None:
         hidden = hidden_states(model, rows)
-    logits = model.token_logits(hidden[rows.row, rows.column - rows.logit_shift])
+    place = (rows.row, rows.column - rows.logit_shift)
+    logits = model.token_logits(hidden[place])
+    if rows.unprompted is not None:
+        unconditional = model.token_logits(hidden_states(model, rows, rows.unprompted)[place])
+        logits = guided_logits(logits, unconditional, rows.cfg_scale)
     return logprob_and_entropy(logits, rows.target, rows.temperature, rows.top_p, rows.top_k)

@@ -4,10 +4,14 @@ TraceRL (Wang et al. 2025, arXiv 2509.06949) scores the tokens revealed at a ste
 that step. Neighbouring steps may be merged by the shrink parameter s: the canvas before the first of s
 steps then predicts what all of them revealed; s = 1 is exact, larger s is cheaper and approximate.
 
+Tokens that were taken back or replaced are decisions like the others: a position counts once for every token it
+took, each in its own state, and remasking is no decision of its own. With classifier-free guidance a decision is
+scored on two canvases, with and without the prompt, and their logits are combined as the sampler did.
+
 The positions a step reveals are taken as given. That is exact when their order does not depend on the draws
-(left-most, random, scores "margin" and "neg_entropy"). With score "probability" the discarded draws had a say,
-their log-probs are left out as in the paper, and the policy gradient has a bias (measured in
-tests/test_exact_toy.py).
+(left-most, random, scores "max_probability", "margin" and "neg_entropy"). With score "probability" the discarded draws
+had a say, their log-probs are left out as in the paper, and the policy gradient has a bias (measured in
+tests/test_exact_toy.py). docs/decoders.md lists which decoder is which.
 
 Two layouts give the same numbers:
 
@@ -24,7 +28,7 @@ terminal block is complete, ids are never re-tokenised, and temperature and filt
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +43,7 @@ Document = tuple[np.ndarray, ...]
 
 
 def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:
-    """Index of the merged step of every edit: distinct steps in order, grouped in runs of `shrink`.
+    """Index of the merged step of every reveal: distinct steps in order, grouped in runs of `shrink`.
 
     Args:
         segments: cut the distinct steps into this many runs of like length instead (StepMerge of d2, arXiv
@@ -49,6 +53,31 @@ def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> 
     if segments is None:
         return rank // shrink
     return rank * min(segments, len(distinct)) // max(len(distinct), 1)
+
+
+def _states(
+    trajectory: TokenTrajectory, edits: np.ndarray, reveal: np.ndarray, shrink: int, segments: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Replay some edits: for every merged step that reveals, the canvas before it and its reveals.
+
+    Args:
+        edits: int64, indices of the edits to replay, ascending.
+        reveal: bool [E], `trajectory.is_reveal`.
+
+    Yields:
+        the canvas (the same array, edited in place) and int64 indices of reveals.
+    """
+    canvas = trajectory.canvas_at(0)
+    reveals = edits[reveal[edits]]
+    group = merged_steps(trajectory.step[reveals], shrink, segments)
+    bounds = np.searchsorted(group, np.arange(group[-1] + 2 if len(group) else 1))
+    done = 0
+    for start, stop in itertools.pairwise(bounds):
+        before = np.searchsorted(trajectory.step[edits], trajectory.step[reveals[start]])
+        new = edits[done:before]
+        canvas[trajectory.position[new]] = trajectory.token[new]
+        done = before
+        yield canvas, reveals[start:stop]
 
 
 def check_sampled(trajectories: Sequence[TokenTrajectory]) -> None:
@@ -64,11 +93,12 @@ def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int |
     if shrink < 1:
         raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
     check_sampled(trajectories)
-    kept = all(trajectory.is_reveal.all() for trajectory in trajectories)
+    # A position that was remasked or edited was decided more than once.
+    kept = all(len(np.unique(trajectory.position)) == len(trajectory.position) for trajectory in trajectories)
     if shrink > 1 and not kept:
-        raise ValueError("algorithm.shrink > 1 needs trajectories without remasking: set algorithm.shrink to 1")
+        raise ValueError("algorithm.shrink > 1 needs trajectories without remasking or token editing: set algorithm.shrink to 1")
     if segments is not None and not kept:
-        raise ValueError("algorithm.segments needs trajectories without remasking: use tracerl or mdpo on these")
+        raise ValueError("algorithm.segments needs trajectories without remasking or token editing: use tracerl or mdpo on these")
 
 
 def covered(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:
@@ -118,21 +148,20 @@ def remask_rows(
     documents: list[Document] = []
     owners, columns, targets, steps = [], [], [], []
     for trajectory in trajectories:
-        group = merged_steps(trajectory.step, shrink, segments)
-        canvas = trajectory.canvas_at(0)
-        first = len(documents)
-        positions = np.arange(len(canvas))
+        reveal = trajectory.is_reveal
+        positions = np.arange(trajectory.length)
         segment = np.zeros_like(positions)
         block = positions // block_length if block_length else segment
-        bounds = np.searchsorted(group, np.arange(group[-1] + 2 if len(group) else 1))
-        for start, stop in itertools.pairwise(bounds):
+        document, step = np.empty((2, len(reveal)), dtype=np.int64)
+        for index, (canvas, reveals) in enumerate(
+            _states(trajectory, np.arange(len(reveal)), reveal, shrink, segments)
+        ):
+            document[reveals], step[reveals] = len(documents), index
             documents.append((canvas.copy(), positions, segment, block))
-            canvas[trajectory.position[start:stop]] = trajectory.token[start:stop]
-        reveal = trajectory.is_reveal
-        owners.append(first + group[reveal])
+        owners.append(document[reveal])
         columns.append(trajectory.position[reveal])
         targets.append(trajectory.token[reveal])
-        steps.append(group[reveal])
+        steps.append(step[reveal])
     return assemble(
         trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift, recorded=_recorded(trajectories)
     )
@@ -172,25 +201,20 @@ def packed_rows(
         copies, blocks = [np.zeros(clean, dtype=np.int64)], [np.arange(clean) // size]
         column, step = np.empty((2, len(trajectory.step)), dtype=np.int64)
         width, segment = clean, 0
-        # Later blocks of the initial canvas are masks, so one replayed canvas serves every block.
-        canvas = trajectory.canvas_at(0)
+        reveal = trajectory.is_reveal
         for b in np.unique(block):
-            of_block = np.flatnonzero(block == b)
-            group = merged_steps(trajectory.step[of_block], shrink, segments)
             inside = np.arange(b * size, (b + 1) * size)
-            for g in range(group[-1] + 1):
-                edits = of_block[group == g]
-                step[edits] = segment
+            # Before a block's first edit it holds what the initial canvas does: prompt and masks.
+            for canvas, reveals in _states(trajectory, np.flatnonzero(block == b), reveal, shrink, segments):
+                step[reveals] = segment
                 segment += 1
                 ids.append(canvas[inside].copy())
                 positions.append(inside)
                 copies.append(np.full(size, segment))
                 blocks.append(np.full(size, b))
-                column[edits] = width + trajectory.position[edits] - b * size
+                column[reveals] = width + trajectory.position[reveals] - b * size
                 width += size
-                canvas[trajectory.position[edits]] = trajectory.token[edits]
         documents.append(tuple(np.concatenate(x) for x in (ids, positions, copies, blocks)))
-        reveal = trajectory.is_reveal
         owners.append(np.full(int(reveal.sum()), index))
         columns.append(column[reveal])
         targets.append(trajectory.token[reveal])
@@ -251,15 +275,22 @@ def assemble(
     ids, positions, segment, block = layout = [np.zeros(shape, dtype=np.int64) for _ in range(4)]
     # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.
     document = np.full(shape, -1, dtype=np.int64)
+    prompt = np.zeros(shape, dtype=np.int64)
+    prompt_lengths = np.zeros(len(documents), dtype=np.int64)
+    for trajectory, own in zip(trajectories, owners, strict=True):
+        prompt_lengths[own] = trajectory.prompt_length
     in_row = np.zeros(shape[0], dtype=np.int64)
     for index in np.argsort(offset, kind="stable"):
         place = (row[index], slice(offset[index], offset[index] + lengths[index]))
         for into, values in zip(layout, documents[index], strict=True):
             into[place] = values
         document[place] = in_row[row[index]]
+        prompt[place] = prompt_lengths[index]
         in_row[row[index]] += 1
     owner = np.concatenate(owners)
     counts = [len(target) for target in targets]
+    cfg_scale = trajectories[0].sampler.get("cfg_scale", 0.0)
+    unprompted = np.where(positions < prompt, trajectories[0].mask_token_id, ids) if cfg_scale else None
     return ScoringRows(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
@@ -273,6 +304,8 @@ def assemble(
         step=tensor(np.concatenate(steps)),
         recorded=None if recorded is None else torch.from_numpy(recorded.astype(np.float64)),
         share=None if share is None else torch.from_numpy(share.astype(np.float64)),
+        unprompted=None if unprompted is None else tensor(unprompted),
+        cfg_scale=cfg_scale,
         logit_shift=logit_shift,
         **{k: trajectories[0].sampler[k] for k in ("temperature", "top_p", "top_k")},
     )
