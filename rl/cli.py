@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     kept.add_argument("--task", help="gsm8k, math500, aime24, humaneval, mbpp, livecodebench, or any other task")
     kept.add_argument("--template", help="prompt template of the task by name, or a text file with {column}s")
-    kept.add_argument("--decoding", help="static, dynamic, threshold, left_to_right, joined by commas")
+    kept.add_argument(
+        "--decoding", help="static, dynamic, threshold, left_to_right or presets (docs/decoders.md), joined by commas"
+    )
     kept.add_argument("--samples", type=int, help="completions per problem")
     kept.add_argument("--temperature", type=float, help="sampling temperature; 0, greedy, when not given")
     kept.add_argument("--limit", type=int, help="only the first so many problems")

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rollouts.samplers.latent_options import LatentSamplerOptions
-from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.options import SamplerOptions, preset_parts
 
 
 class Section(BaseModel):
@@ -315,7 +315,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(raw, dict):
             raise ValueError(f"config file {path} must hold a mapping of sections")
-    for override in overrides:
+    # A preset given here replaces the parts the file chose; what is given beside it wins, in whatever order.
+    for override in sorted(overrides, key=lambda text: not text.startswith("sampler.preset=")):
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r} must have the form section.key=value")
@@ -326,6 +327,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             if not isinstance(node, dict):
                 raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
         node[leaf] = _yaml_scalar(value)
+        if key == "sampler.preset" and node[leaf] is not None:
+            node.update(preset_parts(str(node[leaf])))
     return _validate(raw)
 
 

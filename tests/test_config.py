@@ -12,6 +12,7 @@ import yaml
 from rl.config import Config, load_config, option_help, save_config
 from rl.train.memory import memory_lines
 from rl.train.plan import check_run, plan_lines
+from rollouts.samplers.options import SamplerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -83,6 +84,21 @@ def test_mistakes_are_named_in_one_line(override: str, message: str) -> None:
         load_config(None, [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_preset_is_resolved_and_the_command_line_outranks_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("sampler: {preset: sdar_dynamic, threshold: 0.7, temperature: 0.5}\n")
+    sampler = load_config(path).sampler
+    assert (sampler.selector, sampler.threshold, sampler.temperature) == ("dynamic", 0.7, 0.5)
+    # Saved, every part is written out; a preset given later still takes effect, whole.
+    save_config(load_config(path), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").sampler == sampler
+    for overrides in (["sampler.preset=rcr", "sampler.score=margin"], ["sampler.score=margin", "sampler.preset=rcr"]):
+        changed = load_config(tmp_path / "saved.yaml", overrides).sampler
+        assert changed == SamplerOptions(preset="rcr", score="margin", temperature=0.5)
+    with pytest.raises(ValueError, match=r"sampler\.preset 'rrc' does not exist: choose from llada"):
+        load_config(None, ["sampler.preset=rrc"])
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:

@@ -319,6 +319,29 @@ def test_code_benchmarks_run_their_tests(run: Run, shared_data: Path, tmp_path: 
     assert [json.loads(line)["task_id"] for line in lines] == ["HumanEval/0", "HumanEval/1"]
 
 
+def test_presets_are_decodings(run: Run, model: str, reward: str, tmp_path: Path) -> None:
+    """Also several greedy samples, where the order is drawn; the config's own decoder goes by its preset's name."""
+    arguments = options(model, reward, "eval.num_prompts=3", "sampler.preset=fast_dllm_factor")
+    decoding = ["--decoding", "rcr,llada_random,dynamic", "--samples", "2", "--temperature", "0.7"]
+    folder = tmp_path / "kept"
+    code, _, err = run(*arguments, *decoding, "--output", str(folder))
+    assert code == 0, err
+    saved = json.loads((folder / "settings.json").read_text())["decoders"]
+    steps = {"num_inference_steps": 4, "temperature": 0.7}
+    assert saved == {
+        "rcr@4": SamplerOptions(preset="rcr", **steps).model_dump(),
+        "llada_random@4": SamplerOptions(preset="llada_random", **steps).model_dump(),
+        "dynamic@4": SamplerOptions(selector="dynamic", factor=1.0, **steps).model_dump(),
+    }
+    code, _, err = run(*arguments, "--limit", "2", "--output", str(tmp_path / "own"))
+    assert code == 0, err
+    assert list(json.loads((tmp_path / "own" / "settings.json").read_text())["decoders"]) == ["fast_dllm_factor@4"]
+    code, _, err = run(*arguments, "--decoding", "llada_random", "--samples", "2", "--output", str(tmp_path / "drawn"))
+    assert code == 0, err
+    code, _, err = run(*arguments, "--decoding", "llada", "--samples", "2", "--output", str(tmp_path / "same"))
+    assert code == 2 and "greedy samples are all the same" in err
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 

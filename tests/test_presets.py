@@ -296,7 +296,7 @@ def remdm(board: Board, steps: int, cap: float) -> None:
             alpha_t, alpha_s = 1 - t[i], 1 - t[i + 1]
             sigma = min(cap, (1 - alpha_s) / alpha_t) if i else cap
             seen = board.look(board.masks(block))
-            back = [p for p in block if p not in seen and board.u(p, noise.REMASK_STREAM) < sigma]
+            back = [p for p in block if p not in seen and board.u(p, noise.REVISE_STREAM) < sigma]
             chance = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
             board.write({p: g for p, g in seen.items() if board.u(p, noise.ORDER_STREAM) < chance}, back)
 

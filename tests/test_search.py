@@ -98,6 +98,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "semi-autoregressive": {"block_length": 4, "top_p": 0.9},
     "greedy": {"temperature": 0.0},
     "random order": {"score": "random"},
+    "dream": {"preset": "dream_maskgit_plus", "num_inference_steps": 12},
+    "dream origin": {"preset": "dream_origin"},
+    "end tokens late": {"preset": "eoser_ass"},
 }
 
 
@@ -105,7 +108,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted", "gpt2-block4"])
 def test_stepping_to_the_end_is_the_engine(make_model, family: str, decoder: str) -> None:
     """Ragged prompts, end tokens, chunks smaller than the batch: the same trajectories to the last bit but rounding."""
-    options = SamplerOptions(gen_length=8, num_inference_steps=4, **DECODERS[decoder])
+    options = SamplerOptions(**{"gen_length": 8, "num_inference_steps": 4, **DECODERS[decoder]})
     engine = InProcessEngine(make_model(family), options, eos_token_id=0, max_batch_size=4)
     prompts = [[1 + (7 * n + 3 * i) % 10 for i in range(n)] for n in range(1, 10)]
     expected = engine.generate([Request(ids, 100 + i) for i, ids in enumerate(prompts)])
@@ -119,8 +122,15 @@ def test_stepping_to_the_end_is_the_engine(make_model, family: str, decoder: str
         np.testing.assert_allclose(ours.logprob, theirs.logprob, rtol=0, atol=1e-12)
         np.testing.assert_allclose(ours.confidence, theirs.confidence, rtol=0, atol=1e-6)
         assert (ours.block_length, ours.block_origin) == (theirs.block_length, theirs.block_origin)
-        assert (ours.sampler, ours.seed) == (theirs.sampler, theirs.seed)
+        assert (ours.sampler, ours.decoder, ours.seed) == (theirs.sampler, theirs.decoder, theirs.seed)
     assert sampler.budget.denoiser_evaluations == sum(t.num_steps for t in expected)
+
+
+@pytest.mark.parametrize("settings", [{"preset": "rcr"}, {"preset": "remdm"}, {"cfg_scale": 1.0}])
+def test_a_decoder_that_revises_or_guides_is_refused(make_model, settings: dict[str, Any]) -> None:
+    engine = InProcessEngine(make_model("gpt2-full"), SamplerOptions(gen_length=4, **settings))
+    with pytest.raises(ValueError, match=r"set sampler\.reviser to none and sampler\.cfg_scale to 0"):
+        TokenSampler(engine, [[1, 2]])
 
 
 def test_candidates_are_the_steps_of_their_seeds(toy: Toy) -> None:

@@ -94,11 +94,14 @@ def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int |
         raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
     check_sampled(trajectories)
     # A position that was remasked or edited was decided more than once.
-    kept = all(len(np.unique(trajectory.position)) == len(trajectory.position) for trajectory in trajectories)
-    if shrink > 1 and not kept:
-        raise ValueError("algorithm.shrink > 1 needs trajectories without remasking or token editing: set algorithm.shrink to 1")
-    if segments is not None and not kept:
-        raise ValueError("algorithm.segments needs trajectories without remasking or token editing: use tracerl or mdpo on these")
+    kept = all(t.is_reveal.all() and len(np.unique(t.position)) == len(t.position) for t in trajectories)
+    if kept:
+        return
+    needs = "needs trajectories without remasking or token editing"
+    if shrink > 1:
+        raise ValueError(f"algorithm.shrink > 1 {needs}: set algorithm.shrink to 1")
+    if segments is not None:
+        raise ValueError(f"algorithm.segments {needs}: use tracerl or mdpo on these")
 
 
 def covered(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:

@@ -24,7 +24,8 @@ from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train import distributed
 from rl.train.session import Session, request_seed
 from rollouts.engines.in_process import InProcessEngine, Request
-from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.options import SamplerOptions, preset_parts
+from rollouts.samplers.presets import PRESETS
 
 # What papers call a decoder -> our selector.
 DECODINGS = {"static": "top_n", "dynamic": "dynamic", "threshold": "threshold", "left_to_right": "left_most"}
@@ -38,7 +39,7 @@ class EvalPlan:
     Attributes:
         data: file of problems in the task's published format; None takes the hub's or the task's own.
         template: name or file of the prompt template; None takes the one that suits the tokenizer.
-        decodings: keys of `DECODINGS`; empty takes the config's decoder.
+        decodings: keys of `DECODINGS`, or presets (`rollouts/samplers/presets.py`); empty takes the config's decoder.
         samples: completions per problem and decoder.
         temperature: None is greedy.
         limit: only the first so many problems.
@@ -74,26 +75,29 @@ def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]
             be the same.
     """
     for name in plan.decodings:
-        if name not in DECODINGS:
-            raise ValueError(f"--decoding {name!r} does not exist: choose from {', '.join(DECODINGS)}")
+        if name not in DECODINGS and name not in PRESETS:
+            raise ValueError(f"--decoding {name!r} does not exist: choose from {', '.join([*DECODINGS, *PRESETS])}")
     if not 1 <= plan.samples <= MAX_SAMPLES:
         raise ValueError(f"--samples must lie in [1, {MAX_SAMPLES}], got {plan.samples}")
     temperature = plan.temperature or 0.0
-    if plan.samples > 1 and not temperature and sampler.score != "random":
-        raise ValueError(f"--samples {plan.samples} needs --temperature above 0: greedy samples are all the same")
     if plan.ks and not 1 <= min(plan.ks) <= max(plan.ks) <= plan.samples:
         raise ValueError(f"--pass-k must lie between 1 and --samples {plan.samples}, got {max(plan.ks)}")
-    configured = next(name for name, selector in DECODINGS.items() if selector == sampler.selector)
+    selectors = {selector: name for name, selector in DECODINGS.items()}
+    # A config's own decoder is named by its preset, or by its selector where the papers have no name for it.
+    configured = sampler.preset or selectors.get(sampler.selector, sampler.selector)
     options = {}
     for name in plan.decodings or [configured]:
+        parts: dict[str, Any] = {}
+        if plan.decodings:
+            parts = {"preset": None, "selector": DECODINGS[name]} if name in DECODINGS else preset_parts(name)
         for steps in step_counts:
-            update = {
-                "selector": DECODINGS[name],
-                "num_inference_steps": steps,
-                "temperature": temperature,
-                "record_x0": False,
-            }
-            options[f"{name}@{steps}"] = SamplerOptions.model_validate({**sampler.model_dump(), **update})
+            update = {"num_inference_steps": steps, "temperature": temperature, "record_x0": False}
+            option = SamplerOptions.model_validate({**sampler.model_dump(), **parts, **update})
+            if plan.samples > 1 and not temperature and not option.random_order:
+                raise ValueError(
+                    f"--samples {plan.samples} needs --temperature above 0: greedy samples are all the same"
+                )
+            options[f"{name}@{steps}"] = option
     return options
 
 

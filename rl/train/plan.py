@@ -133,8 +133,6 @@ def check_run(config: Config, new: bool = True) -> None:
         raise ValueError("sft.masking semi_ar needs sampler.block_length: set the block to mask")
     if config.sft.trajectories is not None and not Path(config.sft.trajectories).is_file():
         raise ValueError(f"sft.trajectories {config.sft.trajectories!r} is not a file")
-    if config.sampler.selector in ("threshold", "dynamic") and config.sampler.score == "neg_entropy":
-        raise ValueError("sampler.threshold compares probabilities: with score neg_entropy set sampler.selector top_n")
     if config.train.block_schedule and config.model.path is None and config.model.attention != "block_causal":
         raise ValueError("train.block_schedule needs model.attention block_causal")
     if any(stage.train != stage.rollout for stage in config.train.block_schedule) and options.old_logprob == "sampler":
