@@ -141,6 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--mode", choices=("inline", "process"), default="process", help="where the reward runs")
     score.add_argument("--num-workers", type=int, default=1, help="child processes in mode process")
     score.add_argument("--timeout-seconds", type=float, default=10.0, help="limit of one scoring call")
+    compare = add("compare", _compare, "Train recipes from the same warm starts over several seeds; table and plot.")
+    compare.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="recipes with their own defaults")
+    compare.add_argument(
+        "--variant", nargs="+", action="append", default=[], metavar="NAME [key=value ...]", help="the config, changed"
+    )
+    compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each; 0 1 2 when not given")
+    compare.add_argument("--output", metavar="FOLDER", required=True, help="runs, table.md, results.json, budgets.png")
+    compare.add_argument("--warm-start", metavar="FOLDER", help="one model for every seed, instead of a stage per seed")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
     new_reward = add("new-reward", _new_reward, "Write a working reward plugin and its test.", config=False)
     new_reward.add_argument("name", help="my_reward, or folder/my_reward.py")
     export = add("export", _export, "Copy the policy of a checkpoint to a plain folder, or convert it.", config=False)
@@ -389,6 +398,25 @@ def _score(args: argparse.Namespace) -> int:
         timeout_seconds=args.timeout_seconds,
     )
     print(report.text())
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rl.evaluate.compare import Comparison, compare, recipe_overrides
+
+    config = _config(args)
+    variants = {name: recipe_overrides(config, name) for name in args.recipes}
+    for name, *overrides in args.variant:
+        if name in variants or "=" in name:
+            raise ValueError(f"--variant {name!r} must begin with a name that no other variant has")
+        variants[name] = overrides
+    if not variants:
+        raise ValueError("there is nothing to compare: give --recipes or --variant")
+    comparison = Comparison(
+        args.config, variants, args.seeds, Path(args.output), args.overrides, args.warm_start, args.jobs
+    )
+    table, results, plot = compare(comparison)
+    print(f"{table}results: {results}\nplot:    {plot}")
     return 0
 
 

@@ -123,6 +123,66 @@ def plot_runs(
     return _save(figure, Path(out) if out else folders[0].parent / "runs.png")
 
 
+BUDGETS = {
+    "cost/sequence_forwards": "Sequences through the model",
+    "cost/reward_queries": "Reward queries",
+    "cost/updates": "Optimizer updates",
+}
+
+
+def plot_budgets(
+    variants: Mapping[str, Sequence[str | os.PathLike[str]]],
+    metric: str,
+    out: str | os.PathLike[str],
+    theme: Theme = LIGHT,
+) -> Path:
+    """Draw a held-out metric against what it cost, once for each of three budgets; a line per variant.
+
+    Args:
+        variants: name -> run folders of its seeds. Points are means over the seeds that reached the step.
+        metric: an `eval/accuracy@S`.
+
+    Raises:
+        ValueError: a folder has no metrics, or nowhere is the metric.
+    """
+    figure, axes = _figure([list(BUDGETS)], (14, 4.4), [1], theme)
+    drawn = False
+    for index, (name, folders) in enumerate(variants.items()):
+        points: dict[int, list[dict[str, float]]] = {}
+        for folder in folders:
+            costs = {0: dict.fromkeys(BUDGETS, 0.0)}
+            costs |= {
+                r["step"]: {b: r[b] for b in BUDGETS}
+                for r in read_metrics(folder, "train")
+                if BUDGETS.keys() <= r.keys()
+            }
+            curve = series(read_metrics(folder, "eval"), metric)
+            for step, value in zip(curve.steps, curve.values, strict=True):
+                points.setdefault(step, []).append({**costs[step], metric: value})
+        for budget, panel in axes.items():
+            means = sorted((_mean(group, budget), _mean(group, metric)) for group in points.values())
+            drawn = drawn or bool(means)
+            colour = theme.colours[index % len(theme.colours)]
+            style: dict[str, Any] = {
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "linestyle": ("-", "--")[index // len(_COLOURS) % 2],
+            }
+            panel.plot(*zip(*means, strict=True), color=colour, label=name, linewidth=1.4, markersize=4, **style)
+    if not drawn:
+        raise ValueError(f"no run has the metric {metric!r}: name one of its eval.num_inference_steps")
+    for budget, panel in axes.items():
+        panel.set_xlabel(BUDGETS[budget], fontsize=9)
+        panel.tick_params(axis="x", labelrotation=20)
+    first, *_, last = axes.values()
+    _title(first, f"Held-out accuracy, {_num_steps(metric)} denoising steps")
+    last.legend(fontsize=8, frameon=False, labelcolor=theme.ink, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _save(figure, Path(out))
+
+
+def _mean(group: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(point[name] for point in group) / len(group)
+
+
 def series(records: Sequence[Mapping[str, Any]], metric: str) -> Series:
     """The metric over the records' steps; its interval is `<metric>` with `mean` or `accuracy` made low and high.
 

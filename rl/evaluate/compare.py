@@ -1,0 +1,148 @@
+"""`denoise-rl compare`: recipes from the same warm starts over several seeds, a table with intervals and three budgets.
+
+Every (variant, seed) is a `denoise-rl train` of its own; a seed's warm start is made once and shared. Finished runs are
+kept, so an interrupted comparison goes on. Orderings change with the budget that is held equal (forwards, reward
+queries, optimizer updates), so the table and the plot always show all three.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl.algorithms import parse_options
+from rl.config import Config, load_config
+from rl.train.plan import plan_lines
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Example: `Comparison("configs/quickstart.yaml", {"mdpo": ["algorithm={name: mdpo}"]}, (0, 1, 2), Path("runs/x"))`.
+
+    Attributes:
+        variants: name -> overrides of the config.
+        common: overrides of every variant and of the warm starts.
+        warm_start: a model folder for every seed instead of a supervised stage per seed.
+        jobs: runs at a time.
+    """
+
+    config: str | None
+    variants: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    output: Path
+    common: Sequence[str] = ()
+    warm_start: str | None = None
+    jobs: int = 1
+
+
+def recipe_overrides(config: Config, name: str) -> list[str]:
+    """A recipe with its own defaults, and what it requires of other sections.
+
+    Evaluations keep the config's own decoder where the recipe needs another one for its rollouts.
+    """
+    overrides = [f"algorithm={{name: {name}}}"]
+    for key, value in parse_options({"name": name}).requires(config).items():
+        overrides.append(f"{key}={json.dumps(value)}")
+        section, option = key.split(".")
+        if section == "sampler" and option not in ("record_x0", "num_inference_steps"):
+            overrides.append(f"eval.sampler.{option}={json.dumps(getattr(config.sampler, option))}")
+    return overrides
+
+
+def compare(comparison: Comparison) -> tuple[str, Path, Path]:
+    """Run what is missing; returns the table, and the paths of results.json and of the plot.
+
+    Raises:
+        ValueError: a variant's config is wrong (before anything runs), or a run failed.
+    """
+    for overrides in comparison.variants.values():
+        plan_lines(load_config(comparison.config, [*comparison.common, *overrides]))
+    with ThreadPoolExecutor(comparison.jobs) as pool:
+        list(pool.map(lambda seed: _warm_start(comparison, seed), comparison.seeds))
+        runs = [(name, seed) for seed in comparison.seeds for name in comparison.variants]
+        list(pool.map(lambda run: _run(comparison, *run), runs))
+    folders = {
+        name: [comparison.output / f"{name}-{seed}" for seed in comparison.seeds] for name in comparison.variants
+    }
+    summaries = {
+        name: [json.loads((folder / "summary.json").read_text()) for folder in group] for name, group in folders.items()
+    }
+    table = markdown(summaries)
+    (comparison.output / "table.md").write_text(table)
+    results = comparison.output / "results.json"
+    results.write_text(json.dumps({"seeds": list(comparison.seeds), "runs": summaries}, indent=1))
+    from rl.track.plots import plot_budgets
+
+    config = load_config(comparison.config, comparison.common)
+    counts, own = config.eval.num_inference_steps, config.sampler.num_inference_steps
+    metric = f"eval/accuracy@{own if own in counts else counts[0]}"
+    return table, results, plot_budgets(folders, metric, comparison.output / "budgets.png")
+
+
+def _command(comparison: Comparison, name: str, overrides: Sequence[str], log: Path) -> None:
+    """Run a `denoise-rl` command, its output in a log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    config = [] if comparison.config is None else ["--config", comparison.config]
+    words = [sys.executable, "-m", "rl.cli", name, *config, *overrides]
+    with log.open("w") as file:
+        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise ValueError(f"{log.stem} of the comparison failed with exit code {code}: see {log}")
+
+
+def _warm_start(comparison: Comparison, seed: int) -> None:
+    folder = comparison.output / f"warm-{seed}"
+    if comparison.warm_start is None and not (folder / "model" / "config.json").exists():
+        where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
+        _command(comparison, "sft", [*comparison.common, *where], comparison.output / f"warm-{seed}.log")
+
+
+def _run(comparison: Comparison, name: str, seed: int) -> None:
+    folder = comparison.output / f"{name}-{seed}"
+    if (folder / "summary.json").exists():
+        return
+    model = comparison.warm_start or comparison.output / f"warm-{seed}" / "model"
+    where = [f"model.path={model}", "sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
+    overrides = [*comparison.common, *where, *comparison.variants[name]]
+    _command(comparison, "train", overrides, comparison.output / f"{name}-{seed}.log")
+
+
+def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Accuracy by step count, mean over seeds with a 95 % t interval, and what it cost."""
+    first = next(iter(summaries.values()))
+    steps = list(first[0]["after"])
+    head = ["variant", "seeds", *[f"{s} steps" for s in steps], *[c.replace("_", " ") for c in COSTS]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines.append(_row("warm start", [s["before"] for s in first], steps, [{} for _ in first]))
+    lines += [_row(name, [s["after"] for s in runs], steps, runs) for name, runs in summaries.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(
+    name: str, accuracies: Sequence[Mapping[str, float]], steps: Sequence[str], runs: Sequence[Mapping[str, Any]]
+) -> str:
+    cells = [interval([accuracy[s] for accuracy in accuracies]) for s in steps]
+    costs = [f"{statistics.mean(run[c] for run in runs):,.0f}" if runs[0] else "" for c in COSTS]
+    return "| " + " | ".join([name, str(len(accuracies)), *cells, *costs]) + " |"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half-width of the 95 % t interval over seeds."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = T_QUANTILE.get(len(values) - 1, 2.228) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
