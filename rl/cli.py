@@ -190,11 +190,11 @@ def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 def _train(args: argparse.Namespace) -> int:
     from rl.config import option_help
 
+    config = _config(args)
     if args.options:
-        for key, default, text in option_help():
+        for key, default, text in option_help(config.algorithm):
             print(f"{key:34} {default:28} {text}")
         return 0
-    config = _config(args)
     from rl.train.plan import plan_lines
 
     if args.dry_run:

@@ -413,8 +413,14 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def option_help() -> list[tuple[str, str, str]]:
-    """(key, default, sentence) of every option, for `denoise-rl train --options`."""
+def option_help(algorithm: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
+    """(key, default, sentence) of every option, for `denoise-rl train --options`.
+
+    Args:
+        algorithm: an `algorithm` section, whose recipe's options are listed; the default recipe's without it.
+    """
+    from rl.algorithms import options_class
+
     lines: list[tuple[str, str, str]] = []
 
     def visit(section: type[BaseModel], prefix: str) -> None:
@@ -427,4 +433,5 @@ def option_help() -> list[tuple[str, str, str]]:
                 lines.append((prefix + name, default, field.description or ""))
 
     visit(Config, "")
+    visit(options_class(algorithm or {}), "algorithm.")
     return lines

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rl.algorithms import RECIPES
 from rl.config import Config, load_config, option_help, save_config
 from rl.train.memory import memory_lines
 from rl.train.plan import check_run, plan_lines
@@ -44,9 +45,12 @@ def test_the_dry_run_of_the_quickstart_says_the_derived_numbers() -> None:
     assert "20 in all" in text
 
 
-def test_every_option_has_a_sentence() -> None:
-    for key, _, text in option_help():
-        assert text.endswith((".", ")")) and len(text) > 10, key
+def test_every_option_of_every_recipe_has_a_sentence() -> None:
+    for name in RECIPES:
+        options = option_help({"name": name})
+        for key, _, text in options:
+            assert text.endswith((".", ")")) and len(text) > 10, key
+        assert ("algorithm.name", repr(name)) in [option[:2] for option in options]
 
 
 def test_a_resolved_config_round_trips(tmp_path: Path) -> None:
