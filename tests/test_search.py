@@ -19,10 +19,13 @@ import torch
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
-from rollouts.search.options import parse_search
+from rollouts.search.options import DtsOptions, TreeOptions, parse_search
 from rollouts.search.protocol import Problem, SearchResult, fan
 from rollouts.search.run import search
+from rollouts.search.smc import systematic
 from rollouts.search.tokens import TokenSampler, TokenStates
+from rollouts.search.tree import Node, grow, sampled_child
+from rollouts.search.values import soft_mean
 from tests.test_exact_toy import PROMPT, World, enumerate_world
 
 ALPHA = 0.5
@@ -286,3 +289,408 @@ def test_svdd_approaches_the_tilted_law_with_candidates_and_rollouts(toy: Toy) -
     near = toy.run("svdd", 600, num_candidates=10, alpha=ALPHA, value="monte_carlo", num_rollouts=6)
     assert distance(toy.law(far), toy.tilted) > 0.15
     assert distance(toy.law(near), toy.tilted) < 0.09
+
+
+def test_systematic_resampling_is_unbiased_for_every_weight() -> None:
+    """Integrated over u exactly: the copies are constant between the points where some k/P - u/P meets the cdf."""
+    log_weight = np.log(np.array([[0.05, 0.35, 0.15, 0.45]]))
+    breaks = np.unique(np.concatenate([[0.0, 1.0], (np.exp(log_weight[0]).cumsum() * 4) % 1.0]))
+    expected = np.zeros(4)
+    for low, high in itertools.pairwise(breaks):
+        index = systematic(log_weight, np.array([(low + high) / 2]))[0]
+        copies = np.bincount(index, minlength=4)
+        assert np.all(np.abs(copies - 4 * np.exp(log_weight[0])) < 1)
+        expected += (high - low) * copies
+    np.testing.assert_allclose(expected, 4 * np.exp(log_weight[0]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("params", [{}, {"resample_below": 1.0}, {"resample_below": 0.0}, {"value": "none"}], ids=str)
+def test_smc_estimates_the_normaliser_without_bias(toy: Toy, params: dict[str, Any]) -> None:
+    """With as few as 4 particles, resampling never, sometimes or always, and with any value on the way."""
+    z = (toy.p * np.exp(toy.reward / ALPHA)).sum()
+    result = toy.run("smc", 1500, num_particles=4, alpha=ALPHA, **params)
+    assert result.log_z is not None
+    estimates = np.exp(result.log_z)
+    error = estimates.std(ddof=1) / math.sqrt(len(estimates))
+    assert error < 0.05 * z
+    assert abs(estimates.mean() - z) < 4 * error
+
+
+def test_smc_approaches_the_tilted_law_with_particles(toy: Toy) -> None:
+    gaps = []
+    for count, particles in ((2000, 2), (500, 16), (40, 512)):
+        result = toy.run("smc", count, num_particles=particles, alpha=ALPHA, keep="all")
+        assert result.weight is not None
+        np.testing.assert_allclose(np.bincount(result.request, result.weight), 1.0, rtol=0, atol=1e-12)
+        gaps.append(distance(toy.law(result), toy.tilted))
+    assert gaps[0] > 2 * gaps[1] and gaps[1] > 2 * gaps[2]
+    assert gaps[2] < 0.02
+    # One particle drawn by weight has the same law.
+    one = toy.run("smc", 500, num_particles=16, alpha=ALPHA)
+    assert (one.reward == toy.reward[toy.place(one.states)]).all()
+    assert distance(toy.law(one), toy.tilted) < gaps[1] + 0.08
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Independent:
+    """Positions that know nothing of each other: the tilted law of a linear reward is then a product."""
+
+    mask_token_id, attention, block_length, logit_shift, max_length = 3, "full", None, 0, 64
+
+    def __init__(self, logits: torch.Tensor):
+        self.logits = logits
+
+    def hidden_states(self, input_ids, *, visible=None, position_ids=None, cache=None):
+        hidden = torch.nn.functional.one_hot(torch.arange(input_ids.shape[1]), 6).double()
+        return hidden.expand(len(input_ids), -1, -1)
+
+    def token_logits(self, hidden):
+        return hidden @ self.logits
+
+
+LINEAR = torch.tensor(np.random.default_rng(2).normal(size=(3, 4)))
+
+
+def linear_problem(model: Any, selector: str = "left_most", score: str = "probability") -> Problem:
+    """Reward sum of w[position, token], as a sum over one-hots and over finished samples."""
+    options = SamplerOptions(gen_length=3, num_inference_steps=3, selector=selector, score=score)
+    sampler = TokenSampler(InProcessEngine(model, options, max_batch_size=1000), [PROMPT])
+
+    def reward(states: TokenStates) -> np.ndarray:
+        return LINEAR[torch.arange(3), states.canvas[:, 3:]].sum(-1).numpy()
+
+    return Problem(sampler, reward, lambda soft, states: (soft * LINEAR).sum((1, 2)))
+
+
+def independent() -> Independent:
+    logits = torch.tensor(np.random.default_rng(1).normal(size=(6, 4)))
+    logits[:, 3] = -1e9
+    return Independent(logits)
+
+
+@pytest.mark.parametrize("order", ["left_most", "top_n"])
+def test_guidance_on_a_linear_reward_and_independent_positions_is_the_tilted_law(order: str) -> None:
+    """Also when the order is read from the draws: it then depends on them, the law of the sample does not."""
+    model = independent()
+    problem = linear_problem(model, order, "random")
+    n = 3000
+    options = parse_search("guidance", {"scale": 1 / ALPHA})
+    result = search("guidance", problem, np.zeros(n), np.arange(n), options)
+    exact = torch.softmax(model.logits[3:, :3] + LINEAR[:, :3] / ALPHA, -1).numpy()
+    product = np.einsum("a,b,c->abc", *exact).reshape(-1)
+    place = (result.states.canvas[:, 3:].numpy() * [9, 3, 1]).sum(-1)
+    assert_follows(np.bincount(place, minlength=27) / n, product, n)
+    assert (problem.budget.denoiser_evaluations, problem.budget.reward_evaluations) == (n * 3, n * 4)
+
+
+@pytest.mark.parametrize(("selector", "score"), [("left_most", "probability"), ("top_n", "neg_entropy")])
+def test_tds_with_the_exact_proposal_has_no_variance(selector: str, score: str) -> None:
+    """p / q of the steps and the reward at the end make every weight the normaliser itself."""
+    model = independent()
+    problem = linear_problem(model, selector, score)
+    options = parse_search(
+        "tds", {"alpha": ALPHA, "num_particles": 3, "value": "none", "keep": "all", "resample_below": 0}
+    )
+    result = search("tds", problem, np.zeros(20), np.arange(20), options)
+    log_p = torch.log_softmax(model.logits[3:, :3], -1)
+    log_z = torch.logsumexp(log_p + LINEAR[:, :3] / ALPHA, -1).sum().item()
+    assert result.log_z is not None and result.weight is not None
+    np.testing.assert_allclose(result.log_z, log_z, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(result.weight, 1 / 3, rtol=0, atol=1e-10)
+
+
+def soft_table(toy: Toy) -> Any:
+    """The toy's reward as a polynomial of one-hots: E of the table under the soft positions."""
+    table = torch.zeros(4, 4, 4, dtype=torch.float64)
+    for sample, index in toy.index.items():
+        table[sample] = toy.reward[index]
+    return lambda soft, states: torch.einsum("abc,na,nb,nc->n", table, *soft.unbind(1))
+
+
+@pytest.mark.parametrize("score", ["neg_entropy", "probability"])
+def test_tds_is_unbiased_whatever_the_order_and_the_guidance(toy: Toy, score: str) -> None:
+    """With an order read from the draws, those thrown away count in p / q; leaving them out would bias it."""
+    own = toy.problem(score=score)
+    problem = Problem(own.sampler, own.reward, soft_table(toy))
+    plain = toy.world
+    if score == "probability":
+        plain = enumerate_world(toy.world.model, toy.world.options.model_copy(update={"score": score}))
+    samples = [toy.index[tuple(t.final_canvas()[3:].tolist())] for t in plain.trajectories]
+    p = np.bincount(samples, plain.probability.detach().numpy(), 27)
+    z = (p * np.exp(toy.reward / ALPHA)).sum()
+    options = parse_search("tds", {"alpha": ALPHA, "num_particles": 8, "scale": 1.0})
+    result = search("tds", problem, np.zeros(1500), np.arange(1500), options)
+    assert result.log_z is not None
+    estimates = np.exp(result.log_z)
+    error = estimates.std(ddof=1) / math.sqrt(len(estimates))
+    assert error < 0.03 * z
+    assert abs(estimates.mean() - z) < 4 * error
+
+
+def test_the_guidance_gradient_is_that_of_finite_differences_at_the_probabilities(toy: Toy) -> None:
+    own = toy.problem()
+    reward = soft_table(toy)
+    problem = Problem(own.sampler, own.reward, reward)
+    seen: list[tuple[torch.Tensor, torch.Tensor, TokenStates]] = []
+
+    def gradient(soft: torch.Tensor, states: TokenStates) -> torch.Tensor:
+        seen.append((soft.clone(), problem.gradient(soft, states), states))
+        return seen[-1][1]
+
+    states = problem.sampler.step(problem.sampler.start(np.zeros(5, dtype=np.int64), np.arange(5)))
+    problem.sampler.guided_step(states, gradient, 1.0)
+    soft, slope, at = seen[0]
+    probabilities = torch.softmax(toy.world.model(at.canvas).detach()[:, 3:], -1)
+    known = at.canvas[:, 3:] != toy.world.model.mask_token_id
+    one_hot = torch.nn.functional.one_hot(at.canvas[:, 3:], 4).double()
+    torch.testing.assert_close(soft, torch.where(known[..., None], one_hot, probabilities), rtol=0, atol=1e-12)
+    for place in itertools.product(range(5), range(3), range(4)):
+        step = torch.zeros_like(soft)
+        step[place] = 1e-5
+        numeric = (reward(soft + step, at) - reward(soft - step, at))[place[0]] / 2e-5
+        assert slope[place].item() == pytest.approx(numeric.item(), abs=1e-8)
+
+
+def test_guidance_says_what_it_needs(toy: Toy) -> None:
+    with pytest.raises(ValueError, match="needs a differentiable reward"):
+        toy.run("guidance", 2)
+    cold = toy.problem(temperature=0.0)
+    problem = Problem(cold.sampler, cold.reward, soft_table(toy))
+    with pytest.raises(ValueError, match=r"set sampler\.temperature > 0"):
+        search("guidance", problem, np.zeros(2), np.arange(2), parse_search("guidance", {}))
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def test_tree_sampling_approaches_the_tilted_law_as_the_tree_grows(toy: Toy) -> None:
+    """Exactly: the law of what a finished tree gives, and not of samples from it."""
+
+    def law(node: Node, probability: float, into: np.ndarray) -> np.ndarray:
+        if node.done:
+            into[toy.place(node.batch.select(np.array([node.index])))[0]] += probability
+            return into
+        values = np.array([child.value for child in node.children])
+        weight = np.array(node.draws) * np.exp((values - values.max()) / ALPHA)
+        for child, share in zip(node.children, weight / weight.sum(), strict=True):
+            law(child, probability * share, into)
+        return into
+
+    gaps = []
+    for iterations in (10, 80, 600):
+        options = DtsOptions(num_iterations=iterations, alpha=ALPHA)
+        rows = np.zeros(6, dtype=np.int64)
+        roots, _ = grow(toy.problem(), rows, np.arange(6), options, sampled_child(ALPHA))
+        gaps.append(np.mean([distance(law(root, 1.0, np.zeros(27)), toy.tilted) for root in roots]))
+    assert gaps[0] > 1.5 * gaps[1] and gaps[1] > 1.5 * gaps[2]
+    assert gaps[2] < 0.09
+
+
+def test_samples_of_a_tree_are_leaves_with_their_rewards(toy: Toy) -> None:
+    result = toy.run("dts", 100, num_iterations=30, alpha=ALPHA, num_samples=10)
+    assert (result.reward == toy.reward[toy.place(result.states)]).all()
+    assert result.request.tolist() == np.repeat(np.arange(100), 10).tolist()
+    assert distance(toy.law(result), toy.tilted) < distance(toy.p, toy.tilted) / 4
+
+
+def test_tree_search_finds_the_maximum_as_the_tree_grows(make_model) -> None:
+    """Over a policy that gives the best sample with probability 0.008."""
+    toy = make_toy(
+        make_model("gpt2-full", vocab_size=4, seed=3, scale=1.0),
+        SamplerOptions(gen_length=3, num_inference_steps=3, score="neg_entropy", temperature=2.0),
+    )
+    means = []
+    for iterations in (1, 10, 100, 500):
+        result = toy.run("dts_star", 12, num_iterations=iterations)
+        means.append(result.reward.mean())
+    assert means == sorted(means)
+    assert (result.reward == toy.reward.max()).all()
+
+
+def test_tree_values_are_backed_up_by_a_uniform_mean() -> None:
+    """Worked out by hand: children of values 0 and 2, the second visited more often, alpha 1."""
+    node = Node(None, 0, -1)
+    for key, value, visits in (("a", 0.0, 1), ("b", 2.0, 7)):
+        child = node.drawn(None, 0, key)
+        child.value, child.visits = value, visits
+    node.back_up(TreeOptions(alpha=1.0))
+    assert node.value == pytest.approx(math.log((1 + math.e**2) / 2), abs=1e-12)
+    node.back_up(TreeOptions(alpha=1.0, backup="max"))
+    assert (node.value, node.visits) == (2.0, 2)
+    # C n^a children after n visits: 2 * 2^0.8 = 3.48.
+    assert not node.is_full(TreeOptions())
+    assert node.drawn(None, 0, "b") is node.children[1] and node.drawn(None, 0, "b") is node.children[1]
+    assert node.is_full(TreeOptions())
+    # An equal draw is the same child, and counts again.
+    node.back_up(TreeOptions(alpha=1.0))
+    assert node.value == pytest.approx(math.log((1 + 3 * math.e**2) / 4), abs=1e-12)
+
+
+def test_a_tree_branches_only_where_it_may(toy: Toy) -> None:
+    problem = toy.problem()
+    options = DtsOptions(num_iterations=40, branch_steps=[1])
+    roots, _ = grow(problem, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), options, sampled_child(1.0))
+    assert roots[0].draws == [1]
+    middle = roots[0].children[0]
+    assert len(middle.children) > 1 and sum(middle.draws) > 10
+    assert all(child.draws == [1] for child in middle.children)
+    # A forward per draw, and a verdict per finished sample, however often it was reached.
+    leaves = len(middle.children)
+    assert problem.budget.denoiser_evaluations == 1 + sum(middle.draws) + leaves
+    assert problem.budget.reward_evaluations == leaves
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "fixed"),
+    [
+        ("noise_random", "num_samples", {}),
+        ("noise_zero_order", "num_rounds", {"num_neighbours": 2, "share": 0.34}),
+    ],
+)
+def test_more_search_over_the_same_noise_is_never_worse(toy: Toy, name: str, option: str, fixed: dict) -> None:
+    rewards = [toy.run(name, 60, **{option: budget}, **fixed).reward for budget in range(1, 8)]
+    for less, more in itertools.pairwise(rewards):
+        assert (more >= less).all()
+    assert (rewards[-1] > rewards[0]).sum() > 20
+
+
+def test_search_over_paths_improves_on_its_paths(toy: Toy) -> None:
+    """More noised copies, and more paths, find more; the result is what the sampler really ends in."""
+    means = []
+    for paths, copies in ((1, 1), (2, 4), (6, 8)):
+        result = toy.run("noise_paths", 150, num_paths=paths, num_renoisings=copies)
+        assert (result.reward == toy.reward[toy.place(result.states)]).all()
+        means.append(result.reward.mean())
+    assert means[0] + 0.3 < means[1] < means[2]
+    # One path and one copy of it is the sampler itself, in some other order.
+    assert abs(means[0] - (toy.p * toy.reward).sum()) < 0.3
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------------
+
+T = 3
+# name -> (options, denoiser evaluations, reward evaluations) of one search with T = 3 steps, counted by hand.
+BUDGETS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "best_of_n": ({"num_samples": 5}, 5 * T, 5),
+    "noise_random": ({"num_samples": 2}, 2 * T, 2),
+    # A forward per step and one per candidate that is not finished yet.
+    "svdd": ({"num_candidates": 4}, T + 4 * (T - 1), 4 * T),
+    "smc": ({"num_particles": 5}, 5 * T + 5 * (T - 1), 5 * T),
+    "noise_paths": (
+        # 2 paths: 1 step; round 1: 6 copies back to 0 and on to 2, valued; round 2: 6 copies back to 1 and on to 3.
+        {"num_paths": 2, "num_renoisings": 3},
+        2 + (6 * 2 + 6) + 6 * 2,
+        6 + 6 + 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BUDGETS))
+def test_budgets_are_what_a_hand_counts(toy: Toy, name: str) -> None:
+    params, denoiser, reward = BUDGETS[name]
+    for count in (1, 7):
+        budget = toy.run(name, count, **params).budget
+        assert (budget.denoiser_evaluations, budget.reward_evaluations) == (count * denoiser, count * reward)
+
+
+def test_budgets_that_depend_on_the_value(toy: Toy) -> None:
+    monte_carlo = toy.run("svdd", 1, num_candidates=4, value="monte_carlo", num_rollouts=2).budget
+    # Two rollouts per candidate: of 2 steps after the first, of 1 after the second; the last are finished.
+    assert monte_carlo.denoiser_evaluations == T + 4 * 2 * (2 + 1)
+    assert monte_carlo.reward_evaluations == 4 * (2 + 2 + 1)
+    plain = toy.run("smc", 1, num_particles=5, value="none").budget
+    assert (plain.denoiser_evaluations, plain.reward_evaluations) == (5 * T, 5)
+    # A pivot that no neighbour beats is drawn anew: one more sample, but not after the last round.
+    zero = toy.run("noise_zero_order", 1, num_rounds=1, num_neighbours=4).budget
+    assert (zero.denoiser_evaluations, zero.reward_evaluations) == (5 * T, 5)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "best_of_n": {"num_samples": 3},
+    "svdd": {"num_candidates": 3, "alpha": 0.5, "value": "monte_carlo"},
+    "smc": {"num_particles": 4, "keep": "all", "resample_below": 0.9},
+    "dts": {"num_iterations": 5, "num_samples": 2},
+    "dts_star": {"num_iterations": 5},
+    "noise_zero_order": {},
+    "noise_paths": {"num_paths": 2, "num_renoisings": 2},
+}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_search_does_not_depend_on_what_is_searched_beside_it(make_model, name: str) -> None:
+    """Prompts of several lengths, responses that end early: one search alone gives what it gives in a batch."""
+    options = SamplerOptions(gen_length=8, num_inference_steps=4, block_length=4)
+    engine = InProcessEngine(make_model("gpt2-full", scale=0.7), options, eos_token_id=0)
+    prompts = [[1 + (7 * n + 3 * i) % 10 for i in range(n)] for n in (2, 5, 3, 7)]
+    weights = np.random.default_rng(0).normal(size=12)
+
+    def run(rows: list[int]) -> tuple[SearchResult, list[Any]]:
+        sampler = TokenSampler(engine, prompts)
+
+        def reward(states: TokenStates) -> list[float]:
+            return [weights[t.response_ids()].sum() for t in sampler.trajectories(states)]
+
+        result = search(name, Problem(sampler, reward), rows, 50 + np.array(rows), parse_search(name, SMALL[name]))
+        return result, sampler.trajectories(result.states)
+
+    together, records = run([0, 1, 2, 3])
+    for row in (1, 3):
+        alone, own = run([row])
+        mine = together.request == row
+        np.testing.assert_array_equal(alone.reward, together.reward[mine])
+        for one, other in zip(own, [records[i] for i in np.flatnonzero(mine)], strict=True):
+            assert (one.step.tolist(), one.token.tolist()) == (other.step.tolist(), other.token.tolist())
+
+
+def test_what_a_search_found_can_be_trained_on(toy: Toy) -> None:
+    """The learner's log-prob of every recorded decision equals the sampler's, remasking and guidance included."""
+    from rl.estimators.rows import score_rows
+    from rl.estimators.trace_rows import remask_rows
+
+    found = []
+    for name, params in [*SMALL.items(), ("guidance", {"scale": 3.0}), ("tds", {"num_particles": 4})]:
+        own = toy.problem()
+        problem = Problem(own.sampler, own.reward, soft_table(toy))
+        result = search(name, problem, np.zeros(6), np.arange(6), parse_search(name, params))
+        found += problem.sampler.trajectories(result.states)
+    for trajectory in found:
+        trajectory.validate()
+    assert any(not t.is_reveal.all() for t in found), "search over paths masks again"
+    logprob, _ = score_rows(toy.world.model, remask_rows(found))
+    recorded = np.concatenate([t.logprob[t.is_reveal] for t in found])
+    np.testing.assert_allclose(logprob.detach().numpy(), recorded, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "smc", "dts", "dts_star", "noise_zero_order"])
+def test_a_sample_without_a_verdict_is_never_preferred(toy: Toy, name: str) -> None:
+    """A reward that fails on most samples: what is returned has one, wherever any finished sample had."""
+    problem = toy.problem(prompts=50)
+    reward = np.where(np.arange(27) % 2 == 0, np.nan, toy.reward)
+    scored: set[int] = set()
+
+    def some(states: TokenStates) -> np.ndarray:
+        values = reward[toy.place(states)]
+        scored.update(states.row[~np.isnan(values)].tolist())
+        return values
+
+    problem.reward = some
+    params = SMALL[name] | ({"value": "none"} if name == "smc" else {})
+    result = search(name, problem, np.arange(50), np.arange(50), parse_search(name, params))
+    assert 0 < len(scored) < 50
+    weight = np.ones(len(result.request)) if result.weight is None else result.weight
+    for request in scored:
+        failed = np.isnan(result.reward[result.request == request])
+        assert (weight[result.request == request][failed] == 0).all() if name == "smc" else not failed.any()
+    assert 0 < problem.budget.unscored < problem.budget.reward_evaluations
+
+
+def test_soft_mean_by_hand() -> None:
+    assert soft_mean(np.array([0.0, 0.0]), 1.0) == pytest.approx(0.0)
+    assert soft_mean(np.array([1.0, 3.0]), 2.0) == pytest.approx(2 * math.log((math.exp(0.5) + math.exp(1.5)) / 2))
+    assert soft_mean(np.array([-np.inf, 1.0]), 0.5) == pytest.approx(1 + 0.5 * math.log(0.5))
+    assert soft_mean(np.array([-np.inf, -np.inf]), 1.0) == -np.inf

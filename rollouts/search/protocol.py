@@ -59,6 +59,10 @@ class SearchSampler(Protocol):
         """Several batches of states as one."""
         ...
 
+    def keys(self, states: Any) -> Sequence[Any]:
+        """For every state something hashable that equal states share, None where no two states are ever equal."""
+        ...
+
     def step(self, states: Any) -> Any:
         """One denoising step under the states' own noise."""
         ...

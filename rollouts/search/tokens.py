@@ -147,6 +147,10 @@ class TokenSampler:
                 columns[f.name] = torch.cat(values) if isinstance(values[0], torch.Tensor) else np.concatenate(values)
         return TokenStates(**columns)
 
+    def keys(self, states: TokenStates) -> list[bytes]:
+        """The canvas; children of one parent are at one place in the schedule."""
+        return [canvas.tobytes() for canvas in states.canvas.cpu().numpy()]
+
     def reseed(self, states: TokenStates, seed: np.ndarray) -> TokenStates:
         """The same canvases with new noise ahead of them."""
         return replace(states, seed=seed, noise=self._noise(seed))

@@ -3,8 +3,13 @@
 A node is a state. One iteration descends from the root: while a node has its full number of children, C n^a after n
 visits (progressive widening), it goes on to one of them; then one more child is drawn from the policy and denoised to
 the end, every state on the way joining the tree. The reward there is backed up along the path: the value of a node is
-alpha log of the *uniform* mean of exp(value / alpha) over its children, because they are independent draws of the
-policy, however often each was visited.
+alpha log of the *uniform* mean of exp(value / alpha) over its draws, because they are independent draws of the policy,
+however often each was visited.
+
+Departure: where two draws can be equal (tokens), equal children are one node that counts as often as it was drawn. The
+paper keeps them apart. On the 27 samples of tests/test_search.py the law of its trees then stays 0.11 to 0.13 (total
+variation) away from the tilted law between 100 and 1,000 iterations, because the number of children, n^0.8, grows
+nearly as fast as the visits that would correct their values, and a child that began badly is not visited again.
 
 DTS descends to a child with probability proportional to exp(value / alpha), and samples the finished tree in the same
 way: as the tree grows the samples follow p(x) exp(r(x) / alpha). DTS* descends to the largest value plus an
@@ -25,24 +30,38 @@ from rollouts.search.protocol import Problem, SearchResult, split
 
 
 class Node:
-    """A state in the tree; `state` is a batch of one, None at a root above random starts."""
+    """A state in the tree: entry `index` of the batch it was made in; no batch at a root above random starts."""
 
-    __slots__ = ("children", "depth", "done", "state", "value", "visits")
+    __slots__ = ("batch", "by_key", "children", "depth", "done", "draws", "index", "value", "visits")
 
-    def __init__(self, state: Any | None, depth: int):
-        self.state = state
+    def __init__(self, batch: Any | None, index: int, depth: int):
+        self.batch, self.index = batch, index
         self.depth = depth
-        self.done = state is not None and bool(state.done[0])
+        self.done = batch is not None and bool(batch.done[index])
         self.children: list[Node] = []
+        # How often each child was drawn, and where a child of a given key is.
+        self.draws: list[int] = []
+        self.by_key: dict[Any, int] = {}
         self.value = 0.0
         self.visits = 0
 
     def is_full(self, options: TreeOptions) -> bool:
         """Whether a descent goes on to a child instead of adding one."""
         limit = 1.0
-        if options.branch_steps is None or self.depth in options.branch_steps or self.state is None:
+        if options.branch_steps is None or self.depth in options.branch_steps or self.batch is None:
             limit = options.widening * max(self.visits, 1) ** options.widening_power
-        return len(self.children) >= limit
+        return sum(self.draws) >= limit
+
+    def drawn(self, batch: Any, index: int, key: Any) -> Node:
+        """The child that a draw of the policy gave; `key` is None where no two draws are alike."""
+        place = self.by_key.get(key) if key is not None else None
+        if place is None:
+            place = len(self.children)
+            self.children.append(Node(batch, index, self.depth + 1))
+            self.draws.append(0)
+            self.by_key[key] = place
+        self.draws[place] += 1
+        return self.children[place]
 
     def back_up(self, options: TreeOptions) -> None:
         """Count a visit, and the value of the children."""
@@ -52,7 +71,8 @@ class Node:
             top = max(values)
             self.value = top
             if options.backup == "soft" and math.isfinite(top):
-                mean = math.fsum(math.exp((v - top) / options.alpha) for v in values) / len(values)
+                weights = [n * math.exp((v - top) / options.alpha) for v, n in zip(values, self.draws, strict=True)]
+                mean = math.fsum(weights) / sum(self.draws)
                 self.value = top + options.alpha * math.log(mean)
 
 
@@ -61,13 +81,14 @@ Choose = Callable[[Node, random.Random], Node]
 
 
 def sampled_child(alpha: float) -> Choose:
-    """A child with probability proportional to exp(value / alpha)."""
+    """A draw with probability proportional to exp(value / alpha)."""
 
     def choose(node: Node, rng: random.Random) -> Node:
         top = max(child.value for child in node.children)
         if not math.isfinite(top):
-            return rng.choice(node.children)
-        return rng.choices(node.children, [math.exp((child.value - top) / alpha) for child in node.children])[0]
+            return rng.choices(node.children, node.draws)[0]
+        weights = [n * math.exp((c.value - top) / alpha) for c, n in zip(node.children, node.draws, strict=True)]
+        return rng.choices(node.children, weights)[0]
 
     return choose
 
@@ -87,37 +108,40 @@ def grow(
 ) -> tuple[list[Node], list[random.Random]]:
     """One tree per request, all growing at once, and the randomness of each.
 
-    Cost per iteration: one denoiser evaluation per step from the expanded node to the end, and one reward evaluation;
-    nothing when the descent ends in a finished sample.
+    Cost per iteration: one denoiser evaluation per draw, that is per step from the expanded node to the end, and one
+    reward evaluation unless the finished sample is known.
     """
     sampler = problem.sampler
     rngs = [random.Random(int(s)) for s in seed]
     if sampler.random_start:
-        roots = [Node(None, -1) for _ in row]
+        roots = [Node(None, 0, -1) for _ in row]
     else:
         start = sampler.start(row, seed)
-        roots = [Node(start.select(np.array([i])), 0) for i in range(len(row))]
+        roots = [Node(start, i, 0) for i in range(len(row))]
     for turn in range(options.num_iterations):
-        paths = [_descend(root, rng, options, choose) for root, rng in zip(roots, rngs, strict=True)]
-        ahead = [i for i, path in enumerate(paths) if not path[-1].done]
-        seeds = split(seed, 0, turn)
+        paths = [[root] for root in roots]
+        seeds = split(seed, turn)
         step = 0
-        while ahead:
+        while True:
+            for path, rng in zip(paths, rngs, strict=True):
+                while not path[-1].done and path[-1].is_full(options):
+                    path.append(choose(path[-1], rng))
+            ahead = [i for i, path in enumerate(paths) if not path[-1].done]
+            if not ahead:
+                break
+            # A new node has no children, so from the first one on this is a plain roll-out.
             noises = split(seeds[ahead], step)
             parents = [paths[i][-1] for i in ahead]
-            if parents[0].state is None:
+            if parents[0].batch is None:
                 states = sampler.start(row[ahead], noises)
             else:
-                states = sampler.candidates(sampler.join([parent.state for parent in parents]), noises[:, None])
-            for j, (i, parent) in enumerate(zip(ahead, parents, strict=True)):
-                child = Node(states.select(np.array([j])), parent.depth + 1)
-                parent.children.append(child)
-                paths[i].append(child)
-            ahead = [i for i in ahead if not paths[i][-1].done]
+                states = sampler.candidates(_states(sampler, parents), noises[:, None])
+            for j, (i, parent, key) in enumerate(zip(ahead, parents, sampler.keys(states), strict=True)):
+                paths[i].append(parent.drawn(states, j, key))
             step += 1
         leaves = [path[-1] for path in paths if not path[-1].visits]
         if leaves:
-            for leaf, reward in zip(leaves, problem.judge(sampler.join([n.state for n in leaves])), strict=True):
+            for leaf, reward in zip(leaves, problem.judge(_states(sampler, leaves)), strict=True):
                 leaf.value = float(reward)
         for path in paths:
             for node in reversed(path):
@@ -125,11 +149,18 @@ def grow(
     return roots, rngs
 
 
-def _descend(root: Node, rng: random.Random, options: TreeOptions, choose: Choose) -> list[Node]:
-    path = [root]
-    while not path[-1].done and path[-1].is_full(options):
-        path.append(choose(path[-1], rng))
-    return path
+def _states(sampler: Any, nodes: Sequence[Node]) -> Any:
+    """The states of some nodes as one batch, in their order."""
+    batches: dict[int, list[int]] = {}
+    for place, node in enumerate(nodes):
+        batches.setdefault(id(node.batch), []).append(place)
+    parts, order = [], []
+    for places in batches.values():
+        batch = nodes[places[0]].batch
+        assert batch is not None
+        parts.append(batch.select(np.array([nodes[place].index for place in places])))
+        order += places
+    return parts[0] if len(parts) == 1 else sampler.join(parts).select(np.argsort(order))
 
 
 def _leaf(root: Node, rng: random.Random, choose: Choose) -> Node:
@@ -140,7 +171,7 @@ def _leaf(root: Node, rng: random.Random, choose: Choose) -> Node:
 
 
 def _result(problem: Problem, leaves: Sequence[Node], request: np.ndarray) -> SearchResult:
-    states = problem.sampler.join([leaf.state for leaf in leaves])
+    states = _states(problem.sampler, leaves)
     return SearchResult(states, request, np.array([leaf.value for leaf in leaves]), problem.budget)
 
 
