@@ -11,7 +11,7 @@ import pytest
 
 from rl import cli
 from rl.config import load_config
-from rl.evaluate.align import align, mean_hamming, summary_lines, three_mer_correlation
+from rl.evaluate.align import align, summary_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,13 +74,7 @@ def test_a_table_with_its_budgets_and_nothing_twice(tmp_path: Path, capsys: pyte
     assert all(p.stat().st_mtime_ns > at for p, at in times.items() if p.name == "row.json")
 
 
-def test_metrics_by_hand() -> None:
-    assert mean_hamming(["AAAA", "AATT", "TTTT"]) == pytest.approx((0.5 + 1.0 + 0.5) / 3)
-    assert mean_hamming(["AB", "AB"]) == 0.0
-    assert three_mer_correlation(["AAAT", "TTTA"], ["AAAT", "TTTA", "AAAT", "TTTA"]) == pytest.approx(1.0)
-    # All eight 3-mers of two letters: one set has AAA alone, the other every one but AAA.
-    others = ["AATTTATAA"]
-    assert three_mer_correlation(["AAA"], others) == pytest.approx(-1.0)
+def test_intervals_by_hand() -> None:
     tables = [[{"name": "x", "truth": value}] for value in (1.0, 2.0, 3.0)]
     # Student with 2 degrees of freedom: 4.303 * 1 / sqrt(3) = 2.484.
     assert summary_lines(tables)[1].split() == ["x", "2±2.5"]

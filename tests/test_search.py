@@ -481,8 +481,8 @@ def test_tree_sampling_approaches_the_tilted_law_as_the_tree_grows(toy: Toy) -> 
     gaps = []
     for iterations in (10, 80, 600):
         options = DtsOptions(num_iterations=iterations, alpha=ALPHA)
-        rows = np.zeros(6, dtype=np.int64)
-        roots, _ = grow(toy.problem(), rows, np.arange(6), options, sampled_child(ALPHA))
+        rows = np.zeros(4, dtype=np.int64)
+        roots, _ = grow(toy.problem(), rows, np.arange(4), options, sampled_child(ALPHA))
         gaps.append(np.mean([distance(law(root, 1.0, np.zeros(27)), toy.tilted) for root in roots]))
     assert gaps[0] > 1.5 * gaps[1] and gaps[1] > 1.5 * gaps[2]
     assert gaps[2] < 0.09
@@ -503,7 +503,7 @@ def test_tree_search_finds_the_maximum_as_the_tree_grows(make_model) -> None:
     )
     means = []
     for iterations in (1, 10, 100, 500):
-        result = toy.run("dts_star", 12, num_iterations=iterations)
+        result = toy.run("dts_star", 6, num_iterations=iterations)
         means.append(result.reward.mean())
     assert means == sorted(means)
     assert (result.reward == toy.reward.max()).all()
@@ -563,7 +563,7 @@ def test_search_over_paths_improves_on_its_paths(toy: Toy) -> None:
     """More noised copies, and more paths, find more; the result is what the sampler really ends in."""
     means = []
     for paths, copies in ((1, 1), (2, 4), (6, 8)):
-        result = toy.run("noise_paths", 150, num_paths=paths, num_renoisings=copies)
+        result = toy.run("noise_paths", 100, num_paths=paths, num_renoisings=copies)
         assert (result.reward == toy.reward[toy.place(result.states)]).all()
         means.append(result.reward.mean())
     assert means[0] + 0.3 < means[1] < means[2]

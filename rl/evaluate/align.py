@@ -7,7 +7,6 @@ stage). What is finished is kept: a second call computes the missing rows only.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from rewards.table import RewardPart
 from rl.config import AlignRow, Config, RewardPartConfig, load_config, save_config
 from rl.evaluate.likelihood import log_likelihoods
 from rl.evaluate.search import search_rollouts
+from rl.evaluate.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
 from rl.tasks.base import Row, load_task
 from rl.train.session import Session, request_seed
 from rollouts.search.options import parse_search
@@ -205,7 +205,7 @@ def judge_samples(session: Session, samples: Samples, pretrained: str) -> dict[s
         numbers[name] = float(np.median([np.nan if v is None else v for v in table.values]))
     reference = getattr(session.task, "reference_sequences", None)
     if reference is not None:
-        numbers["3mer"] = three_mer_correlation(samples.texts, reference())
+        numbers["3mer"] = kmer_correlation(samples.texts, reference())
     grammar = getattr(session.task, "grammar", None)
     if grammar is not None:
         fitting = [text for text in samples.texts if len(text) == grammar.length]
@@ -215,31 +215,8 @@ def judge_samples(session: Session, samples: Samples, pretrained: str) -> dict[s
     bounds = log_likelihoods(model, pairs, num_samples=config.align.likelihood_masks, device=session.device)
     numbers["pretrained_ll"] = float(np.median([bound.logprob for bound in bounds]))
     numbers["hamming"] = mean_hamming(samples.texts)
-    numbers["unique"] = len(set(samples.texts)) / len(samples.texts)
+    numbers["unique"] = uniqueness(samples.texts)
     return numbers
-
-
-def three_mer_correlation(texts: Sequence[str], reference: Sequence[str]) -> float:
-    """Pearson correlation of the 3-mer counts of two sets, over all 3-mers of their letters."""
-    letters = sorted(set("".join(reference)))
-    words = ["".join(word) for word in itertools.product(letters, repeat=3)]
-
-    def counts(group: Sequence[str]) -> list[float]:
-        found = Counter(text[i : i + 3] for text in group for i in range(len(text) - 2))
-        return [found[word] / len(group) for word in words]
-
-    return float(np.corrcoef(counts(texts), counts(reference))[0, 1])
-
-
-def mean_hamming(texts: Sequence[str]) -> float:
-    """Mean share of positions in which two different samples of one length differ, over pairs of equal length."""
-    codes = [np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in texts]
-    shares = [
-        float((codes[i] != codes[j]).mean())
-        for i, j in itertools.combinations(range(len(codes)), 2)
-        if len(codes[i]) == len(codes[j]) > 0
-    ]
-    return float(np.mean(shares)) if shares else float("nan")
 
 
 # Student's 97.5 % quantile by degrees of freedom.

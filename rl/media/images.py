@@ -96,6 +96,9 @@ class ImagesMedium:
     def fills(self, trajectory: LatentTrajectory) -> list[Any]:
         raise ValueError("recipes that score every step's fill are for text: choose a recipe for images")
 
+    def search_sampler(self, engine: LatentEngine, rows: Sequence[Row]) -> Any:
+        raise ValueError("--search knows text only so far: images have no search sampler")
+
     def ended(self, trajectories: Sequence[LatentTrajectory]) -> np.ndarray:
         return np.ones(len(trajectories), dtype=bool)
 
