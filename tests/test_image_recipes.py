@@ -13,12 +13,14 @@ from rl.advantages import extremes, node_advantage
 from rl.algorithms import RECIPES, parse_options
 from rl.algorithms.b2_diffurl import B2DiffuRLOptions
 from rl.algorithms.ddpo import DdpoOptions
+from rl.algorithms.diffusion_nft import DiffusionNftOptions
 from rl.algorithms.image_options import ImageRecipeOptions, Note, branch_of, note
 from rl.batch import DecisionBatch
 from rl.estimators.base import Verdicts
+from rl.estimators.forward_process import forward_rows
 from rl.prompt_history import PromptHistory
 from rollouts.samplers.latent_options import LatentSamplerOptions
-from tests.image_models import rollouts, tiny_policy
+from tests.image_models import FLOW, rollouts, tiny_policy
 
 NAN = float("nan")
 
@@ -171,6 +173,35 @@ def test_the_exact_kl_enters_the_loss() -> None:
     torch.testing.assert_close(loss(batch).metrics["kl"], tensor(1.0, 3.0))
 
 
+@pytest.mark.parametrize("scheduler", [{}, FLOW])
+def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: dict[str, Any]) -> None:
+    """At the policy that sampled, d loss / d x = 2 (2r - 1) (x - x0) / w / D: towards good samples, from bad ones."""
+    policy = tiny_policy(scheduler)
+    options = LatentSamplerOptions(kind="flow_sde" if scheduler else "ddim", num_inference_steps=4)
+    rows = forward_rows(rollouts(policy, options, count=3), policy, num_draws=2, beta=0.3)
+    assert rows.trajectory.tolist() == [0, 0, 1, 1, 2, 2] and rows.step.tolist() == [0, 1] * 3
+    rows.hold_to(policy)
+    prediction = rows.predict(policy).detach().requires_grad_()
+    rows.predict = lambda model: prediction  # type: ignore[method-assign]
+    positive, _, negative = rows.score(policy)
+    advantage = tensor(10, 10, 0, 0, -2, -2)  # r = 1, 1, 1/2, 1/2, 0.3, 0.3
+    batch = DecisionBatch(positive, positive * 0, positive, None, advantage, positive * 0 + 1, other=negative)
+    recipe = DiffusionNftOptions(beta=0.3).build()
+    (gradient,) = torch.autograd.grad(recipe.loss(batch).loss.sum(), prediction)
+    error = prediction.detach() - rows.sample
+    factor = tensor(1, 1, 0, 0, -0.4, -0.4) * 2 / 9 / error.flatten(1).abs().mean(1)
+    torch.testing.assert_close(gradient, factor.reshape(-1, 1, 1, 1) * error)
+
+
+def test_the_forward_process_draws_anew_every_pass_and_from_seeds_alone() -> None:
+    policy = tiny_policy()
+    trajectories = rollouts(policy, LatentSamplerOptions(num_inference_steps=4), count=3)
+    one, same, other = (forward_rows(trajectories, policy, 2, 1.0, iteration) for iteration in (0, 0, 1))
+    assert (one.noised == same.noised).all() and (one.noised != other.noised).any()
+    alone = forward_rows(trajectories[1:2], policy, 2, 1.0)
+    assert (alone.noised == one.noised[2:4]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -198,5 +229,5 @@ def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps:
 
 def test_every_image_recipe_says_so() -> None:
     images = {n for n in RECIPES if issubclass(type(parse_options({"name": n})), ImageRecipeOptions)}
-    assert images == {"b2_diffurl", "branch_grpo", "ddpo", "dpok", "flow_grpo"}
+    assert images == {"b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "flow_grpo"}
     assert all((parse_options({"name": n}).medium == "images") == (n in images) for n in RECIPES)

@@ -61,6 +61,7 @@ RUNS = {
         "image_sampler.kind=flow_sde",
         "image_sampler.guidance_scale=2.0",
     ],
+    "diffusion_nft": ["algorithm={name: diffusion_nft, num_draws: 3}", "image_sampler.eta=0.0"],
     "branch_grpo": ["algorithm={name: branch_grpo, splits: [1, 3]}"],
 }
 

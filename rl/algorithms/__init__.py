@@ -16,6 +16,7 @@ RECIPES = {
     "b2_diffurl": "rl.algorithms.b2_diffurl:B2DiffuRLOptions",
     "branch_grpo": "rl.algorithms.branch_grpo:BranchGrpoOptions",
     "ddpo": "rl.algorithms.ddpo:DdpoOptions",
+    "diffusion_nft": "rl.algorithms.diffusion_nft:DiffusionNftOptions",
     "dpok": "rl.algorithms.ddpo:DpokOptions",
     "flow_grpo": "rl.algorithms.flow_grpo:FlowGrpoOptions",
     "drakes": "rl.algorithms.drakes:DrakesOptions",

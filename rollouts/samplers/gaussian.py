@@ -163,6 +163,14 @@ def _prediction(kind: str, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     raise ValueError(f"the scheduler's prediction_type {kind!r} must be epsilon, sample or v_prediction")
 
 
+def x0_coefficients(scheduler: Any, kind: str, timestep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of x0 in (latent, output) at training timesteps, float64 [N] each; `kind` as in `ImagePolicy`."""
+    if kind == "flow":
+        t = timestep.astype(np.float64) / 1000
+        return np.ones_like(t), -t
+    return _prediction(kind, scheduler.alphas_cumprod.double().numpy()[timestep])[:2]
+
+
 def _steps(scheduler: Any, timestep: np.ndarray, std: np.ndarray, *coefficients: np.ndarray) -> GaussianSteps:
     config = scheduler.config
     if config.get("thresholding", False):

@@ -1,0 +1,120 @@
+"""DiffusionNFT's estimator: finished samples noised again, and the model's denoising of them, forwards and reflected.
+
+Zheng et al. 2025 (arXiv 2509.16117). With x the model's prediction of x0 and y that of the policy that sampled, the
+implicit positive and negative predictions are y + beta (x - y) and y - beta (x - y). No trajectory and no log-prob is
+needed, so any sampler will do. Mixing predictions of x0 is the paper's mixing of velocities: both are linear in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.estimators.denoising import noised
+from rollouts.latent_trajectory import LatentTrajectory
+from rollouts.samplers.gaussian import x0_coefficients
+
+
+@dataclass
+class ForwardRows:
+    """U noised samples. `score` gives minus the error of the positive and (third) of the negative prediction.
+
+    An error is the squared distance to the sample, mean over entries, over the detached mean absolute distance.
+
+    Attributes:
+        noised, sample: [U, ...].
+        timestep: [U].
+        x0_latent, x0_output: [U], prediction of x0 from the noised latent and the output.
+        old: [U, ...], prediction of x0 by the policy that sampled; set by `hold_to`.
+    """
+
+    noised: torch.Tensor
+    sample: torch.Tensor
+    timestep: torch.Tensor
+    x0_latent: torch.Tensor
+    x0_output: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+    trajectory: torch.Tensor
+    step: torch.Tensor
+    guidance_scale: float
+    beta: float
+    old: torch.Tensor | None = None
+    recorded: torch.Tensor | None = None
+    share: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.step) * (1 if self.guidance_scale == 1 else 2)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.sample[0].numel()
+
+    def to(self, device: torch.device | str) -> ForwardRows:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, conditioning={k: v.to(device) for k, v in self.conditioning.items()}, **moved)
+
+    def distinct(self) -> ForwardRows:
+        return self
+
+    def predict(self, model: Any) -> torch.Tensor:
+        """[U, ...]: x0 as the model sees it."""
+        output = model.predict(self.noised, self.timestep, self.conditioning, self.guidance_scale)
+        return self.x0_latent * self.noised + self.x0_output * output
+
+    @torch.no_grad()
+    def hold_to(self, model: Any) -> None:
+        """Keep the predictions of the policy that sampled."""
+        self.old = self.predict(model)
+
+    def score(self, model: Any) -> tuple[torch.Tensor, ...]:
+        assert self.old is not None, "hold_to the policy that sampled first"
+        move = self.beta * (self.predict(model) - self.old)
+        positive, negative = self._error(self.old + move), self._error(self.old - move)
+        return -positive, torch.zeros_like(positive), -negative
+
+    def _error(self, prediction: torch.Tensor) -> torch.Tensor:
+        distance = (prediction - self.sample).flatten(1)
+        return distance.square().mean(1) / distance.detach().abs().mean(1).clamp(min=1e-5)
+
+
+def forward_rows(
+    trajectories: Sequence[LatentTrajectory], model: Any, num_draws: int, beta: float, iteration: int = 0
+) -> ForwardRows:
+    """`num_draws` noise levels of every finished sample, one in each of as many equal parts of the schedule.
+
+    Args:
+        iteration: pass over the rollouts; each draws anew, as a function of the trajectories' seeds.
+    """
+    data = torch.from_numpy(np.stack([t.latents[-1] for t in trajectories])).repeat_interleave(num_draws, 0)
+    level, noise = [], []
+    for trajectory in trajectories:
+        rng = np.random.default_rng([iteration, *(int(s) & 0xFFFFFFFF for s in trajectory.seed)])
+        level.append((np.arange(num_draws) + rng.random(num_draws)) / num_draws)
+        noise.append(rng.standard_normal((num_draws, *trajectory.latents.shape[1:])))
+    levels = np.concatenate(level)
+    drawn = torch.from_numpy(np.concatenate(noise)).to(data.dtype)
+    mixed, _, timestep = noised(model.scheduler, model.prediction_type, data, drawn, levels)
+    latent, output = x0_coefficients(model.scheduler, model.prediction_type, timestep.numpy())
+    shape = (-1, *[1] * (data.dim() - 1))
+    owner = torch.arange(len(trajectories)).repeat_interleave(num_draws)
+    conditioning = {
+        name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories])).repeat_interleave(num_draws, 0)
+        for name in trajectories[0].conditioning
+    }
+    return ForwardRows(
+        noised=mixed,
+        sample=data,
+        timestep=timestep,
+        x0_latent=torch.from_numpy(latent).to(data.dtype).reshape(shape),
+        x0_output=torch.from_numpy(output).to(data.dtype).reshape(shape),
+        conditioning=conditioning,
+        trajectory=owner,
+        step=torch.arange(num_draws).repeat(len(trajectories)),
+        guidance_scale=float(trajectories[0].sampler["guidance_scale"]),
+        beta=beta,
+    )
