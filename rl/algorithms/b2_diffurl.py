@@ -18,28 +18,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from rl.algorithms.image_options import ImageRecipeOptions, branch_of, on_steps
+from rl.algorithms.image_options import IntervalOptions, branch_of, on_steps
 from rl.algorithms.options import Recipe
 
 if TYPE_CHECKING:
     import torch
 
     from rl.estimators.base import Verdicts
-
-
-class IntervalOptions(ImageRecipeOptions):
-    """Backward progressive training: how many of the last steps are trained."""
-
-    progressive: bool = Field(True, description="Train the last steps first and extend to all of them.")
-    first_interval: int = Field(14, ge=1, description="Steps trained at first, counted from the end of the chain.")
-    interval_steps: int = Field(100, ge=1, description="RL steps after which all are trained; set it to train.steps.")
-
-    def first_step(self, rl_step: int, num_steps: int) -> int:
-        """First trained step of T: T - (L + floor(i (T - L + 1) / S)), the published schedule."""
-        if not self.progressive:
-            return 0
-        low = min(self.first_interval, num_steps)
-        return max(0, num_steps - low - rl_step * (num_steps - low + 1) // self.interval_steps)
 
 
 class B2DiffuRLOptions(IntervalOptions):

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from rl.algorithms.b2_diffurl import IntervalOptions
-from rl.algorithms.image_options import on_steps
+from rl.algorithms.image_options import IntervalOptions, on_steps
 from rl.algorithms.options import Recipe
 
 if TYPE_CHECKING:

@@ -96,6 +96,21 @@ class ImageRecipeOptions(RecipeOptions):
         )
 
 
+class IntervalOptions(ImageRecipeOptions):
+    """B²-DiffuRL's backward progressive training: how many of the last steps are trained."""
+
+    progressive: bool = Field(True, description="Train the last steps first and extend to all of them.")
+    first_interval: int = Field(14, ge=1, description="Steps trained at first, counted from the end of the chain.")
+    interval_steps: int = Field(100, ge=1, description="RL steps after which all are trained; set it to train.steps.")
+
+    def first_step(self, rl_step: int, num_steps: int) -> int:
+        """First trained step of T: T - (L + floor(i (T - L + 1) / S)), the published schedule."""
+        if not self.progressive:
+            return 0
+        low = min(self.first_interval, num_steps)
+        return max(0, num_steps - low - rl_step * (num_steps - low + 1) // self.interval_steps)
+
+
 def on_steps(advantage: torch.Tensor, verdicts: Verdicts, first: int = 0) -> torch.Tensor:
     """[M, T]: the advantage of a trajectory at its steps from `first` on that have a density, NaN elsewhere."""
     import torch

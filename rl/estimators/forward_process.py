@@ -1,8 +1,9 @@
 """DiffusionNFT's estimator: finished samples noised again, and the model's denoising of them, forwards and reflected.
 
 Zheng et al. 2025 (arXiv 2509.16117). With x the model's prediction of x0 and y that of the policy that sampled, the
-implicit positive and negative predictions are y + beta (x - y) and y - beta (x - y). No trajectory and no log-prob is
-needed, so any sampler will do. Mixing predictions of x0 is the paper's mixing of velocities: both are linear in the output.
+implicit positive and negative predictions are y + beta (x - y) and y - beta (x - y). It needs no trajectory and no
+log-prob, so any sampler will do. Mixing predictions of x0 is the paper's mixing of velocities: both are linear in
+the output.
 """
 
 from __future__ import annotations
