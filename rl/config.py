@@ -36,6 +36,24 @@ class RunConfig(Section):
     )
 
 
+class PipelineConfig(Section):
+    height: int | None = Field(None, ge=1, description="Height of the images in pixels; null takes the pipeline's.")
+    width: int | None = Field(None, ge=1, description="Width of the images in pixels; null takes the pipeline's.")
+    negative_prompt: str = Field("", description="Prompt of the unconditional half of guidance.")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="Tokens of the T5 encoder of SD3 and FLUX; null takes the pipeline's."
+    )
+    lora_rank: int = Field(0, ge=0, description="Rank of adapters on the denoiser; 0 trains all its weights.")
+    lora_alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank; null is the rank.")
+    lora_targets: list[str] | None = Field(
+        None, min_length=1, description="Layers that get an adapter; null takes the attention projections."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the weights; the VAE stays in float32, since it overflows in half precision."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute the denoiser's activations in the backward.")
+
+
 class ModelConfig(Section):
     path: str | None = Field(None, description="Folder or hub name of a model to start from; null builds a new one.")
     tokenizer: str | None = Field(
@@ -49,9 +67,7 @@ class ModelConfig(Section):
     scheduler: dict[str, Any] = Field(
         {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."
     )
-    pipeline: dict[str, Any] = Field(
-        {}, description="Options of a diffusers pipeline (rl.models.diffusers_policy), such as lora_rank."
-    )
+    pipeline: PipelineConfig = PipelineConfig()
     attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
     block_length: int | None = Field(
         None, ge=1, description="Block size of a block-causal model; null takes that of a loaded one."

@@ -112,3 +112,11 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text())["train"]["optimizer"]["lr"], str)
     assert load_config(path).train.optimizer.lr == 1e-4
     assert load_config(None, ["train.optimizer.lr=3e-4"]).train.optimizer.lr == 3e-4
+
+
+def test_pipeline_options_of_a_text_model_are_refused() -> None:
+    from rl.models.load import load_policy
+
+    config = load_config(None, ["model.pipeline.lora_rank=4"]).model
+    with pytest.raises(ValueError, match=r"model\.pipeline is for image models"):
+        load_policy(config, None, 0)

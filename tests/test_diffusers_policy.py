@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from rl.models.diffusers_policy import DiffusersPolicy, PipelineOptions, load_diffusers_policy
+from rl.config import PipelineConfig
+from rl.models.diffusers_policy import DiffusersPolicy, load_diffusers_policy
 from rollouts.model_protocol import ImagePolicy
 from tests.tiny_pipelines import FAMILIES, SIZE, save_pipeline
 
@@ -32,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def load(folders: dict[str, str], family: str, **options: Any) -> DiffusersPolicy:
     size = {"height": SIZE, "width": SIZE + 8}
-    return load_diffusers_policy(folders[family], PipelineOptions(**size, **LENGTHS.get(family, {}), **options))
+    return load_diffusers_policy(folders[family], PipelineConfig(**size, **LENGTHS.get(family, {}), **options))
 
 
 def draw(policy: DiffusersPolicy, count: int = 2, seed: int = 0) -> torch.Tensor:
@@ -120,7 +121,7 @@ def test_flow_pipelines_take_the_steps_their_pipeline_takes(folders: dict[str, s
 
 def test_sd3_and_flux_shift_their_times_with_the_resolution(tmp_path: Path) -> None:
     save_pipeline(tmp_path, "sd3", use_dynamic_shifting=True)
-    policy = load_diffusers_policy(str(tmp_path), PipelineOptions(height=16, width=24, max_sequence_length=12))
+    policy = load_diffusers_policy(str(tmp_path), PipelineConfig(height=16, width=24, max_sequence_length=12))
     # 4 x 6 patches: 0.5 + (1.15 - 0.5) / (4096 - 256) * (24 - 256)
     assert policy.schedule_options(5)["mu"] == pytest.approx(0.5 + 0.65 / 3840 * (24 - 256))
 
@@ -193,12 +194,12 @@ def test_a_saved_policy_is_read_back_with_equal_outputs(
     assert (expected - before).abs().max() > 1e-2
     policy.save_pretrained(tmp_path / "saved")
     size = {"height": SIZE, "width": SIZE + 8, **LENGTHS.get(family, {})}
-    again = load_diffusers_policy(str(tmp_path / "saved"), PipelineOptions(**size))
+    again = load_diffusers_policy(str(tmp_path / "saved"), PipelineConfig(**size))
     assert torch.equal(outputs(again), expected)
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in policy.parameters()]
     assert outputs(policy).equal(expected) and policy.frozen.pipeline is not None  # saving changes nothing
     policy.save_merged(tmp_path / "merged")
-    merged = load_diffusers_policy(str(tmp_path / "merged"), PipelineOptions(**size))
+    merged = load_diffusers_policy(str(tmp_path / "merged"), PipelineConfig(**size))
     assert_close(outputs(merged), expected)
     assert outputs(policy).equal(expected)
     if rank:
@@ -256,29 +257,29 @@ def test_half_precision_weights_keep_latents_and_images_in_float32(folders: dict
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("sd", {"height": 17}, r"model.image.height is 17: this pipeline needs a multiple of 2"),
-        ("flux", {"height": 18}, r"model.image.height is 18: this pipeline needs a multiple of 4"),
-        ("sd", {"lora_rank": 2, "lora_targets": ("to_z",)}, r"model.lora.target_modules \['to_z'\]: Target modules"),
+        ("sd", {"height": 17}, r"model.pipeline.height is 17: this pipeline needs a multiple of 2"),
+        ("flux", {"height": 18}, r"model.pipeline.height is 18: this pipeline needs a multiple of 4"),
+        ("sd", {"lora_rank": 2, "lora_targets": ["to_z"]}, r"model.pipeline.lora_targets \['to_z'\]: Target modules"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(folders: dict[str, str], family: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        load_diffusers_policy(folders[family], PipelineOptions(**{"height": 16, "width": 16, **options}))
+        load_diffusers_policy(folders[family], PipelineConfig(**{"height": 16, "width": 16, **options}))
     assert "\n" not in str(error.value)
 
 
 def test_folders_that_do_not_fit_are_one_line(folders: dict[str, str], tmp_path: Path) -> None:
-    options = PipelineOptions(height=SIZE, width=SIZE)
+    options = PipelineConfig(height=SIZE, width=SIZE)
     with pytest.raises(ValueError, match=r"model.path 'no/such' cannot be loaded as a diffusers pipeline: "):
         load_diffusers_policy("no/such", options)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
     with pytest.raises(ValueError, match="is a AudioLDMPipeline: known pipelines are StableDiffusionPipeline, "):
         load_diffusers_policy(str(tmp_path / "odd"), options)
-    policy = load_diffusers_policy(folders["sd"], PipelineOptions(height=SIZE, width=SIZE, lora_rank=2))
+    policy = load_diffusers_policy(folders["sd"], PipelineConfig(height=SIZE, width=SIZE, lora_rank=2))
     policy.save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"model.lora.rank is 4, the adapters in .* have rank 2"):
-        load_diffusers_policy(str(tmp_path / "lora"), PipelineOptions(lora_rank=4))
+    with pytest.raises(ValueError, match=r"model.pipeline.lora_rank is 4, the adapters in .* have rank 2"):
+        load_diffusers_policy(str(tmp_path / "lora"), PipelineConfig(lora_rank=4))
     index = json.loads((tmp_path / "lora" / "lora_policy.json").read_text())
     index["lora"]["target_modules"] = ["to_q"]
     (tmp_path / "lora" / "lora_policy.json").write_text(json.dumps(index))
@@ -297,5 +298,5 @@ def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: di
         policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 2.0)
     with pytest.raises(ValueError, match="takes text prompts, the task gave 7"):
         policy.encode(["a cat", 7])
-    with pytest.raises(ValueError, match=r"model.lora.rank is 0"), policy.reference():
+    with pytest.raises(ValueError, match=r"model.pipeline.lora_rank is 0"), policy.reference():
         pass

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rewards.image import data_url
 from rl.track.frames import MAX_CELLS, build_view, frame_budget
 from rl.track.jsonl import MetricsWriter, read_metrics
 from rl.track.plots import DARK, Series, accuracy_names, plot_learning_curve, plot_runs, series
@@ -313,3 +314,59 @@ def test_report_refuses_what_is_no_run_folder_or_damaged(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=name):
             write_report(folder)
         assert not (folder / "report.html").exists()
+
+
+def _image_run(folder: Path) -> list[str]:
+    """A run that drew two samples each of two prompts; returns the data URLs in order."""
+    images = [data_url(np.full((8, 8), shade, dtype=np.uint8)) for shade in (0, 60, 120, 180, 240)]
+    items = [
+        {
+            "prompt": "seven",
+            "before": {"image": images[0], "correct": False},
+            "after": {"image": images[1], "correct": True},
+        },
+        {"prompt": "<two>", "before": {"image": images[2], "correct": True}, "after": None},
+        {
+            "prompt": "seven",
+            "before": {"image": images[3], "correct": True},
+            "after": {"image": images[4], "correct": True},
+        },
+    ]
+    (folder / "viewer.json").write_text(json.dumps({"grid": None, "items": items}))
+    quality = {"precision": 0.5, "recall": 0.75, "frechet": 8.0, "vendi_correct": 1.8, "distance_correct": 3.5}
+    after = {"precision": 0.6, "recall": 0.25, "frechet": 7.0, "vendi_correct": math.nan, "distance_correct": 3.6}
+    summary = {**SUMMARY, "before_quality": {"20": quality}, "after_quality": {"20": after}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return images
+
+
+def test_images_stand_by_prompt_with_the_same_seed_at_the_same_place(tmp_path: Path) -> None:
+    images = _image_run(tmp_path)
+    html = write_report(tmp_path).read_text()
+    page = _Page(html)
+    shown = [address for address in page.addresses if address.startswith("data:image/png")]
+    assert shown == [images[0], images[3], images[1], images[4], images[2]]
+    assert page.text.count("not recorded") == 1
+    assert "before: 1 of 2 right" in page.text and "after: 2 of 2 right" in page.text and "after: 0 of 0" in page.text
+    assert html.count('class="is-right"') == 4 and html.count('class="is-wrong"') == 1
+    assert "&lt;two&gt;" in html and "<two>" not in html
+    assert "Denoising, step by step" not in page.text
+    words = " ".join(page.text.split())
+    for cells in (
+        "20 denoising stepsbeforeafter",
+        "precision: share of images that look real0.5000.600better",
+        "share of real images that are covered0.7500.250worse",
+        "distance to real images8.0007.000better",
+        "right ones of a prompt1.800- ",  # NaN is no number, and no change
+        "right images of a prompt3.5003.600 ",  # neither way is better
+    ):
+        assert cells in words
+
+
+def test_an_image_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    _image_run(tmp_path)
+    data = json.loads((tmp_path / "viewer.json").read_text())
+    data["items"][0]["after"]["image"] = "https://example.org/x.png"
+    (tmp_path / "viewer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"viewer.json is damaged .*must be a data URL, got 'https"):
+        write_report(tmp_path)

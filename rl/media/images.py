@@ -64,9 +64,9 @@ class ImagesMedium:
             elif _is_class_policy(path):
                 policy = ClassPolicy.from_pretrained(path)
             else:
-                from rl.models.diffusers_policy import PipelineOptions, load_diffusers_policy
+                from rl.models.diffusers_policy import load_diffusers_policy
 
-                policy = load_diffusers_policy(path, PipelineOptions(**config.pipeline), self.config.run.seed)
+                policy = load_diffusers_policy(path, config.pipeline, self.config.run.seed)
         self._policy = self._policy or policy
         return policy.eval()
 

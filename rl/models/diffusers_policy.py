@@ -12,7 +12,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from rl.config import PipelineConfig
 from rollouts.model_protocol import Conditioning
 
 INDEX = "lora_policy.json"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """What a policy adds to a published pipeline.
-
-    Attributes:
-        height, width: of the images in pixels; None takes the pipeline's own size.
-        negative_prompt: the unconditional half of guidance.
-        max_sequence_length: tokens of the T5 encoder of SD3 and FLUX; None takes the pipeline's own number.
-        lora_rank: rank of the adapters on the denoiser's attention; 0 trains all of the denoiser.
-        lora_alpha: their scale times the rank; None is the rank.
-        lora_targets: names of the layers that get one; None takes the family's attention projections.
-        dtype: torch dtype name of the weights. The VAE stays in float32: in half precision it overflows.
-        gradient_checkpointing: recompute the denoiser's activations in the backward pass.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    negative_prompt: str = ""
-    max_sequence_length: int | None = None
-    lora_rank: int = 0
-    lora_alpha: int | None = None
-    lora_targets: tuple[str, ...] | None = None
-    dtype: str = "float32"
-    gradient_checkpointing: bool = False
 
 
 class _Frozen:
@@ -75,7 +49,7 @@ class DiffusersPolicy(nn.Module):
     # Components of the pipeline that are not loaded: a safety checker would replace what the reward should judge.
     without: tuple[str, ...] = ("feature_extractor", "image_encoder")
 
-    def __init__(self, pipeline: Any, options: PipelineOptions, source: str) -> None:
+    def __init__(self, pipeline: Any, options: PipelineConfig, source: str) -> None:
         super().__init__()
         self.options, self.source = options, source
         self.frozen = _Frozen(pipeline)
@@ -159,7 +133,7 @@ class DiffusersPolicy(nn.Module):
             ValueError: every weight is trained, so the start is gone.
         """
         if not self.options.lora_rank:
-            raise ValueError("model.lora.rank is 0: without adapters the weights before training are not kept")
+            raise ValueError("model.pipeline.lora_rank is 0: without adapters the weights before training are not kept")
         self.denoiser.disable_adapters()
         try:
             yield
@@ -220,14 +194,14 @@ class DiffusersPolicy(nn.Module):
         from peft import LoraConfig
 
         rank, alpha = self.options.lora_rank, self.options.lora_alpha
-        targets = list(self.options.lora_targets or self.lora_layers)
+        targets = self.options.lora_targets or list(self.lora_layers)
         config = LoraConfig(
             r=rank, lora_alpha=rank if alpha is None else alpha, init_lora_weights="gaussian", target_modules=targets
         )
         try:
             self.denoiser.add_adapter(config)
         except ValueError as error:
-            raise ValueError(f"model.lora.target_modules {targets}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"model.pipeline.lora_targets {targets}: {str(error).splitlines()[0]}") from error
 
     # ---- what a family decides -------------------------------------------------------------------------------------
 
@@ -249,7 +223,7 @@ class DiffusersPolicy(nn.Module):
         size = (self.options.height or default, self.options.width or default)
         for name, pixels in zip(("height", "width"), size, strict=True):
             if pixels % multiple:
-                raise ValueError(f"model.image.{name} is {pixels}: this pipeline needs a multiple of {multiple}")
+                raise ValueError(f"model.pipeline.{name} is {pixels}: this pipeline needs a multiple of {multiple}")
         return size
 
     def _patch(self) -> int:
@@ -447,7 +421,7 @@ class Flux(_Transformer):
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)}
 
 
-def load_diffusers_policy(path: str, options: PipelineOptions, seed: int = 0) -> DiffusersPolicy:
+def load_diffusers_policy(path: str, options: PipelineConfig, seed: int = 0) -> DiffusersPolicy:
     """A policy from a pipeline's folder or hub name, or from a folder of `save_pretrained`, in eval mode.
 
     Args:
@@ -483,7 +457,7 @@ def load_diffusers_policy(path: str, options: PipelineOptions, seed: int = 0) ->
     return family(pipeline, options, str(Path(path).resolve()) if Path(path).is_dir() else path).eval()
 
 
-def _load_lora(path: str, index: dict[str, Any], options: PipelineOptions) -> DiffusersPolicy:
+def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig) -> DiffusersPolicy:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -492,8 +466,8 @@ def _load_lora(path: str, index: dict[str, Any], options: PipelineOptions) -> Di
         raise ValueError(f"model.path {path!r} is incomplete: {WEIGHTS} is missing")
     rank, alpha, targets = (index["lora"][name] for name in ("rank", "alpha", "target_modules"))
     if options.lora_rank not in (0, rank):
-        raise ValueError(f"model.lora.rank is {options.lora_rank}, the adapters in {path!r} have rank {rank}")
-    own = replace(options, lora_rank=rank, lora_alpha=alpha, lora_targets=tuple(targets))
+        raise ValueError(f"model.pipeline.lora_rank is {options.lora_rank}, the adapters in {path!r} have rank {rank}")
+    own = options.model_copy(update={"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets})
     policy = load_diffusers_policy(index["base"], own)
     prefix = f"{policy.denoiser_name}."
     state = {name.removeprefix(prefix): values for name, values in load_file(weights).items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rl.config import ModelConfig
+from rl.config import ModelConfig, PipelineConfig
 from rl.models.families import FAMILIES, family_of
 from rl.models.families.family import rename
 from rl.models.vocabulary import as_ranges, excluded_ranges
@@ -85,6 +85,8 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
     Raises:
         ValueError: the folder is missing or incomplete, or the config describes no model.
     """
+    if config.pipeline != PipelineConfig():
+        raise ValueError("model.pipeline is for image models: this task is text, take it out of the config")
     if config.path is not None:
         check_model_folder(config.path)
         model = _from_path(config, tokenizer)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rl.track import table
 from rl.track.frames import build_view, frame_budget
+from rl.track.image_grid import is_image_viewer, prompt_rows, quality_rows
 from rl.track.jsonl import FILE_NAME as METRICS
 from rl.track.jsonl import NON_FINITE, read_metrics
 from rl.track.plots import DARK, LIGHT, plot_learning_curve
@@ -84,7 +85,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         costs=_costs(summary),
         warnings=_warnings(records),
         config=_text(folder / "config.yaml"),
-        viewer=_viewer(folder / "viewer.json"),
+        quality=quality_rows(summary),
+        **_shown(folder / "viewer.json"),
     )
     path = folder / "report.html"
     partial = path.with_name(path.name + ".partial")
@@ -146,26 +148,32 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _viewer(path: Path) -> dict[str, Any] | None:
+def _shown(path: Path) -> dict[str, Any]:
+    """What viewer.json holds: `viewer`, canvases step by step, or `pictures`, a grid of images."""
     text = _text(path)
     if text is None:
-        return None
+        return {"viewer": None, "pictures": None}
     try:
         data = json.loads(text)
-        grid, items = data["grid"], data["items"]
-        limit = frame_budget(items)
-        built = [
-            {
-                "prompt": item["prompt"],
-                "sides": [
-                    (side, build_view(item[side], grid, limit) if item.get(side) else None)
-                    for side in ("before", "after")
-                ],
-            }
-            for item in items
-        ]
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        if is_image_viewer(data["items"]):
+            return {"viewer": None, "pictures": prompt_rows(data["items"])}
+        return {"viewer": _viewer(data), "pictures": None}
+    except (AttributeError, json.JSONDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); run the evaluation again") from None
+
+
+def _viewer(data: Mapping[str, Any]) -> dict[str, Any]:
+    grid, items = data["grid"], data["items"]
+    limit = frame_budget(items)
+    built = [
+        {
+            "prompt": item["prompt"],
+            "sides": [
+                (side, build_view(item[side], grid, limit) if item.get(side) else None) for side in ("before", "after")
+            ],
+        }
+        for item in items
+    ]
     views = [view for item in built for _, view in item["sides"] if view is not None]
     return {
         "columns": grid[1] if grid else None,
