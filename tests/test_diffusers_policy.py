@@ -293,7 +293,7 @@ def test_folders_that_do_not_fit_are_one_line(folders: dict[str, str], tmp_path:
 def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: dict[str, str]) -> None:
     policy = load(folders, "flux-schnell")
     with pytest.raises(
-        ValueError, match=r"sampler.guidance_scale is 2.0: this FLUX model has no guidance, set it to 1"
+        ValueError, match=r"image_sampler.guidance_scale is 2.0: this FLUX model has no guidance, set it to 1"
     ):
         policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 2.0)
     with pytest.raises(ValueError, match="takes text prompts, the task gave 7"):

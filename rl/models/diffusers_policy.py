@@ -375,7 +375,7 @@ class Flux(_Transformer):
         distilled = self.denoiser.config.guidance_embeds
         if not distilled and guidance_scale != 1:
             raise ValueError(
-                f"sampler.guidance_scale is {guidance_scale}: this FLUX model has no guidance, set it to 1"
+                f"image_sampler.guidance_scale is {guidance_scale}: this FLUX model has no guidance, set it to 1"
             )
         dtype = self.denoiser.dtype
         states = conditioning["prompt_embeds"].to(dtype)
