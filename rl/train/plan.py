@@ -215,7 +215,8 @@ def medium_of(config: Config) -> str:
     """The medium of the config's task, without building it."""
     from rl.tasks.base import task_class
 
-    return getattr(task_class(config.task.name), "medium", "text")
+    with about(f"task.name {config.task.name!r}"):
+        return getattr(task_class(config.task.name), "medium", "text")
 
 
 def _check_same_run(config: Config) -> None:
