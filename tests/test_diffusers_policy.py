@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from rl.config import PipelineConfig
+from rl.estimators.gaussian_step import gaussian_rows
 from rl.models.diffusers_policy import DiffusersPolicy, load_diffusers_policy
+from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.model_protocol import ImagePolicy
+from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.tiny_pipelines import FAMILIES, SIZE, save_pipeline
 
 PROMPTS = ["a cat on a bike", "two dogs"]
@@ -300,3 +303,27 @@ def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: di
         policy.encode(["a cat", 7])
     with pytest.raises(ValueError, match=r"model.pipeline.lora_rank is 0"), policy.reference():
         pass
+
+
+SAMPLERS = {"sd": {"kind": "ddim"}, "sdxl": {"kind": "ddim"}, "sd3": {"kind": "flow_sde"}, "flux": {"kind": "flow_sde"}}
+
+
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likelier(
+    folders: dict[str, str], family: str
+) -> None:
+    policy = load(folders, family, lora_rank=2)
+    options = LatentSamplerOptions(**SAMPLERS[family], num_inference_steps=3, guidance_scale=GUIDANCE[family])
+    requests = [LatentRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    trajectories = LatentEngine(policy, options).generate(requests)
+    rows = gaussian_rows(trajectories)
+    assert rows.recorded is not None and len(rows.step) >= 4
+    logprob = rows.score(policy)[0]
+    assert (logprob - rows.recorded).abs().max() < 1e-4
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    logprob[0].backward()
+    with torch.no_grad():
+        scale = 1e-3 / torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        for parameter in parameters:
+            parameter += scale * parameter.grad
+        assert rows.score(policy)[0][0] > logprob[0]
