@@ -15,7 +15,7 @@ import torch
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
-from rollouts.samplers.options import SamplerOptions, preset_parts
+from rollouts.samplers.options import SamplerOptions, preset_parts, with_changes
 from rollouts.samplers.parts import step_quota
 from rollouts.samplers.presets import PRESETS
 from rollouts.trajectory import TokenTrajectory
@@ -646,8 +646,8 @@ def test_a_preset_is_a_choice_of_parts_and_explicit_options_win() -> None:
     assert SamplerOptions.model_validate(options.model_dump()) == options
     assert SamplerOptions(preset="llada").decoder() == {**SamplerOptions().decoder(), "preset": "llada"}
     # Laid over resolved options, a preset leaves nothing of the one before.
-    swapped = SamplerOptions.model_validate({**options.model_dump(), **preset_parts("rcr")})
-    assert swapped == SamplerOptions(preset="rcr")
+    assert with_changes(options, {"preset": "rcr"}) == SamplerOptions(preset="rcr")
+    assert with_changes(options, {"top_k": 3}) == SamplerOptions(preset="sdar_dynamic", threshold=0.6, top_k=3)
 
 
 def test_the_parts_of_every_preset_are_options() -> None:

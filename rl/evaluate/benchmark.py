@@ -24,7 +24,7 @@ from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train import distributed
 from rl.train.session import Session, request_seed
 from rollouts.engines.in_process import InProcessEngine, Request
-from rollouts.samplers.options import SamplerOptions, preset_parts
+from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.samplers.presets import PRESETS
 
 # What papers call a decoder -> our selector.
@@ -89,10 +89,10 @@ def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]
     for name in plan.decodings or [configured]:
         parts: dict[str, Any] = {}
         if plan.decodings:
-            parts = {"preset": None, "selector": DECODINGS[name]} if name in DECODINGS else preset_parts(name)
+            parts = {"preset": None, "selector": DECODINGS[name]} if name in DECODINGS else {"preset": name}
         for steps in step_counts:
             update = {"num_inference_steps": steps, "temperature": temperature, "record_x0": False}
-            option = SamplerOptions.model_validate({**sampler.model_dump(), **parts, **update})
+            option = with_changes(sampler, {**parts, **update})
             if plan.samples > 1 and not temperature and not option.random_order:
                 raise ValueError(
                     f"--samples {plan.samples} needs --temperature above 0: greedy samples are all the same"

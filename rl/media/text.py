@@ -18,7 +18,7 @@ from rl.tasks.templates import chat_prompt
 from rl.train.plan import about, tokenizer_field
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
-from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory
 
@@ -71,7 +71,7 @@ class TextMedium:
             "num_inference_steps": num_inference_steps,
             "record_x0": self.config.eval.backslide,
         }
-        return SamplerOptions.model_validate({**self.config.sampler.model_dump(), **changed})
+        return with_changes(self.config.sampler, changed)
 
     def prompt_text(self, row: Row) -> str:
         """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""

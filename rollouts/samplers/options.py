@@ -209,6 +209,12 @@ def preset_parts(name: str) -> dict[str, Any]:
     return {"preset": name, **defaults, **_preset(name)}
 
 
+def with_changes(options: SamplerOptions, changes: dict[str, Any]) -> SamplerOptions:
+    """Resolved options with some changed; a preset among them replaces every part that is not given beside it."""
+    parts = preset_parts(changes["preset"]) if changes.get("preset") is not None else {}
+    return SamplerOptions.model_validate({**options.model_dump(), **parts, **changes})
+
+
 class RelaxedOptions(BaseModel):
     """Sampling with a gradient (`rollouts/samplers/relaxed.py`)."""
 
