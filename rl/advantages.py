@@ -168,6 +168,10 @@ def step_advantage(value: torch.Tensor, cell: torch.Tensor, scale: str = "std", 
     zeros = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=value.dtype)
     count = zeros.index_add(0, index, torch.ones_like(flat))
     centred = flat - (zeros.index_add(0, index, flat) / count)[index]
+    # The mean of equal values may be off by a rounding, which the division below would make an advantage of.
+    low = zeros.scatter_reduce(0, index, flat, "amin", include_self=False)
+    high = zeros.scatter_reduce(0, index, flat, "amax", include_self=False)
+    centred = torch.where((low < high)[index], centred, 0.0)
     if scale == "std":
         variance = zeros.index_add(0, index, centred**2) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[index] + eps)
@@ -231,8 +235,8 @@ def mdpo_advantage(
 ) -> torch.Tensor:
     """[M, T]: the advantage of every step that MDPO trains, NaN at the others.
 
-    Steps of advantage 0 are left out where a rollout has others; a rollout that has only such steps keeps them, so
-    that it counts in the mean over rollouts.
+    Chosen steps of advantage 0 are left out where a rollout's choice has others; a rollout that has only such steps
+    keeps them, so that it counts in the mean over rollouts. Its other steps weigh the same either way.
 
     Args:
         verdicts: with the rewards of all fills, and `rl.estimators.fill_rows.StepNotes`.
@@ -254,9 +258,10 @@ def mdpo_advantage(
     pairs = torch.stack([verdicts.group[:, None].expand(shape), inside], dim=-1).reshape(-1, 2)
     cell = torch.unique(pairs, dim=0, return_inverse=True)[1].view(shape)
     advantage = step_advantage(value, cell, scale)
-    useful = advantage.nan_to_num() != 0
-    advantage[~useful & useful.any(1, keepdim=True)] = torch.nan
     chosen = select_steps(advantage, train_steps, select, [note.seed for note in verdicts.notes], surprisal)
+    # After the choice: a draw among the useful steps alone would be no estimate of the mean over all.
+    useful = chosen & (advantage.nan_to_num() != 0)
+    chosen = torch.where(useful.any(1, keepdim=True), useful, chosen)
     if mask_weight:
         advantage = advantage * masked[:, :1] / masked.clamp(min=1)
     return torch.where(chosen, advantage, torch.nan)

@@ -211,3 +211,10 @@ def test_how_often_a_step_is_trained(how: str, expected: list[float]) -> None:
 def test_unknown_step_choices_are_errors(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_steps_of_equal_value_have_no_advantage_whatever_the_rounding() -> None:
+    """The mean of three 0.1 is not 0.1; divided by a standard deviation of nearly 0 the difference would be trained."""
+    value = torch.full((3, 4), 0.1, dtype=torch.float64)
+    cell = torch.arange(4).expand(3, 4)
+    assert step_advantage(value, cell, "std").tolist() == [[0.0] * 4] * 3

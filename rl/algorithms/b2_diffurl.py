@@ -7,9 +7,10 @@ it; rollouts of a prompt share what comes before the interval and branch at its 
 Of every branch point the best rollout is kept if its reward's z-score (by prompt, over earlier steps too) is high
 enough and the worst if it is low enough; the rest is thrown away, and counted in the reward queries.
 
-Each part has a switch: `progressive`, `branches: 1`, `selection: all`, `advantage`. The defaults are those of the
-published code but for its clip (0.1 on a mean log-prob, which never clips). The advantage of the paper compares
+Each part has a switch: `progressive`, `branches: 1`, `selection: all`, `advantage`. The advantage of the paper compares
 within a branch point; the code uses the z-score by prompt: `advantage: branch` or `prompt`.
+
+Departs from the published code in its clip alone (0.1 on a mean log-prob, which never clips).
 """
 
 from __future__ import annotations

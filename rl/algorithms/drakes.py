@@ -6,8 +6,8 @@ with one position per step its optimum is the law p_pre(x) exp(reward / alpha) /
 
 * `pathwise`: the published one. Gumbel-softmax over the last steps, a differentiable reward. Biased, since the soft
   path is another sampler than the hard one.
-* `score_function`: reward - alpha * log-ratio of the path, in place of the reward, on exact trace log-probs. Unbiased;
-  any reward.
+* `score_function`: reward - alpha * log-ratio of the path, in place of the reward, on exact trace log-probs. Unbiased
+  where the order of reveals does not depend on the model (`sampler.score` random, or selector left_most); any reward.
 * `weighted_regression`: cross-entropy on sampled paths, weighted by the group's softmax of reward / alpha - log-ratio
   (MDNS, arXiv 2508.10684, and TR2-D2, arXiv 2509.25171, do so off-policy with a buffer).
 

@@ -3,8 +3,8 @@
 arXiv 2601.15165. With the order fixed the trace log-prob is the log-prob of the answer, and plain GRPO applies.
 Training costs one forward per token of the answer; evaluations may decode otherwise (`eval.sampler`).
 
-Choices (published): rewards z-scored in the group, no KL, no hidden prompt tokens; clip 0.2; mean over the tokens of an
-answer, then over answers.
+Choices (published): rewards z-scored in the group, no KL, no hidden prompt tokens; clip 0.2; mean over the tokens of a
+response, what follows its end token in the block included, then over responses.
 
 Needs sampler.selector left_most and one step per response token; the run refuses to start otherwise.
 """

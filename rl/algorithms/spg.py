@@ -1,13 +1,14 @@
 """SPG: raise a lower bound of good answers' likelihood, lower an upper bound of bad ones'.
 
 Wang et al. 2025, "SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models" (arXiv 2510.09541). Both bounds
-are read from the same block-wise masked copies: the evidence lower bound, and per token (1/b) log E[weight p^b]. An
+are read from the same masked copies: the evidence lower bound, and per token (1/b) log E[weight p^b]. An
 answer with A >= 0 takes the lower bound, one with A < 0 the mixture omega upper + (1 - omega) lower. No ratio, no KL.
 
 Choices (published): b = 1.5 (1.0 for Sudoku), omega = 0.5, two draws, prompt tokens hidden with probability 0.15,
 reward minus group mean. Each answer makes two decisions, step 0 and step 1, and the advantage [M, 2] mixes them.
 
-Departs: bounds are per token of the answer (published: weighted by its length); the upper bound from two draws leaves
+Departs: masks fall on the whole answer unless `mask_block` is set (published: block-wise); bounds are per token of the
+answer (published: weighted by its length); the upper bound from two draws leaves
 tokens out that neither hides (its bias: tests/test_masked_copies.py).
 """
 

@@ -166,7 +166,15 @@ def remask_rows(
         targets.append(trajectory.token[reveal])
         steps.append(step[reveal])
     return assemble(
-        trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift, recorded=_recorded(trajectories)
+        trajectories,
+        documents,
+        owners,
+        columns,
+        targets,
+        steps,
+        pack_to,
+        logit_shift,
+        recorded=_recorded(trajectories, shrink, segments),
     )
 
 
@@ -222,10 +230,22 @@ def packed_rows(
         columns.append(column[reveal])
         targets.append(trajectory.token[reveal])
         steps.append(step[reveal])
-    return assemble(trajectories, documents, owners, columns, targets, steps, pack_to, recorded=_recorded(trajectories))
+    return assemble(
+        trajectories,
+        documents,
+        owners,
+        columns,
+        targets,
+        steps,
+        pack_to,
+        recorded=_recorded(trajectories, shrink, segments),
+    )
 
 
-def _recorded(trajectories: Sequence[TokenTrajectory]) -> np.ndarray:
+def _recorded(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None) -> np.ndarray | None:
+    """float64 [N]: the sampler's log-probs; None where merged steps score other states than it sampled in."""
+    if shrink > 1 or segments is not None:
+        return None
     return np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
 
 

@@ -52,7 +52,13 @@ class RelaxedText:
         """
         config = session.config
         self.session, self.options, self.sampler = session, options, config.sampler
-        for name, plain in (("block_length", None), ("top_p", 1.0), ("top_k", 0)):
+        # The relaxed rollout is MDLM's ancestral sampler; score, quota and selector have no part in it.
+        plain_options = {"block_length": None, "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "reviser": "none"}
+        if self.sampler.temperature == 0:
+            raise ValueError("sampler.temperature is 0: algorithm.gradient pathwise needs it above 0")
+        if config.train.mixed_steps:
+            raise ValueError("train.mixed_steps is set: algorithm.gradient pathwise samples with one number of steps")
+        for name, plain in plain_options.items():
             if getattr(self.sampler, name) != plain:
                 raise ValueError(
                     f"sampler.{name} is {getattr(self.sampler, name)}: algorithm.gradient pathwise needs {plain}"

@@ -464,10 +464,12 @@ class PolicyUpdater:
         decisions, gaps = total.pop("decisions", 0.0), total.pop("gap_count", 0.0)
         metrics = {
             "policy/grad_norm": sum(norms) / len(norms),
-            "policy/logprob_gap": total.pop("gap_sum", 0.0) / max(gaps, 1.0),
-            "policy/logprob_gap_max": gap_max,
             "policy/decisions": decisions,
         }
+        gap = total.pop("gap_sum", 0.0) / max(gaps, 1.0)
+        # An estimator that scores other states than were sampled has no gap, and must not seem to have a small one.
+        if gaps or not decisions:
+            metrics |= {"policy/logprob_gap": gap, "policy/logprob_gap_max": gap_max}
         if "path_kl" in total:
             metrics["policy/path_kl"] = total.pop("path_kl")
         per_update = [name for name in ("loss/total", "value/loss", "value/grad_norm") if name in total]
