@@ -154,6 +154,14 @@ def test_the_regression_loss_by_hand() -> None:
     assert output.metrics["clip_fraction"].tolist() == [0, 1, 1]
 
 
+def test_the_kl_of_gdsd_is_the_published_k2() -> None:
+    """With a weight of 0.5 and a log-ratio of 2 to the reference: (0 - psi A)^2 + 0.5 * 2^2 / 2."""
+    recipe = parse_options({"name": "gdsd", "kl_to": "reference", "kl_coef": 0.5, "psi": 2.0}).build()
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    loss = recipe.loss(DecisionBatch(zero, zero, zero, zero - 2, one, one)).loss
+    assert loss.tolist() == pytest.approx([4 + 1])
+
+
 def test_traced_recipes_score_what_was_sampled(make_model) -> None:
     """Exact ones give the recorded log-probs; StepMerge with fewer segments than steps does not."""
     model = make_model("qwen3-full", vocab_size=8)

@@ -8,13 +8,14 @@ Choices (published): psi = 10, clamp log(1 -+ 4e-4), reward minus group mean, on
 answer has no gradient: with a clamp this narrow most answers learn in the first pass over the rollouts only.
 
 Departs: S is per token of the answer, and so is the clamp (published: the clamp acts on the sum, which is then
-divided by the length); no KL term by default (its published weight is not in what we read); the TLC variant is left
-out.
+divided by the length); no KL term by default (its published weight is not in what we read), k2 once it has a weight;
+the TLC variant is left out.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from pydantic import Field
 
@@ -26,6 +27,7 @@ class GDSDOptions(MaskedOptions):
     name: str = Field("gdsd", description="Recipe name.")
     clip_low: float = Field(4e-4, gt=0, lt=1, description="Lower clamp of exp(S - S_old).")
     clip_high: float = Field(4e-4, gt=0, description="Upper clamp of exp(S - S_old).")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k2", description="Estimator of the KL term.")
     psi: float = Field(10.0, gt=0, description="Change of the score asked for per unit of advantage.")
     draws: int = Field(1, ge=1, description="Pairs of complementary masks per answer.")
 
