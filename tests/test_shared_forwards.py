@@ -36,15 +36,17 @@ def test_first_of_equal_rows_by_hand() -> None:
 
 
 def test_sampler_is_unchanged_and_runs_fewer_rows(model: DiffusionLM) -> None:
-    shared = SharedForwards(model)
-    with_sharing = InProcessEngine(shared, OPTIONS).generate(REQUESTS)
-    without = InProcessEngine(model, OPTIONS).generate(REQUESTS)
+    engine, plain = InProcessEngine(SharedForwards(model), OPTIONS), InProcessEngine(model, OPTIONS)
+    with_sharing, without = engine.generate(REQUESTS), plain.generate(REQUESTS)
     for a, b in zip(with_sharing, without, strict=True):
         assert np.array_equal(a.token, b.token) and np.array_equal(a.position, b.position)
         np.testing.assert_allclose(a.logprob, b.logprob, rtol=0, atol=1e-12)
-    assert shared.rows == 8 * 3
-    # The first step of four rollouts of a prompt is one canvas: at most 2 + 8 + 8 distinct rows.
-    assert shared.distinct <= 18
+    width = 9
+    assert (plain.stats.rows_asked, plain.stats.sequence_forwards, plain.stats.query_tokens) == (24, 24, 24 * width)
+    # The first step of four rollouts of a prompt is one canvas; later ones are told apart on the trajectories.
+    distinct = sum(len({(*t.prompt_ids, -1, *t.canvas_at(step)) for t in without}) for step in range(3))
+    assert distinct <= 18 and engine.stats.rows_asked == 24
+    assert (engine.stats.sequence_forwards, engine.stats.query_tokens) == (distinct, distinct * width)
 
 
 def test_rows_that_differ_in_length_only_are_not_merged(model: DiffusionLM) -> None:

@@ -52,8 +52,7 @@ def evaluate(
         judged = [v for v in values if v == v]
         right = sum(v >= 1.0 for v in judged)
         low, high = wilson_interval(right, len(judged)) if judged else (0.0, 1.0)
-        sequence_forwards = distributed.reduce_number(engine.stats.sequence_forwards, "sum", session.device)
-        tokens = distributed.reduce_number(engine.stats.generated_tokens, "sum", session.device)
+        work = distributed.sum_metrics(vars(engine.stats), session.device)
         results[steps] = Accuracy(
             steps,
             right / len(judged) if judged else float("nan"),
@@ -61,8 +60,9 @@ def evaluate(
             high,
             len(judged),
             len(values) - len(judged),
-            sequence_forwards,
-            tokens / max(sequence_forwards, 1),
+            work["sequence_forwards"],
+            # Sharing a forward with an equal canvas is no property of the decoder.
+            work["generated_tokens"] / max(work["rows_asked"], 1),
             backslide_of([s for part in distributed.gather_objects(scored.step_reward) for s in part])
             if backslide
             else None,

@@ -181,7 +181,8 @@ def _sample(session: Session, row: AlignRow) -> Samples:
         engine = session.engine(session.model)
         seeds = [[request_seed(config.run.seed + 7_919, i, 0)] for i in range(count)]
         trajectories, of = engine.generate(session.medium.requests(rows, seeds, None)), rows
-        spent = (engine.stats.sequence_forwards, 0)
+        # As searches count it: what a sample costs must not depend on how many are drawn beside it.
+        spent = (engine.stats.rows_asked, 0)
     texts, columns = session.medium.finished(trajectories)
     ids = columns["completion_ids"]
     prompt_ids = [t.prompt_ids.tolist() for t in trajectories]

@@ -181,7 +181,7 @@ class PolicyUpdater:
                 if self.critic is not None:
                     losses = [self._value_loss(batch) for batch in chunk]
                     # Every rank knows the global norm: its share adds up to it once.
-                    norm = self.critic.update(losses, self._value_loss(spare))
+                    norm = self.critic.update(losses, self._value_loss(spare, count=False))
                     self.sums["value/grad_norm"] += norm / distributed.world_size()
                 first = epoch == index == 0
                 losses = [self._policy_loss(batch, measure_gap=first) for batch in chunk]
@@ -371,6 +371,7 @@ class PolicyUpdater:
         outputs = []
         for batch in [*chunk, *[spare] * (count - len(chunk))]:
             outputs.append(learner.engine(batch.rows))
+        for batch in chunk:
             self._count(batch)
         return outputs[: len(chunk)]
 
@@ -422,13 +423,14 @@ class PolicyUpdater:
 
         return loss
 
-    def _value_loss(self, batch: MicroBatch) -> Callable[[], torch.Tensor]:
+    def _value_loss(self, batch: MicroBatch, count: bool = True) -> Callable[[], torch.Tensor]:
         """A callable that returns this micro-batch's share of the critic's loss."""
 
         def loss() -> torch.Tensor:
             assert self.critic is not None
-            self._count(batch, backward=True)
-            return weighted_sum(self._value_terms(self.critic.engine(batch.rows), batch), batch.weight)
+            if count:
+                self._count(batch, backward=True)
+            return weighted_sum(self._value_terms(self.critic.engine(batch.rows), batch, count), batch.weight)
 
         return loss
 

@@ -51,10 +51,18 @@ class Request:
 
 @dataclass
 class EngineStats:
-    """Work done by the last `generate` call. A forward counts once whatever its batch size."""
+    """Work done by the last `generate` call.
+
+    Attributes:
+        forwards: batched forwards; one counts once whatever its batch size.
+        sequence_forwards: rows that went through the network. Equal ones may have shared it (`SharedForwards`).
+        rows_asked: rows before equal ones were merged: one for every denoising step of every request.
+        query_tokens: of the rows that went through the network.
+    """
 
     forwards: int = 0
     sequence_forwards: int = 0
+    rows_asked: int = 0
     query_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
@@ -343,8 +351,8 @@ class InProcessEngine:
         fresh, block = bool(slots.fresh[group[0]]), self.options.block_length
         width = int(slots.length[group].max())
         if cache is None:
-            self._count(tokens[:, :width])
             hidden = self.model.hidden_states(tokens[:, :width], visible=full_visibility(length, width))
+            self._count(tokens[:, :width])
             return hidden, torch.zeros_like(start)
         if self.block_causal:
             assert block is not None
@@ -409,6 +417,10 @@ class InProcessEngine:
         return trajectories
 
     def _count(self, queries: torch.Tensor) -> None:
+        """Book the forward that was just made for queries [N, Q]."""
+        asked, width = queries.shape
+        run = getattr(self.model, "last_run", asked)
         self.stats.forwards += 1
-        self.stats.sequence_forwards += queries.shape[0]
-        self.stats.query_tokens += queries.numel()
+        self.stats.rows_asked += asked
+        self.stats.sequence_forwards += run
+        self.stats.query_tokens += run * width

@@ -148,6 +148,7 @@ class LatentEngine:
             evaluations = len(latent[part]) * (1 if self.options.guidance_scale == 1 else 2)
             self.stats.forwards += 1
             self.stats.sequence_forwards += evaluations
+            self.stats.rows_asked += evaluations
             self.stats.query_tokens += evaluations * latent[0].numel()
         self.stats.generated_tokens += latent.numel()
         return torch.cat(outputs)

@@ -18,14 +18,12 @@ class SharedForwards:
     """A `DenoisingModel` that runs each distinct row of a batch once (forwards with a cache pass through).
 
     Attributes:
-        rows: rows asked for so far.
-        distinct: rows really run.
+        last_run: rows that went through the network in the last call.
     """
 
     def __init__(self, model: DenoisingModel):
         self._model = model
-        self.rows = 0
-        self.distinct = 0
+        self.last_run = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -39,13 +37,12 @@ class SharedForwards:
         cache: Any | None = None,
     ) -> torch.Tensor:
         """[B, Q, D]; see `DenoisingModel.hidden_states`."""
-        self.rows += len(input_ids)
         if cache is not None or position_ids is not None or (visible is not None and visible.shape[1] != 1):
-            self.distinct += len(input_ids)
+            self.last_run = len(input_ids)
             return self._model.hidden_states(input_ids, visible=visible, position_ids=position_ids, cache=cache)
         key = input_ids if visible is None else torch.cat([input_ids, visible[:, 0].to(input_ids)], dim=1)
         first, inverse = first_of_equal_rows(key)
-        self.distinct += len(first)
+        self.last_run = len(first)
         hidden = self._model.hidden_states(input_ids[first], visible=None if visible is None else visible[first])
         return hidden[inverse]
 
