@@ -200,20 +200,48 @@ def test_a_run_takes_one_optimizer_step_per_batch(run) -> None:
 
 
 def test_every_distinct_fill_is_verified_once(run) -> None:
-    """An RL step of 8 prompts and 2 rollouts of 4 steps: 16 terminal texts, then the distinct fills of each prompt."""
+    """An RL step of 8 prompts and 2 rollouts of 4 steps: 16 terminal texts, then every other distinct fill of a prompt.
+
+    The last fill is the terminal text, which has its verdict.
+    """
     train = lines(run[0], "train")
     queries, first = run[1], int(train[0]["cost/reward_queries"])
     assert train[-1]["cost/reward_queries"] == len(queries)
     for mine in (queries[:first], queries[first:]):
         fills = mine[16:]
-        assert len(fills) == len(set(fills)) and 8 <= len(fills) < 16 * 4
-        # The terminal texts are the last fills.
-        assert set(mine[:16]) <= set(fills)
+        assert 0 < len(fills) == len(set(fills)) < 16 * 3
+        assert not set(mine[:16]) & set(fills)
+
+
+FAILING = """
+def dense(prompts, completions, **columns):
+    # Fills come without the columns of a trajectory: every verdict is given, and no fill has one.
+    return [0.25 if "num_steps" in columns else float("nan") for _ in completions]
+"""
+
+
+def test_failed_fills_are_counted_like_failed_verdicts(tmp_path: Path) -> None:
+    arguments = tiny_config(
+        tmp_path, "algorithm.name=mdpo", "algorithm.entropy_coef=0", "sampler.record_x0=true", "train.steps=1",
+        "train.epochs=1", "sft.steps=0", "reward.max_failure_share=1", "eval.num_prompts=2", "eval.viewer_items=0",
+        reward=FAILING,
+    )  # fmt: skip
+    train_here(arguments)
+    (line,) = lines(tmp_path / "run", "train")
+    # All 16 rollouts have a verdict; those with a fill that none of their prompt ended in (nearly all) are left out.
+    asked = line["cost/reward_queries"] - 16
+    assert asked > 16 and line["reward/dense/failures"] == line["reward/masked"] == asked
+    assert line["reward/mean"] == 0.25 and 8 < line["reward/failed"] == line["filters/unscored"] <= 16
+    assert line["policy/decisions"] == 0
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "reward.functions=[{name: sudoku, normalize: group}]",
+            "'sudoku' has normalize group, but algorithm.name mdpo compares .*: set normalize to none",
+        ),
         ("sampler.record_x0=false", "algorithm.name mdpo needs sampler.record_x0=True"),
         ("algorithm.credit=best", "algorithm.credit"),
         ("algorithm.aggregation=token_mean", "algorithm.aggregation"),

@@ -77,7 +77,7 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
             f"{per_update} trajectories per update and rank in at most {micro} micro-batch(es) of "
             f"{train.micro_batch_size}",
             f"rl: {forwards:g} denoising forwards per rollout on average, "
-            f"{int(forwards * trajectories * train.steps)} sequence forwards to sample in all",
+            f"at most {int(forwards * trajectories * train.steps)} sequence forwards to sample in all",
         ]
     return lines
 
@@ -149,6 +149,11 @@ def check_run(config: Config, new: bool = True) -> None:
     for part in config.reward.functions:
         with about(f"reward.functions {part.name!r}"):
             load_reward(part.name, part.params)
+        if part.normalize != "none" and config.train.steps and getattr(options.build(), "needs_step_rewards", False):
+            raise ValueError(
+                f"reward.functions {part.name!r} has normalize {part.normalize}, but algorithm.name {options.name} "
+                "compares the rewards of steps with each other: set normalize to none"
+            )
     if not config.reward.functions:
         load_reward(task.reward, {})
     medium = getattr(task, "medium", "text")

@@ -98,6 +98,8 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
     means = torch.stack([p.mean() for p in prompts if len(p)] or [torch.tensor(torch.nan, dtype=torch.float64)])
     mean = float(means.mean())
     half = 1.96 * float(means.std(correction=1)) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    filtered = distributed.sum_metrics(rollouts.filtered, device)
+    work = distributed.sum_metrics(vars(rollouts.stats), device)
     slid = {}
     if rollouts.step_reward is not None:
         everywhere = [s for part in distributed.gather_objects(rollouts.step_reward) for s in part]
@@ -105,12 +107,12 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
     return {
         **slid,
         **join_metrics(distributed.gather_objects((rollouts.table.metrics, len(rollouts.completions)))),
-        **distributed.sum_metrics(rollouts.filtered, device),
-        "rollout/tokens": distributed.reduce_number(rollouts.stats.generated_tokens, "sum", device),
-        "speed/distinct_row_share": rollouts.rows_run / max(rollouts.rows_asked, 1),
+        **filtered,
+        "rollout/tokens": work["generated_tokens"],
+        "speed/distinct_row_share": work["sequence_forwards"] / max(work["rows_asked"], 1),
         "reward/mean": mean,
         "reward/low": mean - half,
         "reward/high": mean + half,
-        "reward/failed": float((~valid).sum()),
+        "reward/failed": filtered["filters/unscored"],
         "reward/zero_variance_share": float(zero_variance_groups(rewards, groups).double().mean()),
     }

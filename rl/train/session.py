@@ -50,9 +50,6 @@ class ScoredRollouts:
     step_reward: list[np.ndarray] | None = None
     reward_seconds: float = 0.0
     filtered: dict[str, float] = field(default_factory=dict)
-    # Rows the sampler asked to be forwarded, and how many of them were distinct and so really were.
-    rows_asked: int = 0
-    rows_run: int = 0
 
     def padded_step_reward(self) -> torch.Tensor | None:
         """float64 [M, T], NaN behind a trajectory's last step; None where no step was scored."""
@@ -92,8 +89,6 @@ class ScoredRollouts:
             step_reward=None if parts[0].step_reward is None else [s for p in parts for s in p.step_reward or []],
             reward_seconds=sum(p.reward_seconds for p in parts),
             filtered=_sum([p.filtered for p in parts]),
-            rows_asked=sum(p.rows_asked for p in parts),
-            rows_run=sum(p.rows_run for p in parts),
         )
 
 
@@ -275,41 +270,57 @@ class Session:
         return completions, rewards.score([row["prompt"] for row in rows], completions, columns, groups=groups)
 
     def judge_steps(
-        self, rows: Sequence[Row], trajectories: Sequence[Any], group_size: int = 1, verifier: bool = False
+        self,
+        rows: Sequence[Row],
+        trajectories: Sequence[Any],
+        completions: Sequence[Any],
+        table: ScoreTable,
+        group_size: int = 1,
+        verifier: bool = False,
     ) -> tuple[list[np.ndarray], int]:
-        """The reward of every step's full fill, and how many distinct ones were scored.
+        """The reward of every step's full fill, and how many were asked for.
 
-        A fill that occurs again for the same prompt is scored once. Rewards see it without the columns that
-        describe a trajectory.
+        No text is asked for twice: a last fill that is the completion has its verdict, one that another fill or
+        completion of the prompt is too has that one's. Rewards see fills without the columns that describe a
+        trajectory. Failures, and all else that is counted, are added to the metrics of `table`.
 
         Args:
+            completions, table: what `judge` gave.
             verifier: see `judge`.
 
         Returns:
             [M] float64 [T_i], NaN where a fill has no score, and the number of reward queries.
         """
+        values = [np.nan if v is None else v for v in table.values]
         place: dict[tuple[int, Any], int] = {}
+        for index, text in enumerate(completions):
+            place.setdefault((index // group_size, text), index)
         owners: list[int] = []
         texts: list[Any] = []
         where = []
         for index, trajectory in enumerate(trajectories):
-            group = index // group_size
             indices = []
-            for text in self.medium.fills(trajectory):
-                key = (group, text)
+            fills = self.medium.fills(trajectory)
+            for text in fills:
+                key = (index // group_size, text)
                 if key not in place:
-                    place[key] = len(texts)
+                    place[key] = len(values) + len(texts)
                     owners.append(index)
                     texts.append(text)
                 indices.append(place[key])
+            if fills[-1] == completions[index]:
+                indices[-1] = index
             where.append(indices)
         judged = [rows[index] for index in owners]
         rewards = self.verifier if verifier else self.rewards
-        table = rewards.score(
+        fresh = rewards.score(
             [row["prompt"] for row in judged], texts, _row_columns(judged), groups=[i // group_size for i in owners]
         )
-        values = np.array([np.nan if v is None else v for v in table.values], dtype=np.float64)
-        return [values[indices] for indices in where], len(texts)
+        for name, value in fresh.metrics.items():
+            if name.endswith(_COUNTS):
+                table.metrics[name] = table.metrics.get(name, 0.0) + value
+        every = np.array(values + [np.nan if v is None else v for v in fresh.values], dtype=np.float64)
+        return [every[indices] for indices in where], len(texts)
 
     def rollout(
         self,
@@ -341,12 +352,17 @@ class Session:
         completions, table = self.judge(repeated, trajectories, group_size, verifier)
         reward = torch.tensor([float("nan") if v is None else v for v in table.values], dtype=torch.float64)
         of_steps, queries = (
-            self.judge_steps(repeated, trajectories, group_size, verifier) if step_rewards else (None, 0)
+            self.judge_steps(repeated, trajectories, completions, table, group_size, verifier)
+            if step_rewards
+            else (None, 0)
         )
         overlong = torch.from_numpy(~self.medium.ended(trajectories))
         group_index = torch.arange(len(rows)).repeat_interleave(group_size)
         steps_table = None if of_steps is None else padded(of_steps)
-        keep, filtered = keep_mask(self.config.filters, reward, group_index, overlong, steps_table)
+        # A rollout with a failed fill is left out, and counted, like one whose verdict failed.
+        failed = torch.tensor([bool(np.isnan(row).any()) for row in of_steps or ()], dtype=torch.bool)
+        judged = reward if of_steps is None else reward.masked_fill(failed, torch.nan)
+        keep, filtered = keep_mask(self.config.filters, judged, group_index, overlong, steps_table)
         seconds = time.perf_counter() - started
         if count:
             self.spend(
@@ -367,8 +383,6 @@ class Session:
             reward_seconds=seconds,
             filtered=filtered,
             step_reward=of_steps,
-            rows_asked=getattr(getattr(engine, "model", None), "rows", 0),
-            rows_run=getattr(getattr(engine, "model", None), "distinct", 0),
         )
 
 
