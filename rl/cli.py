@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -236,8 +237,14 @@ def _sft(args: argparse.Namespace) -> int:
     with Session.open(config) as session:
         summary = supervised(session)
         if distributed.rank() == 0:
-            session.save_model(session.run_dir / "model")
-            print(f"model: {session.run_dir / 'model'}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
+            model = session.run_dir / "model"
+            # A comparison takes a folder of this name for a finished stage.
+            partial = model.with_name("model.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            session.save_model(partial)
+            shutil.rmtree(model, ignore_errors=True)
+            os.replace(partial, model)
+            print(f"model: {model}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
     distributed.stop()
     return 0
 

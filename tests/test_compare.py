@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rl.config import load_config
-from rl.evaluate.compare import COSTS, interval, markdown, recipe_overrides
+from rl.evaluate.compare import COSTS, equal_budgets, interval, markdown, recipe_overrides
+from rl.track.jsonl import MetricsWriter
 from tests.runs import cli, series, tiny_config
 
 SUMMARY = {"before": {"4": 0.2, "8": 0.5}, "train_seconds": 10.0, "train_steps": 3, "updates": 6, "reward_queries": 96}
@@ -27,6 +28,35 @@ def test_the_table_by_hand() -> None:
     assert warm.startswith("| warm start | 3 | 0.200 ± 0.000 | 0.500 ± 0.000 |")
     assert row == "| mine | 3 | 0.300 ± 0.248 | 0.600 ± 0.000 | 3 | 2,000 | 96 | 6 | 10 |"
     assert interval([0.25]) == "0.250"
+
+
+def write_run(folder: Path, rows: list[tuple[int, int, int, int, float]]) -> Path:
+    """Metrics of a run: (step, sequences, queries, updates, accuracy) of every evaluation."""
+    with MetricsWriter(folder) as metrics:
+        for step, sequences, queries, updates, accuracy in rows:
+            if step:
+                costs = {"sequence_forwards": sequences, "reward_queries": queries, "updates": updates}
+                metrics.log(step, "train", {f"cost/{name}": value for name, value in costs.items()})
+            metrics.log(step, "eval", {"eval/accuracy@4": accuracy, "eval/accuracy_low@4": 0.0, "eval/recall@4": 0.5})
+    return folder
+
+
+def test_equal_budgets_by_hand(tmp_path: Path) -> None:
+    """The first variant spends few queries and many forwards, the second the reverse; both make 10 updates."""
+    one = write_run(tmp_path / "a", [(0, 0, 0, 0, 0.2), (2, 400, 20, 4, 0.4), (4, 800, 40, 10, 0.6)])
+    two = write_run(tmp_path / "b", [(0, 0, 0, 0, 0.2), (3, 100, 80, 6, 0.3), (6, 200, 160, 10, 0.7)])
+    three = write_run(tmp_path / "c", [(0, 0, 0, 0, 0.2), (3, 100, 80, 6, 0.5), (6, 200, 160, 10, 0.9)])
+    head, _, *rows = equal_budgets({"mine": [one], "other": [two, three]}).splitlines()
+    assert head == "| equal | variant | seeds | accuracy@4 | recall@4 |"
+    # At 200 sequences the first is half way to its first evaluation; at 40 queries the others are.
+    assert rows == [
+        "| 200 sequences through the model | mine | 1 | 0.300 | 0.500 |",
+        "| 200 sequences through the model | other | 2 | 0.800 ± 1.271 | 0.500 ± 0.000 |",
+        "| 40 reward queries | mine | 1 | 0.600 | 0.500 |",
+        "| 40 reward queries | other | 2 | 0.300 ± 0.635 | 0.500 ± 0.000 |",
+        "| 10 optimizer updates | mine | 1 | 0.600 | 0.500 |",
+        "| 10 optimizer updates | other | 2 | 0.800 ± 1.271 | 0.500 ± 0.000 |",
+    ]
 
 
 def test_a_recipe_comes_with_what_it_requires() -> None:

@@ -13,7 +13,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from rewards.digits import DigitClassifier, DigitJudge, digits
+from rl.cli import main
 from rl.estimators.denoising import noised
+from rl.evaluate.compare import Comparison, _warm_start
 from rl.models.class_policy import ClassPolicy, new_policy
 from rl.tasks.digits import DigitsTask
 from rollouts.samplers.gaussian import make_steps, predicted_x0
@@ -81,6 +83,16 @@ def test_a_run_goes_through_the_loop(name: str, tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert 0 <= summary["after"]["6"] <= 1
     assert set(summary["after_quality"]["6"]) == {"precision", "recall", "frechet", "vendi_correct", "distance_correct"}
+
+
+def test_a_finished_supervised_stage_is_not_repeated(tmp_path: Path) -> None:
+    """The folder is there when it is whole; a comparison takes it for every variant of the seed."""
+    arguments = image_config(tmp_path, f"run.output_dir={tmp_path / 'out' / 'warm-0'}")
+    assert main(["sft", *arguments]) == 0
+    assert ClassPolicy.from_pretrained(tmp_path / "out" / "warm-0" / "model").classes == list("0123456789")
+    assert not list((tmp_path / "out" / "warm-0").glob("*.partial"))
+    _warm_start(Comparison(arguments[1], {}, (0,), tmp_path / "out"), 0)
+    assert not (tmp_path / "out" / "warm-0.log").exists()
 
 
 def test_branches_share_the_cost_of_their_prefix(tmp_path: Path) -> None:

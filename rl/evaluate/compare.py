@@ -2,7 +2,7 @@
 
 Every (variant, seed) is a `denoise-rl train` of its own; a seed's warm start is made once and shared. Finished runs are
 kept, so an interrupted comparison goes on. Orderings change with the budget that is held equal (forwards, reward
-queries, optimizer updates), so the table and the plot always show all three.
+queries, optimizer updates), so a second table and the plot always show all three.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rl.algorithms import parse_options
 from rl.config import Config, load_config
@@ -80,7 +82,7 @@ def compare(comparison: Comparison) -> tuple[str, Path, Path]:
     summaries = {
         name: [json.loads((folder / "summary.json").read_text()) for folder in group] for name, group in folders.items()
     }
-    table = markdown(summaries)
+    table = markdown(summaries) + "\n" + equal_budgets(folders)
     (comparison.output / "table.md").write_text(table)
     results = comparison.output / "results.json"
     results.write_text(json.dumps({"seeds": list(comparison.seeds), "runs": summaries}, indent=1))
@@ -105,7 +107,7 @@ def _command(comparison: Comparison, name: str, overrides: Sequence[str], log: P
 
 def _warm_start(comparison: Comparison, seed: int) -> None:
     folder = comparison.output / f"warm-{seed}"
-    if comparison.warm_start is None and not (folder / "model" / "config.json").exists():
+    if comparison.warm_start is None and not (folder / "model").is_dir():
         where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
         _command(comparison, "sft", [*comparison.common, *where], comparison.output / f"warm-{seed}.log")
 
@@ -129,6 +131,36 @@ def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines.append(_row("warm start", [s["before"] for s in first], steps, [{} for _ in first]))
     lines += [_row(name, [s["after"] for s in runs], steps, runs) for name, runs in summaries.items()]
     return "\n".join(lines) + "\n"
+
+
+def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
+    """Every held-out metric at what all runs have spent: of each budget, the most that even the thriftiest run did.
+
+    Between two evaluations of a run its metrics are interpolated linearly in the budget.
+    """
+    from rl.track.plots import BUDGETS, costed_evaluations
+
+    curves = {name: [costed_evaluations(folder) for folder in group] for name, group in folders.items()}
+    every = [run for runs in curves.values() for run in runs]
+    hidden = ("_low@", "_high@", "unscored@")
+    metrics = [
+        key
+        for key in every[0][-1]
+        if key.startswith("eval/") and not any(part in key for part in hidden) and all(key in run[-1] for run in every)
+    ]
+    head = ["equal", "variant", "seeds", *[key.removeprefix("eval/").replace("_", " ") for key in metrics]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for budget, words in BUDGETS.items():
+        limit = min(run[-1][budget] for run in every)
+        for name, runs in curves.items():
+            cells = [interval([_at(run, budget, limit, key) for run in runs]) for key in metrics]
+            lines.append("| " + " | ".join([f"{limit:,.0f} {words.lower()}", name, str(len(runs)), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _at(run: Sequence[Mapping[str, float]], budget: str, spent: float, metric: str) -> float:
+    points = [point for point in run if metric in point]
+    return float(np.interp(spent, [point[budget] for point in points], [point[metric] for point in points]))
 
 
 def _row(

@@ -150,15 +150,9 @@ def plot_budgets(
     for index, (name, folders) in enumerate(variants.items()):
         points: dict[int, list[dict[str, float]]] = {}
         for folder in folders:
-            costs = {0: dict.fromkeys(BUDGETS, 0.0)}
-            costs |= {
-                r["step"]: {b: r[b] for b in BUDGETS}
-                for r in read_metrics(folder, "train")
-                if BUDGETS.keys() <= r.keys()
-            }
-            curve = series(read_metrics(folder, "eval"), metric)
-            for step, value in zip(curve.steps, curve.values, strict=True):
-                points.setdefault(step, []).append({**costs[step], metric: value})
+            for point in costed_evaluations(folder):
+                if metric in point:
+                    points.setdefault(int(point["step"]), []).append(point)
         for budget, panel in axes.items():
             means = sorted((_mean(group, budget), _mean(group, metric)) for group in points.values())
             drawn = drawn or bool(means)
@@ -177,6 +171,15 @@ def plot_budgets(
     _title(first, f"Held-out accuracy, {_num_steps(metric)} denoising steps")
     last.legend(fontsize=8, frameon=False, labelcolor=theme.ink, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _save(figure, Path(out))
+
+
+def costed_evaluations(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Every evaluation of a run, by step: its metrics, and what the run had spent of each budget by then."""
+    costs = {0: dict.fromkeys(BUDGETS, 0.0)}
+    costs |= {
+        r["step"]: {b: r[b] for b in BUDGETS} for r in read_metrics(folder, "train") if BUDGETS.keys() <= r.keys()
+    }
+    return [{**r, **costs[r["step"]]} for r in sorted(read_metrics(folder, "eval"), key=lambda r: r["step"])]
 
 
 def _mean(group: Sequence[Mapping[str, float]], name: str) -> float:
