@@ -251,6 +251,9 @@ class GoalConfig(Section):
 
 
 class RolloutConfig(Section):
+    engine: Literal["in_process"] = Field(
+        "in_process", description="What samples the rollouts: the learner's own process."
+    )
     max_batch_size: int = Field(256, ge=1, description="Requests decoded together.")
     cache: Literal["none", "prefix", "dual"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."

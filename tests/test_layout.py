@@ -40,7 +40,16 @@ def test_no_module_has_a_standard_library_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["rl", "rl.config", "rl.algorithms", "rewards", "rewards.run", "rollouts.samplers.options"]
+    "module",
+    [
+        "rl",
+        "rl.config",
+        "rl.algorithms",
+        "rewards",
+        "rewards.run",
+        "rollouts.samplers.options",
+        "rollouts.engines.base",
+    ],
 )
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

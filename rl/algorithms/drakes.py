@@ -49,6 +49,9 @@ class DrakesOptions(RecipeOptions):
             raise ValueError("algorithm.alpha must be above 0 for gradient weighted_regression: it is the temperature")
         return self
 
+    def engine_needs(self) -> set[str]:
+        return {"gradients"} if self.gradient == "pathwise" else {"step_maps", "sampled_logprobs"}
+
     def build(self) -> Recipe | GradientRecipe:  # type: ignore[override]
         if self.gradient == "pathwise":
             from rl.media.soft_text import RelaxedText

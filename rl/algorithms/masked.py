@@ -30,6 +30,10 @@ class MaskedOptions(RecipeOptions):
     )
     prompt_mask: float = Field(0.0, ge=0, lt=1, description="Probability that a copy hides a prompt token.")
 
+    def engine_needs(self) -> set[str]:
+        """Nothing: copies are masked anew, how the answer came about does not matter."""
+        return set()
+
     def masked_recipe(
         self,
         draw: Draw,

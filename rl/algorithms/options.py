@@ -136,6 +136,10 @@ class RecipeOptions(BaseModel):
         """Dotted keys of other sections -> the values without which this recipe cannot run."""
         return {}
 
+    def engine_needs(self) -> set[str]:
+        """What the engine must give beside finished samples (keys of `rollouts.engines.base.NEEDS`)."""
+        return {"step_maps"} | ({"sampled_logprobs"} if self.old_logprob == "sampler" else set())
+
     def build(self) -> Recipe:
         """The recipe these options describe."""
         raise NotImplementedError(f"recipe {self.name} has no build()")

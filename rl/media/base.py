@@ -14,16 +14,9 @@ if TYPE_CHECKING:
     from rl.config import Config
     from rl.estimators.base import DecisionRows
     from rl.tasks.base import Row, Task
+    from rollouts.engines.base import Engine
 
 MEDIA = {"text": "rl.media.text:TextMedium", "images": "rl.media.images:ImagesMedium"}
-
-
-class Engine(Protocol):
-    """What samples: requests in, trajectories out, with the work of the last call in `stats`."""
-
-    stats: Any
-
-    def generate(self, requests: Sequence[Any], policy_version: int = 0) -> list[Any]: ...
 
 
 class Medium(Protocol):

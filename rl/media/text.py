@@ -50,11 +50,9 @@ class TextMedium:
         save_policy(model, self.tokenizer, path)
 
     def engine(self, model: Any, options: SamplerOptions, device: torch.device) -> InProcessEngine:
-        if self.rollout_block is not None:
-            options = options.model_copy(update={"block_length": self.rollout_block})
         return InProcessEngine(
             SharedForwards(model),
-            options,
+            self._with_block(options),
             eos_token_id=self.tokenizer.eos_token_id,
             max_batch_size=self.config.rollout.max_batch_size,
             device=device,
@@ -62,7 +60,12 @@ class TextMedium:
         )
 
     def options(self) -> SamplerOptions:
-        return self.config.sampler
+        return self._with_block(self.config.sampler)
+
+    def _with_block(self, options: SamplerOptions) -> SamplerOptions:
+        return (
+            options if self.rollout_block is None else options.model_copy(update={"block_length": self.rollout_block})
+        )
 
     def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> SamplerOptions:
         changed = {

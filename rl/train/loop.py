@@ -26,6 +26,8 @@ def train(session: Session) -> dict[str, Any]:
     heldout = session.task.heldout_rows(config.eval.num_prompts)
     if not heldout:
         raise ValueError("the task has no held-out rows: set task.params so that it has some")
+    if config.train.steps:
+        session.open_engine()
     checkpoint, notes = find_checkpoint(session.run_dir) if config.run.resume else (None, [])
     for note in notes:
         session.progress.message(note)

@@ -35,7 +35,7 @@ def sample_step(
     for start in range(0, len(rows), wanted):
         first, mine = session.shard(rows[start : start + wanted])
         first += start
-        engine = session.engine(session.model)
+        engine = session.rollout_engine(policy_version)
         if splits:
             engine.splits = tuple(splits)
         part = session.rollout(

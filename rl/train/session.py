@@ -15,14 +15,16 @@ import torch
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
 from rl.config import Config, save_config
-from rl.media.base import Engine, Medium, open_medium
+from rl.media.base import Medium, open_medium
 from rl.tasks.base import Row, load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services
 from rl.train import distributed
+from rl.train.engines import PolicyWeights, engine_needs, open_engine
 from rl.train.filters import keep_mask
 from rl.train.plan import about
+from rollouts.engines.base import Engine, EngineStats, check_versions, require
 
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ class ScoredRollouts:
     table: ScoreTable
     reward: torch.Tensor
     group: torch.Tensor
-    stats: Any
+    stats: EngineStats
     keep: torch.Tensor
     step_reward: list[np.ndarray] | None = None
     reward_seconds: float = 0.0
@@ -84,7 +86,7 @@ class ScoredRollouts:
             table=table,
             reward=torch.cat([p.reward for p in parts]),
             group=torch.cat(groups),
-            stats=type(parts[0].stats)(**_sum([vars(p.stats) for p in parts])),
+            stats=EngineStats(**_sum([vars(p.stats) for p in parts])),  # type: ignore[arg-type]
             keep=torch.cat([p.keep for p in parts]),
             step_reward=None if parts[0].step_reward is None else [s for p in parts for s in p.step_reward or []],
             reward_seconds=sum(p.reward_seconds for p in parts),
@@ -154,6 +156,9 @@ class Session:
     metrics: MetricsWriter
     progress: Progress
     costs: Costs = field(default_factory=Costs)
+    # What samples the rollouts that are learned from, where that is not the model of this process.
+    remote: Engine | None = None
+    _pushed: int | None = None
 
     @classmethod
     def open(cls, config: Config, write: bool = True) -> Session:
@@ -209,6 +214,9 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.remote is not None:
+            self.remote.close()
+            self.remote = None
         self.progress.__exit__(*error)
         self.metrics.close()
         self.rewards.close()
@@ -225,6 +233,28 @@ class Session:
     def engine(self, model: Any, options: Any = None) -> Any:
         """What samples with `model`; the config's sampler without `options`."""
         return self.medium.engine(model, options or self.medium.options(), self.device)
+
+    def open_engine(self) -> None:
+        """Start what `rollout.engine` names.
+
+        Raises:
+            ValueError: it cannot do what the run needs.
+        """
+        self.remote = open_engine(self)
+        self._pushed = None
+        if self.remote is not None:
+            require(self.config.rollout.engine, self.remote.capabilities(), engine_needs(self.config))
+
+    def rollout_engine(self, policy_version: int) -> Engine:
+        """What samples the rollouts that are learned from, with the weights of `model`, which are this version's."""
+        if self.remote is None:
+            return self.engine(self.model)
+        self.remote.options = self.medium.options()
+        if self._pushed != policy_version:
+            # A push that fails leaves the engine without a version, and the run ends.
+            self.remote.push_weights(policy_version, PolicyWeights(self))
+            self._pushed = policy_version
+        return self.remote
 
     def save_model(self, path: str | Path) -> None:
         """Write `model` as it is now to a folder."""
@@ -347,6 +377,7 @@ class Session:
         """
         seeds = [[request_seed(seed, first + i, g) for g in range(group_size)] for i in range(len(rows))]
         trajectories = engine.generate(self.medium.requests(rows, seeds, steps), policy_version)
+        check_versions(trajectories, policy_version)
         started = time.perf_counter()
         repeated = [row for row in rows for _ in range(group_size)]
         completions, table = self.judge(repeated, trajectories, group_size, verifier)

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from rollouts.engines.base import Capabilities, EngineStats, WeightSource
 from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
@@ -49,23 +50,18 @@ class Request:
     num_inference_steps: int | None = None
 
 
-@dataclass
-class EngineStats:
-    """Work done by the last `generate` call.
-
-    Attributes:
-        forwards: batched forwards; one counts once whatever its batch size.
-        sequence_forwards: rows that went through the network. Equal ones may have shared it (`SharedForwards`).
-        rows_asked: rows before equal ones were merged: one for every denoising step of every request.
-        query_tokens: of the rows that went through the network.
-    """
-
-    forwards: int = 0
-    sequence_forwards: int = 0
-    rows_asked: int = 0
-    query_tokens: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
+# What sampling the caller's own module can do.
+CAPABILITIES = Capabilities(
+    step_maps=True,
+    sampled_logprobs=True,
+    remasking=True,
+    fills=True,
+    request_steps=True,
+    branches=True,
+    gradients=True,
+    policy_version=True,
+    push="shared",
+)
 
 
 class InProcessEngine:
@@ -126,7 +122,17 @@ class InProcessEngine:
         self.max_batch_size = max_batch_size
         self.device = torch.device(device)
         self.approximate_cache = approximate_cache
+        self.splits: tuple[tuple[int, int], ...] = ()
         self.stats = EngineStats()
+
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES
+
+    def push_weights(self, version: int, source: WeightSource) -> None:
+        """Nothing to do: the module that is sampled is the caller's, and so are its weights."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollouts.engines.in_process import EngineStats
+from rollouts.engines.base import Capabilities, EngineStats, WeightSource
+from rollouts.engines.in_process import CAPABILITIES
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import Conditioning, ImagePolicy
@@ -65,6 +66,15 @@ class LatentEngine:
     def leaves(self) -> int:
         """Rollouts that one tree ends in."""
         return math.prod(branches for _, branches in self.splits)
+
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES
+
+    def push_weights(self, version: int, source: WeightSource) -> None:
+        """Nothing to do: the module that is sampled is the caller's, and so are its weights."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[LatentRequest], policy_version: int = 0) -> list[LatentTrajectory]:

@@ -1,0 +1,179 @@
+"""What the training loop may ask of whatever samples: the model of this process, workers elsewhere, a server.
+
+An engine says what its trajectories carry (`Capabilities`) before it is asked for any, and a recipe that needs more is
+refused (`require`). Weights reach an engine by version, and an engine samples with exactly the version it is asked
+for or not at all: a push that fails half-way leaves it without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EngineError(RuntimeError):
+    """An engine gave no trajectories, or such as must not be used."""
+
+
+class TransientEngineError(EngineError):
+    """The same request may succeed when it is asked again, or elsewhere: a worker died, a connection broke."""
+
+
+class StaleVersionError(EngineError):
+    """An engine, or a trajectory, has other weights than those asked for, or such as lie too far back."""
+
+
+class WeightPushError(EngineError):
+    """Weights did not arrive whole; the engine has no version until a push succeeds."""
+
+
+@dataclass
+class EngineStats:
+    """Work done by the last `generate` call.
+
+    Attributes:
+        forwards: batched forwards; one counts once whatever its batch size.
+        sequence_forwards: rows that went through the network. Equal ones may have shared it (`SharedForwards`).
+        rows_asked: rows before equal ones were merged: one for every denoising step of every request.
+        query_tokens: of the rows that went through the network.
+        seconds: wall-clock of the call.
+    """
+
+    forwards: int = 0
+    sequence_forwards: int = 0
+    rows_asked: int = 0
+    query_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: EngineStats) -> None:
+        """Add work that was done elsewhere at the same time; `seconds` stays the caller's own clock."""
+        for name, value in vars(other).items():
+            if name != "seconds":
+                setattr(self, name, getattr(self, name) + value)
+
+
+# What a recipe or an option can need of an engine, and how messages call it.
+NEEDS = {
+    "step_maps": "the step of every token, the complete terminal block included",
+    "sampled_logprobs": "log-probs of the sampling distribution at the step that chose the token",
+    "remasking": "tokens that were taken back or replaced",
+    "fills": "the full fill of every step",
+    "request_steps": "a number of denoising steps of each request's own",
+    "branches": "rollouts that branch",
+    "gradients": "samples with a gradient",
+    "asynchronous": "sampling beside the learner",
+}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do; see `NEEDS` for the flags.
+
+    Attributes:
+        policy_version: its trajectories carry the version of the weights that sampled them.
+        push: how it takes weights: "shared" (it samples the caller's own module), "tensors" (name -> tensor), "folder"
+            (a Hugging Face folder).
+    """
+
+    step_maps: bool = False
+    sampled_logprobs: bool = False
+    remasking: bool = False
+    fills: bool = False
+    request_steps: bool = False
+    branches: bool = False
+    gradients: bool = False
+    asynchronous: bool = False
+    policy_version: bool = False
+    push: Literal["shared", "tensors", "folder"] = "folder"
+
+
+def require(engine: str, capabilities: Capabilities, needs: Mapping[str, str]) -> None:
+    """Refuse an engine that cannot do what a run needs.
+
+    Args:
+        engine: its name, the value of `rollout.engine`.
+        needs: key of `NEEDS` -> the option that needs it ("algorithm.name tracerl").
+
+    Raises:
+        ValueError: one line about the first need that is not met.
+    """
+    if not capabilities.policy_version:
+        raise ValueError(
+            f"rollout.engine {engine} does not say which weights sampled a trajectory: nothing can learn from it, set "
+            "rollout.engine to in_process"
+        )
+    for name, why in needs.items():
+        if not getattr(capabilities, name):
+            raise ValueError(
+                f"rollout.engine {engine} cannot give {NEEDS[name]} ({name}), which {why} needs: set rollout.engine to "
+                "one that can, or change that option"
+            )
+
+
+def check_versions(trajectories: Sequence[Any], policy_version: int) -> None:
+    """Raise StaleVersionError when a trajectory was sampled with other weights than those asked for."""
+    for trajectory in trajectories:
+        if trajectory.policy_version != policy_version:
+            raise StaleVersionError(
+                f"a trajectory was sampled with the weights of version {trajectory.policy_version} instead of "
+                f"{policy_version}"
+            )
+
+
+class WeightSource(Protocol):
+    """The policy's weights as they are now, in the form an engine takes them."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> parameter, on any device."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder."""
+        ...
+
+
+class Engine(Protocol):
+    """What samples: requests in, trajectories out.
+
+    Attributes:
+        options: the decoder; it may be set between two calls of `generate`.
+        splits: where rollouts branch (`LatentEngine`); empty for media without branches.
+        stats: the work of the last call.
+    """
+
+    options: Any
+    splits: tuple[tuple[int, int], ...]
+    stats: EngineStats
+
+    def capabilities(self) -> Capabilities: ...
+
+    def generate(self, requests: Sequence[Any], policy_version: int = 0) -> list[Any]:
+        """One trajectory per request, in the requests' order, each with the version that sampled it.
+
+        Args:
+            policy_version: version to sample with.
+
+        Raises:
+            ValueError: a request cannot be served as it is.
+            StaleVersionError: the engine has other weights.
+            EngineError: anything else that kept a trajectory from being complete; never fewer or repaired ones.
+        """
+        ...
+
+    def push_weights(self, version: int, source: WeightSource) -> None:
+        """Sample with these weights from now on.
+
+        Raises:
+            WeightPushError: they did not arrive; the engine then has no version.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds. A `generate` that runs in another thread ends with an EngineError."""
+        ...
