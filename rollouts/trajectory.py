@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +30,11 @@ _EDIT_FIELDS = {
     "confidence": np.float32,
 }
 FILL_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
+
+# How much of a rollout is known, each with what comes before it: the finished answer, the step of every token, and the
+# log-prob it was drawn with. Our own engines know everything, serving engines often not.
+Detail = Literal["sample", "steps", "logprobs"]
+DETAILS: tuple[Detail, ...] = get_args(Detail)
 
 
 @dataclass
@@ -65,6 +70,9 @@ class TokenTrajectory:
         decoder: the rule that chose positions: the preset's name and every part (`SamplerOptions.decoder`).
         policy_version: optimizer steps taken by the weights that sampled this.
         exact: False when an approximate cache was used: log-probs then carry an unknown error.
+        detail: "logprobs" when everything is known; "steps" without log-probs and confidences, which are NaN; "sample"
+            when only the answer is: every token then seems to be revealed at step 0, with NaN too, and what was
+            decoded behind the answer is missing.
         x0_hat: int64 [T, L], the full fill of every step, recorded on request only: the canvas with a draw for
             every masked position, committed or not.
         x0_confidence: float32 [T, L], recorded with it: `confidence` of each of these draws; NaN where the step
@@ -89,6 +97,7 @@ class TokenTrajectory:
     decoder: dict[str, Any] = field(default_factory=dict)
     policy_version: int = 0
     exact: bool = True
+    detail: Detail = "logprobs"
     x0_hat: np.ndarray | None = None
     x0_confidence: np.ndarray | None = None
     x0_logprob: np.ndarray | None = None
@@ -153,8 +162,12 @@ class TokenTrajectory:
                     f"trajectory field {name!r} has shape {fill.shape}, num_steps and length are "
                     f"{(self.num_steps, self.length)}"
                 )
-        if not np.all(np.isfinite(self.logprob)):
+        if self.detail not in DETAILS:
+            raise ValueError(f"trajectory field 'detail' is {self.detail!r}, not one of {', '.join(DETAILS)}")
+        if self.detail == "logprobs" and not np.all(np.isfinite(self.logprob)):
             raise ValueError("trajectory field 'logprob' holds a value that is not finite")
+        if self.detail != "logprobs" and not np.all(np.isnan(self.logprob)):
+            raise ValueError(f"trajectory field 'logprob' must be NaN where 'detail' is {self.detail!r}")
         order = np.lexsort((self.position, self.step))
         step, position = self.step[order], self.position[order]
         if np.any((np.diff(step) == 0) & (np.diff(position) == 0)):
@@ -187,6 +200,7 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
             "decoder": t.decoder,
             "policy_version": t.policy_version,
             "exact": t.exact,
+            "detail": t.detail,
             "seed": t.seed,
         }
         for t in trajectories

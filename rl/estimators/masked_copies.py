@@ -81,6 +81,11 @@ def copy_rows(
     owners, columns, targets, steps, weights = [], [], [], [], []
     for trajectory in trajectories:
         size = model.block_length if causal else None
+        if scope == "canvas" and trajectory.detail == "sample":
+            raise ValueError(
+                "algorithm.scope canvas scores what was decoded behind the answer, which this trajectory's engine does "
+                "not return: set algorithm.scope to answer"
+            )
         final, places = trajectory.final_canvas(), scope_positions(trajectory, scope)
         rng = np.random.default_rng([trajectory.seed, iteration])
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0

@@ -93,6 +93,11 @@ def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int |
     if shrink < 1:
         raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
     check_sampled(trajectories)
+    if any(t.detail == "sample" for t in trajectories):
+        raise ValueError(
+            "the trace of a trajectory without its steps is unknown (its engine returns finished samples): set "
+            "algorithm.name to a recipe on masked copies, such as diffu_grpo or espo"
+        )
     # A position that was remasked or edited was decided more than once.
     kept = all(t.is_reveal.all() and len(np.unique(t.position)) == len(t.position) for t in trajectories)
     if kept:
@@ -243,8 +248,10 @@ def packed_rows(
 
 
 def _recorded(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None) -> np.ndarray | None:
-    """float64 [N]: the sampler's log-probs; None where merged steps score other states than it sampled in."""
-    if shrink > 1 or segments is not None:
+    """float64 [N]: the sampler's log-probs; None where merged steps score other states than it sampled in, or where
+    they are not known.
+    """
+    if shrink > 1 or segments is not None or any(t.detail != "logprobs" for t in trajectories):
         return None
     return np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
 

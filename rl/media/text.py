@@ -92,12 +92,17 @@ class TextMedium:
 
     def finished(self, trajectories: Sequence[TokenTrajectory]) -> tuple[list[str], dict[str, list[Any]]]:
         completion_ids = [t.response_ids().tolist() for t in trajectories]
+        # What an engine did not tell is None to a reward, not a number.
+        num_steps = [None if t.detail == "sample" else t.num_steps for t in trajectories]
         columns: dict[str, list[Any]] = {
             "completion_ids": completion_ids,
-            "num_forwards": [t.num_steps for t in trajectories],
-            "num_steps": [t.num_steps for t in trajectories],
+            "num_forwards": num_steps,
+            "num_steps": num_steps,
             "reveal_steps": [
-                t.reveal_step()[t.prompt_length : t.prompt_length + t.stop_length].tolist() for t in trajectories
+                None
+                if t.detail == "sample"
+                else t.reveal_step()[t.prompt_length : t.prompt_length + t.stop_length].tolist()
+                for t in trajectories
             ],
         }
         return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True), columns

@@ -1,0 +1,399 @@
+"""The engine whose model runs in other people's servers.
+
+At the start every server is asked what it is and for one short rollout, and what that rollout carries decides which
+recipes may run (`capabilities`). Weights go to all servers as a folder on a disk they share, by version; a server
+that does not hold the version asked for samples nothing. Requests are independent of each other: each carries its own
+seed, goes to one server, and to the next one when that is down.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rollouts.engines.base import (
+    Capabilities,
+    EngineError,
+    EngineStats,
+    StaleVersionError,
+    WeightPushError,
+    WeightSource,
+)
+from rollouts.engines.in_process import Request
+from rollouts.engines.server.answers import Ask, Canvas, to_trajectory
+from rollouts.engines.server.dialects import DIALECTS, filled
+from rollouts.engines.server.errors import BadAnswerError, RefusedError, UnavailableError
+from rollouts.engines.server.http_json import JsonServer, retrying
+from rollouts.engines.server.options import ServerOptions
+from rollouts.model_protocol import DenoisingModel, mask_token_of
+from rollouts.samplers.options import PARTS, SamplerOptions
+from rollouts.trajectory import DETAILS, Detail, TokenTrajectory
+
+
+@dataclass
+class Peer:
+    """One server.
+
+    Attributes:
+        decoder: what its trajectories record of the rule that chose positions.
+        model: name that requests must carry.
+        detail: what its answers carry.
+        version: of the weights it holds; None until it has said so, and after it was lost.
+        lock: held while that is found out.
+    """
+
+    http: JsonServer
+    decoder: dict[str, object]
+    model: str | None
+    detail: Detail
+    version: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class ServerEngine:
+    """Samples trajectories with servers that hold the policy's weights. An `Engine` (`rollouts/engines/base.py`)."""
+
+    def __init__(
+        self,
+        server: ServerOptions,
+        model: DenoisingModel,
+        options: SamplerOptions,
+        *,
+        weights_dir: str | Path,
+        eos_token_id: int | None = None,
+        leader: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+            model: the learner's; its layout is read, it is never run.
+            options: temperature, filters and lengths go into the requests; which positions a step reveals is the
+                servers' own rule.
+            weights_dir: folder that the servers see under the same name.
+            eos_token_id: end token.
+            leader: this rank's engine is the one that pushes; the others wait for it at the barrier.
+
+        Raises:
+            ValueError: an option that no server can follow, or no server.
+            EngineError: a server that is down, or none of this dialect.
+        """
+        if not server.urls:
+            raise ValueError("rollout.server.urls is empty: name the servers that sample, http://host:port")
+        self.dialect = DIALECTS[server.dialect]
+        self.server, self.model, self.eos_token_id = server, model, eos_token_id
+        self.options = options
+        self.weights_dir = Path(weights_dir)
+        self.leader, self.barrier = leader, barrier
+        self.stats = EngineStats()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._cause: BaseException | None = None
+        # The version in `weights_dir`/current, which servers load when they are started anew.
+        self._newest: int | None = None
+        self.peers = [self._meet(url) for url in server.urls]
+
+    @property
+    def options(self) -> SamplerOptions:
+        return self._options
+
+    @options.setter
+    def options(self, options: SamplerOptions) -> None:
+        _check_options(options)
+        causal = self.model.attention == "block_causal"
+        if causal and options.block_length is None:
+            options = options.model_copy(update={"block_length": self.model.block_length})
+        self._options = options
+        self.canvas = Canvas(
+            gen_length=options.gen_length,
+            block_length=options.block_length,
+            block_causal=causal,
+            mask_token_id=mask_token_of(self.model),
+            vocab_size=getattr(self.model, "vocab_size", None),
+            excluded=getattr(self.model, "excluded_token_ids", ()),
+        )
+
+    # --- the handshake ------------------------------------------------------------------------------------------------
+
+    def _meet(self, url: str) -> Peer:
+        """Ask a server what it is, and for one short rollout.
+
+        Raises:
+            EngineError: it is down, does not speak the dialect, or its rollout does not hold up.
+        """
+        dialect = self.dialect
+        http = JsonServer(url, self.server.timeout_seconds, self.server.api_key_variable)
+        try:
+            replies = self._patiently(lambda: self._about(http))
+            self._check_start(dialect.started_from(replies))
+            model = self.server.model or dialect.model_name(replies)
+            # Where nothing can be pushed, version 0 is what the server was started with.
+            peer = Peer(http, dialect.describe(replies), model, "sample", None if dialect.push else 0)
+            # Any token will do, as long as it is no mask.
+            prompt = Request([0 if self.canvas.mask_token_id else 1], seed=0)
+            for detail in (DETAILS[-1], DETAILS[0]):
+                ask = self._ask(0, prompt, detail)
+                try:
+                    peer.detail = self._patiently(lambda ask=ask: self._sample(peer, ask, None)).detail
+                    break
+                except RefusedError:
+                    # It may not know the fields that ask for more than the answer.
+                    if detail == DETAILS[0]:
+                        raise
+        except EngineError as error:
+            raise type(error)(f"rollout.server.urls: {url} cannot be used as {dialect.name}: {error}") from None
+        return peer
+
+    def _check_start(self, folder: str | None) -> None:
+        """Raise EngineError when a server that does not name its weights could come back with others."""
+        if folder is not None and Path(folder) != self._current:
+            raise EngineError(
+                f"it was started from {folder}, and does not say later which weights it holds: make {self._current} a "
+                "link to the first weights and start it from there, then it comes back with the newest"
+            )
+
+    def _about(self, http: JsonServer) -> list[Any]:
+        return [http.call(path) for path in self.dialect.about]
+
+    def capabilities(self) -> Capabilities:
+        """What all servers can do."""
+        detail = min((peer.detail for peer in self.peers), key=DETAILS.index)
+        return Capabilities(
+            step_maps=detail != "sample",
+            sampled_logprobs=detail == "logprobs",
+            asynchronous=True,
+            policy_version=bool(self.dialect.push),
+            push="folder",
+        )
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
+        """One checked trajectory per request, in order; see `Engine.generate`.
+
+        Servers do not tell their batches: in `stats`, `forwards` and `query_tokens` stay 0, and `sequence_forwards`
+        counts the steps that step maps show.
+
+        Raises:
+            ValueError: a request cannot be served as it is.
+            StaleVersionError: a server has other weights, and they cannot be pushed to it again.
+            EngineError: an answer that does not hold up, or no server that answers.
+        """
+        started = time.perf_counter()
+        self.stats = EngineStats()
+        asks = [self._ask(index, request, DETAILS[-1]) for index, request in enumerate(requests)]
+        if not asks:
+            return []
+        if self.dialect.weight_version is not None:
+            for peer in self.peers:
+                # It may have been started anew since it was last heard of.
+                peer.version = None
+        self._stop.clear()
+        self._cause = None
+        with ThreadPoolExecutor(min(self.server.concurrency, len(asks)), "rollout") as threads:
+            futures = [threads.submit(self._serve, index, ask, policy_version) for index, ask in enumerate(asks)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                # After an error nobody waits for what is left.
+                self._stop.set()
+                threads.shutdown(wait=True, cancel_futures=True)
+        if self._cause is not None:
+            raise self._cause
+        trajectories = [future.result() for future in futures]
+        self.stats.generated_tokens = sum(len(t.step) for t in trajectories)
+        self.stats.sequence_forwards = sum(t.num_steps for t in trajectories if t.detail != "sample")
+        self.stats.seconds = time.perf_counter() - started
+        return trajectories
+
+    def _ask(self, index: int, request: Request, detail: Detail) -> Ask:
+        """A request as servers are asked for it.
+
+        Raises:
+            ValueError: it does not fit the model's context, has no prompt, or wants what servers do not do.
+        """
+        prompt = len(request.prompt_ids)
+        if not prompt:
+            raise ValueError(f"request {index} has an empty prompt: give it at least one token")
+        if self.canvas.mask_token_id in request.prompt_ids:
+            raise ValueError(f"request {index} has the mask token in its prompt: take it out")
+        if request.num_inference_steps is not None:
+            raise ValueError(f"request {index} has its own num_inference_steps, which servers do not take: use None")
+        length = self.canvas.length(prompt)
+        if length > self.model.max_length:
+            raise ValueError(
+                f"request {index}: prompt of {prompt} tokens plus sampler.gen_length {self.options.gen_length} needs "
+                f"{length} positions, the model has {self.model.max_length}"
+            )
+        return Ask(
+            prompt_ids=tuple(int(token) for token in request.prompt_ids),
+            seed=request.seed,
+            max_new_tokens=length - prompt,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            top_k=self.options.top_k,
+            eos_token_id=self.eos_token_id,
+            detail=detail,
+        )
+
+    def _serve(self, index: int, ask: Ask, policy_version: int) -> TokenTrajectory:
+        """A rollout from the server whose turn it is, or from the next one that is up."""
+
+        def attempt(number: int) -> TokenTrajectory:
+            peer = self.peers[(index + number) % len(self.peers)]
+            try:
+                self._settle(peer, policy_version)
+                return self._sample(peer, ask, policy_version)
+            except UnavailableError as error:
+                if error.lost:
+                    peer.version = None
+                raise
+
+        try:
+            trajectory: TokenTrajectory = retrying(
+                attempt, self.server.retries, self.server.retry_seconds, self._stop, self._count_retry
+            )
+        except BaseException as error:
+            with self._lock:
+                self._cause = self._cause or error
+            self._stop.set()
+            raise
+        return trajectory
+
+    def _sample(self, peer: Peer, ask: Ask, policy_version: int | None) -> TokenTrajectory:
+        """One request to one server; None takes whatever weights it has."""
+        body = peer.http.call(self.dialect.generate, self.dialect.request(ask, peer.model))
+        try:
+            answer = self.dialect.answer(body)
+            told = policy_version is not None and self.dialect.weight_version is not None
+            if told and answer.weight_version != str(policy_version):
+                raise StaleVersionError(
+                    f"{peer.http.url} sampled with weight version {answer.weight_version}: {policy_version} was asked "
+                    "for, and nobody else may update these servers"
+                )
+            trajectory = to_trajectory(answer, ask, self.canvas, self.options, peer.decoder, policy_version or 0)
+            if policy_version is not None and trajectory.detail != peer.detail:
+                raise BadAnswerError(f"it carries {trajectory.detail}, the server's first answer {peer.detail}")
+        except BadAnswerError as error:
+            raise BadAnswerError(f"bad answer of {peer.http.url}: {error}") from None
+        return trajectory
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.stats.retries += 1
+
+    def _patiently(self, attempt: Callable[[], Any]) -> Any:
+        """`attempt` with the retries of the options, outside of a `generate`."""
+        return retrying(lambda number: attempt(), self.server.retries, self.server.retry_seconds, threading.Event())
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def push_weights(self, version: int, source: WeightSource) -> None:
+        """Write the weights and have every server load them; see `Engine.push_weights`."""
+        if not self.dialect.push:
+            raise WeightPushError(f"rollout.server.dialect {self.dialect.name} has no weight update from disk")
+        for peer in self.peers:
+            peer.version = None
+        self._newest = None
+        if self.leader:
+            self._write(version, source)
+            for peer in self.peers:
+                try:
+                    self._patiently(lambda peer=peer: self._load(peer, version))
+                except EngineError as error:
+                    raise WeightPushError(f"weight version {version} did not reach a server: {error}") from None
+        self.barrier()
+        self._newest = version
+        for peer in self.peers:
+            peer.version = version
+
+    @property
+    def _current(self) -> Path:
+        return self.weights_dir.absolute() / "current"
+
+    def _write(self, version: int, source: WeightSource) -> None:
+        """A folder per version, and `current`, a link to the newest; both appear whole or not at all."""
+        folder = self._folder(version)
+        partial = folder.with_name(folder.name + ".partial")
+        if self._current.exists() and not self._current.is_symlink():
+            raise WeightPushError(f"{self._current} is in the way: it must be a link to a folder, not one itself")
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        source.save(partial)
+        partial.rename(folder)
+        link = folder.with_name("current.partial")
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        link.rename(self._current)
+        for old in self.weights_dir.glob("version_*"):
+            if old.name != folder.name:
+                shutil.rmtree(old)
+
+    def _load(self, peer: Peer, version: int) -> None:
+        """Have one server load the folder of a version. Until it says that it has, it has none.
+
+        Raises:
+            RefusedError: it says no, or the version it then names is another.
+            UnavailableError: it went away meanwhile.
+        """
+        peer.version = None
+        for path, body in self.dialect.push:
+            reply = peer.http.call(path, filled(body, str(self._folder(version)), version))
+            if isinstance(reply, dict) and reply.get("success") is False:
+                raise RefusedError(f"{peer.http.url}{path}: {reply.get('message')}")
+        if self.dialect.weight_version is not None:
+            held = self.dialect.weight_version(self._about(peer.http))
+            if held != str(version):
+                raise RefusedError(f"{peer.http.url} still has weight version {held}")
+        peer.version = version
+
+    def _settle(self, peer: Peer, version: int) -> None:
+        """Make sure that a server holds a version: one that was started anew gets it again.
+
+        Raises:
+            StaleVersionError: it does not, and the version is not there to be pushed.
+        """
+        with peer.lock:
+            if peer.version == version:
+                return
+            if self.dialect.weight_version is not None:
+                held = self.dialect.weight_version(self._about(peer.http))
+                if held == str(version):
+                    peer.version = version
+                    return
+            if self._newest != version:
+                raise StaleVersionError(f"{peer.http.url} does not have weight version {version}: push it first")
+            self._load(peer, version)
+            with self._lock:
+                self.stats.repushes += 1
+
+    def _folder(self, version: int) -> Path:
+        return self.weights_dir.absolute() / f"version_{version}"
+
+    def close(self) -> None:
+        """Let a `generate` that runs in another thread end with an error."""
+        with self._lock:
+            self._cause = self._cause or EngineError("the engine was closed while it sampled")
+        self._stop.set()
+
+
+def _check_options(options: SamplerOptions) -> None:
+    """Raise ValueError when the sampler is to do what is up to the servers."""
+    for name in ("cfg_scale", "record_x0"):
+        if getattr(options, name):
+            raise ValueError(
+                f"sampler.{name} is {getattr(options, name)}, which rollout.engine server cannot do: unset it"
+            )
+    for name in ("preset", *PARTS):
+        default = SamplerOptions.model_fields[name].default
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"sampler.{name} is {getattr(options, name)!r}: with rollout.engine server the rule that reveals "
+                f"positions is the one the servers were started with, leave it at {default!r}"
+            )

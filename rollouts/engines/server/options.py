@@ -1,0 +1,42 @@
+"""Where the servers are and how to talk to them. No torch at import."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class ServerOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dialect: Literal["sglang", "vllm", "lmdeploy"] = Field(
+        "sglang", description="Whose HTTP interface the servers speak (docs/engines.md)."
+    )
+    urls: list[str] = Field([], description="One address per server, http://host:port; requests are spread over them.")
+    model: str | None = Field(
+        None, description="Model name in requests to a vLLM server; null takes the first it lists."
+    )
+    concurrency: int = Field(64, ge=1, description="Requests of a rank that are under way at once.")
+    timeout_seconds: float = Field(600.0, gt=0, description="Limit of one request, a weight update included.")
+    retries: int = Field(
+        4, ge=0, description="Further attempts of a request whose server was down, busy or cut the connection."
+    )
+    retry_seconds: float = Field(1.0, gt=0, description="Wait before the first of them; each further wait is doubled.")
+    weights_dir: str | None = Field(
+        None, description="Folder that trainer and servers share, for new weights; null is one in run.output_dir."
+    )
+    layout: str | None = Field(
+        None, description="Published layout to write weights in (llada, dream, sdar); null writes this framework's own."
+    )
+    api_key_variable: str = Field(
+        "ROLLOUT_API_KEY", description="Environment variable with the servers' key; no key is sent when it is unset."
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _are_addresses(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout.server.urls must begin with http:// or https://, got {url!r}")
+        return [url.rstrip("/") for url in urls]
