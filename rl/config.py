@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rollouts.engines.server.options import ServerOptions
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import SamplerOptions, preset_parts
 
@@ -251,9 +252,10 @@ class GoalConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["in_process"] = Field(
-        "in_process", description="What samples the rollouts: the learner's own process."
+    engine: Literal["in_process", "server"] = Field(
+        "in_process", description="What samples the rollouts: the learner's own process, or servers (docs/engines.md)."
     )
+    server: ServerOptions = ServerOptions()
     max_batch_size: int = Field(256, ge=1, description="Requests decoded together.")
     cache: Literal["none", "prefix", "dual"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."

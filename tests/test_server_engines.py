@@ -5,7 +5,9 @@ The servers are local ones that speak the dialects (`tests/dialect_servers.py`),
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -389,6 +391,31 @@ def test_the_servers_that_are_up_take_the_requests_of_one_that_is_not(block_mode
         assert_same(engine.generate(REQUESTS), in_process(model, 0))
         assert engine.stats.retries == 3
         one.start()
+
+
+def test_one_rank_pushes_and_the_others_sample_with_what_it_pushed(block_models: list[Any], tmp_path: Path) -> None:
+    class NoWeights(Weights):
+        def save(self, folder: Path) -> None:
+            raise AssertionError("only the leader writes")
+
+    met = threading.Barrier(2)
+
+    def meet() -> None:
+        met.wait(60)
+
+    with serving("sglang", block_models[0], OPTIONS, EOS) as server:
+        options = ServerOptions(urls=[server.url])
+        leader, other = (
+            ServerEngine(
+                options, block_models[1], OPTIONS, weights_dir=tmp_path, eos_token_id=EOS, leader=leads, barrier=meet
+            )
+            for leads in (True, False)
+        )
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(other.push_weights, 3, NoWeights(None))
+            leader.push_weights(3, Weights(block_models[1]))
+            waiting.result()
+        assert_same(other.generate(REQUESTS, 3), in_process(block_models[1], 3))
 
 
 # --- the other dialects -----------------------------------------------------------------------------------------------

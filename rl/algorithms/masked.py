@@ -31,8 +31,8 @@ class MaskedOptions(RecipeOptions):
     prompt_mask: float = Field(0.0, ge=0, lt=1, description="Probability that a copy hides a prompt token.")
 
     def engine_needs(self) -> set[str]:
-        """Nothing: copies are masked anew, how the answer came about does not matter."""
-        return set()
+        """Nothing: copies are masked anew, how the answer came about does not matter; what stands behind it may."""
+        return {"step_maps"} if self.scope == "canvas" else set()
 
     def masked_recipe(
         self,

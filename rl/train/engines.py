@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rl.algorithms import parse_options
 from rl.config import Config
+from rl.train import distributed
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,20 @@ if TYPE_CHECKING:
 
 def open_engine(session: Session) -> Engine | None:
     """Start the engine that `rollout.engine` names; None when the model of this process samples."""
-    return None
+    config = session.config
+    if config.rollout.engine == "in_process":
+        return None
+    from rollouts.engines.server.engine import ServerEngine
+
+    return ServerEngine(
+        config.rollout.server,
+        session.model,
+        session.medium.options(),
+        weights_dir=config.rollout.server.weights_dir or session.run_dir / "rollout_weights",
+        eos_token_id=session.tokenizer.eos_token_id,
+        leader=distributed.rank() == 0,
+        barrier=distributed.barrier,
+    )
 
 
 def engine_needs(config: Config) -> dict[str, str]:
@@ -43,4 +57,10 @@ class PolicyWeights:
         return {name: parameter.detach() for name, parameter in self.session.model.named_parameters()}
 
     def save(self, folder: Path) -> None:
-        self.session.save_model(folder)
+        layout = self.session.config.rollout.server.layout
+        if layout is None:
+            self.session.save_model(folder)
+        else:
+            from rl.models.export import write_published
+
+            write_published(self.session.model, self.session.tokenizer, folder, layout)

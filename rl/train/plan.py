@@ -112,6 +112,7 @@ def check_run(config: Config, new: bool = True) -> None:
     from rl.tasks.base import load_task
     from rl.train.distributed import pick_device
     from rl.train.learner import read_deepspeed_config
+    from rollouts.engines.server.options import check_server
 
     plan_lines(config)
     with about(f"run.device {config.run.device!r}"):
@@ -162,6 +163,12 @@ def check_run(config: Config, new: bool = True) -> None:
             f"algorithm.name {options.name!r} trains {options.medium}, and task.name {config.task.name!r} is about "
             f"{medium}: choose another algorithm"
         )
+    if config.rollout.engine == "server":
+        if medium != "text":
+            raise ValueError(
+                f"rollout.engine server samples text, and task.name {config.task.name!r} is about {medium}"
+            )
+        check_server(config.rollout.server, config.sampler)
     if medium == "images":
         _check_images(config)
     else:

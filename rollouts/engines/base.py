@@ -41,6 +41,8 @@ class EngineStats:
         sequence_forwards: rows that went through the network. Equal ones may have shared it (`SharedForwards`).
         rows_asked: rows before equal ones were merged: one for every denoising step of every request.
         query_tokens: of the rows that went through the network.
+        retries: requests sent again because a server was down, busy or cut the connection.
+        repushes: servers that had lost the weights and got them again.
         seconds: wall-clock of the call.
     """
 
@@ -49,6 +51,8 @@ class EngineStats:
     rows_asked: int = 0
     query_tokens: int = 0
     generated_tokens: int = 0
+    retries: int = 0
+    repushes: int = 0
     seconds: float = 0.0
 
     def add(self, other: EngineStats) -> None:

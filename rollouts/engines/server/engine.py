@@ -30,9 +30,9 @@ from rollouts.engines.server.answers import Ask, Canvas, to_trajectory
 from rollouts.engines.server.dialects import DIALECTS, filled
 from rollouts.engines.server.errors import BadAnswerError, RefusedError, UnavailableError
 from rollouts.engines.server.http_json import JsonServer, retrying
-from rollouts.engines.server.options import ServerOptions
+from rollouts.engines.server.options import ServerOptions, check_server
 from rollouts.model_protocol import DenoisingModel, mask_token_of
-from rollouts.samplers.options import PARTS, SamplerOptions
+from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import DETAILS, Detail, TokenTrajectory
 
 
@@ -83,13 +83,12 @@ class ServerEngine:
             ValueError: an option that no server can follow, or no server.
             EngineError: a server that is down, or none of this dialect.
         """
-        if not server.urls:
-            raise ValueError("rollout.server.urls is empty: name the servers that sample, http://host:port")
         self.dialect = DIALECTS[server.dialect]
         self.server, self.model, self.eos_token_id = server, model, eos_token_id
         self.options = options
         self.weights_dir = Path(weights_dir)
         self.leader, self.barrier = leader, barrier
+        self.splits: tuple[tuple[int, int], ...] = ()
         self.stats = EngineStats()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -104,7 +103,7 @@ class ServerEngine:
 
     @options.setter
     def options(self, options: SamplerOptions) -> None:
-        _check_options(options)
+        check_server(self.server, options)
         causal = self.model.attention == "block_causal"
         if causal and options.block_length is None:
             options = options.model_copy(update={"block_length": self.model.block_length})
@@ -176,8 +175,8 @@ class ServerEngine:
     def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
         """One checked trajectory per request, in order; see `Engine.generate`.
 
-        Servers do not tell their batches: in `stats`, `forwards` and `query_tokens` stay 0, and `sequence_forwards`
-        counts the steps that step maps show.
+        Servers do not tell their batches: in `stats`, `forwards` and `query_tokens` stay 0, and `sequence_forwards` and
+        `rows_asked` count the steps that step maps show.
 
         Raises:
             ValueError: a request cannot be served as it is.
@@ -207,7 +206,9 @@ class ServerEngine:
             raise self._cause
         trajectories = [future.result() for future in futures]
         self.stats.generated_tokens = sum(len(t.step) for t in trajectories)
-        self.stats.sequence_forwards = sum(t.num_steps for t in trajectories if t.detail != "sample")
+        self.stats.rows_asked = self.stats.sequence_forwards = sum(
+            t.num_steps for t in trajectories if t.detail != "sample"
+        )
         self.stats.seconds = time.perf_counter() - started
         return trajectories
 
@@ -381,19 +382,3 @@ class ServerEngine:
         with self._lock:
             self._cause = self._cause or EngineError("the engine was closed while it sampled")
         self._stop.set()
-
-
-def _check_options(options: SamplerOptions) -> None:
-    """Raise ValueError when the sampler is to do what is up to the servers."""
-    for name in ("cfg_scale", "record_x0"):
-        if getattr(options, name):
-            raise ValueError(
-                f"sampler.{name} is {getattr(options, name)}, which rollout.engine server cannot do: unset it"
-            )
-    for name in ("preset", *PARTS):
-        default = SamplerOptions.model_fields[name].default
-        if getattr(options, name) != default:
-            raise ValueError(
-                f"sampler.{name} is {getattr(options, name)!r}: with rollout.engine server the rule that reveals "
-                f"positions is the one the servers were started with, leave it at {default!r}"
-            )

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from rollouts.samplers.options import PARTS, SamplerOptions
+
 
 class ServerOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,3 +42,21 @@ class ServerOptions(BaseModel):
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"rollout.server.urls must begin with http:// or https://, got {url!r}")
         return [url.rstrip("/") for url in urls]
+
+
+def check_server(server: ServerOptions, options: SamplerOptions) -> None:
+    """Raise ValueError when there is no server, or the sampler is to do what is up to servers."""
+    if not server.urls:
+        raise ValueError("rollout.server.urls is empty: name the servers that sample, http://host:port")
+    for name in ("cfg_scale", "record_x0"):
+        if getattr(options, name):
+            raise ValueError(
+                f"sampler.{name} is {getattr(options, name)}, which rollout.engine server cannot do: unset it"
+            )
+    for name in ("preset", *PARTS):
+        default = SamplerOptions.model_fields[name].default
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"sampler.{name} is {getattr(options, name)!r}: with rollout.engine server the rule that reveals "
+                f"positions is the one the servers were started with, leave it at {default!r}"
+            )
