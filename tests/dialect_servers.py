@@ -183,7 +183,7 @@ class DialectServer:
             decided = decided[: decided.index(trajectory.mask_token_id)]
         if self.eos_token_id in decided:
             return decided[: decided.index(self.eos_token_id) + 1], decided, "stop"
-        return decided, decided, "length"
+        return list(decided), decided, "length"
 
 
 def _reset(http: BaseHTTPRequestHandler) -> None:

@@ -69,9 +69,12 @@ def test_a_run_with_a_server_is_the_run_in_this_process(dialect: str, tmp_path: 
     if dialect == "sglang":
         assert max(runs.series(there, "train", "policy/logprob_gap_max")) < 1e-4
     assert runs.largest_difference(runs.weights(here), runs.weights(there)) < 1e-4
+    # A server that cut the connection and names no version gets the weights once more.
+    again = 1 if dialect == "vllm" else 0
+    assert sum(runs.series(there, "train", "rollout/repushes")) == again
     # One push per step, with the number of optimizer updates as its version; the last update is never sampled.
     pushed = [body for path, body in server.seen if path in ("/update_weights_from_disk", "/collective_rpc")]
-    assert len(pushed) == 2
+    assert len(pushed) == 2 + again
     if dialect == "sglang":
         assert [body["weight_version"] for body in pushed] == ["0", "2"]
 
@@ -101,7 +104,7 @@ def test_a_recipe_that_a_server_cannot_serve_is_refused_before_anything_is_train
 def test_a_config_that_servers_cannot_follow_is_refused_before_a_server_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = runs.tiny_config(tmp_path, *SMALL, "rollout.engine=server", "--dry-run")
+    arguments = runs.tiny_config(tmp_path, *SMALL, "rollout.engine=server")
     assert "rollout.server.urls is empty" in refusal(capsys, *arguments)
     url = "rollout.server.urls=['http://127.0.0.1:9']"
     assert "sampler.selector is 'threshold'" in refusal(capsys, *arguments, url, "sampler.selector=threshold")
