@@ -185,13 +185,13 @@ def _replay(answer: Answer, prompt: int, canvas: Canvas) -> tuple[np.ndarray, np
     _check_tokens(ids, canvas)
     if len(steps) != count:
         raise BadAnswerError(f"its step map has {len(steps)} entries for {count} tokens")
-    if ids[: len(answer.token_ids)] != answer.token_ids:
-        raise BadAnswerError("its complete blocks do not begin with the answer")
     end = canvas.block_end(prompt, prompt + len(answer.token_ids))
     if prompt + count != end:
         raise BadAnswerError(
             f"its blocks end at position {prompt + count}: the block that holds the answer's last token ends at {end}"
         )
+    if ids[: len(answer.token_ids)] != answer.token_ids:
+        raise BadAnswerError("its complete blocks do not begin with the answer")
     block = (prompt + np.arange(count) - canvas.origin(prompt)) // (canvas.block_length or canvas.gen_length)
     offset = 0
     for index in np.unique(block):
