@@ -412,6 +412,7 @@ class InProcessEngine:
                 decoder=self.options.decoder(),
                 policy_version=policy_version,
                 exact=self.approximate_cache == "none",
+                detail="logprobs",
                 seed=request.seed,
                 **record.fills(plan.index),
             )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class ServerEngine:
             for detail in (DETAILS[-1], DETAILS[0]):
                 ask = self._ask(0, prompt, detail)
                 try:
-                    peer.detail = self._patiently(lambda ask=ask: self._sample(peer, ask, None)).detail
+                    peer.detail = self._patiently(partial(self._sample, peer, ask, None)).detail
                     break
                 except RefusedError:
                     # It may not know the fields that ask for more than the answer.
@@ -305,7 +306,7 @@ class ServerEngine:
             self._write(version, source)
             for peer in self.peers:
                 try:
-                    self._patiently(lambda peer=peer: self._load(peer, version))
+                    self._patiently(partial(self._load, peer, version))
                 except EngineError as error:
                     raise WeightPushError(f"weight version {version} did not reach a server: {error}") from None
         self.barrier()
