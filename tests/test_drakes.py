@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from rl.advantages import group_softmax
 from rl.algorithms import parse_options
 from rl.algorithms.drakes import DrakesOptions
 from rl.batch import DecisionBatch
+from rl.config import TrainConfig
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import weighted_sum
+from rl.train.reward_gradient import GradientSegment, RewardGradientUpdater
 from rollouts.samplers.options import SamplerOptions
 from tests import runs
 from tests.tabular import PROMPT, TabularModel, path_objective
@@ -139,7 +142,7 @@ def test_sampled_updates_reach_the_tilted_law(gradient: str) -> None:
 
     law, reward_table = table()
     reference, policy = TabularModel(2, 3).become(law), TabularModel(2, 3).become(law)
-    options = DrakesOptions(gradient=gradient, alpha=ALPHA, baseline="leave_one_out")  # type: ignore[arg-type]
+    options = DrakesOptions(gradient=gradient, alpha=ALPHA)  # type: ignore[arg-type]
     recipe = options.build()
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=100)
@@ -198,10 +201,37 @@ def test_a_run_logs_its_kl_and_counts_every_forward(tmp_path: Path) -> None:
     # Two micro-batches of 8 rollouts, 6 steps, policy and reference; 3 hard steps and the relaxed end are segments.
     assert lines[0]["cost/forward_passes"] == 2 * 12 and lines[0]["cost/sequence_forwards"] == 16 * 12
     assert lines[0]["cost/backward_passes"] == 2 * 4 and lines[1]["cost/updates"] == 2
+    # The prompt's token and 12 letters of each canvas; a step's 16 rollouts cost one reward each.
+    assert lines[0]["cost/tokens_forwarded"] == 16 * 12 * 13 and lines[0]["cost/reward_queries"] == 16
     # The policy is the reference before the first update, and not after it.
     assert abs(lines[0]["policy/path_kl"]) < 1e-5 < lines[1]["policy/path_kl"]
     assert lines[0]["policy/last_mask_mass"] == 0.0
     assert lines[0]["reward/low"] < lines[0]["reward/mean"] < lines[0]["reward/high"]
+
+
+def test_what_a_checkpoint_repeats_is_counted(tmp_path: Path) -> None:
+    runs.train_here(drakes_config(tmp_path, "algorithm.relaxed.checkpoint=true", "train.steps=1"))
+    (line,) = runs.lines(tmp_path / "run", "train")
+    # 3 hard steps once, 3 relaxed ones twice, through policy and reference.
+    assert line["cost/sequence_forwards"] == 16 * 2 * (3 + 2 * 3)
+    assert line["cost/tokens_forwarded"] == 13 * line["cost/sequence_forwards"]
+
+
+def test_metrics_are_means_over_rollouts_and_the_interval_is_over_prompts() -> None:
+    """Two prompts of two rollouts in micro-batches of 3 and 1: by hand, and not by micro-batch."""
+    updater: Any = SimpleNamespace(session=SimpleNamespace(config=SimpleNamespace(train=TrainConfig(group_size=2))))
+    done = [
+        GradientSegment(torch.tensor([0.1, 0.2, 0.3]), 2, 39),
+        GradientSegment(torch.zeros(3), 2, 39, torch.tensor([1.0, 3.0, 5.0]), "abc", {"policy/last_mask_mass": 0.2}),
+        GradientSegment(torch.tensor([0.6]), 2, 13),
+        GradientSegment(torch.zeros(1), 2, 13, torch.tensor([9.0]), "d", {"policy/last_mask_mass": 0.6}),
+    ]
+    metrics = RewardGradientUpdater._metrics(updater, done)
+    # Prompt means 2 and 7; their standard error is 2.5.
+    assert metrics["reward/mean"] == pytest.approx(4.5)
+    assert metrics["reward/low"] == pytest.approx(4.5 - 1.96 * 2.5)
+    assert metrics["policy/path_kl"] == pytest.approx(1.2 / 4)
+    assert metrics["policy/last_mask_mass"] == pytest.approx((3 * 0.2 + 0.6) / 4)
 
 
 def test_micro_batches_ranks_and_checkpoints_change_nothing(tmp_path: Path) -> None:
@@ -218,7 +248,8 @@ def test_micro_batches_ranks_and_checkpoints_change_nothing(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("gradient", ["score_function", "weighted_regression"])
 def test_the_other_estimators_run_on_the_trace_machinery(tmp_path: Path, gradient: str) -> None:
-    runs.train_here(drakes_config(tmp_path, f"algorithm.gradient={gradient}", "train.max_logprob_gap=1e-4"))
+    arguments = [f"algorithm.gradient={gradient}", "algorithm.relaxed={}", "train.max_logprob_gap=1e-4"]
+    runs.train_here(drakes_config(tmp_path, *arguments))
     lines = runs.lines(tmp_path / "run", "train")
     assert abs(lines[0]["policy/path_kl"]) < 1e-4 < abs(lines[1]["policy/path_kl"])
     assert lines[1]["policy/decisions"] == 16 * 12
@@ -228,6 +259,11 @@ def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
     for index, (override, message) in enumerate(
         [
             ("train.epochs=2", "train.epochs is 2: a reward gradient samples anew for every update, set it to 1"),
+            ("filters.drop_zero_variance=true", "algorithm.name drakes needs filters.drop_zero_variance=False: set it"),
+            ("filters.refill_rounds=1", "sample, set it to 0"),
+            ("filters.accuracy_low=0.5", "filters.accuracy_low is 0.5: a reward gradient learns from every sample"),
+            ("train.max_logprob_gap=0.1", "a reward gradient has no recorded log-probs, set it to null"),
+            ("reward.functions=[{name: motif_activity, normalize: group}]", "set it to none"),
             ("sampler.top_k=2", "sampler.top_k is 2: algorithm.gradient pathwise needs 0"),
             ("algorithm.relaxed.relaxed_steps=7", "must not exceed sampler.num_inference_steps (6)"),
             ("reward.functions=[{name: length, params: {max_length: 3}}]", "reward 'length' (length) has no gradient"),
@@ -237,12 +273,15 @@ def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as error:
             runs.train_here(drakes_config(tmp_path / str(index), "sft.steps=0", override))
         assert message in str(error.value)
-    arguments = ["algorithm.gradient=score_function", "filters.drop_zero_variance=true", "sft.steps=0"]
-    with pytest.raises(ValueError, match=r"filters.drop_zero_variance leaves prompts without their KL"):
-        runs.train_here(drakes_config(tmp_path / "filter", *arguments))
     for raw, message in (
-        ({"kl_coef": 0.1, "kl_to": "old"}, "algorithm.kl_coef is not DRAKES' KL: set algorithm.alpha"),
+        ({"kl_coef": 0.1, "kl_to": "old"}, "algorithm.kl_to is not the KL of drakes"),
         ({"gradient": "weighted_regression", "alpha": 0}, "must be above 0 for gradient weighted_regression"),
+        ({"baseline": "leave_one_out"}, "algorithm.baseline does nothing with algorithm.gradient pathwise"),
+        (
+            {"gradient": "weighted_regression", "clip_low": 0.1},
+            "algorithm.clip_low does nothing with",
+        ),
+        ({"gradient": "score_function", "relaxed": {"relaxed_steps": 3}}, "algorithm.relaxed does nothing with"),
         ({"relaxed": {"relaxed_step": 3}}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValidationError, match=message):

@@ -188,12 +188,21 @@ def test_the_optimum_of_the_path_objective_is_the_tilted_law() -> None:
     assert float(known) == pytest.approx(float(alpha * z.log()), abs=1e-12)
 
 
-def test_every_step_costs_one_forward_of_each_model() -> None:
+@pytest.mark.parametrize(("checkpoint", "of_each"), [(False, 9), (True, 9 + 4)])
+def test_every_step_costs_one_forward_of_each_model(checkpoint: bool, of_each: int) -> None:
+    """As the models count them and the segments say; with checkpoints the backward pass repeats the 4 relaxed steps."""
     model, reference = TabularModel(2, 3, seed=1), TabularModel(2, 3, seed=2)
-    rollout(model, reference, 4, 9, relaxed_steps=4)
-    assert (model.calls, reference.calls) == (9, 9)
-    rollout(model, None, 4, 9, relaxed_steps=4)
-    assert (model.calls, reference.calls) == (18, 9)
+    for other in (reference, None):
+        model.calls = reference.calls = 0
+        segments = rollout(model, other, 4, 9, relaxed_steps=4, checkpoint=checkpoint)
+        last = segments[-1].one_hot
+        assert last is not None
+        (reward_of(last, 3).sum() + sum(s.kl.sum() for s in segments)).backward()
+        assert (model.calls, reference.calls) == (of_each, of_each if other else 0)
+        assert sum(s.forwards for s in segments) == model.calls + reference.calls
+    with torch.no_grad():
+        quiet = rollout(model, None, 4, 9, relaxed_steps=4, checkpoint=checkpoint)
+    assert sum(s.forwards for s in quiet) == 9
 
 
 class SavedBytes:

@@ -56,8 +56,6 @@ class RelaxedText:
         plain_options = {"block_length": None, "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "reviser": "none"}
         if self.sampler.temperature == 0:
             raise ValueError("sampler.temperature is 0: algorithm.gradient pathwise needs it above 0")
-        if config.train.mixed_steps:
-            raise ValueError("train.mixed_steps is set: algorithm.gradient pathwise samples with one number of steps")
         for name, plain in plain_options.items():
             if getattr(self.sampler, name) != plain:
                 raise ValueError(
@@ -71,15 +69,15 @@ class RelaxedText:
             )
         self.reward = SoftTextReward(session)
         self.num_segments = steps - options.relaxed_steps + 1 if with_reference else 1
-        self.forwards = self.reference_forwards = steps
 
     def segments(
         self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
     ) -> Iterator[GradientSegment]:
-        prompts = [row["prompt"] for row in rows]
+        prompts = [self.session.medium.prompt_text(row) for row in rows]
         prompt_ids = self.session.tokenizer(prompts, add_special_tokens=False).input_ids
         canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.session.model)
         canvas = canvas.at_temperature(self.sampler.temperature).to(self.session.device)
+        tokens = int(canvas.length.sum())
         for segment in relaxed_rollout(
             lambda token: policy(canvas.holding(token)),
             None if reference is None else lambda token: reference(canvas.holding(token)),
@@ -88,10 +86,10 @@ class RelaxedText:
             self.options,
         ):
             if segment.one_hot is None:
-                yield GradientSegment(segment.kl)
+                yield GradientSegment(segment.kl, segment.forwards, tokens)
                 continue
             one_hot = segment.one_hot.view(len(rows), self.sampler.gen_length, -1)
             reward = self.reward(one_hot, rows)
             texts = self.session.tokenizer.batch_decode(segment.token.view(len(rows), -1))
             metrics = {"policy/last_mask_mass": float(segment.mask_mass.mean())}
-            yield GradientSegment(segment.kl, reward, texts, metrics)
+            yield GradientSegment(segment.kl, segment.forwards, tokens, reward, texts, metrics)

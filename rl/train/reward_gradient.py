@@ -8,17 +8,19 @@ one segment's graph is held at a time.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
+from rl.config import Config, FilterConfig
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.learner import Learner
 from rl.train.policy import Policy
-from rl.train.sampling import step_seed
+from rl.train.sampling import prompt_interval, step_seed
 from rl.train.session import Session, request_seed
 from rl.train.update import StepOutcome
 
@@ -35,9 +37,13 @@ class GradientSegment:
         reward: [B], with gradient; None in every segment but the last.
         completions: what rewards and people see; empty in every segment but the last.
         metrics: name -> mean over the rows.
+        forwards: times all rows went, or will go in the backward pass, through policy or reference.
+        tokens: positions of all rows in one of these forwards.
     """
 
     kl: torch.Tensor
+    forwards: int
+    tokens: int
     reward: torch.Tensor | None = None
     completions: Sequence[Any] = ()
     metrics: dict[str, float] = field(default_factory=dict)
@@ -48,12 +54,9 @@ class GradientSampler(Protocol):
 
     Attributes:
         num_segments: segments of every rollout.
-        forwards, reference_forwards: forwards of policy and reference per rollout.
     """
 
     num_segments: int
-    forwards: int
-    reference_forwards: int
 
     def segments(
         self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
@@ -84,21 +87,50 @@ class GradientRecipe:
         return RewardGradientUpdater(session, self, total_updates, resumed)
 
 
+# Options that say nothing here, the value that says so, and why.
+_WITHOUT: dict[str, tuple[Any, str]] = {
+    "train.updates_per_step": (1, "samples anew for every update"),
+    "train.epochs": (1, "samples anew for every update"),
+    "train.mixed_steps": ([], "samples with one number of steps"),
+    "train.block_schedule": ([], "samples without blocks"),
+    "train.max_logprob_gap": (None, "has no recorded log-probs"),
+    "filters.drop_zero_variance": (False, "learns from every sample"),
+    "filters.accuracy_low": (FilterConfig().accuracy_low, "learns from every sample"),
+    "filters.accuracy_high": (FilterConfig().accuracy_high, "learns from every sample"),
+    "filters.drop_overlong": (False, "learns from every sample"),
+    "filters.refill_rounds": (0, "learns from every sample"),
+}
+
+
+def check_reward_gradient(config: Config) -> None:
+    """
+    Raises:
+        ValueError: an option is set that a reward gradient would not heed.
+    """
+    for key, (value, why) in _WITHOUT.items():
+        section, name = key.split(".")
+        found = getattr(getattr(config, section), name)
+        if found != value:
+            wanted = "null" if value is None else str(value).lower()
+            raise ValueError(f"{key} is {str(found).lower()}: a reward gradient {why}, set it to {wanted}")
+    for part in config.reward.functions:
+        if part.normalize != "none":
+            raise ValueError(
+                f"reward.functions: normalize of {part.name!r} is {part.normalize}: a reward gradient has no groups, "
+                "set it to none"
+            )
+
+
 class RewardGradientUpdater:
     """Maximises mean reward - kl_coef * path KL; one optimizer update per RL step. A `rl.train.update.Updater`."""
 
     def __init__(self, session: Session, recipe: GradientRecipe, total_updates: int, resumed: bool = False):
         """
         Raises:
-            ValueError: the config asks for several updates on one set of samples.
+            ValueError: the config asks for what a reward gradient has not (`check_reward_gradient`).
         """
+        check_reward_gradient(session.config)
         config = session.config.train
-        for name in ("updates_per_step", "epochs"):
-            if getattr(config, name) != 1:
-                raise ValueError(
-                    f"train.{name} is {getattr(config, name)}: a reward gradient samples anew for every update, set it "
-                    "to 1"
-                )
         self.session, self.recipe = session, recipe
         self.sampler = recipe.sampler(session)
         self.reference = Policy(session.starting_policy(resumed)) if recipe.kl_coef > 0 else None
@@ -133,16 +165,15 @@ class RewardGradientUpdater:
 
         norm = self.learner.update(losses, no_padding)
         self.learner.copy_weights_into(self.sampling)
-        micro = len(losses) // self.sampler.num_segments
-        forwards = self.sampler.forwards + (self.sampler.reference_forwards if self.reference else 0)
         session.spend(
-            forward_passes=micro * forwards,
+            forward_passes=sum(segment.forwards for segment in done),
             backward_passes=len(losses),
-            sequence_forwards=len(repeated) * forwards,
+            sequence_forwards=sum(segment.forwards * len(segment.kl) for segment in done),
+            tokens_forwarded=sum(segment.forwards * segment.tokens for segment in done),
             reward_queries=len(repeated),
         )
         session.costs.updates += 1
-        metrics = self._metrics(done, micro) | {"policy/grad_norm": norm}
+        metrics = self._metrics(done) | {"policy/grad_norm": norm}
         last = next(segment for segment in done if segment.reward is not None)
         assert last.reward is not None
         shown = zip(repeated[:2], last.completions, last.reward.tolist(), strict=False)
@@ -163,25 +194,28 @@ class RewardGradientUpdater:
             if segment.reward is not None:
                 value = value - segment.reward.sum()
             reward = None if segment.reward is None else segment.reward.detach()
-            done.append(GradientSegment(segment.kl.detach(), reward, segment.completions, segment.metrics))
+            done.append(replace(segment, kl=segment.kl.detach(), reward=reward))
             return value / total
 
         return loss
 
-    def _metrics(self, done: list[GradientSegment], micro: int) -> dict[str, float]:
-        """Over all ranks."""
-        rewards = [value for s in done if s.reward is not None for value in s.reward.tolist()]
-        rewards = [value for part in distributed.gather_objects(rewards) for value in part]
-        values = torch.tensor(rewards, dtype=torch.float64)
-        half = 1.96 * float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        sums = {"policy/path_kl": sum(float(s.kl.double().sum()) for s in done) / len(values)}
+    def _metrics(self, done: list[GradientSegment]) -> dict[str, float]:
+        """Means over the rollouts of all ranks, however they were cut into micro-batches."""
+        rewards: list[float] = []
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
         for segment in done:
+            if segment.reward is not None:
+                rewards += segment.reward.tolist()
+            sums["policy/path_kl"] += float(segment.kl.double().sum())
             for name, value in segment.metrics.items():
-                sums[name] = sums.get(name, 0.0) + value / micro / distributed.world_size()
-        mean = float(values.mean())
-        return {
-            "reward/mean": mean,
-            "reward/low": mean - half,
-            "reward/high": mean + half,
-            **distributed.sum_metrics(sums, self.session.device),
-        }
+                sums[name] += value * len(segment.kl)
+                counts[name] += len(segment.kl)
+        counts["policy/path_kl"] = len(rewards)
+        parts = distributed.gather_objects((rewards, sums, counts))
+        names = dict.fromkeys(name for _, theirs, _ in parts for name in theirs)
+        means = {name: sum(s[name] for _, s, _ in parts) / sum(c[name] for _, _, c in parts) for name in names}
+        values = torch.tensor([value for theirs, _, _ in parts for value in theirs], dtype=torch.float64)
+        # Ranks hold whole prompts, one after the other.
+        prompt = torch.arange(len(values)) // self.session.config.train.group_size
+        return prompt_interval(values, prompt) | means

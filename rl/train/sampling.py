@@ -93,11 +93,6 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         reward += values
         group += [g + offset for g in groups]
     rewards, groups = torch.tensor(reward, dtype=torch.float64), torch.tensor(group)
-    valid = ~torch.isnan(rewards)
-    prompts = [rewards[(groups == g) & valid] for g in range(max(group, default=-1) + 1)]
-    means = torch.stack([p.mean() for p in prompts if len(p)] or [torch.tensor(torch.nan, dtype=torch.float64)])
-    mean = float(means.mean())
-    half = 1.96 * float(means.std(correction=1)) / len(means) ** 0.5 if len(means) > 1 else float("nan")
     filtered = distributed.sum_metrics(rollouts.filtered, device)
     work = distributed.sum_metrics(vars(rollouts.stats), device)
     slid = {}
@@ -112,9 +107,21 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         "rollout/retries": work["retries"],
         "rollout/repushes": work["repushes"],
         "speed/distinct_row_share": work["sequence_forwards"] / max(work["rows_asked"], 1),
-        "reward/mean": mean,
-        "reward/low": mean - half,
-        "reward/high": mean + half,
+        **prompt_interval(rewards, groups),
         "reward/failed": filtered["filters/unscored"],
         "reward/zero_variance_share": float(zero_variance_groups(rewards, groups).double().mean()),
     }
+
+
+def prompt_interval(reward: torch.Tensor, prompt: torch.Tensor) -> dict[str, float]:
+    """`reward/mean` with a 95 % interval over prompts, since rollouts of one prompt are not independent.
+
+    Args:
+        reward: float64 [M], NaN where there is none.
+        prompt: int64 [M], 0, 1, ...; one alone has no interval.
+    """
+    scored = [reward[(prompt == p) & ~torch.isnan(reward)] for p in prompt.unique()]
+    means = torch.stack([s.mean() for s in scored if len(s)] or [torch.tensor(torch.nan, dtype=torch.float64)])
+    mean = float(means.mean())
+    half = 1.96 * float(means.std(correction=1)) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    return {"reward/mean": mean, "reward/low": mean - half, "reward/high": mean + half}

@@ -64,12 +64,14 @@ class Segment:
         one_hot: [N, V], the finished sample in the last segment, with gradient; else None.
         token: int64 [N], the tokens after this part.
         mask_mass: [B], mean undecided mass of the free positions, no gradient.
+        forwards: of policy and reference together; those a checkpoint repeats in the backward pass are among them.
     """
 
     kl: torch.Tensor
     one_hot: torch.Tensor | None
     token: torch.Tensor
     mask_mass: torch.Tensor
+    forwards: int
 
 
 def relaxed_rollout(
@@ -109,7 +111,7 @@ def relaxed_rollout(
         after = _hard_step(free, token, logp.detach(), index, times)
         if reference is not None:
             kl = _kl(free, _one_hot(free, token, logp.dtype), logp, ref, times, options)
-            yield Segment(kl, None, after, _mask_mass(free, (after == free.mask_token_id).to(logp.dtype)))
+            yield Segment(kl, None, after, _mask_mass(free, (after == free.mask_token_id).to(logp.dtype)), forwards=2)
         token = after
 
     def step(index: int, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,8 +126,9 @@ def relaxed_rollout(
         return _relaxed_step(free, x, logp, index, times, options, _temperature(index - num_hard, options)), kl
 
     x, parts = None, []
+    recompute = options.checkpoint and torch.is_grad_enabled()
     for index in range(num_hard, num_inference_steps):
-        if options.checkpoint and torch.is_grad_enabled():
+        if recompute:
             x, kl = checkpoint(step, index, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x, kl = step(index, x)
@@ -137,7 +140,9 @@ def relaxed_rollout(
     # Not `token`: a checkpointed step that is run again still begins from that one.
     final = soft.argmax(-1)
     one_hot = _one_hot(free, final, soft.dtype) + soft - soft.detach() if options.straight_through else soft
-    yield Segment(torch.stack(parts).sum(0), one_hot, final, mass)
+    runs = (1 if reference is None else 2) * (2 if recompute else 1)
+    forwards = runs * options.relaxed_steps + (num_hard if reference is None else 0)
+    yield Segment(torch.stack(parts).sum(0), one_hot, final, mass, forwards)
 
 
 def _times(index: int, num_steps: int) -> tuple[float, float]:
