@@ -69,20 +69,21 @@ def group_softmax(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 
 
 def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
-    """bool [num_groups]: groups whose scored rewards are all equal (they carry no policy gradient).
+    """bool [num_groups]: groups that have scored rewards, all equal (they carry no policy gradient).
 
     Args:
         steps: [M, T] rewards of every step, which must then be equal too at every step.
     """
-    if steps is not None:
-        return torch.stack([zero_variance_groups(column, group) for column in (reward, *steps.T)]).all(dim=0)
     num_groups = int(group.max()) + 1 if len(group) else 0
-    low = torch.full((num_groups,), torch.inf, dtype=reward.dtype)
-    high = -low
-    valid = ~torch.isnan(reward)
-    low = low.scatter_reduce(0, group[valid], reward[valid], "amin")
-    high = high.scatter_reduce(0, group[valid], reward[valid], "amax")
-    return ~(high > low)
+    flat = torch.zeros(num_groups, dtype=torch.bool)
+    flat[group[~torch.isnan(reward)]] = True
+    for column in (reward, *(() if steps is None else steps.T)):
+        low = torch.full((num_groups,), torch.inf, dtype=reward.dtype)
+        valid = ~torch.isnan(column)
+        high = (-low).scatter_reduce(0, group[valid], column[valid], "amax")
+        low = low.scatter_reduce(0, group[valid], column[valid], "amin")
+        flat &= ~(high > low)
+    return flat
 
 
 def contrast_advantage(advantage: torch.Tensor, group: torch.Tensor, temperature: float) -> torch.Tensor:

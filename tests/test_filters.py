@@ -14,13 +14,18 @@ NAN = float("nan")
 
 
 def run(reward: list[float], group: list[int], overlong: list[bool] | None = None, **options: Any) -> Any:
-    mask, counts = keep_mask(
+    mask, _, counts = run_all(reward, group, overlong, **options)
+    return mask, counts
+
+
+def run_all(reward: list[float], group: list[int], overlong: list[bool] | None = None, **options: Any) -> Any:
+    mask, counted, counts = keep_mask(
         FilterConfig(**options),
         torch.tensor(reward, dtype=torch.float64),
         torch.tensor(group, dtype=torch.int64),
         torch.tensor(overlong or [False] * len(reward), dtype=torch.bool),
     )
-    return mask.tolist(), {name.removeprefix("filters/"): value for name, value in counts.items()}
+    return mask.tolist(), counted.tolist(), {name.removeprefix("filters/"): value for name, value in counts.items()}
 
 
 # Prompt 0 always right, 1 never, 2 half, 3 in one of four.
@@ -74,11 +79,26 @@ def test_a_failed_reward_is_no_verdict() -> None:
     """It is never kept, it makes no group look mixed, and it moves no mean."""
     mask, counts = run([1, NAN, 1, 0, NAN, 1, NAN, NAN], [0, 0, 1, 1, 1, 1, 2, 2], drop_overlong=True)
     assert mask == [False, False, True, True, False, True, False, False]
-    # Group 0 has one score, group 2 none: neither has any variance.
-    assert counts == {"groups": 3, "zero_variance": 2, "accuracy_band": 0, "overlong": 0, "unscored": 4}
+    # Group 0 has one score and so no variance, group 2 none.
+    assert counts == {"groups": 3, "zero_variance": 1, "accuracy_band": 0, "overlong": 0, "unscored": 4}
     mask, counts = run([1, NAN, NAN, 0], [0, 0, 1, 1], drop_zero_variance=False, accuracy_low=0.9)
     assert mask == [True, False, False, False]
     assert counts["accuracy_band"] == 1
+
+
+def test_only_work_without_gradient_is_skipped_and_still_averaged_over() -> None:
+    """Groups 0 and 1 are flat. What another filter leaves out does not count, and nothing that was replaced does."""
+    _, counted, _ = run_all(REWARD, GROUP)
+    assert counted == [True] * 16
+    # Group 0 is out of the band, flat or not; 3 is in it.
+    mask, counted, counts = run_all(REWARD, GROUP, accuracy_high=0.9)
+    assert counted == [False] * 4 + [True] * 12 and mask == [False] * 8 + [True] * 8
+    assert (counts["zero_variance"], counts["accuracy_band"]) == (2, 0)
+    overlong = [True, *[False] * 14, True]
+    _, counted, _ = run_all(REWARD, GROUP, overlong, drop_overlong=True)
+    assert counted == [False, *[True] * 14, False]
+    mask, counted, _ = run_all(REWARD, GROUP, refill_rounds=1)
+    assert counted == mask == [False] * 8 + [True] * 8
 
 
 def test_an_unscored_rollout_is_not_also_overlong() -> None:

@@ -18,7 +18,7 @@ def keep_mask(
     group: torch.Tensor,
     overlong: torch.Tensor,
     steps: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Apply the filters to M scored rollouts.
 
     Args:
@@ -28,21 +28,27 @@ def keep_mask(
         steps: [M, T] rewards of every step's fill, where the recipe asked for them.
 
     Returns:
-        bool [M], and how many groups (or rollouts) each filter left out. A group counts once, for the first
-        filter that drops it: zero variance, then the accuracy band.
+        bool [M], the rollouts to learn from; bool [M], those that the loss is averaged over; and how many groups (or
+        rollouts) each filter left out. A group is booked once, for the first filter that drops it: zero variance, then
+        the accuracy band.
+
+    Equal rewards carry no gradient, and skipping that work must not make the other prompts count more: rollouts left
+    out for nothing else stay in the average, unless other prompts are sampled in their place. What another filter
+    leaves out never counts.
     """
     num_groups = int(group.max()) + 1 if len(group) else 0
     scored = ~torch.isnan(reward)
-    keep = scored & ~overlong if options.drop_overlong else scored
+    counted = scored & ~overlong if options.drop_overlong else scored
     flat = zero_variance_groups(reward, group, steps)
     zeros = torch.zeros(num_groups, dtype=torch.float64)
     count = zeros.index_add(0, group, scored.double())
     mean = zeros.index_add(0, group, torch.where(scored, reward, torch.zeros_like(reward))) / count.clamp(min=1)
-    outside = (mean < options.accuracy_low) | (mean > options.accuracy_high)
+    outside = (count > 0) & ((mean < options.accuracy_low) | (mean > options.accuracy_high))
     dropped_flat = flat if options.drop_zero_variance else torch.zeros_like(flat)
     dropped_band = outside & ~dropped_flat
-    keep = keep & ~(dropped_flat | dropped_band)[group]
-    return keep, {
+    counted &= ~outside[group]
+    keep = counted & ~dropped_flat[group]
+    return keep, keep if options.refill_rounds else counted, {
         "filters/groups": float(num_groups),
         "filters/zero_variance": float(dropped_flat.sum()),
         "filters/accuracy_band": float(dropped_band.sum()),

@@ -11,7 +11,7 @@ import torch
 from rl.advantages import zero_variance_groups
 from rl.evaluate.backslide import backslide_of
 from rl.train import distributed
-from rl.train.session import ScoredRollouts, Session, join_metrics
+from rl.train.session import ScoredRollouts, Session, join_metrics, padded
 
 
 def sample_step(
@@ -95,9 +95,10 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
     rewards, groups = torch.tensor(reward, dtype=torch.float64), torch.tensor(group)
     filtered = distributed.sum_metrics(rollouts.filtered, device)
     work = distributed.sum_metrics(vars(rollouts.stats), device)
-    slid = {}
+    slid, steps = {}, None
     if rollouts.step_reward is not None:
         everywhere = [s for part in distributed.gather_objects(rollouts.step_reward) for s in part]
+        steps = padded(everywhere)
         slid = {f"rollout/backslide_{name}": value for name, value in vars(backslide_of(everywhere)).items()}
     return {
         **slid,
@@ -109,7 +110,7 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         "speed/distinct_row_share": work["sequence_forwards"] / max(work["rows_asked"], 1),
         **prompt_interval(rewards, groups),
         "reward/failed": filtered["filters/unscored"],
-        "reward/zero_variance_share": float(zero_variance_groups(rewards, groups).double().mean()),
+        "reward/zero_variance_share": float(zero_variance_groups(rewards, groups, steps).double().mean()),
     }
 
 

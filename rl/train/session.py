@@ -38,6 +38,7 @@ class ScoredRollouts:
         reward: float64 [M], NaN where there is no score.
         group: int64 [M], index of the prompt on this rank.
         keep: bool [M], what the filters leave for the update.
+        counted: bool [M], what the loss is averaged over (`rl.train.filters.keep_mask`).
         step_reward: [M] float64 [T_i], the reward of every step's full fill, where it was asked for.
     """
 
@@ -49,20 +50,17 @@ class ScoredRollouts:
     group: torch.Tensor
     stats: EngineStats
     keep: torch.Tensor
+    counted: torch.Tensor
     step_reward: list[np.ndarray] | None = None
     reward_seconds: float = 0.0
     filtered: dict[str, float] = field(default_factory=dict)
-
-    def padded_step_reward(self) -> torch.Tensor | None:
-        """float64 [M, T], NaN behind a trajectory's last step; None where no step was scored."""
-        return None if self.step_reward is None else padded(self.step_reward)
 
     @staticmethod
     def of_one(trajectory: Any, like: ScoredRollouts) -> ScoredRollouts:
         """A single trajectory of reward 0."""
         nothing = torch.zeros(1, dtype=torch.float64)
         group, keep = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
-        return ScoredRollouts([], [trajectory], [], like.table, nothing, group, like.stats, keep)
+        return ScoredRollouts([], [trajectory], [], like.table, nothing, group, like.stats, keep, keep)
 
     @staticmethod
     def join(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -88,6 +86,7 @@ class ScoredRollouts:
             group=torch.cat(groups),
             stats=EngineStats(**_sum([vars(p.stats) for p in parts])),  # type: ignore[arg-type]
             keep=torch.cat([p.keep for p in parts]),
+            counted=torch.cat([p.counted for p in parts]),
             step_reward=None if parts[0].step_reward is None else [s for p in parts for s in p.step_reward or []],
             reward_seconds=sum(p.reward_seconds for p in parts),
             filtered=_sum([p.filtered for p in parts]),
@@ -393,7 +392,7 @@ class Session:
         # A rollout with a failed fill is left out, and counted, like one whose verdict failed.
         failed = torch.tensor([bool(np.isnan(row).any()) for row in of_steps or ()], dtype=torch.bool)
         judged = reward if of_steps is None else reward.masked_fill(failed, torch.nan)
-        keep, filtered = keep_mask(self.config.filters, judged, group_index, overlong, steps_table)
+        keep, counted, filtered = keep_mask(self.config.filters, judged, group_index, overlong, steps_table)
         seconds = time.perf_counter() - started
         if count:
             self.spend(
@@ -411,6 +410,7 @@ class Session:
             group=group_index,
             stats=engine.stats,
             keep=keep,
+            counted=counted,
             reward_seconds=seconds,
             filtered=filtered,
             step_reward=of_steps,

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from rl.advantages import zero_variance_groups
 from rl.algorithms.options import Recipe
 from rl.batch import DecisionBatch
 from rl.estimators.base import DecisionRows, Verdicts
@@ -247,18 +246,14 @@ class PolicyUpdater:
         """For every update: indices of its trajectories, all advantages [M] or [M, T], all weights [M].
 
         Prompts are split over the updates, never a prompt's group. Weights count the trajectories of the update
-        over all ranks, with those that are left out because their rewards are all equal: skipping work that
-        has no gradient must not change the weights.
+        over all ranks, with those that are left out because their rewards are all equal (`ScoredRollouts.counted`).
         """
         if any(steps is not None for steps in rollouts.table.steps) and self.recipe.value is None:
             raise TrainingError("a reward gives per-step values, which need a value model: set algorithm.value")
         advantage = self._advantage(rollouts)
         wanted = ~torch.isnan(advantage)
-        valid = wanted if wanted.dim() == 1 else wanted.any(dim=1)
+        valid = rollouts.counted & (wanted if wanted.dim() == 1 else wanted.any(dim=1))
         used = valid & rollouts.keep
-        # Equal rewards carry no gradient and count with it; what any other filter left out is not in the batch.
-        flat = zero_variance_groups(rollouts.reward, rollouts.group, rollouts.padded_step_reward())
-        valid &= rollouts.keep | flat[rollouts.group] if len(flat) else rollouts.keep
         length = torch.tensor(
             [
                 self.recipe.num_decisions(t, None if wanted.dim() == 1 else w.numpy())
