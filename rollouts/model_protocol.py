@@ -131,6 +131,10 @@ class ImagePolicy(Protocol):
         """
         ...
 
+    def num_evaluations(self, guidance_scale: float) -> int:
+        """How often `predict` runs the network on a sample: 2 for both halves of classifier-free guidance."""
+        ...
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images float32 [B, 1 or 3, height, width] in [0, 1]; differentiable, for rewards that give gradients."""
         ...

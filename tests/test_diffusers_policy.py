@@ -315,10 +315,20 @@ def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likeli
     policy = load(folders, family, lora_rank=2)
     options = LatentSamplerOptions(**SAMPLERS[family], num_inference_steps=3, guidance_scale=GUIDANCE[family])
     requests = [LatentRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
-    trajectories = LatentEngine(policy, options).generate(requests)
-    rows = gaussian_rows(trajectories)
+    ran: list[int] = []
+    counting = policy.denoiser.register_forward_pre_hook(
+        lambda _, args, named: ran.append(len(args[0] if args else named["hidden_states"])), with_kwargs=True
+    )
+    engine = LatentEngine(policy, options)
+    trajectories = engine.generate(requests)
+    assert engine.stats.sequence_forwards == engine.stats.rows_asked == sum(ran)
+    ran.clear()
+    rows = gaussian_rows(trajectories, model=policy)
     assert rows.recorded is not None and len(rows.step) >= 4
     logprob = rows.score(policy)[0]
+    # Guidance runs the network twice, but for FLUX, which is told of it.
+    assert rows.num_rows == sum(ran) == len(rows.step) * (1 if family == "flux" else 2)
+    counting.remove()
     assert (logprob - rows.recorded).abs().max() < 1e-4
     parameters = [p for p in policy.parameters() if p.requires_grad]
     logprob[0].backward()

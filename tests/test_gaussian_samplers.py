@@ -197,6 +197,9 @@ def exact_flow(mean: float, std: float) -> Any:
             residual = (x - (1 - t) * mean) / ((1 - t) ** 2 * std**2 + t**2)
             return t * residual - (mean + (1 - t) * std**2 * residual)
 
+        def num_evaluations(self, guidance_scale: float) -> int:
+            return 1
+
     return Flow()
 
 

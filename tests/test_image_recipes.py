@@ -181,8 +181,8 @@ def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: di
     rows = forward_rows(rollouts(policy, options, count=3), policy, num_draws=2, beta=0.3)
     assert rows.trajectory.tolist() == [0, 0, 1, 1, 2, 2] and rows.step.tolist() == [0, 1] * 3
     rows.hold_to(policy)
-    prediction = rows.predict(policy).detach().requires_grad_()
-    rows.predict = lambda model: prediction  # type: ignore[method-assign]
+    prediction = rows.x0(policy).detach().requires_grad_()
+    rows.x0 = lambda model: prediction  # type: ignore[method-assign]
     positive, _, negative = rows.score(policy)
     advantage = tensor(10, 10, 0, 0, -2, -2)  # r = 1, 1, 1/2, 1/2, 0.3, 0.3
     batch = DecisionBatch(positive, positive * 0, positive, None, advantage, positive * 0 + 1, other=negative)
@@ -197,9 +197,9 @@ def test_the_forward_process_draws_anew_every_pass_and_from_seeds_alone() -> Non
     policy = tiny_policy()
     trajectories = rollouts(policy, LatentSamplerOptions(num_inference_steps=4), count=3)
     one, same, other = (forward_rows(trajectories, policy, 2, 1.0, iteration) for iteration in (0, 0, 1))
-    assert (one.noised == same.noised).all() and (one.noised != other.noised).any()
+    assert (one.latent == same.latent).all() and (one.latent != other.latent).any()
     alone = forward_rows(trajectories[1:2], policy, 2, 1.0)
-    assert (alone.noised == one.noised[2:4]).all()
+    assert (alone.latent == one.latent[2:4]).all()
 
 
 @pytest.mark.parametrize(

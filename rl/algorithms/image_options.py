@@ -78,7 +78,7 @@ class ImageRecipeOptions(RecipeOptions):
         def rows(trajectories: Sequence[Any], model: Any, block: int | None, steps: Any = None) -> GaussianRows:
             import numpy as np
 
-            return gaussian_rows(trajectories, None if steps is None else np.stack(steps), self.reduce)
+            return gaussian_rows(trajectories, None if steps is None else np.stack(steps), self.reduce, model)
 
         held = self.kl_to if self.kl_estimator == "exact" else "none"
         return Recipe(

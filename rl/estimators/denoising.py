@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from rl.estimators.latent_rows import LatentRows
 
-@dataclass
-class DenoisingRows:
+
+@dataclass(kw_only=True)
+class DenoisingRows(LatentRows):
     """B noised samples; `score` gives minus the mean squared error of each, so that fitting is maximising it.
 
     With the target noise it is, up to a constant and the schedule's weights, the log-likelihood bound that
     Ho et al. 2020 (arXiv 2006.11239) train on (their simple loss).
     """
 
-    noised: torch.Tensor
     target: torch.Tensor
-    timestep: torch.Tensor
-    conditioning: dict[str, torch.Tensor]
-    trajectory: torch.Tensor
-    step: torch.Tensor
-    recorded: torch.Tensor | None = None
-    share: torch.Tensor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.noised)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.noised.numel()
-
-    def to(self, device: torch.device | str) -> DenoisingRows:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, conditioning={k: v.to(device) for k, v in self.conditioning.items()}, **moved)
-
-    def distinct(self) -> DenoisingRows:
-        return self
 
     def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        output = model.predict(self.noised, self.timestep, self.conditioning, 1.0)
-        error = (output - self.target).square().flatten(1).mean(1)
+        error = (self.predict(model) - self.target).square().flatten(1).mean(1)
         return -error, torch.zeros_like(error)
 
 
@@ -81,5 +60,11 @@ def denoising_rows(
     shown = [model.null_prompt if gone else prompt for prompt, gone in zip(prompts, dropped, strict=True)]
     mixed, target, timestep = noised(model.scheduler, model.prediction_type, latents[part], noise[part], level[part])
     index = torch.arange(len(mixed))
-    conditioning = model.encode(shown[part])
-    return DenoisingRows(mixed, target, timestep, conditioning, index, torch.zeros_like(index))
+    return DenoisingRows(
+        latent=mixed,
+        target=target,
+        timestep=timestep,
+        conditioning=model.encode(shown[part]),
+        trajectory=index,
+        step=torch.zeros_like(index),
+    )

@@ -9,72 +9,48 @@ the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from rl.estimators.denoising import noised
+from rl.estimators.latent_rows import LatentRows
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.samplers.gaussian import x0_coefficients
 
 
-@dataclass
-class ForwardRows:
+@dataclass(kw_only=True)
+class ForwardRows(LatentRows):
     """U noised samples. `score` gives minus the error of the positive and (third) of the negative prediction.
 
     An error is the squared distance to the sample, mean over entries, over the detached mean absolute distance.
 
     Attributes:
-        noised, sample: [U, ...].
-        timestep: [U].
+        sample: [U, ...], what was noised.
         x0_latent, x0_output: [U], prediction of x0 from the noised latent and the output.
         old: [U, ...], prediction of x0 by the policy that sampled; set by `hold_to`.
     """
 
-    noised: torch.Tensor
     sample: torch.Tensor
-    timestep: torch.Tensor
     x0_latent: torch.Tensor
     x0_output: torch.Tensor
-    conditioning: dict[str, torch.Tensor]
-    trajectory: torch.Tensor
-    step: torch.Tensor
-    guidance_scale: float
     beta: float
     old: torch.Tensor | None = None
-    recorded: torch.Tensor | None = None
-    share: torch.Tensor | None = None
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.step) * (1 if self.guidance_scale == 1 else 2)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_rows * self.sample[0].numel()
-
-    def to(self, device: torch.device | str) -> ForwardRows:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, conditioning={k: v.to(device) for k, v in self.conditioning.items()}, **moved)
-
-    def distinct(self) -> ForwardRows:
-        return self
-
-    def predict(self, model: Any) -> torch.Tensor:
-        """[U, ...]: x0 as the model sees it."""
-        output = model.predict(self.noised, self.timestep, self.conditioning, self.guidance_scale)
-        return self.x0_latent * self.noised + self.x0_output * output
+    def x0(self, model: Any) -> torch.Tensor:
+        """[U, ...]: the sample as the model sees it."""
+        return self.x0_latent * self.latent + self.x0_output * self.predict(model)
 
     @torch.no_grad()
     def hold_to(self, model: Any) -> None:
         """Keep the predictions of the policy that sampled."""
-        self.old = self.predict(model)
+        self.old = self.x0(model)
 
     def score(self, model: Any) -> tuple[torch.Tensor, ...]:
         assert self.old is not None, "hold_to the policy that sampled first"
-        move = self.beta * (self.predict(model) - self.old)
+        move = self.beta * (self.x0(model) - self.old)
         positive, negative = self._error(self.old + move), self._error(self.old - move)
         return -positive, torch.zeros_like(positive), -negative
 
@@ -102,13 +78,14 @@ def forward_rows(
     mixed, _, timestep = noised(model.scheduler, model.prediction_type, data, drawn, levels)
     latent, output = x0_coefficients(model.scheduler, model.prediction_type, timestep.numpy())
     shape = (-1, *[1] * (data.dim() - 1))
+    guidance = float(trajectories[0].sampler["guidance_scale"])
     owner = torch.arange(len(trajectories)).repeat_interleave(num_draws)
     conditioning = {
         name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories])).repeat_interleave(num_draws, 0)
         for name in trajectories[0].conditioning
     }
     return ForwardRows(
-        noised=mixed,
+        latent=mixed,
         sample=data,
         timestep=timestep,
         x0_latent=torch.from_numpy(latent).to(data.dtype).reshape(shape),
@@ -116,6 +93,7 @@ def forward_rows(
         conditioning=conditioning,
         trajectory=owner,
         step=torch.arange(num_draws).repeat(len(trajectories)),
-        guidance_scale=float(trajectories[0].sampler["guidance_scale"]),
+        guidance_scale=guidance,
+        evaluations=model.num_evaluations(guidance),
         beta=beta,
     )

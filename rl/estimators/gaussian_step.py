@@ -14,69 +14,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from rl.estimators.latent_rows import LatentRows
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import ImagePolicy
 from rollouts.samplers.gaussian import gaussian_kl, log_density, step_mean
 
 
-@dataclass
-class GaussianRows:
-    """U recorded steps, one forward row each.
+@dataclass(kw_only=True)
+class GaussianRows(LatentRows):
+    """U recorded steps; `latent` is the state before one, `recorded` is on the scale of `scale`.
 
     Attributes:
-        latent, sample: [U, ...], the state before the step and the one it drew.
-        timestep: float64 [U].
-        conditioning: name -> [U, ...].
+        sample: [U, ...], the state the step drew.
         coefficients: float64 [U, 5].
         std: float64 [U].
-        trajectory: int64 [U], index among the trajectories given; ascending.
-        step: int64 [U].
-        recorded: float64 [U], the sampler's log-probs, on the scale of `scale`.
         sampler_mean: [U, ...], recorded.
-        clip, guidance_scale: of the sampler.
+        clip: of the sampler.
         scale: what a sum over entries is multiplied by: 1, or 1/D.
         other_mean: [U, ...], means under the policy that the KL term holds to, None without one.
     """
 
-    latent: torch.Tensor
     sample: torch.Tensor
-    timestep: torch.Tensor
-    conditioning: dict[str, torch.Tensor]
     coefficients: torch.Tensor
     std: torch.Tensor
-    trajectory: torch.Tensor
-    step: torch.Tensor
-    recorded: torch.Tensor | None
     sampler_mean: torch.Tensor
     clip: float | None
-    guidance_scale: float
     scale: float
     other_mean: torch.Tensor | None = None
-    share: torch.Tensor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Denoiser evaluations of one forward; guidance doubles them."""
-        return len(self.step) * (1 if self.guidance_scale == 1 else 2)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_rows * self.latent[0].numel()
-
-    def to(self, device: torch.device | str) -> GaussianRows:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, conditioning={k: v.to(device) for k, v in self.conditioning.items()}, **moved)
 
     def mean(self, model: ImagePolicy) -> torch.Tensor:
         """float64 [U, ...]: mean of every step under the model's weights, with gradient."""
-        output = model.predict(self.latent, self.timestep, self.conditioning, self.guidance_scale)
-        return step_mean(self.coefficients, self.clip, output, self.latent)
+        return step_mean(self.coefficients, self.clip, self.predict(model), self.latent)
 
     def logprob(self, mean: torch.Tensor) -> torch.Tensor:
         """float64 [U] of the recorded samples under steps with these means."""
@@ -85,9 +58,6 @@ class GaussianRows:
     def kl(self, mean: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """float64 [U]: KL(N(mean, std^2) || N(other, std^2)), exact, on the scale of the log-probs."""
         return gaussian_kl(mean, other, self.std) * self.scale
-
-    def distinct(self) -> GaussianRows:
-        return self
 
     @torch.no_grad()
     def hold_to(self, model: ImagePolicy) -> None:
@@ -103,7 +73,10 @@ class GaussianRows:
 
 
 def gaussian_rows(
-    trajectories: Sequence[LatentTrajectory], wanted: np.ndarray | None = None, reduce: str = "mean"
+    trajectories: Sequence[LatentTrajectory],
+    wanted: np.ndarray | None = None,
+    reduce: str = "mean",
+    model: ImagePolicy | None = None,
 ) -> GaussianRows:
     """Rows of the wanted steps that have a density.
 
@@ -111,6 +84,7 @@ def gaussian_rows(
         wanted: bool [M, T], steps to score; None takes all. Steps whose std is at most the sampler's min_std
             are left out whatever is wanted.
         reduce: "mean" or "sum" over the entries of a latent.
+        model: says what a guided prediction costs; without it every row counts one forward.
 
     Raises:
         ValueError: trajectories of different samplers, or no step has a density.
@@ -136,6 +110,7 @@ def gaussian_rows(
         name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories])[trajectory])
         for name in first.conditioning
     }
+    guidance = float(first.sampler["guidance_scale"])
     scale = 1.0 if reduce == "sum" else 1.0 / first.num_entries
     return GaussianRows(
         latent=pick("latents"),
@@ -149,6 +124,7 @@ def gaussian_rows(
         recorded=pick("logprob") * scale,
         sampler_mean=pick("mean"),
         clip=first.clip,
-        guidance_scale=float(first.sampler["guidance_scale"]),
+        guidance_scale=guidance,
+        evaluations=1 if model is None else model.num_evaluations(guidance),
         scale=scale,
     )

@@ -81,6 +81,9 @@ class ClassPolicy(nn.Module):
         without, given = output.chunk(2)
         return without + guidance_scale * (given - without)
 
+    def num_evaluations(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def latents_of(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """float32 [B, C, H, W] of uint8 images [H, W] or [H, W, C]."""
         stacked = torch.from_numpy(np.stack([image.reshape(*image.shape[:2], -1) for image in images]))

@@ -107,6 +107,9 @@ class DiffusersPolicy(nn.Module):
         without, given = output.to(latents.dtype).chunk(2)
         return without + guidance_scale * (given - without)
 
+    def num_evaluations(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `ImagePolicy.decode`."""
         vae = self.frozen.pipeline.vae.to(latents.device)
@@ -396,6 +399,9 @@ class Flux(_Transformer):
         )[0]
         output = output.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return output.reshape(latents.shape).to(latents.dtype)
+
+    def num_evaluations(self, guidance_scale: float) -> int:
+        return 1
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         states, pooled, _ = self.frozen.pipeline.encode_prompt(

@@ -64,20 +64,20 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
         micro = -(-per_update // train.micro_batch_size)
         updates = train.steps * train.updates_per_step * train.epochs
         if medium_of(config) == "images":
-            forwards: float = config.image_sampler.num_inference_steps * (
-                1 if config.image_sampler.guidance_scale == 1 else 2
-            )
+            forwards: float = config.image_sampler.num_inference_steps
+            guided = config.image_sampler.guidance_scale != 1
         else:
             counts = train.mixed_steps or [config.sampler.num_inference_steps]
             forwards = sum(config.sampler.steps_per_block(n) * _num_blocks(config) for n in counts) / len(counts)
+            guided = config.sampler.cfg_scale != 0
         lines += [
             f"rl: {train.steps} steps of {train.prompts_per_step} prompts x {train.group_size} rollouts = "
             f"{trajectories} trajectories per step",
             f"rl: {train.updates_per_step} x {train.epochs} optimizer update(s) per step, {updates} in all, "
             f"{per_update} trajectories per update and rank in at most {micro} micro-batch(es) of "
             f"{train.micro_batch_size}",
-            f"rl: {forwards:g} denoising forwards per rollout on average, "
-            f"at most {int(forwards * trajectories * train.steps)} sequence forwards to sample in all",
+            f"rl: {forwards:g} denoising steps per rollout on average, "
+            f"at most {int(forwards * trajectories * train.steps) * (1 + guided)} sequence forwards to sample in all",
         ]
     return lines
 

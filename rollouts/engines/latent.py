@@ -155,7 +155,7 @@ class LatentEngine:
             timestep = torch.full((len(latent[part]),), self.steps.timestep[index], device=self.device)
             rows = {name: values[part] for name, values in conditioning.items()}
             outputs.append(self.model.predict(latent[part], timestep, rows, self.options.guidance_scale))
-            evaluations = len(latent[part]) * (1 if self.options.guidance_scale == 1 else 2)
+            evaluations = len(latent[part]) * self.model.num_evaluations(self.options.guidance_scale)
             self.stats.forwards += 1
             self.stats.sequence_forwards += evaluations
             self.stats.rows_asked += evaluations
