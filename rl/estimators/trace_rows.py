@@ -154,7 +154,7 @@ def remask_rows(
     """
     _check(trajectories, shrink, segments)
     documents: list[Document] = []
-    owners, columns, targets, steps = [], [], [], []
+    places = []
     for trajectory in trajectories:
         reveal = trajectory.is_reveal
         positions = np.arange(trajectory.length)
@@ -166,21 +166,8 @@ def remask_rows(
         ):
             document[reveals], step[reveals] = len(documents), index
             documents.append((canvas.copy(), positions, segment, block))
-        owners.append(document[reveal])
-        columns.append(trajectory.position[reveal])
-        targets.append(trajectory.token[reveal])
-        steps.append(step[reveal])
-    return assemble(
-        trajectories,
-        documents,
-        owners,
-        columns,
-        targets,
-        steps,
-        pack_to,
-        logit_shift,
-        recorded=_recorded(trajectories, shrink, segments),
-    )
+        places.append(np.stack([document, trajectory.position, step]))
+    return _rows_of_reveals(trajectories, documents, places, shrink, segments, pack_to, logit_shift)
 
 
 def packed_rows(
@@ -203,7 +190,7 @@ def packed_rows(
     """
     _check(trajectories, shrink, segments)
     documents: list[Document] = []
-    owners, columns, targets, steps = [], [], [], []
+    places = []
     for index, trajectory in enumerate(trajectories):
         size = block_length or trajectory.block_length
         if size is None or trajectory.block_origin != 0 or trajectory.length % size:
@@ -231,29 +218,41 @@ def packed_rows(
                 column[reveals] = width + trajectory.position[reveals] - b * size
                 width += size
         documents.append(tuple(np.concatenate(x) for x in (ids, positions, copies, blocks)))
-        owners.append(np.full(int(reveal.sum()), index))
-        columns.append(column[reveal])
-        targets.append(trajectory.token[reveal])
-        steps.append(step[reveal])
-    return assemble(
-        trajectories,
-        documents,
-        owners,
-        columns,
-        targets,
-        steps,
-        pack_to,
-        recorded=_recorded(trajectories, shrink, segments),
-    )
+        places.append(np.stack([np.full_like(column, index), column, step]))
+    return _rows_of_reveals(trajectories, documents, places, shrink, segments, pack_to)
 
 
-def _recorded(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None) -> np.ndarray | None:
-    """float64 [N]: the sampler's log-probs; None where merged steps score other states than it sampled in, or where
-    they are not known.
+def _rows_of_reveals(
+    trajectories: Sequence[TokenTrajectory],
+    documents: Sequence[Document],
+    places: Sequence[np.ndarray],
+    shrink: int,
+    segments: int | None,
+    pack_to: int | None,
+    logit_shift: int = 0,
+) -> ScoringRows:
+    """Rows that score every token a trajectory revealed.
+
+    Args:
+        places: int64 [3, E] per trajectory: document of each edit, column in it, merged step; read at reveals alone.
+
+    Returns:
+        rows that know the sampler's log-probs, unless merged steps score other states than it sampled in, or it gave
+        none.
     """
-    if shrink > 1 or segments is not None or any(t.detail != "logprobs" for t in trajectories):
-        return None
-    return np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
+    reveals = [t.is_reveal for t in trajectories]
+    owners, columns, steps = (
+        [place[i][reveal] for place, reveal in zip(places, reveals, strict=True)] for i in range(3)
+    )
+    targets, recorded = (
+        [getattr(t, name)[reveal] for t, reveal in zip(trajectories, reveals, strict=True)]
+        for name in ("token", "logprob")
+    )
+    exact = shrink == 1 and segments is None and all(t.detail == "logprobs" for t in trajectories)
+    return assemble(
+        trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift,
+        recorded=np.concatenate(recorded) if exact else None,
+    )  # fmt: skip
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:

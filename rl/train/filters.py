@@ -48,10 +48,14 @@ def keep_mask(
     dropped_band = outside & ~dropped_flat
     counted &= ~outside[group]
     keep = counted & ~dropped_flat[group]
-    return keep, keep if options.refill_rounds else counted, {
-        "filters/groups": float(num_groups),
-        "filters/zero_variance": float(dropped_flat.sum()),
-        "filters/accuracy_band": float(dropped_band.sum()),
-        "filters/overlong": float((overlong & scored).sum()) if options.drop_overlong else 0.0,
-        "filters/unscored": float((~scored).sum()),
-    }
+    return (
+        keep,
+        keep if options.refill_rounds else counted,
+        {
+            "filters/groups": float(num_groups),
+            "filters/zero_variance": float(dropped_flat.sum()),
+            "filters/accuracy_band": float(dropped_band.sum()),
+            "filters/overlong": float((overlong & scored).sum()) if options.drop_overlong else 0.0,
+            "filters/unscored": float((~scored).sum()),
+        },
+    )
