@@ -151,21 +151,24 @@ def test_reads_equal_plain_forwards_of_their_copies(make_model, family: str, dra
     assert at == len(logprob) > 15 and logprob.std() > 0.3
 
 
-@pytest.mark.parametrize("draw", ["everything hidden", "coupled counts"])
-def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, draw: str) -> None:
+@pytest.mark.parametrize(("draw", "size"), [("everything hidden", 4), ("coupled counts", 4), ("coupled counts", 8)])
+def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, draw: str, size: int) -> None:
+    """The grid is the model's, or that of a larger training block, which may end behind the canvas."""
     model = make_model("gpt2-block4")
     trajectories = sampled(model, 4, gen_length=8, num_inference_steps=4, block_length=4)
-    rows, _, logprob = score(model, trajectories, DRAWS[draw], scope="canvas")
+    assert {t.length for t in trajectories} == {12}
+    rows, _, logprob = score(model, trajectories, DRAWS[draw], scope="canvas", block=None if size == 4 else size)
+    model.config.block_length = size
     at = 0
     for trajectory in trajectories:
         rng = np.random.default_rng([trajectory.seed, 0])
         level = np.random.default_rng(trajectory.seed).random()
         for copy in DRAWS[draw](np.arange(3, trajectory.length), rng, level):
             for position in copy.read:
-                end = (int(position) // 4 + 1) * 4
-                canvas = trajectory.final_canvas()[:end]
+                end = (int(position) // size + 1) * size
+                canvas = np.append(trajectory.final_canvas(), [trajectory.mask_token_id] * 4)[:end]
                 for other in copy.hidden:
-                    if end - 4 <= other < end:
+                    if end - size <= other < end:
                         canvas[other] = trajectory.mask_token_id
                 assert float(logprob[at]) == pytest.approx(plain(model, trajectory, canvas, position), abs=1e-9)
                 at += 1
@@ -178,6 +181,13 @@ def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, 
         with torch.no_grad():
             theirs = dict(zip(zip(*keys[1], strict=True), score_rows(model, merged)[0].tolist(), strict=True))
         assert [theirs[key] for key in zip(*keys[0], strict=True)] == pytest.approx(logprob.tolist(), abs=1e-12)
+
+
+def test_a_prompt_cannot_be_hidden_from_a_block_causal_model(make_model) -> None:
+    model = make_model("gpt2-block4")
+    trajectories = sampled(model, 1, gen_length=8, num_inference_steps=4, block_length=4)
+    with pytest.raises(ValueError, match=r"algorithm.prompt_mask is 0.15, but a block-causal .*: set it to 0"):
+        masks.copy_rows(trajectories, model, masks.coupled, prompt_mask=0.15)
 
 
 def test_masks_depend_on_the_trajectory_and_the_pass_alone(make_model) -> None:

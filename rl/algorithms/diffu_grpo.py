@@ -8,7 +8,8 @@ a decoder that fills everything in one step (mean field): the trace estimate wit
 Choices (published): reward minus group mean, PPO clip of 0.5, k3 KL of 0.04, tokens up to the first end token,
 mean over the tokens of an answer, then over answers.
 
-Departs: the reference stays the starting policy (published: synchronised every 64 steps); temperature and filters of
+Departs: a block-causal model (set prompt_mask to 0) sees clean the blocks before the one it fills, in one step; the
+reference stays the starting policy (published: synchronised every 64 steps); temperature and filters of
 the sampler hold in the loss.
 """
 
@@ -28,7 +29,7 @@ class DiffuGRPOOptions(MaskedOptions):
     clip_high: float = Field(0.5, gt=0, description="Upper clip of the probability ratio.")
     kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds the policy to.")
     kl_coef: float = Field(0.04, ge=0, description="Weight of the KL term.")
-    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability that a copy hides a prompt token.")
+    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
 
     def build(self) -> Recipe:
         from rl.estimators.combine import per_token

@@ -28,7 +28,9 @@ class MaskedOptions(RecipeOptions):
     scope: Literal["answer", "canvas"] = Field(
         "answer", description="Tokens scored: up to the first end token, or the whole canvas."
     )
-    prompt_mask: float = Field(0.0, ge=0, lt=1, description="Probability that a copy hides a prompt token.")
+    prompt_mask: float = Field(
+        0.0, ge=0, lt=1, description="Probability that a copy hides a prompt token (full attention)."
+    )
 
     def engine_needs(self) -> set[str]:
         """Nothing: copies are masked anew, how the answer came about does not matter; what stands behind it may."""
@@ -57,7 +59,7 @@ class MaskedOptions(RecipeOptions):
         def rows(
             trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0
         ) -> DecisionRows:
-            read, weight = copy_rows(trajectories, model, draw, self.scope, self.prompt_mask, iteration)
+            read, weight = copy_rows(trajectories, model, draw, self.scope, self.prompt_mask, iteration, block)
             return decide(read, weight, [length(t) for t in trajectories])
 
         return Recipe(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class SPGOptions(MaskedOptions):
     name: str = Field("spg", description="Recipe name.")
     old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: the gradient of the bounds.")
-    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability that a copy hides a prompt token.")
+    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
     power: float = Field(1.5, ge=1, description="b of the upper bound.")
     omega: float = Field(0.5, ge=0, le=1, description="Share of the upper bound for answers worse than their group.")
     draws: int = Field(2, ge=1, description="Masked copies per answer.")

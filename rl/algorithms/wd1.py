@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class WD1Options(MaskedOptions):
     name: str = Field("wd1", description="Recipe name.")
     old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: the gradient of the log-prob itself.")
-    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability that a copy hides a prompt token.")
+    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
     psi: float = Field(1.0, gt=0, description="Temperature of the weights.")
 
     def build(self) -> Recipe:

@@ -19,7 +19,7 @@ import torch
 
 from rl.estimators.combine import CombinedRows, per_token, per_trajectory
 from rl.estimators.rows import ScoringRows
-from rl.estimators.trace_rows import Document, assemble, check_sampled
+from rl.estimators.trace_rows import Document, assemble, check_sampled, covered
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -60,36 +60,47 @@ def copy_rows(
     scope: Scope = "answer",
     prompt_mask: float = 0.0,
     iteration: int = 0,
+    block: int | None = None,
 ) -> tuple[ScoringRows, torch.Tensor]:
     """Draw the copies of every trajectory and say where to read them.
 
     Response positions outside the scope are hidden in every copy and never read: the answer is scored as if what
     follows it had not been decided yet. A block-causal model gets `[clean | noisy copy of every block]` instead of
-    the noisy canvas, as in its supervised training (`masking.py`).
+    the noisy canvas, as in its supervised training (`masking.py`): what a copy hides in a block is hidden from that
+    block alone, and the blocks before it are clean.
 
     Args:
         draw: gives the copies; it is handed the scope's positions.
         prompt_mask: hide each prompt token of each copy with this probability (d1).
         iteration: pass over the rollouts; each has masks of its own.
+        block: training block length of a block-causal model, None for its own.
 
     Returns:
         rows (`step` is the index of the copy), and the weight float64 [N] of every read.
+
+    Raises:
+        ValueError: a prompt is to be hidden from a block-causal model.
     """
     check_sampled(trajectories)
     causal = model.attention == "block_causal"
+    if causal and prompt_mask:
+        raise ValueError(
+            f"algorithm.prompt_mask is {prompt_mask}, but a block-causal model sees clean blocks before its own and so "
+            "the prompt: set it to 0"
+        )
     documents: list[Document] = []
     owners, columns, targets, steps, weights = [], [], [], [], []
-    for trajectory in trajectories:
-        size = model.block_length if causal else None
+    size = block or model.block_length if causal else None
+    for trajectory, padded in zip(trajectories, covered(trajectories, size), strict=True):
         if scope == "canvas" and trajectory.detail == "sample":
             raise ValueError(
                 "algorithm.scope canvas scores what was decoded behind the answer, which this trajectory's engine does "
                 "not return: set algorithm.scope to answer"
             )
-        final, places = trajectory.final_canvas(), scope_positions(trajectory, scope)
+        final, places = padded.final_canvas(), scope_positions(trajectory, scope)
         rng = np.random.default_rng([trajectory.seed, iteration])
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
-        response = np.arange(trajectory.prompt_length, trajectory.length)
+        response = np.arange(trajectory.prompt_length, padded.length)
         outside = np.setdiff1d(response, places)
         read, column, owner, step = [], [], [], []
         for index, copy in enumerate(draw(places, rng, level)):
