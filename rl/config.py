@@ -160,6 +160,10 @@ class RewardConfig(Section):
         0.0, ge=0, description="Wait this long for a reward server that is down before its verdicts count as failed."
     )
 
+    def params_of(self, name: str) -> dict[str, Any]:
+        """Parameters that `functions` gives a reward; none where it does not name it."""
+        return next((part.params for part in self.functions if part.name == name), {})
+
 
 class BlockStage(Section):
     from_step: int = Field(ge=0, description="First RL step of this stage.")
@@ -312,6 +316,15 @@ class Config(Section):
         from rl.algorithms import parse_options
 
         return parse_options(value).model_dump()
+
+    @model_validator(mode="after")
+    def _patient_enough(self) -> Config:
+        if self.reward.outage_seconds >= self.run.collective_timeout_seconds:
+            raise ValueError(
+                f"reward.outage_seconds ({self.reward.outage_seconds:g}) must be below run.collective_timeout_seconds "
+                f"({self.run.collective_timeout_seconds:g}): other ranks wait no longer"
+            )
+        return self
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

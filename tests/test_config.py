@@ -85,6 +85,7 @@ def test_overriding_one_optimizer_field_keeps_the_others() -> None:
         ("train.updates_per_step=5", "train.prompts_per_step (32) must be a multiple of train.updates_per_step (5)"),
         ("algorithm.kl_coef=0.1", "set algorithm.kl_to to old or reference"),
         ("algorithm.shrink=2", "set algorithm.old_logprob to recompute"),
+        ("reward.outage_seconds=1800", "(1800) must be below run.collective_timeout_seconds (1800)"),
         ("nonsense", "must have the form section.key=value"),
     ],
 )

@@ -14,9 +14,11 @@ from safetensors.numpy import save_file
 from rewards import RewardFailureError
 from rl.cli import main
 from rl.config import load_config
+from rl.evaluate.scoring import judge_of
 from rl.models.load import load_policy, load_tokenizer
 from rl.tasks.sudoku import SudokuTask, is_heldout
 from rl.train.learner import TrainingError
+from rl.train.session import Session
 from tests import runs
 
 FAMILIES = {
@@ -211,6 +213,22 @@ def test_a_model_that_gives_nan_gets_no_accuracy(run: Path, tmp_path: Path, caps
     save_file(damaged, folder / "model.safetensors", metadata={"format": "pt"})
     assert main(["eval", "--config", str(run / "config.yaml"), f"model.path={folder}"]) == 1
     assert "the model's logits are not finite" in capsys.readouterr().err
+
+
+class Briefly(SudokuTask):
+    reward = "length"
+
+
+def test_the_verifier_takes_the_parameters_of_the_tasks_own_reward(tmp_path: Path) -> None:
+    """Accuracy is measured by the reward as the config describes it, without its weight."""
+    functions = "reward.functions=[{name: sudoku}, {name: length, weight: 0.1, params: {max_length: 4}}]"
+    arguments = runs.tiny_config(tmp_path, "task.name=tests.test_loop:Briefly", functions)
+    config = load_config(arguments[1], arguments[2:])
+    with Session.open(config, write=False) as session:
+        assert session.verifier.score(["a"], ["b"], {"completion_ids": [[7]]}).values == [-0.25]
+        own = judge_of(config.reward, session.task, None).functions[0]
+        assert (own.name, own.params) == ("length", {"max_length": 4})
+    assert judge_of(config.reward, session.task, "length").functions[0].params == {}
 
 
 def test_out_of_time(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from rl.tasks.templates import Template
 def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | None) -> RewardConfig:
     """How to judge: by the task's own reward, whatever was trained on, or by the one that is named.
 
+    The task's own has the parameters that the config gives it, where it names it.
+
     Generations are too dear to lose to a reward that fails: however many verdicts fail, they are counted and shown.
 
     Args:
@@ -32,7 +34,7 @@ def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | 
     """
     part: Any = yaml.safe_load(reward) if isinstance(reward, str) and reward.startswith("{") else reward
     if not isinstance(part, Mapping):
-        part = {"name": part or task.reward}
+        part = {"name": part or task.reward, "params": {} if part else config.params_of(task.reward)}
     if not part.keys() <= {"name", "params"} or "name" not in part:
         raise ValueError(f"--reward {reward!r} must be a name, or {{name: NAME, params: {{...}}}}")
     functions = [RewardPartConfig(name=part["name"], params=part.get("params") or {})]

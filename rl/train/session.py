@@ -178,7 +178,7 @@ class Session:
         medium: Medium = open_medium(config, task)
         policy: Any = medium.load_model()
         parts = [RewardPart(p.name, p.weight, p.params, p.normalize) for p in config.reward.functions]
-        own = [RewardPart(task.reward)]
+        own = [RewardPart(task.reward, params=config.reward.params_of(task.reward))]
         rewards, verifier = (
             RewardRunner(
                 chosen,
@@ -289,8 +289,8 @@ class Session:
         """The completion of every trajectory and its rewards; each `group_size` of them share a prompt.
 
         Args:
-            verifier: judge by the task's own reward alone, whatever is trained on: accuracy is not a
-                weighted or normalised sum.
+            verifier: judge by the task's own reward alone, whatever is trained on: accuracy is not a weighted or
+                normalised sum. Its parameters are those of `reward.functions`, where that names it too.
         """
         completions, columns = self.medium.finished(trajectories)
         groups = [index // group_size for index in range(len(rows))]
