@@ -1,8 +1,10 @@
-"""Kill the trainer with SIGKILL at random points, again and again, and compare with a run that nobody disturbs.
+"""Kill parts of a training with SIGKILL at random points, again and again, and compare with a run nobody disturbs.
 
-Every life of the trainer is killed a random time (drawn from --seed) after it has reached the RL stage, and is followed
-by one that resumes; the last one runs to its end. Then metrics, samples and weights must equal the
-undisturbed run's, bit for bit, and every step's prompts must have been trained on exactly once.
+A life of the trainer that is killed, a random time (drawn from --seed) after it reached the RL stage, is followed by
+one that resumes; the last one runs to its end. With `--victims` the killer also takes rollout workers under Ray
+(rollout.engine=ray), which are replaced, and a reward server, which comes back a moment later. In the end metrics,
+samples and weights must equal the undisturbed run's, bit for bit, and every step's prompts must have been trained on
+exactly once.
 
     OMP_NUM_THREADS=1 python scripts/kill_loop.py --kills 20 --config configs/quickstart.yaml train.steps=60 ...
 """
@@ -12,15 +14,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 # Clock readings, and what is derived from them: the only numbers of a run that nobody can repeat.
 CLOCK = ("time", "speed/")
+# What faults cost, and the only other thing they may change.
+FAULTS = ("rollout/workers_lost", "rollout/requests_reassigned")
 SETTINGS = ("checkpoint.every=1", "checkpoint.keep=2")
 
 
@@ -41,7 +52,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     whole = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [{k: v for k, v in line.items() if not k.startswith(CLOCK) and not k.endswith("seconds")} for line in whole]
+    ignored = (*CLOCK, *FAULTS)
+    return [
+        {k: v for k, v in line.items() if not k.startswith(ignored) and not k.endswith(("seconds", "retries"))}
+        for line in whole
+    ]
 
 
 def digest(folder: Path) -> str:
@@ -49,30 +64,123 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def kill_often(arguments: list[str], folder: Path, kills: int, draw: random.Random, spread: float) -> list[int]:
-    """Train in `folder`, killed `kills` times on the way; returns how many lines were logged at every kill.
+class RewardServer:
+    """Another process that scores completions; `judged`, the reward of both runs, asks it over HTTP."""
 
-    A life is killed at most `spread` seconds after it reached the RL stage: in a rollout, an update, a checkpoint.
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        os.environ["KILL_LOOP_SERVER"] = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve", str(self.port)])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(port: int) -> None:
+    class Judge(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            scores = [sum((i + 1) * int(c) for i, c in enumerate(text) if c.isdigit()) / 500 for text in texts]
+            body = json.dumps(scores).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    ThreadingHTTPServer(("127.0.0.1", port), Judge).serve_forever()
+
+
+def judged(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """A reward that lives in the reward server."""
+    from rewards.score import TransientRewardError
+
+    try:
+        with urllib.request.urlopen(
+            os.environ["KILL_LOOP_SERVER"], json.dumps(completions).encode(), timeout=10
+        ) as answer:
+            return json.loads(answer.read())
+    except (OSError, urllib.error.URLError) as error:
+        raise TransientRewardError(str(error)) from None
+
+
+def rollout_workers(trainer: int) -> list[int]:
+    """Process ids of the Ray actors below a trainer."""
+    parents, workers = {}, []
+    for folder in Path("/proc").iterdir():
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith(b"ray::RayWorker"):
+                workers.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+
+    def below(process: int) -> bool:
+        return process == trainer or (process in parents and below(parents[process]))
+
+    return [process for process in workers if below(process)]
+
+
+def kill_often(
+    arguments: list[str],
+    folder: Path,
+    kills: int,
+    draw: random.Random,
+    spread: float,
+    victims: Sequence[str] = ("trainer",),
+    server: RewardServer | None = None,
+) -> list[tuple[str, int]]:
+    """Train in `folder` with `kills` kills on the way; returns every victim, and how many lines were logged then.
+
+    A kill comes at most `spread` seconds after the RL stage was reached, or after the last kill: in a rollout, an
+    update, a checkpoint.
     """
-    reached: list[int] = []
+    reached: list[tuple[str, int]] = []
     resume: list[str] = []
-    while len(reached) < kills:
+    while True:
         process = train(arguments, folder, *resume)
         assert process.stdout is not None
         for line in process.stdout:
             if b"[train]" in line:
                 break
-        try:
-            process.wait(draw.uniform(0.0, spread))
-        except subprocess.TimeoutExpired:
-            process.kill()
+        victim = ""
+        while victim != "trainer" and len(reached) < kills:
+            victim = draw.choice(victims)
+            try:
+                process.wait(draw.uniform(0.0, spread))
+            except subprocess.TimeoutExpired:
+                pass
+            else:
+                break
+            if victim == "worker":
+                # The last one may just have been killed.
+                while not (workers := rollout_workers(process.pid)) and process.poll() is None:
+                    time.sleep(0.1)
+                if workers:
+                    os.kill(draw.choice(sorted(workers)), signal.SIGKILL)
+            elif victim == "server":
+                assert server is not None
+                server.kill()
+                time.sleep(draw.uniform(0.0, 2.0))
+                server.start()
+            else:
+                process.kill()
+            reached.append((victim, len(lines(folder))))
+        if victim != "trainer" and len(reached) == kills:
+            finish(process)
+            return reached
         _, stderr = process.communicate()
         if process.returncode != -signal.SIGKILL:
             sys.exit(f"the run ended after {len(reached)} kills, give it more train.steps: {stderr.decode()}")
-        reached.append(len(lines(folder)))
         resume = ["run.resume=true"]
-    finish(train(arguments, folder, *resume))
-    return reached
 
 
 def compare(undisturbed: Path, killed: Path) -> list[str]:
@@ -98,16 +206,32 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the times at which the trainer is killed")
     parser.add_argument("--spread", type=float, default=4.0, help="seconds of the RL stage in which a life is killed")
+    parser.add_argument("--victims", nargs="+", default=["trainer"], choices=["trainer", "worker", "server"])
     parser.add_argument("--folder", type=Path, default=Path("runs/kill-loop"), help="new folder for both runs")
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", help="of the runs")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+    if args.config is None:
+        sys.exit("--config is required")
     if args.folder.exists():
         sys.exit(f"--folder {args.folder} exists: name a new one")
     arguments = ["--config", args.config, *args.overrides]
-    finish(train(arguments, args.folder / "undisturbed"))
-    reached = kill_often(arguments, args.folder / "killed", args.kills, random.Random(args.seed), args.spread)
-    print(f"killed {len(reached)} times, with {reached} lines logged of {len(lines(args.folder / 'undisturbed'))}")
+    server = None
+    if "server" in args.victims:
+        server = RewardServer()
+        arguments += [f"reward.functions=[{{name: '{Path(__file__).resolve()}:judged'}}]", "reward.outage_seconds=120"]
+    try:
+        finish(train(arguments, args.folder / "undisturbed"))
+        draw = random.Random(args.seed)
+        reached = kill_often(arguments, args.folder / "killed", args.kills, draw, args.spread, args.victims, server)
+    finally:
+        if server is not None:
+            server.kill()
+    print(f"{len(reached)} kills: {', '.join(f'{victim} at line {count}' for victim, count in reached)}")
+    print(f"of {len(lines(args.folder / 'undisturbed'))} lines in all")
     problems = compare(args.folder / "undisturbed", args.folder / "killed")
     print("\n".join(problems) or "metrics, samples and weights are those of the undisturbed run")
     return 1 if problems else 0
