@@ -1,10 +1,12 @@
-"""What several ranks cost: where a step's time goes, the bytes that ranks exchange, and what a weight sync takes.
+"""What several ranks and rollout workers cost: where a step's time goes, bytes exchanged, and what a weight sync takes.
 
 Trains a small block model for a few steps under torchrun for every number of ranks and ZeRO stage, then copies weights
 of models of growing width into a plain module, as the loop does after every update. Bytes are the payloads of
-DeepSpeed's collectives on rank 0, as its own communication log counts them.
+DeepSpeed's collectives on rank 0, as its own communication log counts them. With `--workers` the same training runs
+with rollout workers under Ray, synchronous and asynchronous, and the weights are pushed to a worker.
 
     OMP_NUM_THREADS=1 python scripts/bench_scale.py --ranks 1 2 --deepspeed zero0 zero2 zero3
+    OMP_NUM_THREADS=1 python scripts/bench_scale.py --ranks --workers 1
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from rl.train import distributed
 from rl.train.learner import Learner, read_deepspeed_config
 from rl.train.loop import train
 from rl.train.session import Session
+from rollouts.engines.ray_workers import RayEngine
 
 STAGES = ("rollout", "reward", "learn", "sync")
 
@@ -39,6 +42,28 @@ def backbone(width: int, layers: int) -> dict[str, Any]:
         "num_attention_heads": width // 32, "num_key_value_heads": width // 64, "head_dim": 32,
         "max_position_embeddings": 128,
     }  # fmt: skip
+
+
+def sized_model(width: int) -> DiffusionLM:
+    with torch.random.fork_rng():
+        described = DiffusionLMConfig(backbone={**backbone(width, 8), "vocab_size": 1024}, mask_token_id=0)
+        return DiffusionLM(described).eval()
+
+
+class SizedWorker:
+    """Builds a worker's model, and is the source of its weights."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def __call__(self) -> tuple[DiffusionLM, Any]:
+        return sized_model(self.width), None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(sized_model(self.width).named_parameters())
+
+    def save(self, folder: Path) -> None:
+        raise AssertionError("workers under Ray take tensors")
 
 
 def exchanged() -> float:
@@ -62,6 +87,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
         "filters.drop_zero_variance": "false", "train.steps": args.steps, "train.prompts_per_step": 32,
         "train.group_size": 8, "train.micro_batch_size": 64, "train.deepspeed": str(folder / "deepspeed.json"),
         "eval.num_prompts": 2, "eval.num_inference_steps": "[8]", "eval.viewer_items": 0,
+        "algorithm.old_logprob": "recompute", **dict(pair.split("=", 1) for pair in args.override),
     }  # fmt: skip
     config = load_config(None, [f"{key}={value}" for key, value in overrides.items()])
     with Session.open(config) as session:
@@ -70,11 +96,10 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     # The first step pays for allocations.
     lines = [line for line in read_metrics(folder / "run", "train") if line["step"] > 1]
     seconds = {name: statistics.median(line[f"time/{name}"] for line in lines) for name in STAGES}
+    overlap = statistics.median(line.get("speed/overlap", 0.0) for line in lines)
     syncs = []
     for width in args.widths:
-        with torch.random.fork_rng():
-            described = DiffusionLMConfig(backbone={**backbone(width, 8), "vocab_size": 1024}, mask_token_id=0)
-            model = DiffusionLM(described).eval()
+        model = sized_model(width)
         learner = Learner(model, str(folder / "deepspeed.json"), OptimizerConfig(), 1, torch.device("cpu"))
         times = []
         for _ in range(4):
@@ -86,17 +111,41 @@ def work(args: argparse.Namespace, folder: Path) -> None:
         syncs.append([parameters, statistics.median(times[1:]), exchanged() - before])
         del learner
     if distributed.rank() == 0:
-        (folder / "numbers.json").write_text(json.dumps({"seconds": seconds, "bytes": per_step, "syncs": syncs}))
+        (folder / "numbers.json").write_text(
+            json.dumps({"seconds": seconds, "bytes": per_step, "syncs": syncs, "overlap": overlap})
+        )
     distributed.stop()
 
 
-def launch(args: argparse.Namespace, ranks: int, name: str) -> dict[str, Any]:
+def pushes(widths: list[int], folder: Path) -> list[list[float]]:
+    """[parameters, megabytes, seconds by file, seconds through the object store] of a push to one worker."""
+    rows = []
+    for width in widths:
+        source = SizedWorker(width)
+        tensors = source.tensors()
+        source.tensors = lambda tensors=tensors: tensors  # type: ignore[misc]
+        row = [sum(t.numel() for t in tensors.values()), sum(t.nbytes for t in tensors.values()) / 1e6]
+        for weights_dir in (folder / "weights", None):
+            engine = RayEngine(SizedWorker(width), None, workers=1, weights_dir=weights_dir)
+            times = []
+            for version in range(4):
+                started = time.perf_counter()
+                engine.push_weights(version, source)
+                times.append(time.perf_counter() - started)
+            engine.close()
+            row.append(statistics.median(times[1:]))
+        rows.append(row)
+    return rows
+
+
+def launch(args: argparse.Namespace, ranks: int, name: str, *overrides: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         deepspeed = read_deepspeed_config(name) | {"comms_logger": {"enabled": True, "prof_all": True}}
         (Path(folder) / "deepspeed.json").write_text(json.dumps(deepspeed))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         widths = [str(width) for width in args.widths]
         mine = ["--steps", str(args.steps), "--width", str(args.width), "--widths", *widths, "--work", folder]
+        mine += ["--override", *overrides] if overrides else []
         done = subprocess.run([*command, __file__, *mine], capture_output=True, text=True, env=os.environ)
         if done.returncode:
             sys.exit(done.stderr)
@@ -105,15 +154,44 @@ def launch(args: argparse.Namespace, ranks: int, name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--workers", type=int, default=0, help="also train with this many rollout workers under Ray")
     parser.add_argument("--deepspeed", nargs="+", default=["zero0", "zero2", "zero3"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--width", type=int, default=128, help="width of the model that is trained")
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="widths of the weight syncs")
+    parser.add_argument("--widths", type=int, nargs="*", default=[128, 256, 512], help="widths of the weight syncs")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--override", nargs="*", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args, Path(args.work))
+    if args.ranks:
+        several_ranks(args)
+    if args.workers:
+        workers(args)
+
+
+def workers(args: argparse.Namespace) -> None:
+    ray = ["rollout.engine=ray", f"rollout.ray.workers={args.workers}"]
+    runs = {
+        "in the learner's process": [],
+        "workers": ray,
+        "workers, asynchronous": [*ray, "rollout.asynchronous=true"],
+    }
+    print(f"| rollouts | {' s | '.join(STAGES)} s | step s | sampling hidden |")
+    print("|---" * (3 + len(STAGES)) + "|")
+    for name, overrides in runs.items():
+        numbers = launch(argparse.Namespace(**{**vars(args), "widths": []}), 1, "zero0", *overrides)
+        seconds = [numbers["seconds"][stage] for stage in STAGES]
+        print(f"| {name} | {' | '.join(f'{v:.3f}' for v in [*seconds, sum(seconds)])} | {numbers['overlap']:.0%} |")
+    print("\n| parameters | MB | push by file s | push through the object store s |")
+    print("|---" * 4 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for parameters, megabytes, by_file, by_store in pushes(args.widths, Path(folder)):
+            print(f"| {parameters / 1e6:.1f} M | {megabytes:.0f} | {by_file:.3f} | {by_store:.3f} |")
+
+
+def several_ranks(args: argparse.Namespace) -> None:
     results = {(ranks, name): launch(args, ranks, name) for name in args.deepspeed for ranks in args.ranks}
     print(f"| ranks | config | {' s | '.join(STAGES)} s | step s | MB exchanged per step |")
     print("|---" * (4 + len(STAGES)) + "|")
