@@ -255,12 +255,51 @@ class GoalConfig(Section):
     after_min: float = Field(ge=0, le=1, description="Accuracy after RL must reach this.")
 
 
-class RolloutConfig(Section):
-    engine: Literal["in_process", "server"] = Field(
-        "in_process", description="What samples the rollouts: the learner's own process, or servers (docs/engines.md)."
+class RayConfig(Section):
+    workers: int = Field(2, ge=1, description="Rollout workers of every learner rank.")
+    address: str | None = Field(
+        None, description="Ray cluster to join, such as auto; null starts one on this machine for the run."
     )
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker.")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; with 0 it samples on the CPU.")
+    weights: Literal["file", "object_store"] = Field(
+        "file",
+        description="How weights reach workers: a file, or its bytes for those that do not see it; or bytes only.",
+    )
+    weights_dir: str | None = Field(
+        None, description="Folder of the weight file, such as one in /dev/shm; null takes one in the run folder."
+    )
+    max_restarts: int = Field(3, ge=0, description="The run ends when more workers than this die under one request.")
+    start_seconds: float = Field(300.0, gt=0, description="The run ends when a worker takes longer to start.")
+    timeout_seconds: float = Field(
+        1800.0, gt=0, description="A worker that takes longer over its share of a step's rollouts is replaced."
+    )
+
+
+class RolloutConfig(Section):
+    engine: Literal["in_process", "ray", "server"] = Field(
+        "in_process",
+        description="What samples the rollouts: the learner's own process, workers under Ray, or servers "
+        "(docs/engines.md).",
+    )
+    ray: RayConfig = RayConfig()
     server: ServerOptions = ServerOptions()
     max_batch_size: int = Field(256, ge=1, description="Requests decoded together.")
+    asynchronous: bool = Field(
+        False, description="Sample the next step's rollouts while the learner works on this one's; needs workers."
+    )
+    max_staleness: int | None = Field(
+        None,
+        ge=0,
+        description="The run ends when rollouts were sampled more optimizer updates ago; null allows those of one RL "
+        "step when asynchronous, else none.",
+    )
+    max_importance_weight: float | None = Field(
+        2.0,
+        gt=0,
+        description="Bound on the weight that corrects asynchronous rollouts for their older policy, where the "
+        "recipe's own ratio does not (old_logprob recompute and on_policy); null does not correct.",
+    )
     cache: Literal["none", "prefix", "dual"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."
     )
@@ -309,6 +348,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     align: AlignConfig = AlignConfig()
     goal: GoalConfig | None = Field(None, description="What the run sets out to show; the report says if it did.")
+
+    def staleness_limit(self) -> int:
+        """Optimizer updates by which the weights that sampled may lie behind the learner's."""
+        if self.rollout.max_staleness is not None:
+            return self.rollout.max_staleness
+        return self.train.updates_per_step * self.train.epochs if self.rollout.asynchronous else 0
 
     @field_validator("algorithm")
     @classmethod

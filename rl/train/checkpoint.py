@@ -20,18 +20,32 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rl.train import distributed
-from rl.train.learner import STATE, Learner
+from rl.train.learner import STATE
 
 FOLDER = "checkpoints"
+
+
+class Saved(Protocol):
+    """A learner, or anything else that a checkpoint holds a folder of.
+
+    Attributes:
+        stage: ZeRO stage its state is cut by; 0 when every number of ranks can read it.
+    """
+
+    stage: int
+
+    def save_state(self, folder: Path) -> None: ...
+
+    def load_state(self, folder: Path, universal: bool = False) -> None: ...
 
 
 def save_checkpoint(
     run_dir: str | os.PathLike[str],
     step: int,
-    learners: Mapping[str, Learner],
+    learners: Mapping[str, Saved],
     save_model: Any,
     state: dict[str, Any],
     keep: int,
@@ -39,7 +53,7 @@ def save_checkpoint(
     """Write `step_N` and drop the oldest beyond `keep`. Every rank must call this.
 
     Args:
-        learners: name -> learner; each saves its DeepSpeed state in a sub-folder of that name.
+        learners: name -> learner (or other `Saved`); each saves its state in a sub-folder of that name.
         save_model: called on rank 0 with the path of the Hugging Face folder.
         state: JSON values to get back from `load_checkpoint`.
     """
@@ -95,7 +109,7 @@ def incomplete(folder: Path) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(folder: Path, learners: Mapping[str, Saved]) -> tuple[int, dict[str, Any]]:
     """Put every learner back where it was.
 
     Returns:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rl.algorithms import parse_options
 from rl.config import Config
+from rl.media.base import open_medium
+from rl.tasks.base import load_task
 from rl.train import distributed
+from rollouts.engines.base import require
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from rl.train.session import Session
     from rollouts.engines.base import Engine
@@ -21,6 +27,8 @@ def open_engine(session: Session) -> Engine | None:
     config = session.config
     if config.rollout.engine == "in_process":
         return None
+    if config.rollout.engine == "ray":
+        return _ray_engine(session)
     from rollouts.engines.server.engine import ServerEngine
 
     return ServerEngine(
@@ -34,6 +42,47 @@ def open_engine(session: Session) -> Engine | None:
     )
 
 
+def _ray_engine(session: Session) -> Engine:
+    from rollouts.engines.ray_workers import RayEngine
+
+    ray, rank = session.config.rollout.ray, distributed.rank()
+    if ray.address is None and distributed.world_size() > 1:
+        raise ValueError(
+            "rollout.ray.address is needed with several ranks, which share one cluster: ray start --head, then set it "
+            "to auto"
+        )
+    folder = session.run_dir if ray.weights_dir is None else Path(ray.weights_dir)
+    return RayEngine(
+        WorkerModel(session.config, "cuda" if ray.gpus_per_worker else "cpu"),
+        session.medium.options(),
+        workers=ray.workers,
+        cpus_per_worker=ray.cpus_per_worker,
+        gpus_per_worker=ray.gpus_per_worker,
+        address=ray.address,
+        weights_dir=folder / f"weights_rank_{rank}" if ray.weights == "file" else None,
+        max_restarts=ray.max_restarts,
+        start_seconds=ray.start_seconds,
+        timeout_seconds=ray.timeout_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class WorkerModel:
+    """Builds, in a rollout worker, the model and the engine that the config describes."""
+
+    config: Config
+    device: str
+
+    def __call__(self) -> tuple[nn.Module, Callable[[Any], Engine]]:
+        import torch
+
+        if self.config.run.num_threads:
+            torch.set_num_threads(self.config.run.num_threads)
+        medium = open_medium(self.config, load_task(self.config.task.name, self.config.task.params))
+        model = medium.load_model().to(self.device)
+        return model, lambda options: medium.engine(model, options, torch.device(self.device))
+
+
 def engine_needs(config: Config) -> dict[str, str]:
     """What the run needs of its engine (keys of `rollouts.engines.base.NEEDS`) -> the option that needs it."""
     options = parse_options(config.algorithm)
@@ -44,7 +93,42 @@ def engine_needs(config: Config) -> dict[str, str]:
         needs["fills"] = "sampler.record_x0"
     if config.train.mixed_steps:
         needs["request_steps"] = "train.mixed_steps"
+    if config.rollout.asynchronous:
+        needs["asynchronous"] = "rollout.asynchronous"
+        if config.rollout.max_importance_weight is not None:
+            needs.setdefault("sampled_logprobs", "rollout.max_importance_weight")
     return needs
+
+
+def check_engine(config: Config) -> None:
+    """What of the rollout engine can be found wrong before anything is started.
+
+    Raises:
+        ValueError: one line naming the field and the fix.
+    """
+    from rollouts.engines.in_process import CAPABILITIES as IN_PROCESS
+    from rollouts.engines.ray_workers import CAPABILITIES as RAY
+
+    rollout = config.rollout
+    known = {"in_process": IN_PROCESS, "ray": RAY}
+    # A server says what it can do when it is asked.
+    if rollout.engine in known:
+        require(rollout.engine, known[rollout.engine], engine_needs(config))
+    if not rollout.asynchronous:
+        return
+    if config.filters.refill_rounds:
+        raise ValueError(
+            "filters.refill_rounds depends on rewards that come after the next step's rollouts have begun: set it to "
+            "0, or rollout.asynchronous to false"
+        )
+    if config.train.block_schedule:
+        raise ValueError("train.block_schedule changes the decoder between steps: set rollout.asynchronous to false")
+    per_step = config.train.updates_per_step * config.train.epochs
+    if config.staleness_limit() < per_step:
+        raise ValueError(
+            f"rollout.max_staleness ({config.staleness_limit()}) is less than the {per_step} update(s) of an RL step, "
+            "by which asynchronous rollouts are always behind: raise it, or set rollout.asynchronous to false"
+        )
 
 
 class PolicyWeights:

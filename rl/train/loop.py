@@ -7,14 +7,14 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rl.algorithms import parse_options
 from rl.evaluate.accuracy import Accuracy, as_metrics, evaluate
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
-from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.session import ScoredRollouts, Session
 from rl.train.sft import supervised
@@ -79,8 +79,9 @@ def reinforce(
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
     updater = parse_options(config.algorithm).build().updater(session, total, checkpoint is not None)
     step = 0
+    saved = dict(updater.learners) | ({"ahead": session.ahead} if session.ahead is not None else {})
     if checkpoint is not None:
-        step, state = load_checkpoint(checkpoint, updater.learners)
+        step, state = load_checkpoint(checkpoint, saved)
         vars(session.costs).update(state["costs"])
         updater.resumed(step)
         memory = getattr(updater, "memory", None)
@@ -114,7 +115,7 @@ def reinforce(
             rows = validation_rows(session.task, config.eval.every_prompts)
             _evaluated(session, "on the way", rows, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _checkpoint(session, step, updater)
+            _checkpoint(session, step, updater, saved)
         if ending == 2:
             session.progress.message(
                 f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true"
@@ -134,7 +135,7 @@ def reinforce(
     }
 
 
-def _checkpoint(session: Session, step: int, updater: Any) -> None:
+def _checkpoint(session: Session, step: int, updater: Any, saved: Mapping[str, Saved]) -> None:
     state = {"costs": vars(session.costs), "world_size": distributed.world_size()}
     memory = getattr(updater, "memory", None)
     if memory is not None:
@@ -142,7 +143,7 @@ def _checkpoint(session: Session, step: int, updater: Any) -> None:
     save_checkpoint(
         session.run_dir,
         step,
-        updater.learners,
+        saved,
         session.save_model,
         state,
         session.config.checkpoint.keep,

@@ -111,6 +111,7 @@ def check_run(config: Config, new: bool = True) -> None:
     from rl.algorithms import parse_options
     from rl.tasks.base import load_task
     from rl.train.distributed import pick_device
+    from rl.train.engines import check_engine
     from rl.train.learner import read_deepspeed_config
     from rollouts.engines.server.options import check_server
 
@@ -128,6 +129,8 @@ def check_run(config: Config, new: bool = True) -> None:
         section, name = key.split(".")
         if getattr(getattr(config, section), name) != value:
             raise ValueError(f"algorithm.name {options.name} needs {key}={value}: set it")
+    if config.train.steps:
+        check_engine(config)
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
         raise ValueError(f"goal.steps {config.goal.steps} is not in eval.num_inference_steps: add it there")
     if config.sft.masking == "semi_ar" and config.sampler.block_length is None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from rl.advantages import zero_variance_groups
 from rl.evaluate.backslide import backslide_of
+from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.session import ScoredRollouts, Session, join_metrics, padded
+from rollouts.engines.base import check_versions
 
 
 def sample_step(
@@ -19,40 +21,53 @@ def sample_step(
     step: int,
     policy_version: int,
     step_rewards: bool = False,
-    splits: Sequence[tuple[int, int]] = (),
+    splits: Callable[[int], Sequence[tuple[int, int]]] | None = None,
 ) -> ScoredRollouts:
     """The scored rollouts of this rank; batches of prompts are added while the filters leave too few of them.
 
+    With `rollout.asynchronous` they were sampled while the last step learned, by older weights than `policy_version`;
+    those of the next step are begun before this returns.
+
     Args:
         step_rewards: score every step's full fill too.
-        splits: where rollouts branch, for engines that can.
+        splits: index of an RL step -> where its rollouts branch, for engines that can.
     """
     config = session.config
     wanted, rounds = config.train.prompts_per_step, config.filters.refill_rounds
-    rows = session.task.train_rows(config.run.seed, step, wanted * (1 + rounds))
     parts: list[ScoredRollouts] = []
     kept = 0.0
-    for start in range(0, len(rows), wanted):
-        first, mine = session.shard(rows[start : start + wanted])
-        first += start
-        engine = session.rollout_engine(policy_version)
-        if splits:
-            engine.splits = tuple(splits)
-        part = session.rollout(
-            engine,
-            mine,
-            config.train.group_size,
-            seed=step_seed(config.run.seed, step),
-            first=first,
-            steps=_step_counts(session, step, first, len(mine)),
-            policy_version=policy_version,
-            step_rewards=step_rewards,
-        )
+    for turn in range(1 + rounds):
+        rows, requests = _asked(session, step, turn)
+        if session.ahead is None:
+            engine = session.rollout_engine(policy_version, splits(step) if splits else ())
+            trajectories = engine.generate(requests, policy_version)
+            check_versions(trajectories, policy_version)
+            stats = engine.stats
+        else:
+            if not session.ahead.begun():
+                engine = session.rollout_engine(policy_version, splits(step) if splits else ())
+                session.ahead.begin(engine, requests, policy_version)
+            trajectories, stats = session.ahead.take()
+            if step + 1 < config.train.steps:
+                engine = session.rollout_engine(policy_version, splits(step + 1) if splits else ())
+                session.ahead.begin(engine, _asked(session, step + 1)[1], policy_version)
+        part = session.scored(rows, config.train.group_size, trajectories, stats, step_rewards=step_rewards)
         parts.append(part)
         kept += distributed.reduce_number(len(part.group[part.keep].unique()), "sum", session.device)
         if kept >= wanted:
             break
     return ScoredRollouts.join(parts)
+
+
+def _asked(session: Session, step: int, turn: int = 0) -> tuple[list[Row], list[Any]]:
+    """This rank's rows of an RL step and the requests for them; refills are turns 1, 2, ..."""
+    train, seed = session.config.train, session.config.run.seed
+    start = turn * train.prompts_per_step
+    rows = session.task.train_rows(seed, step, train.prompts_per_step * (1 + session.config.filters.refill_rounds))
+    first, mine = session.shard(rows[start : start + train.prompts_per_step])
+    first += start
+    counts = _step_counts(session, step, first, len(mine))
+    return mine, session.requests(mine, train.group_size, step_seed(seed, step), first, counts)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -107,6 +122,8 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         "rollout/tokens": work["generated_tokens"],
         "rollout/retries": work["retries"],
         "rollout/repushes": work["repushes"],
+        "rollout/workers_lost": work["workers_lost"],
+        "rollout/requests_reassigned": work["requests_reassigned"],
         "speed/distinct_row_share": work["sequence_forwards"] / max(work["rows_asked"], 1),
         **prompt_interval(rewards, groups),
         "reward/failed": filtered["filters/unscored"],

@@ -21,6 +21,7 @@ from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services
 from rl.train import distributed
+from rl.train.ahead import Ahead
 from rl.train.engines import PolicyWeights, engine_needs, open_engine
 from rl.train.filters import keep_mask
 from rl.train.plan import about
@@ -157,6 +158,10 @@ class Session:
     costs: Costs = field(default_factory=Costs)
     # What samples the rollouts that are learned from, where that is not the model of this process.
     remote: Engine | None = None
+    # The rollouts of the next step, when they are sampled beside the learner.
+    ahead: Ahead | None = None
+    # Seconds that pushing weights to `remote` took so far.
+    push_seconds: float = 0.0
     _pushed: int | None = None
 
     @classmethod
@@ -216,6 +221,9 @@ class Session:
         if self.remote is not None:
             self.remote.close()
             self.remote = None
+        if self.ahead is not None:
+            self.ahead.close()
+            self.ahead = None
         self.progress.__exit__(*error)
         self.metrics.close()
         self.rewards.close()
@@ -243,17 +251,28 @@ class Session:
         self._pushed = None
         if self.remote is not None:
             require(self.config.rollout.engine, self.remote.capabilities(), engine_needs(self.config))
+        if self.config.rollout.asynchronous:
+            self.ahead = Ahead(self)
 
-    def rollout_engine(self, policy_version: int) -> Engine:
-        """What samples the rollouts that are learned from, with the weights of `model`, which are this version's."""
-        if self.remote is None:
-            return self.engine(self.model)
-        self.remote.options = self.medium.options()
-        if self._pushed != policy_version:
-            # A push that fails leaves the engine without a version, and the run ends.
-            self.remote.push_weights(policy_version, PolicyWeights(self))
-            self._pushed = policy_version
-        return self.remote
+    def rollout_engine(self, policy_version: int, splits: Sequence[tuple[int, int]] = ()) -> Engine:
+        """What samples the rollouts that are learned from, with the weights of `model`, which are this version's.
+
+        Args:
+            splits: where rollouts branch, for media that can.
+        """
+        engine = self.remote
+        if engine is None:
+            engine = self.engine(self.model)
+        else:
+            engine.options = self.medium.options()
+            if self._pushed != policy_version:
+                started = time.perf_counter()
+                # A push that fails leaves the engine without a version, and the run ends.
+                engine.push_weights(policy_version, PolicyWeights(self))
+                self._pushed = policy_version
+                self.push_seconds += time.perf_counter() - started
+        engine.splits = tuple(splits)
+        return engine
 
     def save_model(self, path: str | Path) -> None:
         """Write `model` as it is now to a folder."""
@@ -374,9 +393,32 @@ class Session:
             verifier: see `judge`.
             step_rewards: also score every step's full fill (`judge_steps`).
         """
-        seeds = [[request_seed(seed, first + i, g) for g in range(group_size)] for i in range(len(rows))]
-        trajectories = engine.generate(self.medium.requests(rows, seeds, steps), policy_version)
+        trajectories = engine.generate(self.requests(rows, group_size, seed, first, steps), policy_version)
         check_versions(trajectories, policy_version)
+        return self.scored(rows, group_size, trajectories, engine.stats, count, verifier, step_rewards)
+
+    def requests(
+        self, rows: Sequence[Row], group_size: int, seed: int, first: int = 0, steps: Sequence[int | None] | None = None
+    ) -> list[Any]:
+        """`group_size` requests for every row; see `rollout`."""
+        seeds = [[request_seed(seed, first + i, g) for g in range(group_size)] for i in range(len(rows))]
+        return self.medium.requests(rows, seeds, steps)
+
+    def scored(
+        self,
+        rows: Sequence[Row],
+        group_size: int,
+        trajectories: list[Any],
+        stats: EngineStats,
+        count: bool = True,
+        verifier: bool = False,
+        step_rewards: bool = False,
+    ) -> ScoredRollouts:
+        """Score the trajectories of some rows; see `rollout`.
+
+        Args:
+            stats: the work of the engine that sampled them.
+        """
         started = time.perf_counter()
         repeated = [row for row in rows for _ in range(group_size)]
         completions, table = self.judge(repeated, trajectories, group_size, verifier)
@@ -396,9 +438,9 @@ class Session:
         seconds = time.perf_counter() - started
         if count:
             self.spend(
-                forward_passes=engine.stats.forwards,
-                sequence_forwards=engine.stats.sequence_forwards,
-                tokens_forwarded=engine.stats.query_tokens,
+                forward_passes=stats.forwards,
+                sequence_forwards=stats.sequence_forwards,
+                tokens_forwarded=stats.query_tokens,
                 reward_queries=len(completions) + queries,
             )
         return ScoredRollouts(
@@ -408,7 +450,7 @@ class Session:
             table=table,
             reward=reward,
             group=group_index,
-            stats=engine.stats,
+            stats=stats,
             keep=keep,
             counted=counted,
             reward_seconds=seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from rl.train.sampling import rollout_metrics, sample_lines, sample_step
 from rl.train.session import ScoredRollouts, Session, padded
 from rl.values.model import PolicyWithValue, ValueModel
 from rl.values.targets import explained_variance, outcome_rewards, step_targets
+from rollouts.engines.base import StaleVersionError
 from rollouts.trajectory import TokenTrajectory
 
 
@@ -120,26 +122,69 @@ class PolicyUpdater:
         # Set during a block-size curriculum; None scores every trajectory on its own grid.
         self.block_length: int | None = None
         self.rl_step = 0
+        # Most updates by which the weights that sampled this step's rollouts are behind the learner's.
+        self.lag = 0
         self.memory = recipe.memory
+        # A ratio to the sampler's own log-probs is corrected as it is, whatever the lag.
+        rollout = session.config.rollout
+        self.max_weight = rollout.max_importance_weight if recipe.old_logprob != "sampler" else None
+        if not rollout.asynchronous:
+            self.max_weight = None
+        if self.max_weight is not None:
+            smallest = session.medium.smallest_trajectory(session.model)
+            if recipe.rows([smallest], session.model, None, None).recorded is None:
+                raise ValueError(
+                    "rollout.asynchronous corrects for older weights by the log-probs that the sampler recorded, and "
+                    "this recipe scores other states: set rollout.max_importance_weight to null to go without"
+                )
 
     def step(self, step: int) -> StepOutcome:
         """Sample the rollouts of an RL step, score them, and learn from them."""
         tick = time.perf_counter()
         self._use_blocks(step)
         self.rl_step = step
-        splits = self.recipe.splits(step) if self.recipe.splits else ()
-        rollouts = sample_step(self.session, step, self.learner.updates, self.recipe.needs_step_rewards, splits)
+        pushed = self.session.push_seconds
+        recipe = self.recipe
+        rollouts = sample_step(self.session, step, self.learner.updates, recipe.needs_step_rewards, recipe.splits)
+        pushed = self.session.push_seconds - pushed
         rolled = time.perf_counter()
-        metrics = rollout_metrics(rollouts, self.session.device) | self.update(rollouts)
+        waited = rolled - tick - rollouts.reward_seconds - pushed
+        metrics = rollout_metrics(rollouts, self.session.device) | self._lag(rollouts, waited) | self.update(rollouts)
         learned = time.perf_counter()
         self.learner.copy_weights_into(self.sampling)
         seconds = {
-            "rollout": rolled - tick - rollouts.reward_seconds,
+            "rollout": waited,
             "reward": rollouts.reward_seconds,
             "learn": learned - rolled,
-            "sync": time.perf_counter() - learned,
+            "sync": time.perf_counter() - learned + pushed,
         }
         return StepOutcome(metrics, seconds, sample_lines(self.session, rollouts))
+
+    def _lag(self, rollouts: ScoredRollouts, waited: float) -> dict[str, float]:
+        """How old the weights were that sampled; nothing when they are the learner's own.
+
+        Args:
+            waited: seconds until the rollouts were there.
+
+        Raises:
+            StaleVersionError: they are older than `rollout.max_staleness`.
+        """
+        device = self.session.device
+        if self.session.remote is None:
+            return {}
+        lags = [self.learner.updates - t.policy_version for t in rollouts.trajectories]
+        self.lag = int(distributed.reduce_number(max(lags, default=0), "max", device))
+        limit = self.session.config.staleness_limit()
+        if self.lag > limit:
+            raise StaleVersionError(
+                f"rollouts were sampled {self.lag} updates ago, more than rollout.max_staleness ({limit})"
+            )
+        total = distributed.sum_metrics({"lag": sum(lags), "rollouts": len(lags)}, device)
+        return {
+            "rollout/lag": total["lag"] / max(total["rollouts"], 1),
+            "rollout/lag_max": self.lag,
+            "speed/overlap": max(0.0, 1 - waited / max(rollouts.stats.seconds, 1e-9)),
+        }
 
     def resumed(self, step: int) -> None:
         self.learner.copy_weights_into(self.sampling)
@@ -331,11 +376,11 @@ class PolicyUpdater:
     @torch.no_grad()
     def _prepare(self, chunk: list[MicroBatch], spare: MicroBatch) -> None:
         """Fill in what is computed once, under the weights before the first update."""
-        if self.recipe.old_logprob == "recompute":
+        if self.recipe.old_logprob == "recompute" or self.max_weight is not None:
             for batch, scored in zip(chunk, self._forward(self.learner, chunk, spare), strict=True):
                 batch.old_logprob = scored[0].double()
         if self.recipe.hold_to != "none":
-            # session.model still has the weights that sampled.
+            # session.model still has the weights before the first update.
             held = self.reference if self.recipe.hold_to == "reference" else self.session.model
             for batch in (*chunk, spare):
                 batch.rows.hold_to(held)  # type: ignore[attr-defined]
@@ -359,6 +404,25 @@ class PolicyUpdater:
                     self.recipe.value.gamma,
                     self.recipe.value.lam,
                 )
+
+        if self.max_weight is not None:
+            for batch in chunk:
+                self._correct_lag(batch, self.max_weight)
+
+    def _correct_lag(self, batch: MicroBatch, most: float) -> None:
+        """Weigh every decision by how much likelier the policy makes it than the older one that sampled it.
+
+        The weight min(exp(logprob before the first update - the sampler's), most) multiplies the advantage, and so the
+        policy term, as a constant: truncated importance sampling beside the clipped ratio of the updates (decoupled
+        PPO, Hilton et al. 2021, arXiv 2110.00641).
+        """
+        assert batch.old_logprob is not None and batch.rows.recorded is not None
+        log_ratio = batch.old_logprob - batch.rows.recorded.to(batch.old_logprob.dtype)
+        weight = log_ratio.clamp(max=math.log(most)).exp()
+        batch.advantage = batch.advantage * weight
+        self.sums["lag/count"] += len(weight)
+        self.sums["lag/weight"] += float(weight.sum())
+        self.sums["lag/truncated"] += float((log_ratio > math.log(most)).sum())
 
     def _forward(self, learner: Learner, chunk: list[MicroBatch], spare: MicroBatch) -> list[Any]:
         """Forward without gradient; every rank runs the same number, since a sharded forward is collective."""
@@ -407,7 +471,8 @@ class PolicyUpdater:
                 self.sums["loss/total"] += float(total.detach())
                 for name, values in output.metrics.items():
                     self.sums[f"policy/{name}"] += float(values.double().sum())
-                if measure_gap and batch.rows.recorded is not None:
+                # Older weights than the learner's make a gap that is no mistake.
+                if measure_gap and batch.rows.recorded is not None and not self.lag:
                     # In the learner's precision: a float32 learner cannot be nearer than float32 rounding.
                     gap = (logprob.detach() - batch.rows.recorded.to(logprob.dtype)).abs()
                     self.sums["gap_sum"] += float(gap.double().sum())
@@ -465,8 +530,12 @@ class PolicyUpdater:
         }
         gap = total.pop("gap_sum", 0.0) / max(gaps, 1.0)
         # An estimator that scores other states than were sampled has no gap, and must not seem to have a small one.
-        if gaps or not decisions:
+        if gaps or (not decisions and not self.lag):
             metrics |= {"policy/logprob_gap": gap, "policy/logprob_gap_max": gap_max}
+        if self.max_weight is not None:
+            count = max(total.pop("lag/count", 0.0), 1.0)
+            metrics["policy/lag_weight"] = total.pop("lag/weight", 0.0) / count
+            metrics["policy/lag_truncated"] = total.pop("lag/truncated", 0.0) / count
         if "path_kl" in total:
             metrics["policy/path_kl"] = total.pop("path_kl")
         per_update = [name for name in ("loss/total", "value/loss", "value/grad_norm") if name in total]

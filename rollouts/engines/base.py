@@ -43,6 +43,8 @@ class EngineStats:
         query_tokens: of the rows that went through the network.
         retries: requests sent again because a server was down, busy or cut the connection.
         repushes: servers that had lost the weights and got them again.
+        workers_lost: workers that were replaced, since the call before.
+        requests_reassigned: requests that were given to another worker.
         seconds: wall-clock of the call.
     """
 
@@ -53,6 +55,8 @@ class EngineStats:
     generated_tokens: int = 0
     retries: int = 0
     repushes: int = 0
+    workers_lost: int = 0
+    requests_reassigned: int = 0
     seconds: float = 0.0
 
     def add(self, other: EngineStats) -> None:

@@ -1,0 +1,103 @@
+"""The rollouts of the next RL step, sampled by workers while the learner works on this one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl.train import distributed
+from rollouts.engines.base import Engine, EngineStats, check_versions
+from rollouts.latent_trajectory import load_latents, save_latents
+from rollouts.trajectory import load_trajectories, save_trajectories
+
+if TYPE_CHECKING:
+    from rl.train.session import Session
+
+
+class Ahead:
+    """One call of an engine that runs in a thread. Its result is part of a checkpoint, so that a resumed run learns
+    from what the undisturbed one would have learned from.
+    """
+
+    # Checkpoints ask it of everything they save: nothing here is cut over ranks by DeepSpeed.
+    stage = 0
+
+    def __init__(self, session: Session):
+        self.session = session
+        self._thread: threading.Thread | None = None
+        self._result: tuple[list[Any], EngineStats] | None = None
+        self._error: BaseException | None = None
+
+    def begun(self) -> bool:
+        return self._thread is not None or self._result is not None
+
+    def begin(self, engine: Engine, requests: Sequence[Any], policy_version: int) -> None:
+        """Start to sample; one call at a time."""
+        assert not self.begun()
+
+        def sample() -> None:
+            try:
+                trajectories = engine.generate(requests, policy_version)
+                check_versions(trajectories, policy_version)
+                self._result = trajectories, engine.stats
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=sample, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the rollouts that were begun are there.
+
+        Raises:
+            whatever the engine raised.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def take(self) -> tuple[list[Any], EngineStats]:
+        """The trajectories of this rank, and the work they took."""
+        self.wait()
+        assert self._result is not None
+        result, self._result = self._result, None
+        return result
+
+    def close(self) -> None:
+        """Wait for the thread of an engine that was closed."""
+        if self._thread is not None:
+            self._thread.join(timeout=60)
+
+    def save_state(self, folder: Path) -> None:
+        """Write the rollouts that were begun, if any; every rank writes its part."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.wait()
+        if self._result is None:
+            return
+        trajectories, stats = self._result
+        rank = distributed.rank()
+        save = save_latents if self.session.medium.name == "images" else save_trajectories
+        save(folder / f"rank_{rank}.npz", trajectories)  # type: ignore[operator]
+        (folder / f"rank_{rank}.json").write_text(json.dumps(vars(stats)))
+
+    def load_state(self, folder: Path, universal: bool = False) -> None:
+        """Read what the ranks wrote, and keep this rank's share of it, however many there were."""
+        parts = sorted(folder.glob("rank_*.npz"), key=lambda path: int(path.stem[5:]))
+        if not parts:
+            return
+        load = load_latents if self.session.medium.name == "images" else load_trajectories
+        trajectories: list[Any] = [t for part in parts for t in load(part)]
+        stats = EngineStats()
+        if len(parts) == distributed.world_size():
+            stats = EngineStats(**json.loads((folder / f"rank_{distributed.rank()}.json").read_text()))
+        elif distributed.rank() == 0:
+            for part in parts:
+                stats.add(EngineStats(**json.loads(part.with_suffix(".json").read_text())))
+        group_size = self.session.config.train.group_size
+        first, mine = self.session.shard(range(len(trajectories) // group_size))
+        self._result = trajectories[first * group_size : (first + len(mine)) * group_size], stats
