@@ -27,7 +27,7 @@ Mangle = Callable[[dict[str, Any]], None]
 
 
 class DialectServer:
-    """One server in a thread of this process, on a port the kernel chose.
+    """One server in threads of this process, on a port the kernel chose.
 
     Attributes:
         options: the decoding rule and the step count it was "started" with.
@@ -39,7 +39,7 @@ class DialectServer:
             function that mangles the answer.
         push_faults: consumed by weight updates: "no", "half" (some of it loaded, and an error), "crash" (that, the
             connection gone, and down).
-        seen: (path, body) of every request.
+        seen: (path, body) of every request; keys: what their Authorization headers said.
     """
 
     def __init__(
@@ -56,8 +56,13 @@ class DialectServer:
         self.faults: list[str | Mangle | None] = []
         self.push_faults: list[str] = []
         self.seen: list[tuple[str, Any]] = []
+        self.keys: set[str | None] = set()
         self.lock = threading.Lock()
-        self.port = 0
+        # Bound for as long as the server exists: a port that nobody listens on refuses, and nobody else gets it.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self.port: int = self._place.getsockname()[1]
         self._crashing: threading.Thread | None = None
         self.start()
 
@@ -66,7 +71,7 @@ class DialectServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen; after a stop, on the same port."""
+        """Listen; after a stop, again."""
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -89,7 +94,6 @@ class DialectServer:
         http = Server(("127.0.0.1", self.port), Handler)
         thread = threading.Thread(target=http.serve_forever, args=(0.02,))
         thread.start()
-        self.port = http.server_address[1]
 
         def close() -> None:
             http.shutdown()
@@ -117,6 +121,7 @@ class DialectServer:
     def _serve(self, http: BaseHTTPRequestHandler, body: Any) -> None:
         path = http.path.partition("?")[0]
         self.seen.append((path, body))
+        self.keys.add(http.headers.get("Authorization"))
         handler = ROUTES[self.dialect].get((http.command, path))
         if handler is None:
             return self._reply(http, 404, {"detail": "Not Found"})
@@ -173,7 +178,8 @@ class DialectServer:
         return trajectory
 
     def load(self, folder: str, version: str) -> None:
-        self.model = load_policy(ModelConfig(path=folder), None, seed=0).eval()
+        # A published layout leaves the block length to whoever serves it.
+        self.model = load_policy(ModelConfig(path=folder, block_length=self.model.block_length), None, seed=0)
         self.version = version
 
     def answer_of(self, trajectory: TokenTrajectory) -> tuple[list[int], list[int], str]:
@@ -317,3 +323,4 @@ def serving(*arguments: Any, **options: Any) -> Iterator[DialectServer]:
         yield server
     finally:
         server.stop()
+        server._place.close()

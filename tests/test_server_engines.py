@@ -5,6 +5,7 @@ The servers are local ones that speak the dialects (`tests/dialect_servers.py`),
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -496,9 +497,26 @@ def test_a_server_of_another_dialect_or_none_is_named(block_models: list[Any], t
         url = server.url
         with pytest.raises(RefusedError, match=rf"rollout.server.urls: {url} cannot be used as sglang: .*404"):
             ServerEngine(ServerOptions(urls=[url]), block_models[0], OPTIONS, weights_dir=tmp_path, eos_token_id=EOS)
-    with pytest.raises(UnavailableError, match=rf"{url} cannot be used as sglang: .*refused"):
-        options = ServerOptions(urls=[url], retries=0)
+        server.stop()
+        with pytest.raises(UnavailableError, match=rf"{url} cannot be used as sglang: .*refused"):
+            options = ServerOptions(urls=[url], retries=0)
+            ServerEngine(options, block_models[0], OPTIONS, weights_dir=tmp_path, eos_token_id=EOS)
+    # One that takes a connection and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UnavailableError, match="timed out"):
+        options = ServerOptions(urls=[f"http://127.0.0.1:{silent.getsockname()[1]}"], retries=0, timeout_seconds=0.1)
         ServerEngine(options, block_models[0], OPTIONS, weights_dir=tmp_path, eos_token_id=EOS)
+
+
+def test_the_key_is_sent_where_there_is_one(
+    pair: Any, block_models: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, engine = pair
+    assert server.keys == {None}
+    monkeypatch.setenv("ROLLOUT_API_KEY", "secret")
+    server.keys.clear()
+    engine.push_weights(2, Weights(block_models[1]))
+    engine.generate(REQUESTS, 2)
+    assert server.keys == {"Bearer secret"}
 
 
 @pytest.mark.parametrize(

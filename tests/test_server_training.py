@@ -53,6 +53,8 @@ def test_a_run_with_a_server_is_the_run_in_this_process(dialect: str, tmp_path: 
     runs.train_here(runs.tiny_config(tmp_path / "here", *SMALL, *RECIPES[dialect]))
     with served(dialect, tmp_path) as (server, overrides):
         server.faults = [*[None] * 5, "reset", *[None] * 7, "500"]
+        if dialect == "sglang":
+            overrides.append("rollout.server.layout=sdar")
         runs.train_here(runs.tiny_config(tmp_path / "there", *SMALL, *RECIPES[dialect], *overrides))
     here, there = tmp_path / "here" / "run", tmp_path / "there" / "run"
     mine, theirs = (
@@ -77,6 +79,9 @@ def test_a_run_with_a_server_is_the_run_in_this_process(dialect: str, tmp_path: 
     assert len(pushed) == 2 + again
     if dialect == "sglang":
         assert [body["weight_version"] for body in pushed] == ["0", "2"]
+        # What a real one loads: the layout that its models are published in.
+        described = json.loads((tmp_path / "weights" / "current" / "config.json").read_text())
+        assert described["architectures"] == ["SDARForCausalLM"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
