@@ -25,7 +25,7 @@ SMALL = [
     "eval.num_prompts=2",
     "eval.viewer_items=0",
 ]
-RECIPES = {"sglang": [], "vllm": ["algorithm={name: diffu_grpo, kl_to: none, kl_coef: 0}"]}
+RECIPES = {"sglang": [], "vllm": ["algorithm={name: diffu_grpo, prompt_mask: 0, kl_to: none, kl_coef: 0}"]}
 
 
 @contextmanager
