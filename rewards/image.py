@@ -53,6 +53,14 @@ def upscaled(image: Any, factor: int) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
+def thumbnail(image: Any, smallest: int = 64, largest: int = 128) -> Image.Image:
+    """For people to look at: a tiny picture enlarged by a whole factor, a large one shrunk to at most `largest`."""
+    picture = to_pil(image)
+    picture = upscaled(picture, max(1, smallest // picture.height)).copy()
+    picture.thumbnail((largest, largest))
+    return picture
+
+
 def jpeg_bytes(image: Any, quality: int = 95) -> bytes:
     """The image as a JPEG file, with Pillow's defaults but for the quality."""
     file = io.BytesIO()

@@ -69,6 +69,11 @@ class ModelConfig(Section):
         {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."
     )
     pipeline: PipelineConfig = PipelineConfig()
+    initial_noise: Literal["standard", "learned"] = Field(
+        "standard",
+        description="Image models: learned freezes the denoiser and learns a Gaussian over the initial noise of every "
+        "prompt of the task (recipe find).",
+    )
     attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
     block_length: int | None = Field(
         None, ge=1, description="Block size of a block-causal model; null takes that of a loaded one."
@@ -176,6 +181,9 @@ class TrainConfig(Section):
     prompts_per_step: int = Field(32, ge=1, description="Prompts per RL step over all ranks.")
     group_size: int = Field(8, ge=1, le=1024, description="Rollouts per prompt.")
     micro_batch_size: int = Field(256, ge=1, description="Trajectories scored per forward and rank.")
+    micro_batch_steps: int | None = Field(
+        None, ge=1, description="Of each of them, at most this many steps per forward (images); null takes all."
+    )
     updates_per_step: int = Field(1, ge=1, description="Optimizer updates per RL step, each on its share of prompts.")
     epochs: int = Field(1, ge=1, description="Passes over the rollouts of a step.")
     mixed_steps: list[int] = Field(
@@ -284,7 +292,7 @@ class RolloutConfig(Section):
     )
     ray: RayConfig = RayConfig()
     server: ServerOptions = ServerOptions()
-    max_batch_size: int = Field(256, ge=1, description="Requests decoded together.")
+    max_batch_size: int = Field(256, ge=1, description="Requests decoded together (for images also by the VAE).")
     asynchronous: bool = Field(
         False, description="Sample the next step's rollouts while the learner works on this one's; needs workers."
     )

@@ -19,7 +19,7 @@ from rollouts.npz_file import read_records, write_records
 FORMAT_VERSION = 1
 _KIND = "latent trajectories"
 _ARRAYS = ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed")
-_ITEMS = ("splits", "clip", "sampler", "policy_version")
+_ITEMS = ("splits", "clip", "sampler", "policy_version", "initial_logprob")
 
 
 @dataclass
@@ -48,6 +48,8 @@ class LatentTrajectory:
         clip: bound on the predicted x0, None when it is not clipped.
         sampler: settings that define the steps (scheduler, eta, guidance_scale, min_std, ...).
         policy_version: optimizer steps taken by the weights that sampled this.
+        initial_logprob: log-density of latents[0], summed over its entries, where the policy decides what it starts
+            from (`LearnedNoise`); None where that is standard noise.
     """
 
     latents: np.ndarray
@@ -62,6 +64,7 @@ class LatentTrajectory:
     clip: float | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
     policy_version: int = 0
+    initial_logprob: float | None = None
 
     @property
     def num_steps(self) -> int:

@@ -138,3 +138,12 @@ class ImagePolicy(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images float32 [B, 1 or 3, height, width] in [0, 1]; differentiable, for rewards that give gradients."""
         ...
+
+
+@runtime_checkable
+class LearnedNoise(Protocol):
+    """An `ImagePolicy` that also decides what it starts from."""
+
+    def initial_noise(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation, [B, ...] each, of the Gaussian that the initial latents are drawn from."""
+        ...

@@ -229,5 +229,6 @@ def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps:
 
 def test_every_image_recipe_says_so() -> None:
     images = {n for n in RECIPES if issubclass(type(parse_options({"name": n})), ImageRecipeOptions)}
-    assert images == {"b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "flow_grpo"}
-    assert all((parse_options({"name": n}).medium == "images") == (n in images) for n in RECIPES)
+    assert images == {"b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "find", "flow_grpo"}
+    medium = {n: parse_options({"name": n}).medium for n in RECIPES}
+    assert {n for n in RECIPES if medium[n] == "images"} == images | {"alignprop"}

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rewards import RewardPart, RewardRunner, load_reward
-from rewards.image import data_url, png_bytes, to_array, to_pil, upscaled
+from rewards.image import data_url, png_bytes, thumbnail, to_array, to_pil, upscaled
 from tests.tiny_vision import clip_tokenizer, pictures, save_clip, save_vit_classifier
 
 LABELS = ["cat", "dog", "bird"]
@@ -60,6 +60,10 @@ def test_arrays_pillow_images_and_files_hold_the_same_pixels():
     assert np.array_equal(to_array(grey[:, :, 0]), grey)
     assert np.array_equal(to_array(upscaled(grey, 3)), np.kron(grey, np.ones((3, 3, 1), dtype=np.uint8)))
     assert data_url(grey).startswith("data:image/png;base64,iVBOR")
+    # Thumbnails: tiny pictures enlarged by a whole factor, large ones shrunk, and the given picture left as it is.
+    assert thumbnail(grey).size == (grey.shape[1] * (64 // grey.shape[0]), grey.shape[0] * (64 // grey.shape[0]))
+    large = Image.new("RGB", (512, 256))
+    assert thumbnail(large).size == (128, 64) and large.size == (512, 256)
 
 
 def test_image_rewards_load_without_torch():

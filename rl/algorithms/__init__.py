@@ -10,14 +10,16 @@ import difflib
 import importlib
 from typing import Any
 
-from rl.algorithms.options import RecipeOptions
+from rl.algorithms.options import AnyRecipeOptions
 
 RECIPES = {
+    "alignprop": "rl.algorithms.alignprop:AlignPropOptions",
     "b2_diffurl": "rl.algorithms.b2_diffurl:B2DiffuRLOptions",
     "branch_grpo": "rl.algorithms.branch_grpo:BranchGrpoOptions",
     "ddpo": "rl.algorithms.ddpo:DdpoOptions",
     "diffusion_nft": "rl.algorithms.diffusion_nft:DiffusionNftOptions",
     "dpok": "rl.algorithms.ddpo:DpokOptions",
+    "find": "rl.algorithms.find:FindOptions",
     "flow_grpo": "rl.algorithms.flow_grpo:FlowGrpoOptions",
     "drakes": "rl.algorithms.drakes:DrakesOptions",
     "tracerl": "rl.algorithms.tracerl:TraceRLOptions",
@@ -37,7 +39,7 @@ RECIPES = {
 DEFAULT = "tracerl"
 
 
-def options_class(raw: dict[str, Any]) -> type[RecipeOptions]:
+def options_class(raw: dict[str, Any]) -> type[AnyRecipeOptions]:
     """The options of the recipe that an `algorithm` section names.
 
     Raises:
@@ -53,7 +55,7 @@ def options_class(raw: dict[str, Any]) -> type[RecipeOptions]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def parse_options(raw: dict[str, Any]) -> RecipeOptions:
+def parse_options(raw: dict[str, Any]) -> AnyRecipeOptions:
     """Validate an `algorithm` section: `name` (a key of `RECIPES`, or pkg.module:OptionsClass) and its options.
 
     Raises:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from rl.config import Config
     from rl.estimators.base import Verdicts
     from rl.estimators.gaussian_step import GaussianRows
 
@@ -97,11 +98,17 @@ class ImageRecipeOptions(RecipeOptions):
 
 
 class IntervalOptions(ImageRecipeOptions):
-    """B²-DiffuRL's backward progressive training: how many of the last steps are trained."""
+    """B²-DiffuRL's backward progressive training: how many of the last steps are trained.
+
+    Its recipes compare a reward with earlier ones of the prompt: a group of equal rewards has an advantage too.
+    """
 
     progressive: bool = Field(True, description="Train the last steps first and extend to all of them.")
     first_interval: int = Field(14, ge=1, description="Steps trained at first, counted from the end of the chain.")
     interval_steps: int = Field(100, ge=1, description="RL steps after which all are trained; set it to train.steps.")
+
+    def requires(self, config: Config) -> dict[str, Any]:
+        return {"filters.drop_zero_variance": False}
 
     def first_step(self, rl_step: int, num_steps: int) -> int:
         """First trained step of T: T - (L + floor(i (T - L + 1) / S)), the published schedule."""

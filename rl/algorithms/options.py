@@ -96,14 +96,31 @@ class ValueOptions(BaseModel):
     coef: float = Field(0.5, gt=0, description="Weight of the value loss when the backbone is shared.")
 
 
-class RecipeOptions(BaseModel):
-    """Options every policy-gradient recipe has."""
+class AnyRecipeOptions(BaseModel):
+    """What every recipe has: a name, a medium, and what takes its steps."""
 
     model_config = ConfigDict(extra="forbid")
     # What a recipe trains (`rl.media.base.MEDIA`).
     medium: ClassVar[str] = "text"
 
     name: str = Field(description="Recipe name.")
+
+    def requires(self, config: Config) -> dict[str, Any]:
+        """Dotted keys of other sections -> the values without which this recipe cannot run."""
+        return {}
+
+    def engine_needs(self) -> set[str]:
+        """What the engine must give beside finished samples (keys of `rollouts.engines.base.NEEDS`)."""
+        return set()
+
+    def build(self) -> Any:
+        """The recipe these options describe: what has `updater(session, total_updates, resumed)`."""
+        raise NotImplementedError(f"recipe {self.name} has no build()")
+
+
+class RecipeOptions(AnyRecipeOptions):
+    """Options every policy-gradient recipe has."""
+
     baseline: Literal["mean", "leave_one_out"] = Field("mean", description="Baseline of the group advantage.")
     scale: Literal["none", "std", "batch_std"] = Field("none", description="What advantages are divided by.")
     aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
@@ -132,17 +149,8 @@ class RecipeOptions(BaseModel):
             raise ValueError("algorithm.kl_to old is always 0 with old_logprob on_policy: set old_logprob to recompute")
         return self
 
-    def requires(self, config: Config) -> dict[str, Any]:
-        """Dotted keys of other sections -> the values without which this recipe cannot run."""
-        return {}
-
     def engine_needs(self) -> set[str]:
-        """What the engine must give beside finished samples (keys of `rollouts.engines.base.NEEDS`)."""
         return {"step_maps"} | ({"sampled_logprobs"} if self.old_logprob == "sampler" else set())
-
-    def build(self) -> Recipe:
-        """The recipe these options describe."""
-        raise NotImplementedError(f"recipe {self.name} has no build()")
 
     def token_recipe(self, rows: Callable[..., DecisionRows]) -> Recipe:
         """Group advantage and clipped loss on an estimator whose decisions are the tokens of the trace."""

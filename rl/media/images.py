@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rewards.image import data_url, upscaled
-from rl.config import Config
+from rewards.image import data_url, thumbnail
+from rl.config import Config, PipelineConfig
 from rl.estimators.denoising import DenoisingRows, denoising_rows
 from rl.evaluate.image_metrics import (
     frechet_distance,
@@ -21,13 +21,13 @@ from rl.evaluate.image_metrics import (
     vendi_score,
 )
 from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
+from rl.models.noise_policy import INDEX as NOISE_INDEX
+from rl.models.noise_policy import NoisePolicy
 from rl.tasks.base import Row, Task
 from rl.train.plan import about
 from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.samplers.latent_options import LatentSamplerOptions
-
-_BATCH = 256
 
 
 class ImagesMedium:
@@ -56,19 +56,41 @@ class ImagesMedium:
         config = self.config.model
         path = path or config.path
         with about("model.backbone" if path is None else f"model.path {path!r}"):
-            if path is None:
-                classes = getattr(self.task, "classes", None)
-                if classes is None:
-                    raise ValueError("model.path is required: a new image model needs a task with classes")
-                policy: Any = new_policy(config.backbone, config.scheduler, classes, self.config.run.seed)
-            elif _is_class_policy(path):
-                policy = ClassPolicy.from_pretrained(path)
+            if path is not None and (Path(path) / NOISE_INDEX).is_file():
+                policy: Any = NoisePolicy.from_pretrained(path, self._load)
+            elif config.initial_noise == "learned":
+                policy = self._noise_policy(path)
             else:
-                from rl.models.diffusers_policy import load_diffusers_policy
-
-                policy = load_diffusers_policy(path, config.pipeline, self.config.run.seed)
+                policy = self._load(path)
         self._policy = self._policy or policy
         return policy.eval()
+
+    def _load(self, path: str | None) -> Any:
+        """The denoiser that `path` names, a new one without a path."""
+        config = self.config.model
+        if path is not None and not _is_class_policy(path):
+            from rl.models.diffusers_policy import load_diffusers_policy
+
+            return load_diffusers_policy(path, config.pipeline, self.config.run.seed)
+        if config.pipeline != PipelineConfig():
+            raise ValueError(
+                "model.pipeline is for pipelines of diffusers: the built-in image model has no such options"
+            )
+        if path is not None:
+            return ClassPolicy.from_pretrained(path)
+        classes = getattr(self.task, "classes", None)
+        if classes is None:
+            raise ValueError("model.path is required: a new image model needs a task with classes")
+        return new_policy(config.backbone, config.scheduler, classes, self.config.run.seed)
+
+    def _noise_policy(self, path: str | None) -> NoisePolicy:
+        if path is None:
+            raise ValueError("model.initial_noise learned freezes the denoiser: set model.path to a trained one")
+        prompts = getattr(self.task, "prompts", None) or getattr(self.task, "classes", None)
+        if prompts is None:
+            raise ValueError("model.initial_noise learned needs a task that lists its prompts (`prompts` or `classes`)")
+        # A folder is remembered by its full path: the Gaussians must find it from wherever they are loaded.
+        return NoisePolicy(self._load(path), prompts, str(Path(path).resolve()) if Path(path).is_dir() else path)
 
     def save_model(self, model: Any, path: str | Path) -> None:
         model.save_pretrained(path)
@@ -112,7 +134,7 @@ class ImagesMedium:
     ) -> tuple[DenoisingRows, torch.Tensor]:
         """The simple loss, averaged over the batch."""
         if not hasattr(model, "latents_of"):
-            raise ValueError("the sft stage trains the built-in image model: set sft.steps=0 for a pipeline")
+            raise ValueError("the sft stage trains the built-in image model alone: set sft.steps=0")
         if any("image" not in row for row in rows):
             raise ValueError("sft needs rows with an image column")
         latents = model.latents_of([row["image"] for row in rows])
@@ -144,24 +166,29 @@ class ImagesMedium:
     def views(
         self, rows: Sequence[Row], trajectories: Sequence[LatentTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
-        """The finished images as data URLs."""
+        """The finished images as data URLs, small: a report of photographs should open."""
         images, _ = self.finished(trajectories)
-        shown = [data_url(upscaled(image, max(1, 64 // image.shape[0]))) for image in images]
+        shown = [data_url(thumbnail(image)) for image in images]
         return [{"image": i, "correct": (v or 0.0) >= 1.0} for i, v in zip(shown, values, strict=True)]
 
     def sample_line(self, completion: np.ndarray) -> str:
-        return data_url(completion)
+        return data_url(thumbnail(completion))
 
     @torch.no_grad()
     def _images(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """uint8 [H, W, C] each."""
         device = next(self._policy.parameters()).device
         images: list[np.ndarray] = []
-        for start in range(0, len(latents), _BATCH):
-            part = torch.from_numpy(np.stack(latents[start : start + _BATCH])).to(device)
-            pixels = self._policy.decode(part).mul(255).round().to(torch.uint8)
-            images += list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        size = self.config.rollout.max_batch_size
+        for start in range(0, len(latents), size):
+            part = torch.from_numpy(np.stack(latents[start : start + size])).to(device)
+            images += uint8_images(self._policy.decode(part))
         return images
+
+
+def uint8_images(pixels: torch.Tensor) -> list[np.ndarray]:
+    """[H, W, C] each, of float images [B, C, H, W] in [0, 1]."""
+    return list(pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _is_class_policy(path: str) -> bool:

@@ -128,7 +128,8 @@ def check_run(config: Config, new: bool = True) -> None:
     for key, value in options.requires(config).items():
         section, name = key.split(".")
         if getattr(getattr(config, section), name) != value:
-            raise ValueError(f"algorithm.name {options.name} needs {key}={value}: set it")
+            wanted = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(f"algorithm.name {options.name} needs {key}={wanted}: set it")
     if config.train.steps:
         check_engine(config)
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
@@ -139,7 +140,8 @@ def check_run(config: Config, new: bool = True) -> None:
         raise ValueError(f"sft.trajectories {config.sft.trajectories!r} is not a file")
     if config.train.block_schedule and config.model.path is None and config.model.attention != "block_causal":
         raise ValueError("train.block_schedule needs model.attention block_causal")
-    if any(stage.train != stage.rollout for stage in config.train.block_schedule) and options.old_logprob == "sampler":
+    old = getattr(options, "old_logprob", None)
+    if old == "sampler" and any(stage.train != stage.rollout for stage in config.train.block_schedule):
         raise ValueError(
             "train.block_schedule scores other states than were sampled: set algorithm.old_logprob to recompute"
         )

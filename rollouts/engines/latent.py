@@ -15,8 +15,8 @@ from rollouts.engines.base import Capabilities, EngineStats, WeightSource
 from rollouts.engines.in_process import CAPABILITIES
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import LatentTrajectory
-from rollouts.model_protocol import Conditioning, ImagePolicy
-from rollouts.samplers.gaussian import gaussian_step, make_steps
+from rollouts.model_protocol import Conditioning, ImagePolicy, LearnedNoise
+from rollouts.samplers.gaussian import diagonal_log_density, gaussian_step, make_steps
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
 
@@ -102,11 +102,11 @@ class LatentEngine:
             return []
         started = time.perf_counter()
         branches = dict(self.splits)
-        given = self._encode([request.prompt for request in roots])
+        given = self.encode([request.prompt for request in roots])
         # `root` is the tree of every rollout, `origin` its place in the population before the last split.
         root = torch.arange(len(roots), device=self.device)
         seed = torch.tensor([request.seed for request in roots], dtype=torch.int64, device=self.device)
-        latent = self._noise(seed, 0).mul_(self.steps.initial_std).to(self.dtype)
+        latent, initial = self._start(seed, given)
         record = [{"latent": latent, "seed": seed}]
         origins = [root]
         for index in range(len(self.steps)):
@@ -126,22 +126,36 @@ class LatentEngine:
                 self.steps.clip,
                 output,
                 latent,
-                self._noise(seed, index + 1),
+                self.noise(seed, index + 1),
             )
             record.append({"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob})
         if not torch.isfinite(latent).all():
             raise NonFiniteError("the model's output is not finite: its weights are damaged or training diverged")
         self.stats.seconds = time.perf_counter() - started
-        return self._trajectories(record, origins, root, given, tuple(at), policy_version)
+        trajectories = self._trajectories(record, origins, root, given, tuple(at), policy_version)
+        if initial is not None:
+            for trajectory, value in zip(trajectories, initial[root].tolist(), strict=True):
+                trajectory.initial_logprob = value
+        return trajectories
 
-    def _encode(self, prompts: list[Any]) -> dict[str, torch.Tensor]:
+    def _start(self, seed: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The initial latents [N, ...], and their log-density [N] where the policy decides about them."""
+        noise = self.noise(seed, 0)
+        if not isinstance(self.model, LearnedNoise):
+            return noise.mul_(self.steps.initial_std).to(self.dtype), None
+        assert self.steps.initial_std == 1, "the samplers of this package start from unit noise"
+        mean, std = self.model.initial_noise(given)
+        latent = (mean.double() + std.double() * noise).to(self.dtype)
+        return latent, diagonal_log_density(latent, mean, std)
+
+    def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Conditioning of every prompt; equal ones go through the text encoder once."""
         place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         encoded = self.model.encode(list(place))
         where = torch.tensor([place[prompt] for prompt in prompts])
         return {name: rows.cpu()[where].to(self.device) for name, rows in encoded.items()}
 
-    def _noise(self, seed: torch.Tensor, step: int) -> torch.Tensor:
+    def noise(self, seed: torch.Tensor, step: int) -> torch.Tensor:
         """float64 [N, ...] standard normal; 0 draws the initial noise, i + 1 that of step i."""
         shape = self.model.latent_shape
         position = torch.arange(int(np.prod(shape)), device=self.device)

@@ -224,6 +224,17 @@ def log_density(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> 
     return torch.where(sure, torch.zeros_like(density), density)
 
 
+def diagonal_log_density(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """float64 [N]: log N(sample; mean, std^2), summed over entries that each have a deviation of their own.
+
+    Args:
+        sample, mean, std: [N, ...]; std above 0.
+    """
+    std = std.double()
+    error = (sample.double() - mean.double()) / std
+    return -(0.5 * error.square() + std.log() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
 def gaussian_kl(mean: torch.Tensor, other: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """float64 [N]: KL between two Gaussians that share their standard deviation, summed over entries.
 

@@ -1,0 +1,74 @@
+"""The initial noise as the decision: its log-density under the Gaussian that the policy draws it from.
+
+A rollout is one decision, latents[0] of its trajectory, and scoring it runs no denoiser. See `GaussianRows` for what
+mean and sum over a latent's entries mean for a ratio and its clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rl.estimators.latent_rows import LatentRows
+from rollouts.latent_trajectory import LatentTrajectory
+from rollouts.model_protocol import LearnedNoise
+from rollouts.samplers.gaussian import diagonal_log_density
+
+
+@dataclass(kw_only=True)
+class InitialNoiseRows(LatentRows):
+    """U initial latents; no forward, so `evaluations` is 0.
+
+    Attributes:
+        scale: what a sum over entries is multiplied by: 1, or 1/D.
+        other: mean and standard deviation [U, ...] under the policy that the KL term holds to, None without one.
+    """
+
+    scale: float
+    other: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def hold_to(self, model: LearnedNoise) -> None:
+        """Keep the Gaussians of a frozen model; `score` then gives the KL to them."""
+        self.other = model.initial_noise(self.conditioning)
+
+    def score(self, model: LearnedNoise) -> tuple[torch.Tensor, ...]:
+        """logprob [U] and entropy [U], and with a policy to hold to the exact KL [U]; float64, with gradient."""
+        mean, std = (values.double() for values in model.initial_noise(self.conditioning))
+        entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).flatten(1).sum(1)
+        scored = [diagonal_log_density(self.latent, mean, std), entropy]
+        if self.other is not None:
+            center, width = (values.double() for values in self.other)
+            ratio = (std / width).square()
+            kl = 0.5 * (ratio + ((mean - center) / width).square() - 1 - ratio.log())
+            scored.append(kl.flatten(1).sum(1))
+        return tuple(values * self.scale for values in scored)
+
+
+def initial_noise_rows(trajectories: Sequence[LatentTrajectory], reduce: str = "mean") -> InitialNoiseRows:
+    """One row per trajectory.
+
+    Raises:
+        ValueError: a trajectory started from noise that nobody decided about.
+    """
+    if any(t.initial_logprob is None for t in trajectories):
+        raise ValueError("the rollouts start from standard noise: set model.initial_noise to learned")
+    scale = 1.0 if reduce == "sum" else 1.0 / trajectories[0].num_entries
+    index = torch.arange(len(trajectories))
+    return InitialNoiseRows(
+        latent=torch.from_numpy(np.stack([t.latents[0] for t in trajectories])),
+        conditioning={
+            name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories]))
+            for name in trajectories[0].conditioning
+        },
+        timestep=torch.zeros(len(index), dtype=torch.float64),
+        trajectory=index,
+        step=torch.zeros_like(index),
+        evaluations=0,
+        recorded=torch.tensor([t.initial_logprob for t in trajectories], dtype=torch.float64) * scale,
+        scale=scale,
+    )
