@@ -78,3 +78,39 @@ class PickScore(ClipScore):
         dtype: str = "float32",
     ) -> None:
         super().__init__(model, processor, scale, batch_size, device, dtype)
+
+
+class ClipMatch:
+    """1 when a CLIP model finds the image nearer to its prompt than to every text of its row's `others`, else 0.
+
+    The share of right ones is the R-precision of Xu et al. 2018 (AttnGAN, arXiv 1711.10485), against the prompts of the
+    same list instead of random captions. Metric `margin`: how much nearer, as a cosine.
+
+    Args:
+        model, processor, batch_size, device: see `ClipScore`. Judge with another CLIP than the one that rewards.
+    """
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        processor: str | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+    ) -> None:
+        self.clip = ClipEncoder("clip_match", model, processor, batch_size, device)
+        self.known: dict[str, torch.Tensor] = {}
+        self.__name__ = "clip_match"
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
+        if "others" not in columns:
+            raise ValueError("reward 'clip_match' needs a column `others`: the texts a prompt is to be told from")
+        wanted = [text_of(prompt) for prompt in prompts]
+        new = sorted({text for row in ([*wanted], *columns["others"]) for text in row} - self.known.keys())
+        if new:
+            self.known |= dict(zip(new, self.clip.texts(new)[0], strict=True))
+        scores = []
+        for image, prompt, others in zip(self.clip.images(completions), wanted, columns["others"], strict=True):
+            rivals = max((float(image @ self.known[text]) for text in others if text != prompt), default=-1.0)
+            margin = float(image @ self.known[prompt]) - rivals
+            scores.append(Score(float(margin > 0), metrics={"margin": margin}))
+        return scores

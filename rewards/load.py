@@ -36,6 +36,7 @@ ENTRY_POINT_GROUP = "denoise_rl.rewards"
 NAMES = {
     "aesthetic": "rewards.aesthetic:Aesthetic",
     "chunk_judge": "rewards.chunk_judge:ChunkJudge",
+    "clip_match": "rewards.clip_score:ClipMatch",
     "clip_score": "rewards.clip_score:ClipScore",
     "code_tests": "rewards.code_tests:CodeTests",
     "countdown": "rewards.countdown:countdown",

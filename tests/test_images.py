@@ -104,6 +104,19 @@ def test_branches_share_the_cost_of_their_prefix(tmp_path: Path) -> None:
     assert line["cost/sequence_forwards"] == sampled + trained
 
 
+def test_steps_scored_a_few_at_a_time_change_nothing(tmp_path: Path) -> None:
+    train_here(image_config(tmp_path / "whole", "train.steps=1"))
+    train_here(image_config(tmp_path / "cut", "train.steps=1", "train.micro_batch_steps=2", "train.micro_batch_size=4"))
+    one, other = unet(tmp_path / "whole" / "run", 1), unet(tmp_path / "cut" / "run", 1)
+    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 2e-6
+    whole, cut = (lines(tmp_path / name / "run", "train")[0] for name in ("whole", "cut"))
+    assert cut["cost/backward_passes"] > whole["cost/backward_passes"]
+    for name in ("policy/decisions", "cost/sequence_forwards"):
+        assert cut[name] == whole[name]
+    with pytest.raises(ValueError, match=r"train\.micro_batch_steps needs a recipe with an advantage for every step"):
+        train_here(image_config(tmp_path / "nft", *RUNS["diffusion_nft"], "train.micro_batch_steps=2"))
+
+
 def test_resume_repeats_the_run_with_its_history(tmp_path: Path) -> None:
     """Killed after step 1, the run ends with the very weights it would have had, histories of prompts included."""
     whole = image_config(tmp_path / "whole")

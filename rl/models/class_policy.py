@@ -121,7 +121,7 @@ class ClassPolicy(nn.Module):
                 raise ValueError(f"model.path {str(path)!r} is incomplete: it has no folder {part!r}")
         if not any((root / "unet").glob("*.safetensors")):
             raise ValueError(f"model.path {str(path)!r} is incomplete: unet has no .safetensors weights")
-        unet = _network_class(index["unet"][1]).from_pretrained(root / "unet")
+        unet = network_class(index["unet"][1]).from_pretrained(root / "unet")
         scheduler = _diffusers_class(index["scheduler"][1]).from_pretrained(root / "scheduler")
         return cls(unet.eval(), scheduler, index["classes"])
 
@@ -140,7 +140,7 @@ def new_policy(
         ValueError: there is no such network or scheduler.
     """
     settings = dict(backbone)
-    network = _network_class(settings.pop("model_type", "mlp_denoiser"))
+    network = network_class(settings.pop("model_type", "mlp_denoiser"))
     name = scheduler.get("name", "DDIMScheduler")
     kind = _diffusers_class(name)
     given = {key: value for key, value in scheduler.items() if key != "name"}
@@ -152,7 +152,7 @@ def new_policy(
     return ClassPolicy(unet.eval(), kind(**{**defaults, **given}), classes)
 
 
-def _network_class(name: str) -> Any:
+def network_class(name: str) -> Any:
     if name in ("mlp_denoiser", "MlpDenoiser"):
         from rl.models.mlp_denoiser import MlpDenoiser
 

@@ -194,16 +194,11 @@ class DiffusersPolicy(nn.Module):
             pipeline.register_modules(**{self.denoiser_name: own})
 
     def _add_lora(self) -> None:
-        from peft import LoraConfig
-
-        rank, alpha = self.options.lora_rank, self.options.lora_alpha
-        targets = self.options.lora_targets or list(self.lora_layers)
-        config = LoraConfig(
-            r=rank, lora_alpha=rank if alpha is None else alpha, init_lora_weights="gaussian", target_modules=targets
-        )
+        config = lora_config(self.options, self.lora_layers)
         try:
             self.denoiser.add_adapter(config)
         except ValueError as error:
+            targets = self.options.lora_targets or list(self.lora_layers)
             raise ValueError(f"model.pipeline.lora_targets {targets}: {str(error).splitlines()[0]}") from error
 
     # ---- what a family decides -------------------------------------------------------------------------------------
@@ -247,6 +242,19 @@ class DiffusersPolicy(nn.Module):
             "do_classifier_free_guidance": True,
             "negative_prompt": [self.options.negative_prompt] * len(prompts),
         }
+
+
+def lora_config(options: PipelineConfig, layers: Sequence[str]) -> Any:
+    """peft's description of the adapters; `layers` where the options name none."""
+    from peft import LoraConfig
+
+    rank, alpha = options.lora_rank, options.lora_alpha
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        init_lora_weights="gaussian",
+        target_modules=options.lora_targets or list(layers),
+    )
 
 
 class StableDiffusion(DiffusersPolicy):

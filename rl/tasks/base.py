@@ -62,6 +62,7 @@ TASKS = {
     "countdown": "rl.tasks.countdown:CountdownTask",
     "antibody": "rl.tasks.antibody:AntibodyTask",
     "dna": "rl.tasks.dna:DnaTask",
+    "prompts": "rl.tasks.prompts:PromptsTask",
     "jsonl": "rl.tasks.jsonl:JsonlTask",
     "digits": "rl.tasks.digits:DigitsTask",
 }

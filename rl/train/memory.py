@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from rl.algorithms import parse_options
 from rl.config import Config
 from rl.train.learner import read_deepspeed_config
+from rl.train.plan import medium_of
 
 if TYPE_CHECKING:
     from rl.models.diffusion_lm import DiffusionLM
@@ -251,6 +252,10 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
 
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 
+    if medium_of(config) == "images":
+        from rl.train.image_memory import image_memory_lines
+
+        return image_memory_lines(config, ranks, limit_gib)
     deepspeed = read_deepspeed_config(config.train.deepspeed)
     half = any(deepspeed.get(kind, {}).get("enabled", False) for kind in ("bf16", "fp16"))
     dtype = torch.bfloat16 if half else torch.float32
@@ -289,8 +294,8 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     learning, sampling = states + copies + micro, states + copies + cache + logits
     lines = [
         f"memory: {total / 1e9:.3g} B parameters, {ranks} rank(s), {config.train.deepspeed}, per rank in GiB",
-        f"memory: {_learner('policy', policy)}",
-        *([f"memory: {_learner('value model', critic)}"] if critic else []),
+        f"memory: {learner_line('policy', policy)}",
+        *([f"memory: {learner_line('value model', critic)}"] if critic else []),
         f"memory: copy that samples{' and frozen reference' if recipe.needs_reference else ''} {copies / GIB:.2f}",
         f"memory: learning: activations {micro / GIB:.2f} ({shape.rows} row(s) of {shape.width} tokens with "
         f"{shape.decisions} decisions, prompts of {prompt_length}, {'re' if recompute else 'not re'}computed)",
@@ -310,7 +315,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     return lines
 
 
-def _learner(name: str, states: States) -> str:
+def learner_line(name: str, states: States) -> str:
     parts = {name: getattr(states, name) for name in ("parameters", "gradients", "optimizer", "buffers")}
     return f"{name}: " + ", ".join(f"{key} {value / GIB:.2f}" for key, value in parts.items())
 

@@ -325,9 +325,15 @@ class PolicyUpdater:
         self, rollouts: ScoredRollouts, chosen: tuple[list[int], torch.Tensor, torch.Tensor], iteration: int
     ) -> list[MicroBatch]:
         indices, advantage, weight = chosen
-        size = self.train.micro_batch_size
+        size, window = self.train.micro_batch_size, self.train.micro_batch_steps
+        if window is not None and advantage.dim() == 1:
+            raise ValueError("train.micro_batch_steps needs a recipe with an advantage for every step: set it to null")
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        return [self._micro_batch(rollouts, part, advantage[part], weight[part], iteration) for part in parts]
+        batches = []
+        for part in parts:
+            for own in _windows(advantage[part], window):
+                batches.append(self._micro_batch(rollouts, part, own, weight[part], iteration))
+        return batches
 
     def _micro_batch(
         self,
@@ -550,6 +556,18 @@ class PolicyUpdater:
             metrics["value/mean"] = float(value.mean()) if len(value) else 0.0
         metrics.update({name: value / max(decisions, 1.0) for name, value in total.items()})
         return metrics
+
+
+def _windows(advantage: torch.Tensor, steps: int | None) -> list[torch.Tensor]:
+    """The advantages [M] or [M, T] cut along T, NaN outside of each part; parts without a trained step are left out."""
+    if steps is None:
+        return [advantage]
+    parts = []
+    for start in range(0, advantage.shape[1], steps):
+        part = torch.full_like(advantage, torch.nan)
+        part[:, start : start + steps] = advantage[:, start : start + steps]
+        parts += [] if part.isnan().all() else [part]
+    return parts
 
 
 def _lists(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
