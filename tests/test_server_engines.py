@@ -391,7 +391,11 @@ def test_the_servers_that_are_up_take_the_requests_of_one_that_is_not(block_mode
         one.stop()
         assert_same(engine.generate(REQUESTS), in_process(model, 0))
         assert engine.stats.retries == 3
+        # New weights pass it by; when it is back, with the old ones, it gets them before it samples.
+        engine.push_weights(1, Weights(block_models[1]))
         one.start()
+        assert_same(engine.generate(REQUESTS, 1), in_process(block_models[1], 1))
+        assert (engine.stats.repushes, one.version, other.version) == (1, "1", "1")
 
 
 def test_one_rank_pushes_and_the_others_sample_with_what_it_pushed(block_models: list[Any], tmp_path: Path) -> None:

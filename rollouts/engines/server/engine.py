@@ -8,6 +8,7 @@ seed, goes to one server, and to the next one when that is down.
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
@@ -304,15 +305,29 @@ class ServerEngine:
         self._newest = None
         if self.leader:
             self._write(version, source)
-            for peer in self.peers:
-                try:
-                    self._patiently(partial(self._load, peer, version))
-                except EngineError as error:
-                    raise WeightPushError(f"weight version {version} did not reach a server: {error}") from None
+            self._spread(version)
         self.barrier()
         self._newest = version
+        if not self.leader:
+            for peer in self.peers:
+                peer.version = version
+
+    def _spread(self, version: int) -> None:
+        """Have the servers load a version that is written. One that is down gets it when it is back (`_settle`).
+
+        Raises:
+            WeightPushError: no server took it, or one refused.
+        """
+        down: list[EngineError] = []
         for peer in self.peers:
-            peer.version = version
+            try:
+                self._patiently(partial(self._load, peer, version))
+            except UnavailableError as error:
+                down.append(error)
+            except EngineError as error:
+                raise WeightPushError(f"weight version {version} was refused: {error}") from None
+        if len(down) == len(self.peers):
+            raise WeightPushError(f"weight version {version} did not reach a server: {down[0]}")
 
     @property
     def _current(self) -> Path:
@@ -333,8 +348,8 @@ class ServerEngine:
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
         link.rename(self._current)
-        for old in self.weights_dir.glob("version_*"):
-            if old.name != folder.name:
+        for old in self.weights_dir.iterdir():
+            if re.fullmatch(r"version_\d+(\.partial)?", old.name) and old.name != folder.name:
                 shutil.rmtree(old)
 
     def _load(self, peer: Peer, version: int) -> None:
