@@ -44,15 +44,31 @@ class PipelineConfig(Section):
     max_sequence_length: int | None = Field(
         None, ge=1, description="Tokens of the T5 encoder of SD3 and FLUX; null takes the pipeline's."
     )
-    lora_rank: int = Field(0, ge=0, description="Rank of adapters on the denoiser; 0 trains all its weights.")
-    lora_alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank; null is the rank.")
-    lora_targets: list[str] | None = Field(
-        None, min_length=1, description="Layers that get an adapter; null takes the attention projections."
-    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the weights; the VAE stays in float32, since it overflows in half precision."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute the denoiser's activations in the backward.")
+
+
+class LoraOptions(Section):
+    rank: int = Field(0, ge=0, description="Rank of adapters on a model that is loaded; 0 trains all its weights.")
+    alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank; null is the rank.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Layers that get an adapter, by the ends of their names; null takes every linear layer below a "
+        "language model's head, and the attention projections of an image model.",
+    )
+    dropout: float = Field(0.0, description="Must be 0: the policy that is trained has to be the one that sampled.")
+
+    @field_validator("dropout")
+    @classmethod
+    def _none(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError(
+                f"model.lora.dropout is {value:g}: rollout and update would see different policies, set it to 0"
+            )
+        return value
 
 
 class ModelConfig(Section):
@@ -69,6 +85,7 @@ class ModelConfig(Section):
         {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."
     )
     pipeline: PipelineConfig = PipelineConfig()
+    lora: LoraOptions = LoraOptions()
     initial_noise: Literal["standard", "learned"] = Field(
         "standard",
         description="Image models: learned freezes the denoiser and learns a Gaussian over the initial noise of every "

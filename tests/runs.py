@@ -162,9 +162,10 @@ def series(run: Path, stage: str, name: str) -> list[float]:
 
 
 def weights(run: Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """The policy's weights in the checkpoint of a step, the newest by default."""
+    """The policy's weights, or its adapters, in the checkpoint of a step, the newest by default."""
     name = (run / "checkpoints" / "latest").read_text() if step is None else f"step_{step}"
-    return load_file(run / "checkpoints" / name / "hf" / "model.safetensors")
+    (file,) = (run / "checkpoints" / name / "hf").glob("*.safetensors")
+    return load_file(file)
 
 
 def largest_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:

@@ -263,12 +263,13 @@ def test_mistakes_are_one_clear_line(override: str, message: str, tmp_path: Path
 
 def test_adapters_alone_take_the_gradient(tmp_path: Path) -> None:
     """A tiny Stable Diffusion with LoRA: decoded pixels, and only the adapters learn."""
-    from rl.config import PipelineConfig
+    from rl.config import LoraOptions, PipelineConfig
     from rl.models.diffusers_policy import load_diffusers_policy
     from tests.tiny_pipelines import save_pipeline
 
     save_pipeline(tmp_path / "sd", "sd")
-    policy: Any = load_diffusers_policy(str(tmp_path / "sd"), PipelineConfig(lora_rank=2, gradient_checkpointing=True))
+    options = PipelineConfig(gradient_checkpointing=True)
+    policy: Any = load_diffusers_policy(str(tmp_path / "sd"), options, LoraOptions(rank=2))
     engine = LatentEngine(policy, LatentSamplerOptions(num_inference_steps=3, guidance_scale=2.0))
     requests = [LatentRequest("a cat", 1), LatentRequest("a dog", 2)]
     given, seed = engine.encode([r.prompt for r in requests]), torch.tensor([1, 2])

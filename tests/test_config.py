@@ -123,6 +123,6 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
 def test_pipeline_options_of_a_text_model_are_refused() -> None:
     from rl.models.load import load_policy
 
-    config = load_config(None, ["model.pipeline.lora_rank=4"]).model
+    config = load_config(None, ["model.pipeline.height=64"]).model
     with pytest.raises(ValueError, match=r"model\.pipeline is for image models"):
         load_policy(config, None, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.config import PipelineConfig
+from rl.config import LoraOptions, PipelineConfig
 from rl.estimators.gaussian_step import gaussian_rows
 from rl.models.diffusers_policy import DiffusersPolicy, load_diffusers_policy
 from rollouts.engines.latent import LatentEngine, LatentRequest
@@ -34,9 +34,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {family: str(root / family) for family in FAMILIES}
 
 
-def load(folders: dict[str, str], family: str, **options: Any) -> DiffusersPolicy:
+def load(folders: dict[str, str], family: str, lora: LoraOptions | None = None, **options: Any) -> DiffusersPolicy:
     size = {"height": SIZE, "width": SIZE + 8}
-    return load_diffusers_policy(folders[family], PipelineConfig(**size, **LENGTHS.get(family, {}), **options))
+    return load_diffusers_policy(folders[family], PipelineConfig(**size, **LENGTHS.get(family, {}), **options), lora)
 
 
 def draw(policy: DiffusersPolicy, count: int = 2, seed: int = 0) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_rows_may_be_at_different_steps_and_do_not_see_each_other(folders: dict[
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_adapters_train_and_off_they_leave_the_model_as_it_was(folders: dict[str, str], family: str) -> None:
-    policy = load(folders, family, lora_rank=2)
+    policy = load(folders, family, LoraOptions(rank=2))
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     assert len(trained) == 2 * sum("lora_A" in name for name in trained)
@@ -184,7 +184,7 @@ def shake(policy: DiffusersPolicy, seed: int = 5) -> None:
 def test_a_saved_policy_is_read_back_with_equal_outputs(
     folders: dict[str, str], family: str, rank: int, tmp_path: Path
 ) -> None:
-    policy = load(folders, family, lora_rank=rank, lora_alpha=3 if rank else None)
+    policy = load(folders, family, LoraOptions(rank=rank, alpha=3 if rank else None))
     latents, times = draw(policy), torch.tensor([701.0, 301.0])
 
     def outputs(model: DiffusersPolicy) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_a_saved_policy_is_read_back_with_equal_outputs(
 
 
 def test_a_copy_shares_the_text_encoders_and_trains_its_own_adapters(folders: dict[str, str]) -> None:
-    policy = load(folders, "sd", lora_rank=2)
+    policy = load(folders, "sd", LoraOptions(rank=2))
     other = copy.deepcopy(policy)
     assert other.frozen is policy.frozen
     assert {name for name, _ in policy.named_parameters()} == {
@@ -228,7 +228,7 @@ def test_a_copy_shares_the_text_encoders_and_trains_its_own_adapters(folders: di
 
 
 def test_rewards_on_pixels_reach_the_adapters_through_the_decoder(folders: dict[str, str]) -> None:
-    policy = load(folders, "sd", lora_rank=2)
+    policy = load(folders, "sd", LoraOptions(rank=2))
     shake(policy)
     output = policy.predict(draw(policy), torch.tensor([501.0, 501.0]), policy.encode(PROMPTS), 1.0)
     policy.decode(output).mean().backward()
@@ -262,12 +262,17 @@ def test_half_precision_weights_keep_latents_and_images_in_float32(folders: dict
     [
         ("sd", {"height": 17}, r"model.pipeline.height is 17: this pipeline needs a multiple of 2"),
         ("flux", {"height": 18}, r"model.pipeline.height is 18: this pipeline needs a multiple of 4"),
-        ("sd", {"lora_rank": 2, "lora_targets": ["to_z"]}, r"model.pipeline.lora_targets \['to_z'\]: Target modules"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(folders: dict[str, str], family: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_diffusers_policy(folders[family], PipelineConfig(**{"height": 16, "width": 16, **options}))
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_for_layers_that_are_not_there_are_one_line(folders: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"model.lora.targets \['to_z'\]: Target modules") as error:
+        load(folders, "sd", LoraOptions(rank=2, targets=["to_z"]))
     assert "\n" not in str(error.value)
 
 
@@ -279,10 +284,10 @@ def test_folders_that_do_not_fit_are_one_line(folders: dict[str, str], tmp_path:
     (tmp_path / "odd" / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
     with pytest.raises(ValueError, match="is a AudioLDMPipeline: known pipelines are StableDiffusionPipeline, "):
         load_diffusers_policy(str(tmp_path / "odd"), options)
-    policy = load_diffusers_policy(folders["sd"], PipelineConfig(height=SIZE, width=SIZE, lora_rank=2))
+    policy = load(folders, "sd", LoraOptions(rank=2))
     policy.save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"model.pipeline.lora_rank is 4, the adapters in .* have rank 2"):
-        load_diffusers_policy(str(tmp_path / "lora"), PipelineConfig(lora_rank=4))
+    with pytest.raises(ValueError, match=r"model.lora.rank is 4, the adapters in .* have rank 2"):
+        load_diffusers_policy(str(tmp_path / "lora"), PipelineConfig(), LoraOptions(rank=4))
     index = json.loads((tmp_path / "lora" / "lora_policy.json").read_text())
     index["lora"]["target_modules"] = ["to_q"]
     (tmp_path / "lora" / "lora_policy.json").write_text(json.dumps(index))
@@ -301,7 +306,7 @@ def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: di
         policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 2.0)
     with pytest.raises(ValueError, match="takes text prompts, the task gave 7"):
         policy.encode(["a cat", 7])
-    with pytest.raises(ValueError, match=r"model.pipeline.lora_rank is 0"), policy.reference():
+    with pytest.raises(ValueError, match=r"model.lora.rank is 0"), policy.reference():
         pass
 
 
@@ -312,7 +317,7 @@ SAMPLERS = {"sd": {"kind": "ddim"}, "sdxl": {"kind": "ddim"}, "sd3": {"kind": "f
 def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likelier(
     folders: dict[str, str], family: str
 ) -> None:
-    policy = load(folders, family, lora_rank=2)
+    policy = load(folders, family, LoraOptions(rank=2))
     options = LatentSamplerOptions(**SAMPLERS[family], num_inference_steps=3, guidance_scale=GUIDANCE[family])
     requests = [LatentRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     ran: list[int] = []

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from rl.config import ModelConfig
+from rl.models.load import load_policy, save_policy
+from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
 from tests import runs
 
@@ -39,6 +42,7 @@ BATCH_WIDE = {
     "batch_std": ["algorithm.scale=batch_std"],
     "trajectory_mean": ["algorithm.aggregation=trajectory_mean", "algorithm.kl_to=reference", "algorithm.kl_coef=0.1"],
 }
+LORA_STAGES = [2, 3]
 # A forward counts once whatever its batch, and equal canvases of a micro-batch share one.
 DEPENDS_ON_THE_CUT = {
     f"cost/{name}" for name in ("forward_passes", "backward_passes", "sequence_forwards", "tokens_forwarded")
@@ -47,7 +51,11 @@ DEPENDS_ON_THE_CUT = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("distributed")
+    """Where all runs are; `base` in it is a saved model that adapters can be put into."""
+    root = tmp_path_factory.mktemp("distributed")
+    tokenizer = char_tokenizer("01234=")
+    save_policy(load_policy(ModelConfig(backbone=runs.GPT2), tokenizer, seed=0), tokenizer, root / "base")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +63,22 @@ def one_rank(folder: Path) -> Path:
     """The runs of one rank, in this process."""
     for name, overrides in {"plain": [], **CUTS, **BATCH_WIDE}.items():
         runs.train_here(runs.tiny_config(folder / "one" / name, SEED, *overrides))
+    runs.train_here(lora_config(folder / "one", 0))
     return folder / "one"
 
 
-def zero_config(home: Path, stage: int) -> list[str]:
+def zero_config(home: Path, stage: int, *overrides: str) -> list[str]:
     checkpoints = ["checkpoint.every=1", "checkpoint.keep=9"]
-    return runs.tiny_config(home / f"zero{stage}", SEED, f"train.deepspeed={runs.ZERO[stage]}", *checkpoints)
+    return runs.tiny_config(
+        home / f"zero{stage}", SEED, f"train.deepspeed={runs.ZERO[stage]}", *checkpoints, *overrides
+    )
+
+
+def lora_config(home: Path, stage: int) -> list[str]:
+    """Adapters alone are trained, with a reference and a critic that share the model they are in."""
+    recipe = "{name: tracerl, kl_to: reference, kl_coef: 0.1, value: {lam: 0.9, optimizer: {eps: 1e-3}}}"
+    path = f"model.path={home.parent / 'base'}"
+    return zero_config(home / "lora", stage, "model.backbone={}", path, "model.lora.rank=2", f"algorithm={recipe}")
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +86,10 @@ def two_ranks(folder: Path) -> Path:
     """The same on two ranks, for every ZeRO stage. DeepSpeed must not compile anything on the way."""
     home = folder / "two"
     configs = [zero_config(home, stage) for stage in runs.ZERO]
+    configs += [lora_config(home, stage) for stage in LORA_STAGES]
     configs += [runs.tiny_config(home / name, SEED, *overrides) for name, overrides in BATCH_WIDE.items()]
     extensions = folder / "extensions"
-    done = runs.torchrun(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions))
+    done = runs.torchrun(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(extensions.rglob("*.so")), "DeepSpeed compiled an op"
     return home
@@ -160,6 +179,14 @@ def test_two_ranks_equal_one(one_rank: Path, two_ranks: Path, stage: int) -> Non
     same_run(two_ranks / f"zero{stage}" / "run", one_rank / "plain" / "run")
 
 
+@pytest.mark.parametrize("stage", LORA_STAGES)
+def test_adapters_on_two_ranks_equal_those_on_one(one_rank: Path, two_ranks: Path, stage: int) -> None:
+    run = two_ranks / "lora" / f"zero{stage}" / "run"
+    same_run(run, one_rank / "lora" / "zero0" / "run")
+    assert runs.largest_difference(runs.weights(run, 1), runs.weights(run, 3)) > 1e-3
+    assert all("lora_" in name for name in runs.weights(run))
+
+
 @pytest.mark.parametrize("name", BATCH_WIDE)
 def test_what_is_taken_over_the_batch_is_taken_over_all_ranks(one_rank: Path, two_ranks: Path, name: str) -> None:
     same_run(two_ranks / name / "run", one_rank / name / "run")
@@ -195,49 +222,58 @@ def test_deepspeed_launcher(one_rank: Path, folder: Path) -> None:
 
 def test_resume_on_two_ranks(two_ranks: Path, folder: Path) -> None:
     """Bit for bit for every stage, also past a newest checkpoint that is damaged."""
-    resumed = folder / "resumed"
-    for stage in runs.ZERO:
-        shutil.copytree(two_ranks / f"zero{stage}" / "run", resumed / f"zero{stage}" / "run")
-        checkpoints = resumed / f"zero{stage}" / "run" / "checkpoints"
+    wholes = {f"zero{stage}": zero_config(two_ranks, stage) for stage in runs.ZERO}
+    wholes["lora"] = lora_config(two_ranks, 3)
+    configs = []
+    for name, arguments in wholes.items():
+        home = folder / "resumed" / name
+        shutil.copytree(Path(arguments[1]).parent / "run", home / "run")
+        checkpoints = home / "run" / "checkpoints"
         (checkpoints / "step_3" / "complete.json").unlink()
         victim = max((checkpoints / "step_2" / "policy").rglob("*.pt"), key=lambda path: path.stat().st_size)
         victim.write_bytes(victim.read_bytes()[:-1])
-    configs = [runs.resumed_config(resumed / f"zero{stage}", zero_config(two_ranks, stage)) for stage in runs.ZERO]
+        configs.append(runs.resumed_config(home, arguments))
     done = runs.torchrun(2, *runs.many(configs))
     assert done.returncode == 0, done.stderr[-3000:]
     output = " ".join(done.stdout.split())
-    assert output.count("complete.json is missing") == len(runs.ZERO)
-    assert output.count("resumed from") == len(runs.ZERO)
-    for stage in runs.ZERO:
-        run, whole = resumed / f"zero{stage}" / "run", two_ranks / f"zero{stage}" / "run"
+    assert output.count("complete.json is missing") == len(wholes)
+    assert output.count("resumed from") == len(wholes)
+    for name, arguments in wholes.items():
+        run, whole = folder / "resumed" / name / "run", Path(arguments[1]).parent / "run"
         assert f"resumed from {run / 'checkpoints' / 'step_1'}" in output
         assert runs.lines(run) == runs.lines(whole)
         assert runs.largest_difference(runs.weights(run), runs.weights(whole)) == 0.0
 
 
-def continued(source: Path, home: Path, stage: int, step: int) -> list[str]:
-    """A copy of a run as it was after `step`, and the arguments that resume it."""
-    shutil.copytree(source / f"zero{stage}" / "run", home / f"zero{stage}" / "run")
+def continued(arguments: list[str], home: Path, step: int) -> list[str]:
+    """A copy in `home` of a run as it was after `step`, and the arguments that resume it."""
+    shutil.copytree(Path(arguments[1]).parent / "run", home / "run")
     for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(home / f"zero{stage}" / "run" / "checkpoints" / f"step_{later}")
-    return runs.resumed_config(home / f"zero{stage}", zero_config(source, stage))
+        shutil.rmtree(home / "run" / "checkpoints" / f"step_{later}")
+    return runs.resumed_config(home, arguments)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_ranks_go_on_as_one(one_rank: Path, two_ranks: Path, folder: Path, stage: int) -> None:
     """Weights, moments and schedule survive the new cut: the rest of the run is that of one rank."""
-    home = folder / "fewer"
-    runs.train_here(continued(two_ranks, home, stage, step=1))
-    same_run(home / f"zero{stage}" / "run", one_rank / "plain" / "run")
-    assert not list((home / f"zero{stage}" / "run" / "checkpoints").glob("universal*"))
+    home = folder / "fewer" / f"zero{stage}"
+    runs.train_here(continued(zero_config(two_ranks, stage), home, step=1))
+    same_run(home / "run", one_rank / "plain" / "run")
+    assert not list((home / "run" / "checkpoints").glob("universal*"))
+
+
+def test_adapters_of_two_ranks_go_on_as_one(one_rank: Path, two_ranks: Path, folder: Path) -> None:
+    home = folder / "fewer" / "lora"
+    runs.train_here(continued(lora_config(two_ranks, 3), home, step=1))
+    same_run(home / "run", one_rank / "lora" / "zero0" / "run")
 
 
 def test_one_rank_goes_on_as_two(one_rank: Path, folder: Path) -> None:
     home = folder / "more"
     for stage in (2, 3):
         runs.train_here(zero_config(home / "one", stage))
-    configs = [continued(home / "one", home / "two", stage, step=1) for stage in (2, 3)]
+    configs = [continued(zero_config(home / "one", stage), home / f"two{stage}", step=1) for stage in (2, 3)]
     done = runs.torchrun(2, *runs.many(configs))
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in (2, 3):
-        same_run(home / "two" / f"zero{stage}" / "run", one_rank / "plain" / "run")
+        same_run(home / f"two{stage}" / "run", one_rank / "plain" / "run")

@@ -139,7 +139,7 @@ def test_a_run_learns_the_noise_and_nothing_else(tmp_path: Path) -> None:
         (["model.initial_noise=standard"], "needs model.initial_noise=learned"),
         (["model.path=null"], "set model.path to a trained one"),
         (["sft.steps=2"], "the sft stage trains the built-in image model alone: set sft.steps=0"),
-        (["model.initial_noise=standard", "algorithm.name=ddpo", "model.pipeline.lora_rank=2"], "no such options"),
+        (["model.initial_noise=standard", "algorithm.name=ddpo", "model.pipeline.height=8"], "no such options"),
     ],
 )
 def test_mistakes_are_one_clear_line(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -71,11 +71,13 @@ class ImagesMedium:
         if path is not None and not _is_class_policy(path):
             from rl.models.diffusers_policy import load_diffusers_policy
 
-            return load_diffusers_policy(path, config.pipeline, self.config.run.seed)
+            return load_diffusers_policy(path, config.pipeline, config.lora, self.config.run.seed)
         if config.pipeline != PipelineConfig():
             raise ValueError(
                 "model.pipeline is for pipelines of diffusers: the built-in image model has no such options"
             )
+        if config.lora.rank:
+            raise ValueError("model.lora is for pipelines of diffusers: set model.lora.rank to 0")
         if path is not None:
             return ClassPolicy.from_pretrained(path)
         classes = getattr(self.task, "classes", None)

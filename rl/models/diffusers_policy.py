@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rl.config import PipelineConfig
+from rl.config import LoraOptions, PipelineConfig
 from rollouts.model_protocol import Conditioning
 
 INDEX = "lora_policy.json"
@@ -49,16 +49,16 @@ class DiffusersPolicy(nn.Module):
     # Components of the pipeline that are not loaded: a safety checker would replace what the reward should judge.
     without: tuple[str, ...] = ("feature_extractor", "image_encoder")
 
-    def __init__(self, pipeline: Any, options: PipelineConfig, source: str) -> None:
+    def __init__(self, pipeline: Any, options: PipelineConfig, lora: LoraOptions, source: str) -> None:
         super().__init__()
-        self.options, self.source = options, source
+        self.options, self.lora, self.source = options, lora, source
         self.frozen = _Frozen(pipeline)
         self.denoiser = getattr(pipeline, self.denoiser_name).eval()
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
-                part.eval().requires_grad_(name == self.denoiser_name and not options.lora_rank)
+                part.eval().requires_grad_(name == self.denoiser_name and not lora.rank)
         pipeline.vae.float()
-        if options.lora_rank:
+        if lora.rank:
             self._add_lora()
         if options.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
@@ -135,8 +135,8 @@ class DiffusersPolicy(nn.Module):
         Raises:
             ValueError: every weight is trained, so the start is gone.
         """
-        if not self.options.lora_rank:
-            raise ValueError("model.pipeline.lora_rank is 0: without adapters the weights before training are not kept")
+        if not self.lora.rank:
+            raise ValueError("model.lora.rank is 0: without adapters the weights before training are not kept")
         self.denoiser.disable_adapters()
         try:
             yield
@@ -155,7 +155,7 @@ class DiffusersPolicy(nn.Module):
         With LoRA it holds the adapters as any diffusers pipeline loads them (`load_lora_weights`) and the name of the
         pipeline they belong to; without, the whole pipeline.
         """
-        if not self.options.lora_rank:
+        if not self.lora.rank:
             self._save_pipeline(self.denoiser, path)
             return
         from diffusers.training_utils import _collate_lora_metadata
@@ -174,7 +174,7 @@ class DiffusersPolicy(nn.Module):
 
     def save_merged(self, path: str | os.PathLike[str]) -> None:
         """Write the whole pipeline with the adapters merged into its weights: any diffusers program can load it."""
-        if not self.options.lora_rank:
+        if not self.lora.rank:
             self._save_pipeline(self.denoiser, path)
             return
         import copy
@@ -194,12 +194,12 @@ class DiffusersPolicy(nn.Module):
             pipeline.register_modules(**{self.denoiser_name: own})
 
     def _add_lora(self) -> None:
-        config = lora_config(self.options, self.lora_layers)
+        config = lora_config(self.lora, self.lora_layers)
         try:
             self.denoiser.add_adapter(config)
         except ValueError as error:
-            targets = self.options.lora_targets or list(self.lora_layers)
-            raise ValueError(f"model.pipeline.lora_targets {targets}: {str(error).splitlines()[0]}") from error
+            targets = self.lora.targets or list(self.lora_layers)
+            raise ValueError(f"model.lora.targets {targets}: {str(error).splitlines()[0]}") from error
 
     # ---- what a family decides -------------------------------------------------------------------------------------
 
@@ -244,16 +244,15 @@ class DiffusersPolicy(nn.Module):
         }
 
 
-def lora_config(options: PipelineConfig, layers: Sequence[str]) -> Any:
+def lora_config(options: LoraOptions, layers: Sequence[str]) -> Any:
     """peft's description of the adapters; `layers` where the options name none."""
     from peft import LoraConfig
 
-    rank, alpha = options.lora_rank, options.lora_alpha
     return LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
         init_lora_weights="gaussian",
-        target_modules=options.lora_targets or list(layers),
+        target_modules=options.targets or list(layers),
     )
 
 
@@ -435,19 +434,22 @@ class Flux(_Transformer):
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)}
 
 
-def load_diffusers_policy(path: str, options: PipelineConfig, seed: int = 0) -> DiffusersPolicy:
+def load_diffusers_policy(
+    path: str, options: PipelineConfig, lora: LoraOptions | None = None, seed: int = 0
+) -> DiffusersPolicy:
     """A policy from a pipeline's folder or hub name, or from a folder of `save_pretrained`, in eval mode.
 
     Args:
-        options: `lora_*` may be left out for a saved policy, which has its own.
+        lora: may be left out for a policy saved with adapters, which has its own.
         seed: draws the initial weights of new adapters.
 
     Raises:
         ValueError: the folder is missing or incomplete, or the pipeline is of no known family.
     """
+    lora = lora or LoraOptions()
     index = Path(path) / INDEX
     if index.is_file():
-        return _load_lora(path, json.loads(index.read_text()), options)
+        return _load_lora(path, json.loads(index.read_text()), options, lora)
     import diffusers
 
     try:
@@ -468,10 +470,10 @@ def load_diffusers_policy(path: str, options: PipelineConfig, seed: int = 0) -> 
         raise _cannot_load(path, error) from error
     torch.manual_seed(seed)
     # A folder is remembered by its full path: the adapters must find it from wherever they are loaded.
-    return family(pipeline, options, str(Path(path).resolve()) if Path(path).is_dir() else path).eval()
+    return family(pipeline, options, lora, str(Path(path).resolve()) if Path(path).is_dir() else path).eval()
 
 
-def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig) -> DiffusersPolicy:
+def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig, lora: LoraOptions) -> DiffusersPolicy:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -479,10 +481,9 @@ def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig) -> Dif
     if not weights.is_file():
         raise ValueError(f"model.path {path!r} is incomplete: {WEIGHTS} is missing")
     rank, alpha, targets = (index["lora"][name] for name in ("rank", "alpha", "target_modules"))
-    if options.lora_rank not in (0, rank):
-        raise ValueError(f"model.pipeline.lora_rank is {options.lora_rank}, the adapters in {path!r} have rank {rank}")
-    own = options.model_copy(update={"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets})
-    policy = load_diffusers_policy(index["base"], own)
+    if lora.rank not in (0, rank):
+        raise ValueError(f"model.lora.rank is {lora.rank}, the adapters in {path!r} have rank {rank}")
+    policy = load_diffusers_policy(index["base"], options, LoraOptions(rank=rank, alpha=alpha, targets=targets))
     prefix = f"{policy.denoiser_name}."
     state = {name.removeprefix(prefix): values for name, values in load_file(weights).items()}
     wrong = sorted(policy.lora_state().keys() ^ state.keys())

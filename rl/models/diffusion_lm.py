@@ -8,6 +8,7 @@ It saves and loads in Hugging Face format.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -144,6 +145,11 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
     def exclude(self, ranges: Ranges) -> None:
         """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
         self.config.excluded_token_ids = [list(r) for r in ranges]
+
+    def adopt(self, described: Mapping[str, Any]) -> None:
+        """Take over what the config.json of a saved policy says beside the shape of its weights."""
+        self.config.block_length = described["block_length"]
+        self.exclude(described["excluded_token_ids"])
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""

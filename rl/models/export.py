@@ -10,7 +10,8 @@ from typing import Any
 from rl.config import ModelConfig
 from rl.models.families import FAMILIES
 from rl.models.families.family import rename
-from rl.models.load import load_policy, read_tokenizer
+from rl.models.load import load_policy, read_tokenizer, save_policy
+from rl.models.lora import has_adapters, merge_adapters
 from rl.models.weights import write_weights
 
 
@@ -49,11 +50,17 @@ def write_published(
     tokenizer.save_pretrained(path)
 
 
-def convert_folder(source: Path, target: Path, layout: str) -> None:
-    """A saved policy's folder in a published layout.
+def convert_folder(source: Path, target: Path, layout: str | None) -> None:
+    """A saved policy's folder as whole weights, adapters merged, in a published layout or (None) in ours.
 
     Raises:
         ValueError: see `write_published`.
     """
     model = load_policy(ModelConfig(path=str(source)), None, seed=0)
-    write_published(model, read_tokenizer(source), target, layout)
+    if has_adapters(model):
+        merge_adapters(model)
+    tokenizer = read_tokenizer(source)
+    if layout is None:
+        save_policy(model, tokenizer, target)
+    else:
+        write_published(model, tokenizer, target, layout)

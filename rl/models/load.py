@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rl.config import ModelConfig, PipelineConfig
+from rl.models import lora
 from rl.models.families import FAMILIES, family_of
 from rl.models.families.family import rename
 from rl.models.vocabulary import as_ranges, excluded_ranges
@@ -76,6 +77,8 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Any:
 def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
     """A policy from a folder or hub name, or a new one with weights drawn from `seed`.
 
+    A folder of adapters gives the model they belong to with them in it; `model.lora.rank` puts new ones into any other.
+
     Args:
         tokenizer: says which ids can be decoded; None leaves that as the folder has it.
 
@@ -89,7 +92,15 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
         raise ValueError("model.pipeline is for image models: this task is text, take it out of the config")
     if config.path is not None:
         check_model_folder(config.path)
-        model = _from_path(config, tokenizer)
+        base = lora.base_of(config.path)
+        if base is None:
+            model = _from_path(config, tokenizer)
+            if config.lora.rank:
+                lora.add_adapters(model, config.lora, config.path, seed)
+        else:
+            model = _with_adapters(config, base, tokenizer)
+    elif config.lora.rank:
+        raise ValueError(f"model.lora.rank is {config.lora.rank}: adapters need a model to adapt, set model.path")
     else:
         model = _new(config, tokenizer, seed)
     if tokenizer is not None:
@@ -144,6 +155,21 @@ def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
         return _diffusion_lm(config, described)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path {config.path!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
+    """The base model with the adapters of the folder `config.path` and what else that folder says about the policy."""
+    assert config.path is not None
+    try:
+        check_model_folder(base)
+        model = _from_path(config.model_copy(update={"path": base}), tokenizer or read_tokenizer(config.path))
+    except ValueError as error:
+        raise ValueError(f"model.path {config.path!r}, adapters of another model: {error}") from error
+    model.adopt(read_config(config.path))
+    if config.block_length is not None:
+        model.config.block_length = config.block_length
+    lora.load_adapters(model, config.path, config.lora)
+    return model
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -253,7 +279,10 @@ def check_model_folder(path: str) -> None:
 def save_policy(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
     """Write a Hugging Face folder that `load_policy` reads back with equal logits."""
     _quiet()
-    model.save_pretrained(path)
+    if lora.has_adapters(model):
+        lora.save_adapters(model, path)
+    else:
+        model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 

@@ -151,6 +151,10 @@ class MaskedLM(ExactRotary, nn.Module):
         """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
         self.settings["excluded_token_ids"] = [list(r) for r in ranges]
 
+    def adopt(self, described: Mapping[str, Any]) -> None:
+        """Take over what the config.json of a saved policy says beside the shape of its weights."""
+        self.settings.update(described[_SETTINGS])
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""
         encoder = {id(p) for p in self.encoder.parameters()}

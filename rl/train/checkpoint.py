@@ -161,7 +161,7 @@ def _universal(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str], layout: str | None = None) -> Path:
-    """Copy the Hugging Face folder of a checkpoint, or of a run's newest one, or convert it.
+    """Copy the Hugging Face folder of a checkpoint, or of a run's newest one, or convert it; adapters are merged.
 
     Args:
         source: run folder, checkpoint folder or model folder.
@@ -187,7 +187,7 @@ def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]
         raise ValueError(f"{target} exists: name a new folder")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if layout is None:
+    if layout is None and not (hf / "adapter_config.json").is_file():
         shutil.copytree(hf, partial)
     else:
         from rl.models.export import convert_folder

@@ -21,7 +21,7 @@ CLIP_TOKENS = 77
 
 
 def build_denoiser(config: Config, device: str = "meta") -> Any:
-    """The network of `model.backbone`, with the adapters of `model.pipeline`.
+    """The network of `model.backbone`, with the adapters of `model.lora`.
 
     Raises:
         ValueError: the config describes none.
@@ -37,8 +37,8 @@ def build_denoiser(config: Config, device: str = "meta") -> Any:
     defaults = {} if config.model.path else {"num_class_embeds": 11}
     with torch.device(device):
         model = network(**{**defaults, **settings})
-        options = config.model.pipeline
-        if options.lora_rank:
+        options = config.model.lora
+        if options.rank:
             from rl.models.diffusers_policy import DiffusersPolicy, lora_config
 
             model.requires_grad_(False)
@@ -83,9 +83,11 @@ def image_memory_lines(config: Config, ranks: int, limit_gib: float | None = Non
     steps = min(train.micro_batch_steps or sampler.num_inference_steps, sampler.num_inference_steps)
     rows = min(train.micro_batch_size, per_update) * steps * (1 if sampler.guidance_scale == 1 else 2)
     micro = activation_bytes(model, rows)
-    states = model_states(total, trained, deepspeed, ranks)
+    # As in `memory.py`: what is frozen exists once.
+    own = total if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 else trained
+    states = model_states(own, trained, deepspeed, ranks)
     reference = getattr(parse_options(config.algorithm).build(), "needs_reference", False)
-    copies = (2 if half else 4) * total * (2 if reference else 1)
+    copies = (2 if half else 4) * (total + trained * reference)
     peak = states.device + copies + micro
     lines = [
         f"memory: {total / 1e9:.3g} B parameters of the denoiser, {trained / 1e6:.3g} M trained, {ranks} rank(s), "
@@ -99,6 +101,6 @@ def image_memory_lines(config: Config, ranks: int, limit_gib: float | None = Non
     if limit_gib is not None and peak > limit_gib * GIB:
         raise ValueError(
             f"the plan needs {peak / GIB:.1f} GiB per rank and --memory is {limit_gib:g}: lower train.micro_batch_size "
-            "or train.micro_batch_steps, or take adapters (model.pipeline.lora_rank)"
+            "or train.micro_batch_steps, or take adapters (model.lora.rank)"
         )
     return lines

@@ -21,6 +21,7 @@ from torch import nn
 
 from rl.config import OptimizerConfig
 from rl.train import distributed
+from rl.train.policy import trained_copy
 
 
 def _built_in(stage: int, half: bool = False, offload: Sequence[str] = ()) -> dict[str, Any]:
@@ -65,7 +66,8 @@ class Learner:
     ):
         """
         Args:
-            module: whatever the loss calls; a copy of it is trained, the original stays plain torch.
+            module: whatever the loss calls; a copy of it is trained, the original stays plain torch. Below stage 3 the
+                two share what is frozen.
             deepspeed_json: path of the DeepSpeed config; stage, precision and offload are its business.
             total_updates: length of the learning-rate schedule.
         """
@@ -78,7 +80,8 @@ class Learner:
         config["gradient_accumulation_steps"] = 1
         config["gradient_clipping"] = optimizer.max_grad_norm
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        module = copy.deepcopy(module).to(device)
+        # Stage 3 cuts frozen weights up, too.
+        module = (copy.deepcopy(module) if self.stage == 3 else trained_copy(module)).to(device)
         half = any(config.get(kind, {}).get("enabled", False) for kind in ("bf16", "fp16"))
         if not half:
             # A checkpoint in half precision without DeepSpeed's master weights would swallow small updates.
@@ -176,14 +179,16 @@ class Learner:
 
     def save_state(self, folder: Path) -> None:
         """Write weights, optimizer and schedule; every rank writes its part."""
-        self.engine.save_checkpoint(str(folder), tag=STATE, client_state={"updates": self.updates})
+        # What is frozen never changes: a resumed run has it from where this one had it.
+        client = {"updates": self.updates}
+        self.engine.save_checkpoint(str(folder), tag=STATE, client_state=client, exclude_frozen_parameters=True)
 
     def load_state(self, folder: Path, universal: bool = False) -> None:
         """Read what `save_state` wrote, or the universal form of it, which any number of ranks can read."""
         config = self.engine._config
         config.load_universal_checkpoint = universal
         try:
-            path, client = self.engine.load_checkpoint(str(folder), tag=STATE)
+            path, client = self.engine.load_checkpoint(str(folder), tag=STATE, custom_load_fn=_load_trained)
         finally:
             config.load_universal_checkpoint = False
         assert path is not None, f"DeepSpeed found no state in {folder}"
@@ -195,12 +200,15 @@ class Learner:
 
         Sampling never runs on the engine's module: under ZeRO 3 it dies with mismatched collectives as soon
         as ranks run different numbers of forwards. Weights are gathered parameter by parameter, in the same
-        order on every rank, and `plain` takes their dtype, so that it computes what the learner computes.
+        order on every rank, and `plain` takes their dtype, so that it computes what the learner computes. Frozen
+        ones are equal already, up to that dtype.
         """
         import deepspeed
 
         theirs = dict(plain.named_parameters())
         for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad and theirs[name].dtype == parameter.dtype:
+                continue
             gather = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
             with gather:
                 theirs[name].data = theirs[name].data.to(parameter.dtype).copy_(parameter)
@@ -208,6 +216,13 @@ class Learner:
                 raise TrainingError(
                     f"update {self.updates - 1} left weights that are not finite: lower the learning rate"
                 )
+
+
+def _load_trained(src: dict[str, torch.Tensor], dst: nn.Module) -> None:
+    """Read the weights of a saved state, which has no frozen ones."""
+    frozen = {name for name, p in dst.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    found = dst.load_state_dict(src, strict=False)
+    assert frozen.issuperset(found.missing_keys) and not found.unexpected_keys, f"the state does not fit: {found}"
 
 
 def rate_factor(optimizer: OptimizerConfig, update: int, total: int) -> float:

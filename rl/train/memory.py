@@ -251,6 +251,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     from transformers import AutoConfig
 
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+    from rl.models.lora import add_adapters
 
     if medium_of(config) == "images":
         from rl.train.image_memory import image_memory_lines
@@ -274,26 +275,32 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
                     block_length=config.model.block_length,
                 )
             )
+            if config.model.lora.rank:
+                add_adapters(model, config.model.lora, "", 0)
         return model.to(dtype)
 
     backbone = AutoConfig.for_model(**shape_of)
     layers = backbone.num_hidden_layers
-    total = sum(p.numel() for p in build(layers).parameters())
+    weights = list(build(layers).parameters())
+    total, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+    # What is frozen exists once, shared by all models of a rank; a learner that shards has its part of it besides.
+    own = total if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 else trained
     recipe = parse_options(config.algorithm).build()
     value = getattr(recipe, "value", None)
-    policy = model_states(total, total, deepspeed, ranks)
-    critic = model_states(total, total, deepspeed, ranks) if value and not value.share_backbone else None
+    policy = model_states(own, trained, deepspeed, ranks)
+    critic = model_states(own, trained, deepspeed, ranks) if value and not value.share_backbone else None
     shape = batch_shape(config, prompt_length)
     recompute = config.model.gradient_checkpointing
     micro = activations(build, layers, shape).peak(recompute)
     size = 2 if half else 4
     # Everybody samples with a whole copy, whatever the stage.
-    copies = size * total * (2 if recipe.needs_reference else 1)
+    copies = size * (total + trained * recipe.needs_reference)
     cache, logits = _rollout_bytes(config, backbone, size, ranks, prompt_length)
     states = policy.device + (critic.device if critic else 0.0)
     learning, sampling = states + copies + micro, states + copies + cache + logits
+    part = "" if trained == total else f"{trained / 1e6:.3g} M of them trained, "
     lines = [
-        f"memory: {total / 1e9:.3g} B parameters, {ranks} rank(s), {config.train.deepspeed}, per rank in GiB",
+        f"memory: {total / 1e9:.3g} B parameters, {part}{ranks} rank(s), {config.train.deepspeed}, per rank in GiB",
         f"memory: {learner_line('policy', policy)}",
         *([f"memory: {learner_line('value model', critic)}"] if critic else []),
         f"memory: copy that samples{' and frozen reference' if recipe.needs_reference else ''} {copies / GIB:.2f}",
@@ -305,7 +312,8 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     host = policy.host + (critic.host if critic else 0.0)
     if host:
         lines.append(f"memory: on the host {host / GIB:.2f} per rank")
-    lines += _deepspeed_says(total, deepspeed, ranks)
+    if trained == total:
+        lines += _deepspeed_says(total, deepspeed, ranks)
     if limit_gib is not None and max(learning, sampling) > limit_gib * GIB:
         raise ValueError(
             f"the plan needs {max(learning, sampling) / GIB:.1f} GiB per rank and --memory is {limit_gib:g}: take more "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from rl.train.ahead import Ahead
 from rl.train.engines import PolicyWeights, engine_needs, open_engine
 from rl.train.filters import keep_mask
 from rl.train.plan import about
+from rl.train.policy import share_frozen, trained_copy
 from rollouts.engines.base import Engine, EngineStats, check_versions, require
 
 T = TypeVar("T")
@@ -279,12 +279,16 @@ class Session:
         self.medium.save_model(self.model, path)
 
     def starting_policy(self, resumed: bool) -> Any:
-        """A frozen copy of the policy RL started from.
+        """A frozen copy of the policy RL started from; what is never trained is not copied.
 
         Args:
             resumed: take it from the run folder: `model` has moved on, or is about to.
         """
-        start = self.medium.load_model(str(self.run_dir / "warm_start")) if resumed else copy.deepcopy(self.model)
+        if resumed:
+            start = self.medium.load_model(str(self.run_dir / "warm_start"))
+            share_frozen(start, self.model)
+        else:
+            start = trained_copy(self.model)
         return start.to(self.device).eval().requires_grad_(False)
 
     def spend(self, **amounts: float) -> None:

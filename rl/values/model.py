@@ -7,12 +7,11 @@ so it knows exactly what the policy knew.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from rl.estimators.rows import ScoringRows, hidden_states, score_rows
+from rl.train.policy import trained_copy
 
 
 class ValueHead(nn.Module):
@@ -30,11 +29,11 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """Own backbone, copied from the policy, and a head."""
+    """Own backbone, copied from the policy, and a head. Of a policy with adapters, only those are copied."""
 
     def __init__(self, policy_model: nn.Module):
         super().__init__()
-        self.model = copy.deepcopy(policy_model)
+        self.model = trained_copy(policy_model)
         # The copied output head predicts nothing here; left trainable it would only cost optimizer state.
         for parameter in self.model.head_parameters():  # type: ignore[operator]
             parameter.requires_grad_(False)

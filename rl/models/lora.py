@@ -1,0 +1,168 @@
+"""Low-rank adapters on language models (Hu et al. 2021, arXiv 2106.09685), through peft.
+
+Adapters sit below the output head and are all that is trained. The policy stays the class it was, with other layers
+inside, so sampling, scoring, copies and ZeRO know nothing of them. A saved policy is the adapters in peft's layout, the
+name of the model they belong to, and the config.json that the policy would have without them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rl.config import LoraOptions
+from rl.models.weights import check_weights, shapes_of
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# Under this name peft keeps the weights of the module it was given.
+_PREFIX = "base_model.model."
+
+
+def backbone(policy: Any) -> Any:
+    """The transformers model below the head of a `DiffusionLM` or a `MaskedLM`; adapters go in here."""
+    return policy.backbone if hasattr(policy, "backbone") else policy.encoder
+
+
+def has_adapters(policy: Any) -> bool:
+    return hasattr(backbone(policy), "peft_config")
+
+
+def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> None:
+    """Put new adapters into a policy, which change nothing yet, and freeze everything else.
+
+    Args:
+        base: what the policy was loaded from. A folder is remembered by its full path: the adapters must find it from
+            wherever they are loaded.
+
+    Raises:
+        ValueError: the targets name no layer, or one that is not linear.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    below = backbone(policy)
+    linear = {name: type(m) for name, m in below.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    if not linear:
+        raise ValueError(f"model.lora.rank is {options.rank}: the backbone {type(below).__name__} has no linear layers")
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        target_modules=options.targets or {name.rpartition(".")[2] for name in linear},
+        # transformers' Conv1D, the linear layer of GPT-2, holds its weight the other way round.
+        fan_in_fan_out=Conv1D in linear.values(),
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+    )
+    torch.manual_seed(seed)
+    _inject(policy, config, f"model.lora.targets {options.targets}")
+
+
+def _inject(policy: Any, config: Any, field: str) -> None:
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    below = backbone(policy)
+    try:
+        inject_adapter_in_model(config, below)
+    except ValueError as error:
+        raise ValueError(f"{field}: {str(error).splitlines()[0]}") from error
+    for name, module in below.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            raise ValueError(f"{field}: {name} is no linear layer, only those take an adapter")
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _state(policy: Any) -> dict[str, torch.Tensor]:
+    """The adapters under the names they have in files."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(backbone(policy), save_embedding_layers=False)
+    return {_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def save_adapters(policy: Any, path: str | os.PathLike[str]) -> None:
+    """Write a folder that `load_policy` reads back with equal logits, and `peft.PeftModel` on the backbone too."""
+    from safetensors.torch import save_file
+
+    Path(path).mkdir(parents=True, exist_ok=True)
+    config = copy.copy(backbone(policy).peft_config["default"])
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(policy).items()}
+    save_file(state, Path(path) / WEIGHTS, metadata={"format": "pt"})
+    policy.config.save_pretrained(path)
+
+
+def base_of(path: str | os.PathLike[str]) -> str | None:
+    """The model that the adapters in a folder belong to; None for any other folder.
+
+    Raises:
+        ValueError: they are of a kind that is not read here, or do not name it.
+    """
+    if not (Path(path) / CONFIG).is_file():
+        return None
+    base = _read_config(path).base_model_name_or_path
+    if not base:
+        raise ValueError(f"model.path {str(path)!r}: {CONFIG} does not name the base model")
+    return base
+
+
+def _read_config(path: str | os.PathLike[str]) -> Any:
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(path))
+    plain = config.peft_type == "LORA" and config.bias == "none" and not (config.modules_to_save or config.use_dora)
+    if not plain:
+        raise ValueError(f"model.path {str(path)!r}: only plain LoRA is read, without biases, DoRA or whole modules")
+    return config
+
+
+def load_adapters(policy: Any, path: str | os.PathLike[str], options: LoraOptions) -> None:
+    """Put saved adapters into the policy they belong to; its weights take their dtype.
+
+    Raises:
+        ValueError: they are incomplete, do not fit, or are of another rank than the options ask for.
+    """
+    from safetensors.torch import load_file
+
+    where = f"model.path {str(path)!r}"
+    file = Path(path) / WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{where} is incomplete: {WEIGHTS} is missing")
+    config = _read_config(path)
+    if options.rank not in (0, config.r):
+        raise ValueError(f"model.lora.rank is {options.rank}, the adapters in {str(path)!r} have rank {config.r}")
+    saved = load_file(file)
+    policy.to(next(iter(saved.values())).dtype)
+    config.inference_mode = False
+    _inject(policy, config, where)
+    own = _state(policy)
+    check_weights(shapes_of(own), shapes_of(saved), where)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def merge_adapters(policy: Any) -> None:
+    """Add the adapters to the weights they adapt: a policy without adapters, each weight rounded once to its dtype."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    below = backbone(policy)
+    for name, module in list(below.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            dtype = module.get_base_layer().weight.dtype
+            module.to(torch.promote_types(dtype, torch.float32)).merge()
+            owner, _, leaf = name.rpartition(".")
+            setattr(below.get_submodule(owner), leaf, module.get_base_layer().to(dtype))
+    del below.peft_config
+    policy.requires_grad_(True)
