@@ -13,12 +13,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rl.cli import main
-from rl.config import LoraOptions, ModelConfig
+from rl.config import LoraOptions, ModelConfig, load_config
 from rl.estimators.trace_rows import trace_rows
 from rl.models.load import load_policy, save_policy
 from rl.models.lora import WEIGHTS, backbone, merge_adapters
@@ -207,6 +207,62 @@ def test_the_learner_scores_what_was_sampled_and_recomputing_changes_no_gradient
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=0, atol=1e-9)
         assert gradient.abs().max() > 0, key
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(path: str | Path, **lora: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path, **lora)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_options_that_do_not_fit_are_one_line(folder_of: Callable[[str], str]) -> None:
+    folder = folder_of("llada")
+    with pytest.raises(ValueError, match=r"model\.lora\.dropout is 0\.1: rollout and update would see different"):
+        load_config(None, ["model.lora.rank=4", "model.lora.dropout=0.1"])
+    new = ModelConfig(backbone=runs.GPT2, lora=LoraOptions(rank=4))
+    with pytest.raises(ValueError, match=r"model\.lora\.rank is 4: adapters need a model to adapt, set model\.path"):
+        load_policy(new, TOKENIZER, seed=0)
+    assert "model.lora.targets ['q_prj']: Target modules" in refusal(folder, rank=2, targets=["q_prj"])
+    assert "model.lora.targets ['lm_head']: Target modules" in refusal(folder, rank=2, targets=["lm_head"])
+    assert "['embed_tokens']: embed_tokens is no linear layer" in refusal(folder, rank=2, targets=["embed_tokens"])
+    targets = load(folder, rank=2, targets=["q_proj", "v_proj"])
+    assert sum(p.requires_grad for p in targets.parameters()) == 2 * 2 * 2
+
+
+def test_a_backbone_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    conv = ModelConfig(backbone={"model_type": "dilated_conv", "hidden_size": 8})
+    save_policy(load_policy(conv, TOKENIZER, seed=0), TOKENIZER, tmp_path)
+    assert "model.lora.rank is 2: the backbone DilatedConv has no linear layers" in refusal(tmp_path, rank=2)
+
+
+def test_adapters_that_do_not_fit_are_one_line(folder_of: Callable[[str], str], tmp_path: Path) -> None:
+    folder, saved = Path(folder_of("llada")), tmp_path / "saved"
+    save_policy(load(folder, rank=2), TOKENIZER, saved)
+    assert "model.lora.rank is 4, the adapters in" in refusal(saved, rank=4)
+    weights, described = load_file(saved / WEIGHTS), json.loads((saved / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(folder)
+    first = min(weights)
+    save_file({n: t for n, t in weights.items() if n != first}, saved / WEIGHTS)
+    assert f"is incomplete: 1 weights are missing, {first} first" in refusal(saved)
+    save_file(weights | {first: weights[first][:, :3].contiguous()}, saved / WEIGHTS)
+    assert f"{first} has shape" in refusal(saved)
+    (saved / WEIGHTS).unlink()
+    assert f"model.path '{saved}' is incomplete" in refusal(saved)
+    save_file(weights, saved / WEIGHTS)
+    for change, message in (
+        ({"bias": "all"}, "only plain LoRA is read"),
+        ({"use_dora": True}, "only plain LoRA is read"),
+        ({"base_model_name_or_path": None}, "adapter_config.json does not name the base model"),
+    ):
+        (saved / "adapter_config.json").write_text(json.dumps(described | change))
+        assert message in refusal(saved)
+    (saved / "adapter_config.json").write_text(json.dumps(described))
+    folder.rename(tmp_path / "moved")
+    assert f"model.path '{saved}', adapters of another model: model.path '{folder}'" in refusal(saved)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from rl.config import OptimizerConfig, load_config
+from rl.config import LoraOptions, OptimizerConfig, load_config
 from rl.estimators.logprob import logprob_and_entropy
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.models.lora import add_adapters
 from rl.train.learner import Learner, read_deepspeed_config
 from rl.train.memory import GIB, BatchShape, activations, batch_shape, memory_lines, model_states
 from tests import runs
@@ -58,6 +59,27 @@ def test_states_are_what_the_engine_holds() -> None:
     assert plan.parameters == sum(p.numel() * p.element_size() for p in learner.module.parameters())
     moments = [v for state in learner.optimizer.state.values() for v in state.values() if v.dim()]
     assert plan.optimizer == sum(v.numel() * v.element_size() for v in moments)
+
+
+def test_adapters_share_the_model_they_are_in() -> None:
+    """What learner and sampling copy hold together is the plan's two lines; only adapters have moments."""
+    model = build(1, "cpu", "qwen3")
+    add_adapters(model, LoraOptions(rank=2), "", 0)
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    assert trained == 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
+    learner = Learner(model, "zero0", OptimizerConfig(), 1, torch.device("cpu"))
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    learner.update([lambda: learner.engine(ids).square().mean()], lambda: torch.zeros(()))
+    plan = model_states(trained, trained, read_deepspeed_config("zero0"), 1)
+    held = {p.data_ptr(): p.numel() * 4 for p in [*model.parameters(), *learner.module.parameters()]}
+    assert sum(held.values()) == plan.parameters + 4 * total
+    assert plan.gradients == sum(p.numel() * 4 for p in learner.module.parameters() if p.requires_grad)
+    moments = [v for state in learner.optimizer.state.values() for v in state.values() if v.dim()]
+    assert plan.optimizer == sum(v.numel() * v.element_size() for v in moments)
+    # 4 layers of 64 wide, 4 heads of 16 with 2 for keys and values, 128 inside.
+    lines = memory_lines(load_config(None, config("model.lora.rank=2")), 2, 8)
+    assert 4 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)) == 8192
+    assert "0.00819 M of them trained" in lines[0]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
