@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from rl.advantages import mdpo_advantage
+from rl.algorithms import parse_options
+from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.estimators.fill_rows import StepNotes, fill_rows, num_fill_targets, step_notes
 from rl.estimators.rows import score_rows
 from rl.evaluate.backslide import Backslide, backslide_of
+from rl.media.text import TextMedium
 from rl.track.report import write_report
 from rl.track.verdict import backslide_line
+from rl.train.loop import train
+from rl.train.plan import check_run
+from rl.train.sampling import sample_step
+from rl.train.session import Session
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -235,6 +242,44 @@ def test_failed_fills_are_counted_like_failed_verdicts(tmp_path: Path) -> None:
     assert line["policy/decisions"] == 0
 
 
+def test_remasking_decoding_is_trained_as_it_decodes(tmp_path: Path) -> None:
+    """The published pair, MDPO and running-confidence remasking, through the whole loop."""
+    arguments = tiny_config(
+        tmp_path, "algorithm.name=mdpo", "algorithm.entropy_coef=0", "sampler.record_x0=true", "sampler.preset=rcr",
+        "sampler.block_length=8", "sampler.num_inference_steps=8", "eval.num_inference_steps=[8]",
+        "train.steps=2", "train.max_logprob_gap=1e-4", "eval.num_prompts=2",
+        "eval.viewer_items=0",
+    )  # fmt: skip
+    config = load_config(arguments[1], arguments[2:])
+    check_run(config)
+    with Session.open(config) as session:
+        train(session)
+        rollouts = sample_step(session, 2, 0, step_rewards=True)
+        rows = fill_rows(rollouts.trajectories, session.model, None)
+        with torch.no_grad():
+            gap = (rows.score(session.model)[0] - rows.recorded).abs()
+    run = lines(tmp_path / "run", "train")
+    assert len(run) == 2 and all(line["policy/grad_norm"] > 0 and line["policy/decisions"] > 16 for line in run)
+    assert all(line["policy/logprob_gap_max"] < 1e-4 for line in run)
+    # The sampler of that run does take tokens back, into earlier blocks too.
+    assert float(gap.max()) < 1e-4
+    assert len(gap) == sum(int((~np.isnan(t.x0_logprob)).sum()) for t in rollouts.trajectories)
+    assert sum(int((~t.is_reveal).sum()) for t in rollouts.trajectories) > 16
+    assert any((np.diff(t.block_of(t.position)) < 0).any() for t in rollouts.trajectories)
+
+
+def test_a_rank_without_rollouts_fills_up_with_one_draw_and_any_other_with_the_steps_it_may_train(make_model) -> None:
+    """Not with every step: at 128 steps these rows would be the largest of the run."""
+    model = make_model("gpt2-full")
+    config = load_config(None, ["algorithm.name=mdpo", "algorithm.train_steps=3", "sampler.record_x0=true"])
+    recipe = parse_options(config.algorithm).build()
+    rows = recipe.rows([TextMedium(config, None).smallest_trajectory(model)], model)
+    assert len(rows.target) == rows.num_rows == 1 and torch.isfinite(rows.score(model)[0]).all()
+    trajectory = sampled(model, 1)[0]
+    rows = recipe.rows([trajectory], model)
+    assert rows.num_rows == 3 and rows.step.tolist() == [0] * 8 + [1] * 6 + [2] * 4
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -248,9 +293,6 @@ def test_failed_fills_are_counted_like_failed_verdicts(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, override: str, message: str) -> None:
-    from rl.config import load_config
-    from rl.train.plan import check_run
-
     arguments = tiny_config(
         tmp_path, "algorithm.name=mdpo", "algorithm.entropy_coef=0", "sampler.record_x0=true", override
     )

@@ -59,11 +59,8 @@ class MDPOOptions(RecipeOptions):
 
         from rl.advantages import mdpo_advantage
         from rl.estimators.fill_rows import fill_rows, num_fill_targets, step_notes
-        from rl.estimators.trace_rows import remask_rows
 
         def rows(trajectories: Any, model: Any, block: int | None = None, steps: Any = None) -> Any:
-            if steps is None:  # what a rank without rollouts fills up with
-                return remask_rows(trajectories, logit_shift=model.logit_shift)
             return fill_rows(trajectories, model, steps, self.targets, self.confidence_weight, self.train_steps)
 
         names = ("credit", "compare", "scale", "train_steps", "select", "mask_weight")

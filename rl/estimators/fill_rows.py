@@ -77,7 +77,7 @@ def _chosen(trajectory: TokenTrajectory, steps: np.ndarray | None) -> np.ndarray
 def fill_rows(
     trajectories: Sequence[TokenTrajectory],
     model: DenoisingModel,
-    steps: Sequence[np.ndarray],
+    steps: Sequence[np.ndarray] | None,
     targets: Targets = "masked",
     confidence: bool = True,
     num_steps: int | None = None,
@@ -85,7 +85,7 @@ def fill_rows(
     """One row per chosen step: its canvas; decisions are the draws of its targets.
 
     Args:
-        steps: bool [T] per trajectory.
+        steps: bool [T] per trajectory; None takes the first `num_steps`, which are the longest to score.
         confidence: weigh each draw by the confidence the sampler had in it.
         num_steps: S, of which the chosen steps are a part: every step counts 1/min(S, T), also when fewer are chosen
             (a step without advantage adds nothing, and leaving it out must not make the others count more). None
@@ -96,6 +96,8 @@ def fill_rows(
         trajectory_mean), makes a decision count confidence / (min(S, T) x targets of its step) of its trajectory.
     """
     check_sampled(trajectories)
+    if steps is None:
+        steps = [np.arange(t.num_steps) < (num_steps or t.num_steps) for t in trajectories]
     documents: list[Document] = []
     owners, columns, values, places, recorded, shares = [], [], [], [], [], []
     for trajectory, chosen in zip(trajectories, steps, strict=True):

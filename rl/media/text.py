@@ -128,9 +128,12 @@ class TextMedium:
         return np.array([eos is None or eos in t.response_ids() for t in trajectories], dtype=bool)
 
     def smallest_trajectory(self, model: Any) -> TokenTrajectory:
+        length = model.block_length or 2
+        fills = {"x0_hat": np.zeros((1, length), dtype=np.int64), "x0_confidence": np.ones((1, length))}
+        fills["x0_logprob"] = np.where(np.arange(length) == 1, 0.0, np.nan)[None]
         return TokenTrajectory(
             prompt_ids=np.array([0]),
-            length=model.block_length or 2,
+            length=length,
             mask_token_id=model.mask_token_id,
             num_steps=1,
             step=np.array([0]),
@@ -141,6 +144,7 @@ class TextMedium:
             stop_length=1,
             block_length=model.block_length,
             sampler=self.config.sampler.distribution(),
+            **(fills if self.config.sampler.record_x0 else {}),
         )
 
     def supervised(
