@@ -178,6 +178,45 @@ def test_traced_recipes_score_what_was_sampled(make_model) -> None:
         assert (gap < 1e-9) == exact
 
 
+def test_what_follows_the_end_token_is_left_out_on_request(make_model) -> None:
+    """Two prompts of two and three tokens, answers of three and one, reveals in an order of their own."""
+    for family, block in (("gpt2-full", None), ("qwen3-block4", 4)):
+        model = make_model(family, vocab_size=8)
+        options = SamplerOptions(gen_length=8, num_inference_steps=4, block_length=block)
+        prompts = [[1, 2], [3, 4, 5]]
+        drawn = InProcessEngine(model, options).generate([Request(p, seed=s) for s, p in enumerate(prompts)])
+        cut = [replace(t, stop_length=n) for t, n in zip(drawn, (3, 1), strict=True)]
+        for name in ("cj_grpo", "tracerl", "d2_stepmerge"):
+            every, answer = (parse_options({"name": name, "scope": s}).build() for s in ("canvas", "answer"))
+            assert [answer.num_decisions(t, None) for t in cut] == [3, 1]
+            whole, rows = every.rows(cut, model, None, None), answer.rows(cut, model, None, None)
+            assert len(whole.target) == sum(every.num_decisions(t, None) for t in cut) >= 16
+            position = whole.position_ids[whole.row, whole.column]
+            inside = torch.where(whole.trajectory == 0, position < 5, position < 4)
+            assert rows.trajectory.tolist() == [0, 0, 0, 1] == whole.trajectory[inside].tolist()
+            with torch.no_grad():
+                assert torch.equal(rows.score(model)[0], whole.score(model)[0][inside])
+            if name != "d2_stepmerge":
+                assert torch.equal(rows.recorded, whole.recorded[inside])
+    with pytest.raises(ValueError, match=r"algorithm\.value learns from every revealed token: set algorithm\.scope"):
+        load_config(None, ["algorithm={name: tracerl, scope: answer, value: {}}"])
+
+
+def test_every_pass_counts_the_same_whatever_it_committed(make_model) -> None:
+    """Doubling quotas commit 1, 2 and 5 tokens; of two rollouts and three passes each, a pass is worth 1/6."""
+    model = make_model("gpt2-full", vocab_size=8)
+    options = SamplerOptions(gen_length=8, num_inference_steps=3, preset="ass")
+    trajectories = InProcessEngine(model, options).generate([Request([1, 2], seed=s) for s in range(2)])
+    recipe = parse_options({"name": "cj_grpo"}).build()
+    rows = recipe.rows(trajectories, model, None, None)
+    assert recipe.aggregation == "trajectory_mean"
+    weight = rows.share / (2 * 8)
+    sizes = torch.bincount(rows.trajectory * 3 + rows.step)
+    assert sizes.tolist() == [1, 2, 5] * 2
+    torch.testing.assert_close(weight, (1 / 6 / sizes[rows.trajectory * 3 + rows.step]).double())
+    assert parse_options({"name": "cj_grpo", "step_mean": False}).build().rows(trajectories, model).share is None
+
+
 def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:
     arguments = tiny_config(tmp_path, "algorithm.name=justgrpo", "algorithm.entropy_coef=0")
     with pytest.raises(ValueError, match=r"algorithm\.name justgrpo needs sampler\.selector=left_most"):

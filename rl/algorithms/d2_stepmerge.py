@@ -8,21 +8,22 @@ Choices (published): N = 8 (16 for Sudoku), PPO clip and KL; the ratio is betwee
 log-probs are recomputed. Clip range and KL weight are not in what we read: 0.2 and 0.01. Rewards are z-scored in the
 group.
 
-Departs: in block-causal models every block is cut into N segments. AnyOrder, d2's other estimator, needs a model that
-is causal in any order and is left out.
+Departs: in block-causal models every block is cut into N segments; what follows the end token is trained like the rest,
+since it was decided like the rest (`scope` leaves it out; what the authors do is not in what we read). AnyOrder, d2's
+other estimator, needs a model that is causal in any order and is left out.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
-from rl.algorithms.options import Recipe, RecipeOptions
+from rl.algorithms.options import Recipe
+from rl.algorithms.trace import TraceRecipeOptions
 
 
-class D2StepMergeOptions(RecipeOptions):
+class D2StepMergeOptions(TraceRecipeOptions):
     name: str = Field("d2_stepmerge", description="Recipe name.")
     scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
     aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
@@ -36,6 +37,4 @@ class D2StepMergeOptions(RecipeOptions):
     segments: int = Field(8, ge=1, description="Segments of the trajectory (N).")
 
     def build(self) -> Recipe:
-        from rl.estimators.trace_rows import trace_rows
-
-        return self.token_recipe(partial(trace_rows, segments=self.segments))
+        return self.trace_recipe(segments=self.segments)

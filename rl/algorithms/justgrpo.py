@@ -4,7 +4,7 @@ arXiv 2601.15165. With the order fixed the trace log-prob is the log-prob of the
 Training costs one forward per token of the answer; evaluations may decode otherwise (`eval.sampler`).
 
 Choices (published): rewards z-scored in the group, no KL, no hidden prompt tokens; clip 0.2; mean over the tokens of a
-response, what follows its end token in the block included, then over responses.
+response, what follows its end token in the block included (`scope`), then over responses.
 
 Needs sampler.selector left_most and one step per response token; the run refuses to start otherwise.
 """
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rl.algorithms.options import Recipe, RecipeOptions
+from rl.algorithms.options import Recipe
+from rl.algorithms.trace import TraceRecipeOptions
 
 if TYPE_CHECKING:
     from rl.config import Config
 
 
-class JustGRPOOptions(RecipeOptions):
+class JustGRPOOptions(TraceRecipeOptions):
     name: str = Field("justgrpo", description="Recipe name.")
     scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
     aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
@@ -36,6 +37,4 @@ class JustGRPOOptions(RecipeOptions):
         }
 
     def build(self) -> Recipe:
-        from rl.estimators.trace_rows import trace_rows
-
-        return self.token_recipe(trace_rows)
+        return self.trace_recipe()

@@ -8,22 +8,23 @@ Choices: group advantage without division by the standard deviation, token mean 
 log-probs from the sampler (they are exact here, so no second forward is needed).
 
 Departs from the published code, which z-scores rewards, divides by the padded response length, recomputes
-old log-probs and adds a KL to them of 0.01: each of these is an option below. The block grid, the terminal
-block, token ids and the sampling temperature are the rollout's (see `rl/estimators/trace_rows.py`).
+old log-probs, drops what follows the end token and adds a KL of 0.01 to the old policy: each of these is an option
+below. The block grid, the terminal block, token ids and the sampling temperature are the rollout's (see
+`rl/estimators/trace_rows.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rl.algorithms.options import Recipe, RecipeOptions, ValueOptions
+from rl.algorithms.options import Recipe, ValueOptions
+from rl.algorithms.trace import TraceRecipeOptions
 
 
-class TraceRLOptions(RecipeOptions):
+class TraceRLOptions(TraceRecipeOptions):
     name: str = Field("tracerl", description="Recipe name.")
     shrink: int = Field(1, ge=1, description="Neighbouring steps that share one scored state; 1 is exact.")
     pack_to: int | None = Field(
@@ -42,10 +43,10 @@ class TraceRLOptions(RecipeOptions):
             raise ValueError(
                 "algorithm.shrink above 1 scores other states than were sampled: set algorithm.old_logprob to recompute"
             )
+        if self.scope == "answer" and self.value is not None:
+            raise ValueError("algorithm.value learns from every revealed token: set algorithm.scope to canvas")
         return self
 
     def build(self) -> Recipe:
-        from rl.estimators.trace_rows import trace_rows
-
-        recipe = self.token_recipe(partial(trace_rows, shrink=self.shrink, pack_to=self.pack_to))
+        recipe = self.trace_recipe(shrink=self.shrink, pack_to=self.pack_to)
         return replace(recipe, value=self.value, value_reward=self.value_reward)
