@@ -18,12 +18,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rl.cli import main
-from rl.config import LoraOptions, ModelConfig, load_config
+from rl.config import LoraOptions, ModelConfig, OptimizerConfig, load_config
 from rl.estimators.trace_rows import trace_rows
 from rl.models.load import load_policy, save_policy
 from rl.models.lora import WEIGHTS, backbone, merge_adapters
 from rl.tasks.char_tokenizer import char_tokenizer
-from rl.train.policy import share_frozen, trained_copy
+from rl.train.learner import Learner
+from rl.train.plan import check_run
+from rl.train.policy import Policy, share_frozen, trained_copy
 from rl.values.model import PolicyWithValue, ValueModel
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -52,6 +54,14 @@ def folder_of(make_model: Callable[..., Any], tmp_path: Path) -> Callable[[str],
         return str(path)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of 4 k parameters in float32."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    save_policy(load_policy(ModelConfig(backbone=runs.GPT2), TOKENIZER, seed=0), TOKENIZER, folder)
+    return folder
 
 
 def load(path: str | Path, **lora: Any) -> Any:
@@ -209,6 +219,29 @@ def test_the_learner_scores_what_was_sampled_and_recomputing_changes_no_gradient
         assert gradient.abs().max() > 0, key
 
 
+def test_a_learner_in_half_precision_trains_the_policy_that_samples(base: Path) -> None:
+    """The model that both share is cast once; adapters keep a float32 master, which small updates move."""
+    policy = load(base, rank=2)
+    shake(policy)
+    sampling = Policy(policy)
+    learner = Learner(sampling, "zero2_bf16", OptimizerConfig(lr=1e-6, warmup_steps=0), 3, torch.device("cpu"))
+    learner.copy_weights_into(sampling)
+    assert {p.dtype for p in [*policy.parameters(), *learner.module.parameters()]} == {torch.bfloat16}
+    options = SamplerOptions(gen_length=8, num_inference_steps=8)
+    trajectories = InProcessEngine(policy, options).generate([Request([1, 4, 2], seed=s) for s in range(3)])
+    rows = trace_rows(trajectories, policy)
+    scored, _ = learner.engine(rows)
+    assert (scored.double() - rows.recorded).abs().max() < 0.05
+    master = [p.clone() for p in learner.optimizer.single_partition_of_fp32_groups]
+    for _ in range(3):
+        learner.update([lambda: -learner.engine(rows)[0].mean()], lambda: torch.zeros(()))
+    moved = [
+        (a - b).abs().max() for a, b in zip(master, learner.optimizer.single_partition_of_fp32_groups, strict=True)
+    ]
+    assert sum(p.numel() for p in master) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert min(moved) > 1e-6
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +259,8 @@ def test_options_that_do_not_fit_are_one_line(folder_of: Callable[[str], str]) -
     new = ModelConfig(backbone=runs.GPT2, lora=LoraOptions(rank=4))
     with pytest.raises(ValueError, match=r"model\.lora\.rank is 4: adapters need a model to adapt, set model\.path"):
         load_policy(new, TOKENIZER, seed=0)
+    with pytest.raises(ValueError, match=r"model\.lora\.rank is 4: adapters need a model to adapt, set model\.path"):
+        check_run(load_config(None, ["model.backbone={model_type: gpt2}", "model.lora.rank=4"]))
     assert "model.lora.targets ['q_prj']: Target modules" in refusal(folder, rank=2, targets=["q_prj"])
     assert "model.lora.targets ['lm_head']: Target modules" in refusal(folder, rank=2, targets=["lm_head"])
     assert "['embed_tokens']: embed_tokens is no linear layer" in refusal(folder, rank=2, targets=["embed_tokens"])
@@ -268,14 +303,6 @@ def test_adapters_that_do_not_fit_are_one_line(folder_of: Callable[[str], str], 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 RECIPE = "algorithm={name: tracerl, kl_to: reference, kl_coef: 0.1, value: {lam: 0.9, optimizer: {eps: 1e-3}}}"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of 4 k parameters in float32."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    save_policy(load_policy(ModelConfig(backbone=runs.GPT2), TOKENIZER, seed=0), TOKENIZER, folder)
-    return folder
 
 
 def config(folder: Path, base: Path, *overrides: str) -> list[str]:

@@ -197,6 +197,8 @@ def _check_text(config: Config, task: Task, prompts: Sequence[str]) -> None:
         check_model_folder(config.model.path)
     elif not config.model.backbone:
         raise ValueError("model.backbone or model.path is required: there is no model to train")
+    elif config.model.lora.rank:
+        raise ValueError(f"model.lora.rank is {config.model.lora.rank}: adapters need a model to adapt, set model.path")
     with about(tokenizer_field(config)):
         tokenizer = load_tokenizer(config.model, task)
     if config.task.chat:
