@@ -129,8 +129,11 @@ class TextMedium:
 
     def smallest_trajectory(self, model: Any) -> TokenTrajectory:
         length = model.block_length or 2
-        fills = {"x0_hat": np.zeros((1, length), dtype=np.int64), "x0_confidence": np.ones((1, length))}
-        fills["x0_logprob"] = np.where(np.arange(length) == 1, 0.0, np.nan)[None]
+        fills: dict[str, Any] = {"x0_hat": np.zeros((1, length), dtype=np.int64)}
+        fills |= {
+            "x0_confidence": np.ones((1, length)),
+            "x0_logprob": np.where(np.arange(length) == 1, 0.0, np.nan)[None],
+        }
         return TokenTrajectory(
             prompt_ids=np.array([0]),
             length=length,
