@@ -42,7 +42,6 @@ BATCH_WIDE = {
     "batch_std": ["algorithm.scale=batch_std"],
     "trajectory_mean": ["algorithm.aggregation=trajectory_mean", "algorithm.kl_to=reference", "algorithm.kl_coef=0.1"],
 }
-LORA_STAGES = [2, 3]
 # A forward counts once whatever its batch, and equal canvases of a micro-batch share one.
 DEPENDS_ON_THE_CUT = {
     f"cost/{name}" for name in ("forward_passes", "backward_passes", "sequence_forwards", "tokens_forwarded")
@@ -86,10 +85,10 @@ def two_ranks(folder: Path) -> Path:
     """The same on two ranks, for every ZeRO stage. DeepSpeed must not compile anything on the way."""
     home = folder / "two"
     configs = [zero_config(home, stage) for stage in runs.ZERO]
-    configs += [lora_config(home, stage) for stage in LORA_STAGES]
+    configs.append(lora_config(home, 3))
     configs += [runs.tiny_config(home / name, SEED, *overrides) for name, overrides in BATCH_WIDE.items()]
     extensions = folder / "extensions"
-    done = runs.torchrun(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions), timeout=600)
+    done = runs.torchrun(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions))
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(extensions.rglob("*.so")), "DeepSpeed compiled an op"
     return home
@@ -179,9 +178,8 @@ def test_two_ranks_equal_one(one_rank: Path, two_ranks: Path, stage: int) -> Non
     same_run(two_ranks / f"zero{stage}" / "run", one_rank / "plain" / "run")
 
 
-@pytest.mark.parametrize("stage", LORA_STAGES)
-def test_adapters_on_two_ranks_equal_those_on_one(one_rank: Path, two_ranks: Path, stage: int) -> None:
-    run = two_ranks / "lora" / f"zero{stage}" / "run"
+def test_adapters_on_two_ranks_under_zero_3_equal_those_on_one(one_rank: Path, two_ranks: Path) -> None:
+    run = two_ranks / "lora" / "zero3" / "run"
     same_run(run, one_rank / "lora" / "zero0" / "run")
     assert runs.largest_difference(runs.weights(run, 1), runs.weights(run, 3)) > 1e-3
     assert all("lora_" in name for name in runs.weights(run))

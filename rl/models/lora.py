@@ -54,7 +54,7 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
-        target_modules=options.targets or {name.rpartition(".")[2] for name in linear},
+        target_modules=options.targets or sorted({name.rpartition(".")[2] for name in linear}),
         # transformers' Conv1D, the linear layer of GPT-2, holds its weight the other way round.
         fan_in_fan_out=Conv1D in linear.values(),
         base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
@@ -158,11 +158,11 @@ def merge_adapters(policy: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     below = backbone(policy)
-    for name, module in list(below.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            dtype = module.get_base_layer().weight.dtype
-            module.to(torch.promote_types(dtype, torch.float32)).merge()
-            owner, _, leaf = name.rpartition(".")
-            setattr(below.get_submodule(owner), leaf, module.get_base_layer().to(dtype))
+    adapted: list[tuple[str, Any]] = [(n, m) for n, m in below.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, module in adapted:
+        dtype = module.get_base_layer().weight.dtype
+        module.to(torch.promote_types(dtype, torch.float32)).merge()
+        owner, _, leaf = name.rpartition(".")
+        setattr(below.get_submodule(owner), leaf, module.get_base_layer().to(dtype))
     del below.peft_config
     policy.requires_grad_(True)
