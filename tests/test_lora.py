@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from rl.cli import main
 from rl.config import LoraOptions, ModelConfig, OptimizerConfig, load_config
 from rl.estimators.trace_rows import trace_rows
+from rl.models.export import write_whole
 from rl.models.load import load_policy, save_policy
 from rl.models.lora import WEIGHTS, backbone, merge_adapters
 from rl.tasks.char_tokenizer import char_tokenizer
@@ -150,13 +151,18 @@ def test_a_merged_policy_in_the_published_layout(family: str, tmp_path: Path) ->
     save_policy(policy, TOKENIZER, tmp_path / "saved")
     assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out"), "--layout", family]) == 0
     written = load_file(tmp_path / "out" / "model.safetensors")
+    # What a rollout server is given is the same; the policy keeps its adapters.
+    before = logits(policy)
+    write_whole(policy, TOKENIZER, tmp_path / "server", family)
+    served = load_file(tmp_path / "server" / "model.safetensors")
+    assert all(torch.equal(served[n], t) for n, t in written.items()) and torch.equal(logits(policy), before)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == test_families.PUBLISHED[family]
     assert written.keys() == test_families.tensors(family).keys()
     ids = IDS[0].tolist()
     by_hand = test_families.reference(family, written, ids)
     torch.testing.assert_close(logits(policy)[0], by_hand[:, :6], rtol=0, atol=1e-4)
-    before = test_families.reference(family, test_families.tensors(family), ids)
-    assert (by_hand - before).abs().max() > 0.1
+    plain = test_families.reference(family, test_families.tensors(family), ids)
+    assert (by_hand - plain).abs().max() > 0.1
 
 
 def test_half_precision(folder_of: Callable[[str], str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -50,17 +51,25 @@ def write_published(
     tokenizer.save_pretrained(path)
 
 
-def convert_folder(source: Path, target: Path, layout: str | None) -> None:
-    """A saved policy's folder as whole weights, adapters merged, in a published layout or (None) in ours.
+def write_whole(model: Any, tokenizer: Any, path: str | os.PathLike[str], layout: str | None) -> None:
+    """Whole weights, adapters merged into a copy, in a published layout or (None) in ours.
 
     Raises:
         ValueError: see `write_published`.
     """
-    model = load_policy(ModelConfig(path=str(source)), None, seed=0)
     if has_adapters(model):
+        model = copy.deepcopy(model)
         merge_adapters(model)
-    tokenizer = read_tokenizer(source)
     if layout is None:
-        save_policy(model, tokenizer, target)
+        save_policy(model, tokenizer, path)
     else:
-        write_published(model, tokenizer, target, layout)
+        write_published(model, tokenizer, path, layout)
+
+
+def convert_folder(source: Path, target: Path, layout: str | None) -> None:
+    """A saved policy's folder, or one of adapters, as `write_whole` writes it.
+
+    Raises:
+        ValueError: see `write_published`.
+    """
+    write_whole(load_policy(ModelConfig(path=str(source)), None, seed=0), read_tokenizer(source), target, layout)

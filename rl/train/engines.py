@@ -141,10 +141,8 @@ class PolicyWeights:
         return {name: parameter.detach() for name, parameter in self.session.model.named_parameters()}
 
     def save(self, folder: Path) -> None:
-        layout = self.session.config.rollout.server.layout
-        if layout is None:
-            self.session.save_model(folder)
-        else:
-            from rl.models.export import write_published
+        from rl.models.export import write_whole
 
-            write_published(self.session.model, self.session.tokenizer, folder, layout)
+        # A server knows nothing of adapters.
+        layout = self.session.config.rollout.server.layout
+        write_whole(self.session.model, self.session.tokenizer, folder, layout)
