@@ -7,13 +7,11 @@ import random
 from fractions import Fraction
 
 from rl.tasks import templates
-from rl.tasks.base import Row, split_of
-
-# Draws in a row that bring no new problem before the supply counts as used up.
-MAX_MISSES = 20_000
+from rl.tasks.base import Row
+from rl.tasks.drawn import DrawnTask
 
 
-class CountdownTask:
+class CountdownTask(DrawnTask):
     """Prompt `3,7,12=45:`, response an expression such as `(12+3)*3`, ended by end tokens."""
 
     reward = "countdown"
@@ -31,16 +29,6 @@ class CountdownTask:
         if count < 2 or max_number < 2 or max_target < 1:
             raise ValueError("task.params needs count >= 2, max_number >= 2 and max_target >= 1")
         self.count, self.max_number, self.max_target = count, max_number, max_target
-
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
-        return self._draw(f"train {seed} {step}", count, "train")
-
-    def validation_rows(self, count: int) -> list[Row]:
-        return self._draw("validation", count, "validation", distinct=True)
-
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
-        """Distinct problems; fewer than `count` when there are no more."""
-        return self._draw(f"test {seed}", count, "test", distinct=True)
 
     def file_rows(self, path: str) -> list[Row]:
         """Problems of a JSON-lines file with `input` ("30,100,93") and `output` (the target)."""
@@ -60,30 +48,22 @@ class CountdownTask:
     def _row(self, numbers: list[int], target: int) -> Row:
         return {"prompt": f"{','.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
 
-    def _draw(self, key: str, count: int, split: str, distinct: bool = False) -> list[Row]:
-        rng = random.Random(key)
-        rows: list[Row] = []
-        seen: set[str] = set()
-        misses = 0
-        while len(rows) < count:
-            misses += 1
-            if misses > MAX_MISSES:
-                if not rows:
-                    raise ValueError("task.params leave no Countdown problems: allow larger numbers or targets")
-                break
-            numbers = [rng.randint(1, self.max_number) for _ in range(self.count)]
-            answer, value = _random_expression(rng, numbers)
-            if value.denominator != 1 or not 1 <= value <= self.max_target:
-                continue
-            target = int(value)
-            # By content, numbers in any order, so that a problem has one split whoever draws it.
-            content = f"{sorted(numbers)} {target}"
-            if split_of(content) == split and not (distinct and content in seen):
-                seen.add(content)
-                misses = 0
-                shown = rng.sample(numbers, len(numbers))
-                rows.append(self._row(shown, target) | {"answer": answer})
-        return rows
+    def _propose(self, rng: random.Random) -> tuple[str, tuple[list[int], int, str]] | None:
+        numbers = [rng.randint(1, self.max_number) for _ in range(self.count)]
+        answer, value = _random_expression(rng, numbers)
+        if value.denominator != 1 or not 1 <= value <= self.max_target:
+            return None
+        # Numbers in any order, so that a problem has one split whoever draws it.
+        return f"{sorted(numbers)} {value}", (numbers, int(value), answer)
+
+    def _shown(self, problem: tuple[list[int], int, str], rng: random.Random) -> Row:
+        numbers, target, answer = problem
+        return self._row(rng.sample(numbers, len(numbers)), target) | {"answer": answer}
+
+    def _used_up(self, found: int, count: int, split: str) -> None:
+        """Fewer than `count` will do."""
+        if not found:
+            raise ValueError("task.params leave no Countdown problems: allow larger numbers or targets")
 
 
 def _random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, Fraction]:

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from rl.tasks import templates
 from rl.tasks.base import Row, split_of
-
-# Draws without a new puzzle before a search is given up; a split of one puzzle in 16 misses this often never.
-_PATIENCE = 20_000
+from rl.tasks.drawn import DrawnTask
 
 
 @cache
@@ -37,7 +35,7 @@ def is_heldout(puzzle: str) -> bool:
     return split_of(puzzle) != "train"
 
 
-class SudokuTask:
+class SudokuTask(DrawnTask):
     """Random 4x4 puzzles; prompt `0340...=`, response the 16 digits of a completion."""
 
     reward = "sudoku"
@@ -55,15 +53,6 @@ class SudokuTask:
         self.min_givens = min_givens
         self.max_givens = max_givens
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
-        return self._draw(f"train {seed} {step}", count, "train")
-
-    def validation_rows(self, count: int) -> list[Row]:
-        return self._draw("validation", count, "validation", distinct=True)
-
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
-        return self._draw(f"test {seed}", count, "test", distinct=True)
-
     def file_rows(self, path: str) -> list[Row]:
         """Puzzles of a CSV file with a column `Puzzle` (16 digits, 0 = empty)."""
         if not Path(path).is_file():
@@ -78,27 +67,18 @@ class SudokuTask:
                 raise ValueError(f"{path}:{line}: column Puzzle must be 16 digits 0 to 4, got {puzzle!r}")
         return [{"prompt": puzzle + "=", "puzzle": puzzle} for puzzle in puzzles]
 
-    def _draw(self, key: str, count: int, split: str, distinct: bool = False) -> list[Row]:
-        # A str seed is hashed with SHA-512 by `random`, the same on every machine.
-        rng = random.Random(key)
-        rows: list[Row] = []
-        seen: set[str] = set()
-        misses = 0
-        while len(rows) < count:
-            # With few blanks, or many, a split holds few puzzles or none; no draw would ever end the search.
-            if misses == _PATIENCE:
-                raise ValueError(
-                    f"task.params min_givens {self.min_givens} and max_givens {self.max_givens} leave only {len(seen)} "
-                    f"{split} puzzles where {count} are asked for: widen their range, or ask for fewer"
-                )
-            answer = rng.choice(all_grids())
-            kept = set(rng.sample(range(16), rng.randint(self.min_givens, self.max_givens)))
-            puzzle = "".join(cell if i in kept else "0" for i, cell in enumerate(answer))
-            if split_of(puzzle) == split and not (distinct and puzzle in seen):
-                seen.add(puzzle)
-                misses = 0
-                rows.append({"prompt": puzzle + "=", "puzzle": puzzle, "answer": answer})
-                misses = 0
-            else:
-                misses += 1
-        return rows
+    def _propose(self, rng: random.Random) -> tuple[str, tuple[str, str]]:
+        answer = rng.choice(all_grids())
+        kept = set(rng.sample(range(16), rng.randint(self.min_givens, self.max_givens)))
+        puzzle = "".join(cell if i in kept else "0" for i, cell in enumerate(answer))
+        return puzzle, (puzzle, answer)
+
+    def _shown(self, problem: tuple[str, str], rng: random.Random) -> Row:
+        puzzle, answer = problem
+        return {"prompt": puzzle + "=", "puzzle": puzzle, "answer": answer}
+
+    def _used_up(self, found: int, count: int, split: str) -> None:
+        raise ValueError(
+            f"task.params min_givens {self.min_givens} and max_givens {self.max_givens} leave only {found} {split} "
+            f"puzzles where {count} are asked for: widen their range, or ask for fewer"
+        )
