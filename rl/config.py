@@ -162,6 +162,9 @@ class SftConfig(Section):
         0.1, ge=0, le=1, description="Share of images shown without their prompt, which guidance needs."
     )
     optimizer: SftOptimizerConfig = SftOptimizerConfig()
+    checkpoint_every: int = Field(
+        0, ge=0, description="Updates between checkpoints of this stage, for run.resume; 0 writes none."
+    )
     max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
 
 

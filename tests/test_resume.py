@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.tasks.base import Row
+from rl.tasks.sudoku import SudokuTask
 from rl.train.checkpoint import find_checkpoint, incomplete
 from tests import runs
 
@@ -63,6 +65,32 @@ def copy(killed: Path, folder: Path) -> tuple[Path, list[str]]:
     """A copy of a killed run, to be damaged, and the arguments that resume it."""
     shutil.copytree(killed, folder / "run")
     return folder / "run", runs.resumed_config(folder, ["--config", str(killed.parent / "config.yaml"), *STEPS])
+
+
+class Deadly(SudokuTask):
+    """Ends a process that asks for the rows of a certain step."""
+
+    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+        if step == int(os.environ.get("DIE_AT_STEP", "-1")):
+            raise KeyboardInterrupt
+        return super().train_rows(seed, step, count)
+
+
+def test_a_supervised_stage_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its fifth update: checkpoint 4 is complete, 2 was dropped, nothing of the fifth is left."""
+    stage = ["sft.steps=6", "sft.checkpoint_every=2", "checkpoint.keep=1", "train.steps=0", "eval.viewer_items=0",
+             "sft.optimizer.schedule=cosine", "task.name=tests.test_resume:Deadly"]  # fmt: skip
+    runs.train_here(runs.tiny_config(tmp_path / "whole", *stage))
+    stopped = runs.tiny_config(tmp_path / "stopped", *stage)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("DIE_AT_STEP", "4")
+        runs.train_here(stopped)
+    run = tmp_path / "stopped" / "run"
+    assert [path.name for path in (run / "sft" / "checkpoints").glob("step_*")] == ["step_4"]
+    runs.train_here([*stopped, "run.resume=true"])
+    assert runs.lines(run) == runs.lines(tmp_path / "whole" / "run")
+    files = [tmp_path / name / "run" / "warm_start" / "model.safetensors" for name in ("whole", "stopped")]
+    assert runs.largest_difference(*map(runs.load_file, files)) == 0.0
 
 
 def same(run: Path, whole: Path) -> None:

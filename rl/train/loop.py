@@ -41,7 +41,7 @@ def train(session: Session) -> dict[str, Any]:
     if checkpoint is None:
         if config.run.resume:
             session.progress.message("no complete checkpoint to resume from: starting over")
-            session.metrics.truncate_after(-1, ("sft", "train", "eval"))
+            session.metrics.truncate_after(-1)
             _drop_samples(session, -1)
         if config.sft.steps:
             summary |= supervised(session)

@@ -12,6 +12,7 @@ from rl.algorithms import parse_options
 from rl.losses.aggregate import weighted_sum
 from rl.tasks.base import Row
 from rl.train import distributed
+from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
 from rl.train.policy import Policy
 from rl.train.session import Session
@@ -19,13 +20,27 @@ from rollouts.trajectory import TokenTrajectory, load_trajectories
 
 
 def supervised(session: Session) -> dict[str, float]:
-    """Run the `sft` stage on `session.model` and return its summary (steps, seconds, final loss)."""
+    """Run the `sft` stage on `session.model` and return its summary (steps, seconds, final loss).
+
+    A run that resumes goes on from the stage's newest complete checkpoint, in the folder `sft` of the run.
+    """
     config = session.config.sft
     learner = Learner(
         Policy(session.model), session.config.train.deepspeed, config.optimizer, config.steps, session.device
     )
+    plain, folder = Policy(session.model), session.run_dir / "sft"
     session.progress.stage("sft", config.steps)
-    started, step, loss = time.perf_counter(), 0, float("nan")
+    step, loss = 0, float("nan")
+    if session.config.run.resume:
+        checkpoint, notes = find_checkpoint(folder)
+        if checkpoint is not None:
+            step, state = load_checkpoint(checkpoint, {"policy": learner})
+            loss = state["loss"]
+            notes.append(f"resumed from {checkpoint}")
+        session.metrics.truncate_after(step if checkpoint else -1, "sft")
+        for note in notes:
+            session.progress.message(note)
+    started, first = time.perf_counter(), step
     traces = load_trajectories(config.trajectories) if config.trajectories else []
     while step < config.steps:
         sums: list[torch.Tensor] = []
@@ -37,7 +52,7 @@ def supervised(session: Session) -> dict[str, float]:
         step += 1
         loss = distributed.reduce_number(float(sum(sums)), "sum", session.device)
         seconds = time.perf_counter() - started
-        speed = step * config.batch_size * session.medium.horizon / seconds
+        speed = (step - first) * config.batch_size * session.medium.horizon / seconds
         session.metrics.log(
             step,
             "sft",
@@ -49,11 +64,17 @@ def supervised(session: Session) -> dict[str, float]:
             },
         )
         session.progress.update(step, loss=loss, tokens_per_s=speed)
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            learner.copy_weights_into(plain)
+            state = {"loss": loss, "world_size": distributed.world_size()}
+            save_checkpoint(
+                folder, step, {"policy": learner}, session.save_model, state, session.config.checkpoint.keep
+            )
         out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
         if distributed.reduce_number(out_of_time, "max", session.device):
             # On all ranks or on none: one that went on alone would wait for the others forever.
             break
-    learner.copy_weights_into(Policy(session.model))
+    learner.copy_weights_into(plain)
     return {"sft_steps": step, "sft_seconds": time.perf_counter() - started, "sft_loss": loss}
 
 
