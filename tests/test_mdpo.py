@@ -287,7 +287,7 @@ def test_a_rank_without_rollouts_fills_up_with_one_draw_and_any_other_with_the_s
             "reward.functions=[{name: sudoku, normalize: group}]",
             "'sudoku' has normalize group, but algorithm.name mdpo compares .*: set normalize to none",
         ),
-        ("sampler.record_x0=false", "algorithm.name mdpo needs sampler.record_x0=True"),
+        ("sampler.record_x0=false", "algorithm.name mdpo needs sampler.record_x0=true: set it"),
         ("algorithm.credit=best", "algorithm.credit"),
         ("algorithm.aggregation=token_mean", "algorithm.aggregation"),
     ],
