@@ -320,6 +320,14 @@ def test_a_bad_answer_ends_the_call_with_its_cause(name: str, pair: Any) -> None
     assert engine.stats.retries == 0
 
 
+def test_closing_the_engine_ends_a_call_that_is_under_way(pair: Any, block_models: list[Any]) -> None:
+    server, engine = pair
+    server.faults = [None, lambda answer: engine.close()]
+    with pytest.raises(EngineError, match="closed while it sampled"):
+        engine.generate(REQUESTS, 1)
+    assert_same(engine.generate(REQUESTS, 1), in_process(block_models[1], 1))
+
+
 def test_a_crash_during_a_weight_push_leaves_no_mixture(pair: Any, block_models: list[Any]) -> None:
     server, engine = pair
     server.push_faults = ["crash"]

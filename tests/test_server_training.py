@@ -84,6 +84,18 @@ def test_a_run_with_a_server_is_the_run_in_this_process(dialect: str, tmp_path: 
         assert described["architectures"] == ["SDARForCausalLM"]
 
 
+def test_servers_sample_the_next_step_beside_the_learner(tmp_path: Path) -> None:
+    with served("sglang", tmp_path) as (server, overrides):
+        arguments = runs.tiny_config(tmp_path / "there", *SMALL, *overrides, "rollout.asynchronous=true")
+        runs.train_here([*arguments, "train.steps=3"])
+    run = tmp_path / "there" / "run"
+    # Two updates a step; the first step's rollouts have nothing to be behind of.
+    assert runs.series(run, "train", "rollout/lag_max") == [0, 2, 2]
+    assert runs.series(run, "train", "policy/decisions")[0] > 0
+    pushed = [body["weight_version"] for path, body in server.seen if path == "/update_weights_from_disk"]
+    assert pushed == ["0", "2"]
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     assert main(["train", *arguments]) == 2

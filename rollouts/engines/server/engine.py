@@ -199,7 +199,9 @@ class ServerEngine:
         with ThreadPoolExecutor(min(self.server.concurrency, len(asks)), "rollout") as threads:
             futures = [threads.submit(self._serve, index, ask, policy_version) for index, ask in enumerate(asks)]
             try:
-                wait(futures, return_when=FIRST_EXCEPTION)
+                # `close` ends it too: what is under way then comes to nothing.
+                while wait(futures, timeout=1.0, return_when=FIRST_EXCEPTION).not_done and not self._stop.is_set():
+                    pass
             finally:
                 # After an error nobody waits for what is left.
                 self._stop.set()
