@@ -262,16 +262,16 @@ def _rollout(args: argparse.Namespace) -> int:
     if args.search_params is not None:
         raise ValueError("--search-params belongs to --search NAME")
     from rl.train.session import Session
-    from rollouts.trajectory import save_trajectories
 
     with Session.open(config, write=False) as session:
         rows = session.task.heldout_rows(args.num_prompts)
         scored = session.rollout(session.engine(session.model), rows, args.group_size, seed=config.run.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trajectories(folder / "trajectories.npz", scored.trajectories)
+        session.medium.save_trajectories(folder / "trajectories.npz", scored.trajectories)
         with (folder / "rollouts.jsonl").open("w") as file:
             for row, text, value in zip(scored.rows, scored.completions, scored.table.values, strict=True):
-                file.write(json.dumps({"prompt": row["prompt"], "completion": text, "reward": value}) + "\n")
+                line = {"prompt": row["prompt"], "completion": session.medium.sample_line(text), "reward": value}
+                file.write(json.dumps(line) + "\n")
     judged = [v for v in scored.table.values if v is not None]
     mean = sum(judged) / len(judged) if judged else float("nan")
     print(

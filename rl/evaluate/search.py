@@ -16,7 +16,6 @@ from rl.train.session import Session, request_seed
 from rollouts.search.options import SearchOptions
 from rollouts.search.protocol import Budget, Problem
 from rollouts.search.run import search
-from rollouts.trajectory import save_trajectories
 
 
 @dataclass
@@ -77,6 +76,10 @@ def search_rollouts(
 
     soft = None
     if name in ("guidance", "tds"):
+        if not hasattr(sampler, "guided_step"):
+            raise ValueError(
+                f"--search {name} follows a reward's gradient in text only: choose another search for images"
+            )
         from rl.media.soft_text import SoftTextReward
 
         of_response = SoftTextReward(session)
@@ -103,7 +106,7 @@ def search_rollouts(
 
 def write_search(folder: Path, session: Session, name: str, options: SearchOptions, found: SearchedRollouts) -> None:
     """`trajectories.npz`, `rollouts.jsonl` with a line per sample, and `search.json`: the options and the budget."""
-    save_trajectories(folder / "trajectories.npz", found.trajectories)
+    session.medium.save_trajectories(folder / "trajectories.npz", found.trajectories)
     with (folder / "rollouts.jsonl").open("w") as file:
         for i, (row, completion) in enumerate(zip(found.rows, found.completions, strict=True)):
             line = {

@@ -89,6 +89,10 @@ class Medium(Protocol):
         """
         ...
 
+    def save_trajectories(self, path: Path, trajectories: Sequence[Any]) -> None:
+        """Write them to one `.npz` file without pickle."""
+        ...
+
     def ended(self, trajectories: Sequence[Any]) -> np.ndarray:
         """bool [M]: samples that came to their end; always True where a sample has no end of its own."""
         ...

@@ -26,8 +26,9 @@ from rl.models.noise_policy import NoisePolicy
 from rl.tasks.base import Row, Task
 from rl.train.plan import about
 from rollouts.engines.latent import LatentEngine, LatentRequest
-from rollouts.latent_trajectory import LatentTrajectory
+from rollouts.latent_trajectory import LatentTrajectory, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions
+from rollouts.search.latents import LatentSampler
 
 
 class ImagesMedium:
@@ -121,7 +122,10 @@ class ImagesMedium:
         raise ValueError("recipes that score every step's fill are for text: choose a recipe for images")
 
     def search_sampler(self, engine: LatentEngine, rows: Sequence[Row]) -> Any:
-        raise ValueError("--search knows text only so far: images have no search sampler")
+        return LatentSampler(engine, [row["prompt"] for row in rows])
+
+    def save_trajectories(self, path: Path, trajectories: Sequence[LatentTrajectory]) -> None:
+        save_latents(path, trajectories)
 
     def ended(self, trajectories: Sequence[LatentTrajectory]) -> np.ndarray:
         return np.ones(len(trajectories), dtype=bool)

@@ -20,7 +20,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.search.tokens import TokenSampler
-from rollouts.trajectory import TokenTrajectory
+from rollouts.trajectory import TokenTrajectory, save_trajectories
 
 
 class TextMedium:
@@ -122,6 +122,9 @@ class TextMedium:
     def search_sampler(self, engine: InProcessEngine, rows: Sequence[Row]) -> TokenSampler:
         requests = self.requests(rows, [[0]] * len(rows))
         return TokenSampler(engine, [request.prompt_ids for request in requests])
+
+    def save_trajectories(self, path: Path, trajectories: Sequence[TokenTrajectory]) -> None:
+        save_trajectories(path, trajectories)
 
     def ended(self, trajectories: Sequence[TokenTrajectory]) -> np.ndarray:
         eos = self.tokenizer.eos_token_id

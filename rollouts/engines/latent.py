@@ -118,7 +118,7 @@ class LatentEngine:
                 root, latent = root[origin], latent[origin]
                 seed = branch_seed(seed[origin], torch.tensor(index, device=self.device), branch)
             origins.append(origin)
-            output = self._predict(latent, index, {name: rows[root] for name, rows in given.items()})
+            output = self.predict(latent, index, {name: rows[root] for name, rows in given.items()})
             rows = len(latent)
             latent, mean, logprob = gaussian_step(
                 torch.from_numpy(self.steps.coefficients[index]).to(self.device).expand(rows, -1),
@@ -162,7 +162,8 @@ class LatentEngine:
         at = torch.tensor(step, device=self.device)
         return normal(seed[:, None], at, position, LATENT_STREAM).reshape(-1, *shape)
 
-    def _predict(self, latent: torch.Tensor, index: int, conditioning: Conditioning) -> torch.Tensor:
+    def predict(self, latent: torch.Tensor, index: int, conditioning: Conditioning) -> torch.Tensor:
+        """The model's guided output [N, ...] before step `index`, at most `max_batch_size` latents at a time."""
         outputs = []
         for start in range(0, len(latent), self.max_batch_size):
             part = slice(start, start + self.max_batch_size)

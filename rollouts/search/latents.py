@@ -1,0 +1,237 @@
+"""Searches over continuous latents: the Gaussian samplers as a `SearchSampler`.
+
+A state is a latent between two steps and the record of how it came there. Its noise is a hash of (seed, step, entry),
+as in `LatentEngine`, so that a search that only starts and finishes draws the engine's own samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollouts.engines.latent import LatentEngine
+from rollouts.latent_trajectory import LatentTrajectory
+from rollouts.model_protocol import LearnedNoise
+from rollouts.samplers.gaussian import gaussian_step, log_density, predicted_x0
+from rollouts.search.protocol import Budget
+
+
+@dataclass(frozen=True)
+class LatentStates:
+    """B states; see `States`.
+
+    Attributes:
+        at: int64 [B], steps taken.
+        seed: int64 [B], of the noise ahead.
+        latents: [B, T+1, ...], up to entry `at`; zeros behind it.
+        mean: [B, T, ...] and logprob: float64 [B, T], of the steps taken.
+        seeds: int64 [B, T+1], what drew each latent.
+    """
+
+    row: np.ndarray
+    at: np.ndarray
+    seed: np.ndarray
+    latents: np.ndarray
+    mean: np.ndarray
+    logprob: np.ndarray
+    seeds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def done(self) -> np.ndarray:
+        return self.at == self.mean.shape[1]
+
+    @property
+    def latent(self) -> np.ndarray:
+        """[B, ...], as the states stand."""
+        return self.latents[np.arange(len(self)), self.at]
+
+    def select(self, index: np.ndarray) -> LatentStates:
+        return LatentStates(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+class LatentSampler:
+    """A `SearchSampler` on an engine's model, steps and guidance."""
+
+    random_start = True
+
+    def __init__(self, engine: LatentEngine, prompts: Sequence[Any]):
+        """
+        Raises:
+            ValueError: the policy learned what it starts from, which a search would choose itself.
+        """
+        if isinstance(engine.model, LearnedNoise):
+            raise ValueError(
+                "--search chooses the initial noise itself: set model.path to the model without learned noise"
+            )
+        self.engine, self.budget = engine, Budget()
+        self.given = engine.encode(list(prompts))
+        self.evaluations = engine.model.num_evaluations(engine.options.guidance_scale)
+        self.signal, self.noise_level = _levels(engine)
+
+    # --- states ---------------------------------------------------------------------------------------------------
+
+    def start(self, row: np.ndarray, seed: np.ndarray) -> LatentStates:
+        steps, count = len(self.engine.steps), len(row)
+        first = self._noise(seed, 0) * self.engine.steps.initial_std
+        latents = np.zeros((count, steps + 1, *first.shape[1:]), dtype=_numpy(self.engine.dtype))
+        latents[:, 0] = first.to(self.engine.dtype).cpu().numpy()
+        seeds = np.zeros((count, steps + 1), dtype=np.int64)
+        seeds[:, 0] = seed
+        return LatentStates(
+            row=np.asarray(row),
+            at=np.zeros(count, dtype=np.int64),
+            seed=np.asarray(seed),
+            latents=latents,
+            mean=np.zeros_like(latents[:, 1:]),
+            logprob=np.zeros((count, steps)),
+            seeds=seeds,
+        )
+
+    def join(self, parts: Sequence[LatentStates]) -> LatentStates:
+        return LatentStates(
+            **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LatentStates)}
+        )
+
+    def keys(self, states: LatentStates) -> list[None]:
+        return [None] * len(states)
+
+    def reseed(self, states: LatentStates, seed: np.ndarray) -> LatentStates:
+        return replace(states, seed=np.asarray(seed))
+
+    def perturb(self, states: LatentStates, share: float, seed: np.ndarray) -> LatentStates:
+        """Neighbours of initial states: sqrt(1 - share) z + sqrt(share) z', again standard noise.
+
+        The noise of later steps stays as it is.
+        """
+        assert not np.any(states.at), "neighbours are those of initial noise"
+        unit = self.engine.steps.initial_std
+        fresh = self._noise(seed, 0).cpu().numpy() * unit
+        latents = states.latents.copy()
+        latents[:, 0] = (1 - share) ** 0.5 * latents[:, 0] + share**0.5 * fresh
+        seeds = states.seeds.copy()
+        seeds[:, 0] = seed
+        return replace(states, latents=latents, seeds=seeds)
+
+    def renoise(self, states: LatentStates, num_steps: int, seed: np.ndarray) -> LatentStates:
+        """Back by `num_steps` steps (at most to the start), by the forward process of the model's schedule.
+
+        What is recorded of the latent there is its log-density under the policy's own step to it.
+        """
+        back = np.maximum(states.at - num_steps, 0)
+        keep = self.signal[back] / self.signal[states.at]
+        added = np.sqrt(np.maximum(self.noise_level[back] ** 2 - (keep * self.noise_level[states.at]) ** 2, 0.0))
+        shape = (-1, *[1] * (states.latents.ndim - 2))
+        fresh = self._noise(seed, 0).cpu().numpy()
+        noised = keep.reshape(shape) * states.latent + added.reshape(shape) * fresh
+        latents, seeds, logprob = states.latents.copy(), states.seeds.copy(), states.logprob.copy()
+        rows = np.arange(len(states))
+        latents[rows, back], seeds[rows, back] = noised, seed
+        ahead = np.arange(latents.shape[1]) > back[:, None]
+        latents[ahead] = 0
+        logprob[ahead[:, 1:]] = 0
+        for place in np.flatnonzero(back > 0):
+            step = back[place] - 1
+            there, mean = (torch.from_numpy(x[None]) for x in (latents[place, back[place]], states.mean[place, step]))
+            logprob[place, step] = float(log_density(there, mean, torch.tensor([self.engine.steps.std[step]])))
+        return replace(states, at=back, seed=np.asarray(seed), latents=latents, seeds=seeds, logprob=logprob)
+
+    # --- denoising ------------------------------------------------------------------------------------------------
+
+    def step(self, states: LatentStates) -> LatentStates:
+        return self._branch(states, states.seed[:, None])
+
+    def candidates(self, states: LatentStates, seed: np.ndarray) -> LatentStates:
+        return self._branch(states, np.asarray(seed))
+
+    def x0_hat(self, states: LatentStates) -> LatentStates:
+        """The model's prediction of the data; the steps between are not in the record."""
+        latents, at = states.latents.copy(), states.at.copy()
+        for index, place, output in self._outputs(states):
+            table = self._table(index, len(place))
+            x0 = predicted_x0(table, self.engine.steps.clip, output.double(), self._put(states.latent[place]).double())
+            latents[place, -1] = x0.cpu().numpy()
+            at[place] = states.mean.shape[1]
+        return replace(states, latents=latents, at=at)
+
+    def trajectories(self, states: LatentStates) -> list[LatentTrajectory]:
+        engine = self.engine
+        return [
+            LatentTrajectory(
+                latents=states.latents[i],
+                timestep=engine.steps.timestep,
+                coefficients=engine.steps.coefficients,
+                mean=states.mean[i],
+                std=engine.steps.std,
+                logprob=states.logprob[i],
+                conditioning={name: values[states.row[i]].cpu().numpy() for name, values in self.given.items()},
+                seed=states.seeds[i],
+                clip=engine.steps.clip,
+                sampler=engine.options.record(),
+            )
+            for i in range(len(states))
+        ]
+
+    def _branch(self, states: LatentStates, seed: np.ndarray) -> LatentStates:
+        """k next states of each, one for every column of seeds [B, k], from one forward; candidates together."""
+        count = seed.shape[1]
+        moved = states.select(np.repeat(np.arange(len(states)), count))
+        seeds = np.where(moved.done, moved.seed, seed.reshape(-1))
+        latents, mean, logprob = moved.latents.copy(), moved.mean.copy(), moved.logprob.copy()
+        drawn, at = moved.seeds.copy(), moved.at.copy()
+        for index, place, output in self._outputs(states):
+            rows = (place[:, None] * count + np.arange(count)).reshape(-1)
+            after, center, density = gaussian_step(
+                self._table(index, len(rows)),
+                torch.full((len(rows),), self.engine.steps.std[index], dtype=torch.float64, device=output.device),
+                self.engine.steps.clip,
+                output.repeat_interleave(count, 0),
+                self._put(moved.latent[rows]),
+                self._noise(seeds[rows], index + 1),
+            )
+            latents[rows, index + 1], mean[rows, index] = after.cpu().numpy(), center.cpu().numpy()
+            logprob[rows, index], drawn[rows, index + 1] = density.cpu().numpy(), seeds[rows]
+            at[rows] = index + 1
+        return LatentStates(moved.row, at, seeds, latents, mean, logprob, drawn)
+
+    @torch.no_grad()
+    def _outputs(self, states: LatentStates) -> list[tuple[int, np.ndarray, torch.Tensor]]:
+        """Index of a step, the unfinished states that stand before it, and the model's output for each."""
+        found = []
+        for index in np.unique(states.at[~states.done]):
+            place = np.flatnonzero(states.at == index)
+            given = {name: values[torch.from_numpy(states.row[place])] for name, values in self.given.items()}
+            found.append((int(index), place, self.engine.predict(self._put(states.latent[place]), int(index), given)))
+            self.budget.denoiser_evaluations += len(place) * self.evaluations
+        return found
+
+    def _table(self, index: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(self.engine.steps.coefficients[index]).to(self.engine.device).expand(count, -1)
+
+    def _noise(self, seed: np.ndarray, step: int) -> torch.Tensor:
+        return self.engine.noise(self._put(np.asarray(seed)), step)
+
+    def _put(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.engine.device)
+
+
+def _levels(engine: LatentEngine) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of data and noise in the latent before every step and after the last, float64 [T+1] each."""
+    scheduler, times = engine.model.scheduler, engine.steps.timestep
+    if engine.options.kind.startswith("flow"):
+        noise = np.append(times / scheduler.config.num_train_timesteps, 0.0)
+        return 1 - noise, noise
+    alphas = scheduler.alphas_cumprod.double().numpy()
+    final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    a = np.append(alphas[times.astype(np.int64)], final)
+    return np.sqrt(a), np.sqrt(1 - a)
+
+
+def _numpy(dtype: torch.dtype) -> type:
+    return np.float64 if dtype == torch.float64 else np.float32
