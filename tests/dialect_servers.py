@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl.config import ModelConfig
 from rl.models.load import load_policy
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -53,6 +55,7 @@ class DialectServer:
     ):
         self.dialect, self.model, self.options, self.eos_token_id = dialect, model, options, eos_token_id
         self.detail, self.root, self.version = detail, root, "default"
+        self.algorithm: str | None = "LowConfidence"
         self.faults: list[str | Mangle | None] = []
         self.push_faults: list[str] = []
         self.seen: list[tuple[str, Any]] = []
@@ -169,12 +172,11 @@ class DialectServer:
         http.wfile.write(text[: len(text) // 2] if cut else text)
         http.close_connection = True
 
-    def sample(self, prompt_ids: list[int], seed: int, num_tokens: int, **distribution: Any) -> TokenTrajectory:
+    def sample(self, prompt_ids: list[int], seed: int, **distribution: Any) -> TokenTrajectory:
         assert all(isinstance(token, int) for token in prompt_ids)
         options = self.options.model_copy(update=distribution)
         engine = InProcessEngine(self.model, options, eos_token_id=self.eos_token_id)
         trajectory = engine.generate([Request(prompt_ids, seed)])[0]
-        assert num_tokens >= trajectory.stop_length
         return trajectory
 
     def load(self, folder: str, version: str) -> None:
@@ -182,14 +184,15 @@ class DialectServer:
         self.model = load_policy(ModelConfig(path=folder, block_length=self.model.block_length), None, seed=0)
         self.version = version
 
-    def answer_of(self, trajectory: TokenTrajectory) -> tuple[list[int], list[int], str]:
-        """The answer with its end token, all tokens to the end of the terminal block, and the finish reason."""
-        decided = trajectory.final_canvas()[trajectory.prompt_length :].tolist()
-        if trajectory.mask_token_id in decided:
-            decided = decided[: decided.index(trajectory.mask_token_id)]
-        if self.eos_token_id in decided:
-            return decided[: decided.index(self.eos_token_id) + 1], decided, "stop"
-        return list(decided), decided, "length"
+    def answer_of(self, trajectory: TokenTrajectory, limit: int) -> tuple[list[int], list[int], str]:
+        """The answer with its end token, all tokens to the end of the block it ends in, and the finish reason."""
+        prompt = trajectory.prompt_length
+        decided = trajectory.final_canvas()[prompt:].tolist()
+        answer, finish = decided[:limit], "length"
+        if self.eos_token_id in answer:
+            answer, finish = answer[: answer.index(self.eos_token_id) + 1], "stop"
+        block = trajectory.block_of(np.arange(prompt, trajectory.length))
+        return answer, [t for t, b in zip(decided, block, strict=True) if b <= block[len(answer) - 1]], finish
 
 
 def _reset(http: BaseHTTPRequestHandler) -> None:
@@ -203,7 +206,7 @@ def _reset(http: BaseHTTPRequestHandler) -> None:
 
 
 def _sglang_info(server: DialectServer, body: Any) -> dict[str, Any]:
-    return {"version": "0.5.23", "dllm_algorithm": "LowConfidence", "dllm_algorithm_config": None}
+    return {"version": "0.5.23", "dllm_algorithm": server.algorithm, "dllm_algorithm_config": None}
 
 
 def _sglang_model(server: DialectServer, body: Any) -> dict[str, Any]:
@@ -216,12 +219,11 @@ def _sglang_generate(server: DialectServer, body: dict[str, Any]) -> dict[str, A
     trajectory = server.sample(
         body["input_ids"],
         wanted["sampling_seed"],
-        wanted["max_new_tokens"],
         temperature=wanted["temperature"],
         top_p=wanted["top_p"],
         top_k=max(wanted["top_k"], 0),
     )
-    ids, replay, finish = server.answer_of(trajectory)
+    ids, replay, finish = server.answer_of(trajectory, wanted["max_new_tokens"])
     meta: dict[str, Any] = {
         "prompt_tokens": len(body["input_ids"]),
         "completion_tokens": len(ids),
@@ -235,12 +237,12 @@ def _sglang_generate(server: DialectServer, body: dict[str, Any]) -> dict[str, A
         meta |= {
             "step_maps": local[: len(ids)],
             "dllm_replay_token_ids": replay,
-            "dllm_replay_step_maps": local,
+            "dllm_replay_step_maps": local[: len(replay)],
             "dllm_stop_length": len(ids),
             "dllm_replay_contract_version": 1,
         }
         if server.detail == "logprobs":
-            meta["dllm_replay_logprobs"] = trajectory.logprob[order].tolist()
+            meta["dllm_replay_logprobs"] = trajectory.logprob[order][: len(replay)].tolist()
     return {"text": "", "output_ids": ids, "meta_info": meta}
 
 
@@ -257,12 +259,11 @@ def _vllm_complete(server: DialectServer, body: dict[str, Any]) -> dict[str, Any
     trajectory = server.sample(
         body["prompt"],
         body["seed"],
-        body["max_tokens"],
         temperature=body["temperature"],
         top_p=body["top_p"],
         top_k=max(body["top_k"], 0),
     )
-    ids, _, finish = server.answer_of(trajectory)
+    ids, _, finish = server.answer_of(trajectory, body["max_tokens"])
     choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": finish}
     if body["return_token_ids"]:
         choice |= {"token_ids": ids, "prompt_token_ids": body["prompt"]}
@@ -280,8 +281,8 @@ def _vllm_rpc(server: DialectServer, body: dict[str, Any]) -> dict[str, Any]:
 
 def _lmdeploy_generate(server: DialectServer, body: dict[str, Any]) -> dict[str, Any]:
     # There is no seed in this interface.
-    trajectory = server.sample(body["input_ids"], 0, body["max_tokens"], temperature=body["temperature"])
-    ids, _, finish = server.answer_of(trajectory)
+    trajectory = server.sample(body["input_ids"], 0, temperature=body["temperature"])
+    ids, _, finish = server.answer_of(trajectory, body["max_tokens"])
     if finish == "stop" and not body["include_stop_str_in_output"]:
         ids = ids[:-1]
     meta = {"prompt_tokens": len(body["input_ids"]), "completion_tokens": len(ids), "finish_reason": {"type": finish}}

@@ -519,6 +519,27 @@ def test_a_server_of_another_dialect_or_none_is_named(block_models: list[Any], t
         ServerEngine(options, block_models[0], OPTIONS, weights_dir=tmp_path, eos_token_id=EOS)
 
 
+def test_a_server_with_another_block_length_is_refused(block_models: list[Any], tmp_path: Path) -> None:
+    """Blocks of 4 read as blocks of 8 could look whole: every step of both would be there."""
+    with serving("sglang", block_models[0], OPTIONS, EOS) as server:
+        for length in (2, 8):
+            options = OPTIONS.model_copy(update={"block_length": length})
+            with pytest.raises(BadAnswerError, match=rf"blocks end at position 4: .* ends at {length}"):
+                ServerEngine(
+                    ServerOptions(urls=[server.url]), block_models[0], options, weights_dir=tmp_path, eos_token_id=EOS
+                )
+        engine = engine_for([server], block_models[0], tmp_path)
+        with pytest.raises(ValueError, match=r"train\.block_schedule changes the block length"):
+            engine.options = OPTIONS.model_copy(update={"block_length": 8})
+
+
+def test_a_server_that_decodes_left_to_right_is_refused(block_models: list[Any], tmp_path: Path) -> None:
+    with serving("sglang", block_models[0], OPTIONS, EOS) as server:
+        server.algorithm = None
+        with pytest.raises(BadAnswerError, match="it decodes left to right: start it with --dllm-algorithm"):
+            engine_for([server], block_models[0], tmp_path)
+
+
 def test_the_key_is_sent_where_there_is_one(
     pair: Any, block_models: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

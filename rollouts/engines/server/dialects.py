@@ -152,6 +152,8 @@ def _sglang_answer(body: Mapping[str, Any]) -> Answer:
 
 def _sglang_describe(replies: Sequence[Any]) -> dict[str, object]:
     info = replies[0]
+    if not _get(info, "dllm_algorithm"):
+        raise BadAnswerError("it decodes left to right: start it with --dllm-algorithm")
     names = ("version", "dllm_algorithm", "dllm_algorithm_config")
     return {"engine": "sglang", **{name: info.get(name) for name in names}}
 

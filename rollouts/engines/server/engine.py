@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class ServerEngine:
             EngineError: a server that is down, or none of this dialect.
         """
         self.dialect = DIALECTS[server.dialect]
+        self.peers: list[Peer] = []
         self.server, self.model, self.eos_token_id = server, model, eos_token_id
         self.options = options
         self.weights_dir = Path(weights_dir)
@@ -109,6 +110,11 @@ class ServerEngine:
         causal = self.model.attention == "block_causal"
         if causal and options.block_length is None:
             options = options.model_copy(update={"block_length": self.model.block_length})
+        if self.peers and options.block_length != self._options.block_length:
+            raise ValueError(
+                "train.block_schedule changes the block length of rollouts, and servers keep the one they were started "
+                "with: empty it"
+            )
         self._options = options
         self.canvas = Canvas(
             gen_length=options.gen_length,
@@ -138,7 +144,8 @@ class ServerEngine:
             # Any token will do, as long as it is no mask.
             prompt = Request([0 if self.canvas.mask_token_id else 1], seed=0)
             for detail in (DETAILS[-1], DETAILS[0]):
-                ask = self._ask(0, prompt, detail)
+                # One token more than the prompt: the blocks of the answer then show the server's block length.
+                ask = replace(self._ask(0, prompt, detail), max_new_tokens=1)
                 try:
                     peer.detail = self._patiently(partial(self._sample, peer, ask, None)).detail
                     break
