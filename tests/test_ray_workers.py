@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
@@ -39,14 +42,21 @@ def one_ray() -> Iterator[None]:
     """All engines of this file join it: starting Ray takes longer than any of the tests."""
     import ray
 
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    # Sockets lie in it, whose paths must be short.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init(
             address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            object_store_memory=100 * 2**20,
+            object_store_memory=100 * 2**20, _temp_dir=folder,
         )  # fmt: skip
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    signal.signal(signal.SIGTERM, handler)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="module")
