@@ -61,6 +61,8 @@ class Peer:
 class ServerEngine:
     """Samples trajectories with servers that hold the policy's weights. An `Engine` (`rollouts/engines/base.py`)."""
 
+    _options: SamplerOptions
+
     def __init__(
         self,
         server: ServerOptions,
