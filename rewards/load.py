@@ -49,6 +49,8 @@ NAMES = {
     "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
     "hydropathy": "rewards.protein:Hydropathy",
+    "level_logprob": "rewards.levels:LevelLogprob",
+    "level_reached": "rewards.levels:LevelReached",
     "length": "rewards.length:length",
     "llm_judge": "rewards.llm_judge:LlmJudge",
     "math_answer": "rewards.math_answer:MathAnswer",

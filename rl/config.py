@@ -110,6 +110,11 @@ class ModelConfig(Section):
         description="Token ids or strings that are never generated, besides the mask token and ids the tokenizer does "
         "not know; special stands for all of the tokenizer's special tokens.",
     )
+    conditions: dict[str, str] = Field(
+        {},
+        description="New prompt tokens, and the token of the trained model whose embedding each starts with (recipe "
+        "ctrl).",
+    )
     wrap: bool = Field(
         True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
     )

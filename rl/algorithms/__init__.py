@@ -21,6 +21,7 @@ RECIPES = {
     "dpok": "rl.algorithms.ddpo:DpokOptions",
     "find": "rl.algorithms.find:FindOptions",
     "flow_grpo": "rl.algorithms.flow_grpo:FlowGrpoOptions",
+    "ctrl": "rl.algorithms.ctrl:CtrlOptions",
     "drakes": "rl.algorithms.drakes:DrakesOptions",
     "tracerl": "rl.algorithms.tracerl:TraceRLOptions",
     "mdpo": "rl.algorithms.mdpo:MDPOOptions",

@@ -37,12 +37,15 @@ class DiffusionLMConfig(PreTrainedConfig):
         logit_shift: int = 0,
         excluded_token_ids: Ranges = (),
         published: dict[str, Any] | None = None,
+        conditions: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
         self.excluded_token_ids = [list(r) for r in excluded_token_ids]
         # The config.json of the published checkpoint this model was loaded from, to export it again.
         self.published = published
+        # Prompt tokens added to the vocabulary, see `rl/models/conditions.py`.
+        self.conditions = conditions or {}
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -150,6 +153,21 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
         """Take over what the config.json of a saved policy says beside the shape of its weights."""
         self.config.block_length = described["block_length"]
         self.exclude(described["excluded_token_ids"])
+
+    @torch.no_grad()
+    def grow(self, num_tokens: int) -> None:
+        """Append tokens to the vocabulary, all of them zeros in embedding and head."""
+        embedding: Any = self.get_input_embeddings()
+        tied = embedding.weight is self.lm_head.weight
+        for table in (embedding, self.lm_head):
+            table.weight = nn.Parameter(torch.cat([table.weight, table.weight.new_zeros(num_tokens, self.hidden_size)]))
+        if tied:
+            self.lm_head.weight = embedding.weight
+        self.lm_head.out_features += num_tokens
+        embedding.num_embeddings += num_tokens
+        backbone: Any = self.backbone
+        backbone.config.vocab_size += num_tokens
+        self.config.backbone = {**self.config.backbone, "vocab_size": self.vocab_size}
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""

@@ -49,6 +49,10 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         if config.eos_token not in tokenizer.get_vocab():
             raise ValueError(f"model.eos_token {config.eos_token!r} is no token of the tokenizer")
         tokenizer.eos_token = config.eos_token
+    if config.conditions:
+        from rl.models.conditions import add_to_tokenizer
+
+        add_to_tokenizer(tokenizer, config.conditions)
     return tokenizer
 
 
@@ -103,14 +107,21 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
         raise ValueError(f"model.lora.rank is {config.lora.rank}: adapters need a model to adapt, set model.path")
     else:
         model = _new(config, tokenizer, seed)
+    if config.conditions and config.path is None:
+        raise ValueError("model.conditions are added to a trained model: set model.path")
     if tokenizer is not None:
+        if config.conditions:
+            from rl.models.conditions import add_to_model
+
+            add_to_model(model, tokenizer, config.conditions)
         if tokenizer.mask_token_id not in (None, model.mask_token_id):
             raise ValueError(
                 f"model.tokenizer has mask token id {tokenizer.mask_token_id} and the model {model.mask_token_id}: "
                 "set model.tokenizer to the model's own"
             )
         # A folder keeps what it was trained without.
-        ranges = [*model.excluded_token_ids, *excluded_ranges(tokenizer, model.vocab_size, config.never_generate)]
+        never = [*config.never_generate, *config.conditions]
+        ranges = [*model.excluded_token_ids, *excluded_ranges(tokenizer, model.vocab_size, never)]
         model.exclude(as_ranges(i for start, stop in ranges for i in range(start, stop)))
     if config.gradient_checkpointing:
         # It acts in the learner alone, which sets the layers' training flag.

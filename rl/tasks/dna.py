@@ -1,13 +1,16 @@
 """DNA to design: enhancers drawn from a motif grammar, or windows of a FASTA file.
 
 The built-in data has a known law (`grammar`), so samples can be judged by their exact likelihood; the activity that its
-labels come from is the reward `motif_activity`. Every prompt is the one character `>`.
+labels come from is the reward `motif_activity`. Every prompt is the one character `>`; a task with levels asks for
+each level of activity in turn instead, by the prompts `0`, `1`, ... of a model with these conditions (recipe ctrl).
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +25,35 @@ PROMPT = ">"
 class DnaTask:
     """Sequences of one length; the response is the sequence."""
 
-    reward = "motif_activity"
     grid = None
     alphabet = LETTERS + PROMPT
     # Every response has the full length: no end token, which the model could choose.
     ends = False
 
-    def __init__(self, length: int = 40, motif_rate: float = 0.008, data: str | None = None, label_noise: float = 0.3):
+    def __init__(
+        self,
+        length: int = 40,
+        motif_rate: float = 0.008,
+        data: str | None = None,
+        label_noise: float = 0.3,
+        levels: Sequence[float] = (),
+    ):
         """
         Args:
             length: letters of a sequence (`sampler.gen_length`).
             motif_rate: how often each motif starts at a free position.
             data: FASTA file (also .gz); the middle `length` letters of its records take the place of the grammar.
             label_noise: standard deviation of the measurement noise on labels.
+            levels: activities that divide level 0 from level 1, 1 from 2, ...
+
+        Raises:
+            ValueError: levels that do not grow, or no usable data file.
         """
+        if list(levels) != sorted(set(levels)):
+            raise ValueError(f"task.params.levels must grow, got {list(levels)}")
+        self.reward = "level_reached" if levels else "motif_activity"
+        bounds = [None, *levels, None]
+        self.levels = [list(ends) for ends in itertools.pairwise(bounds)] if levels else []
         self.length, self.label_noise = length, label_noise
         self.grammar = None if data else MotifGrammar(load_matrices(list(CONSENSUS)), length, motif_rate)
         self.records = _windows(data, length) if data else {}
@@ -82,6 +100,12 @@ class DnaTask:
         while len(texts) < count:
             assert self.grammar is not None
             texts += [text for text in self.grammar.draw(rng, count + count // 4) if split_of(text) == split]
+        if self.levels:
+            wanted = [index % len(self.levels) for index in range(count)]
+            return [
+                {"prompt": str(level), "answer": text, "level": level, "between": self.levels[level]}
+                for level, text in zip(wanted, texts, strict=False)
+            ]
         return [{"prompt": PROMPT, "answer": text} for text in texts[:count]]
 
 
