@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from rl.algorithms.options import Recipe
-from rl.algorithms.trace import TraceRecipeOptions
+from rl.algorithms.trace_options import TraceRecipeOptions
 
 
 class CJGRPOOptions(TraceRecipeOptions):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from rl.algorithms.options import Recipe
-from rl.algorithms.trace import TraceRecipeOptions
+from rl.algorithms.trace_options import TraceRecipeOptions
 
 if TYPE_CHECKING:
     from rl.config import Config

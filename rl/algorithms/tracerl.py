@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rl.algorithms.options import Recipe, ValueOptions
-from rl.algorithms.trace import TraceRecipeOptions
+from rl.algorithms.trace_options import TraceRecipeOptions
 
 
 class TraceRLOptions(TraceRecipeOptions):
