@@ -77,13 +77,15 @@ def act(word, path):
     if word == "memory":
         KEPT.append(bytearray(8 * 2**30))
     if word == "garbage":  # into every descriptor it can find
-        for number in range(3, 64):
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number < 3:
+                continue
             try:
                 os.write(number, b"\\xff" * 100)
             except OSError:
                 pass
     if word == "close":
-        os.closerange(0, 64)
+        os.closerange(0, 65536)  # the socket keeps the number it had in the trainer, which may be high
     if word == "raise":
         raise RuntimeError("broken reward")
     if word == "recursion":
