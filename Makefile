@@ -1,12 +1,13 @@
 # Everything here needs only Python 3.11 or newer and make.
 #
 #   make quickstart   train a tiny diffusion policy by RL and show the result (SEED=1 picks the seed)
-#   make test         lint, then every test
+#   make test         lint, then every test (WORKERS=2 processes)
 #   make lint         style, format and types only
 #   make clean        remove build products and caches; runs/ and .venv/ stay
 
 SEED ?= 0
 RUN ?= runs/quickstart-$(SEED)
+WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 
 BIN := .venv/bin
@@ -23,8 +24,9 @@ quickstart: $(READY)
 	$(BIN)/denoise-rl train --config configs/quickstart.yaml run.seed=$(SEED) run.output_dir=$(RUN)
 
 # One thread per process: several processes share few cores, and a spinning thread pool makes all of them slow.
+# A file stays with one worker, which makes its fixtures once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
