@@ -70,6 +70,13 @@ class LoraOptions(Section):
             )
         return value
 
+    @model_validator(mode="after")
+    def _used(self) -> LoraOptions:
+        if not self.rank and (self.alpha is not None or self.targets is not None):
+            name = "targets" if self.alpha is None else "alpha"
+            raise ValueError(f"model.lora.{name} does nothing without adapters: set model.lora.rank or leave it out")
+        return self
+
 
 class ModelConfig(Section):
     path: str | None = Field(None, description="Folder or hub name of a model to start from; null builds a new one.")

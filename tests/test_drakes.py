@@ -260,6 +260,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
         [
             ("train.epochs=2", "train.epochs is 2: a reward gradient samples anew for every update, set it to 1"),
             ("filters.drop_zero_variance=true", "algorithm.name drakes needs filters.drop_zero_variance=false: set it"),
+            ("rollout.asynchronous=true", "algorithm.name drakes needs rollout.asynchronous=false: set it"),
             ("filters.refill_rounds=1", "sample, set it to 0"),
             ("filters.accuracy_low=0.5", "filters.accuracy_low is 0.5: a reward gradient learns from every sample"),
             ("train.max_logprob_gap=0.1", "a reward gradient has no recorded log-probs, set it to null"),

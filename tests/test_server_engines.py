@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -411,23 +412,46 @@ def test_one_rank_pushes_and_the_others_sample_with_what_it_pushed(block_models:
         def save(self, folder: Path) -> None:
             raise AssertionError("only the leader writes")
 
-    met = threading.Barrier(2)
+    met, told = threading.Barrier(2), []
 
-    def meet() -> None:
-        met.wait(60)
+    def from_leader(leads: bool) -> Callable[[Any], Any]:
+        calls = iter(range(9))
 
-    with serving("sglang", block_models[0], OPTIONS, EOS) as server:
-        options = ServerOptions(urls=[server.url])
+        def value_of_leader(value: Any) -> Any:
+            if leads:
+                told.append(value)
+            met.wait(60)
+            return told[next(calls)]
+
+        return value_of_leader
+
+    with (
+        serving("sglang", block_models[0], OPTIONS, EOS) as server,
+        serving("sglang", block_models[0], OPTIONS, EOS) as down,
+    ):
+        options = ServerOptions(urls=[server.url, down.url], retries=0)
         leader, other = (
             ServerEngine(
-                options, block_models[1], OPTIONS, weights_dir=tmp_path, eos_token_id=EOS, leader=leads, barrier=meet
+                options,
+                block_models[1],
+                OPTIONS,
+                weights_dir=tmp_path,
+                eos_token_id=EOS,
+                leader=leads,
+                from_leader=from_leader(leads),
             )
             for leads in (True, False)
         )
+        down.stop()
         with ThreadPoolExecutor(1) as thread:
-            waiting = thread.submit(other.push_weights, 3, NoWeights(None))
-            leader.push_weights(3, Weights(block_models[1]))
-            waiting.result()
+            pushing = thread.submit(leader.push_weights, 3, Weights(block_models[1]))
+            # The other still has rollouts of the old weights to get.
+            time.sleep(0.5)
+            assert (server.version, list(tmp_path.iterdir()), pushing.done()) == ("default", [], False)
+            other.push_weights(3, NoWeights(None))
+            pushing.result()
+        assert [peer.version for peer in leader.peers] == [peer.version for peer in other.peers] == [3, None]
+        down.start()
         assert_same(other.generate(REQUESTS, 3), in_process(block_models[1], 3))
 
 
@@ -463,6 +487,11 @@ def test_vllm_gives_finished_samples_of_the_pushed_weights(models: list[Any], tm
         assert [t.response_ids().tolist() for t in engine.generate(REQUESTS, 1)] == answers
         server.faults = ["reset"]
         assert [t.response_ids().tolist() for t in engine.generate(REQUESTS, 1)] == answers
+        # Whoever else asks it is not left waiting when it refuses new weights.
+        server.push_faults = ["no"]
+        with pytest.raises(WeightPushError):
+            engine.push_weights(2, Weights(models[0]))
+        assert [path for path, _ in server.seen][-3:] == ["/pause", "/collective_rpc", "/resume"]
 
 
 def test_a_vllm_server_that_could_come_back_with_other_weights_is_refused(

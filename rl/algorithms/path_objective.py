@@ -63,8 +63,8 @@ class PathObjectiveOptions(RecipeOptions):
         return {"gradients"} if self.gradient == "pathwise" else {"step_maps", "sampled_logprobs"}
 
     def requires(self, config: Config) -> dict[str, Any]:
-        """A prompt whose rewards are all equal still has a KL."""
-        return {"filters.drop_zero_variance": False}
+        """A prompt whose rewards are all equal still has a KL; the log-ratio is that of the weights that sampled."""
+        return {"filters.drop_zero_variance": False, "rollout.asynchronous": False}
 
     def build(self) -> Recipe | GradientRecipe:  # type: ignore[override]
         alpha = self.kl_weight

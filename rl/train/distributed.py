@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,3 +115,8 @@ def gather_objects(value: object) -> list:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def from_leader(value: object) -> Any:
+    """Rank 0's value on every rank, once all have come."""
+    return gather_objects(value)[0]

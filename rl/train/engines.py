@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from rl.algorithms import parse_options
 from rl.config import Config
@@ -38,7 +39,7 @@ def open_engine(session: Session) -> Engine | None:
         weights_dir=config.rollout.server.weights_dir or session.run_dir / "rollout_weights",
         eos_token_id=session.tokenizer.eos_token_id,
         leader=distributed.rank() == 0,
-        barrier=distributed.barrier,
+        from_leader=distributed.from_leader,
     )
 
 
@@ -51,7 +52,10 @@ def _ray_engine(session: Session) -> Engine:
             "rollout.ray.address is needed with several ranks, which share one cluster: ray start --head, then set it "
             "to auto"
         )
-    folder = session.run_dir if ray.weights_dir is None else Path(ray.weights_dir)
+    folder = session.run_dir
+    if ray.weights_dir is not None:
+        # Other runs may share it, and the engine empties what it is given.
+        folder = Path(ray.weights_dir) / f"{folder.name}_{crc32(bytes(folder.absolute())):08x}"
     return RayEngine(
         WorkerModel(session.config, "cuda" if ray.gpus_per_worker else "cpu"),
         session.medium.options(),

@@ -256,6 +256,13 @@ def _check_same_run(config: Config) -> None:
                 f"run.resume: {section}.{key} is {now[key]!r} and the run in {config.run.output_dir} began with "
                 f"{old.get(key)!r}: set it back, or choose another run.output_dir"
             )
+    for name in ("asynchronous", "max_importance_weight", "cache"):
+        was, is_now = getattr(before.rollout, name), getattr(config.rollout, name)
+        if was != is_now:
+            raise ValueError(
+                f"run.resume: rollout.{name} is {is_now!r} and the run in {config.run.output_dir} began with {was!r}: "
+                "set it back, or choose another run.output_dir"
+            )
     if before.run.seed != config.run.seed:
         raise ValueError(f"run.resume: run.seed is {config.run.seed} and the run began with {before.run.seed}")
 

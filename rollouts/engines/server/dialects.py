@@ -29,6 +29,7 @@ class Dialect:
         answer: body of the reply -> `Answer`.
         describe: replies of `about`, in order -> what a trajectory records of the decoder: engine, version, rule.
         push: POSTs that load new weights, in order; `{folder}` and `{version}` stand for these.
+        after_failed_push: a POST that undoes what a push that did not end has begun; None where there is nothing.
         weight_version: replies of `about` -> the weights the server says it holds; None where it does not say.
         started_from: replies of `about` -> the folder it loads when it is started, asked of servers that do not name
             their weights; None for others.
@@ -42,6 +43,7 @@ class Dialect:
     answer: Callable[[Mapping[str, Any]], Answer]
     describe: Callable[[Sequence[Any]], dict[str, object]]
     push: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    after_failed_push: str | None = None
     weight_version: Callable[[Sequence[Any]], str] | None = None
     started_from: Callable[[Sequence[Any]], str | None] = field(default=lambda replies: None)
     model_name: Callable[[Sequence[Any]], str | None] = field(default=lambda replies: None)
@@ -247,6 +249,7 @@ DIALECTS = {
             ("/reset_prefix_cache", {}),
             ("/resume", {}),
         ),
+        after_failed_push="/resume",
         started_from=lambda replies: str(_get(replies, 1, "data", 0, "root")),
         model_name=lambda replies: str(_get(replies, 1, "data", 0, "id")),
     ),

@@ -8,6 +8,7 @@ seed, goes to one server, and to the next one when that is down.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import threading
@@ -72,7 +73,7 @@ class ServerEngine:
         weights_dir: str | Path,
         eos_token_id: int | None = None,
         leader: bool = True,
-        barrier: Callable[[], None] = lambda: None,
+        from_leader: Callable[[Any], Any] = lambda value: value,
     ):
         """
         Args:
@@ -81,7 +82,8 @@ class ServerEngine:
                 servers' own rule.
             weights_dir: folder that the servers see under the same name.
             eos_token_id: end token.
-            leader: this rank's engine is the one that pushes; the others wait for it at the barrier.
+            leader: this rank's engine is the one that pushes.
+            from_leader: waits until every rank has called it, and gives the leader's value to all.
 
         Raises:
             ValueError: an option that no server can follow, or no server.
@@ -92,7 +94,7 @@ class ServerEngine:
         self.server, self.model, self.eos_token_id = server, model, eos_token_id
         self.options = options
         self.weights_dir = Path(weights_dir)
-        self.leader, self.barrier = leader, barrier
+        self.leader, self.from_leader = leader, from_leader
         self.splits: tuple[tuple[int, int], ...] = ()
         self.stats = EngineStats()
         self._lock = threading.Lock()
@@ -311,17 +313,19 @@ class ServerEngine:
         """Write the weights and have every server load them; see `Engine.push_weights`."""
         if not self.dialect.push:
             raise WeightPushError(f"rollout.server.dialect {self.dialect.name} has no weight update from disk")
+        # Until the last rank has its rollouts of the old weights.
+        self.from_leader(None)
         for peer in self.peers:
             peer.version = None
         self._newest = None
         if self.leader:
             self._write(version, source)
             self._spread(version)
-        self.barrier()
+        # A server that was down has none, and is settled by whoever asks it next.
+        held = self.from_leader([peer.version for peer in self.peers])
         self._newest = version
-        if not self.leader:
-            for peer in self.peers:
-                peer.version = version
+        for peer, its_version in zip(self.peers, held, strict=True):
+            peer.version = its_version
 
     def _spread(self, version: int) -> None:
         """Have the servers load a version that is written. One that is down gets it when it is back (`_settle`).
@@ -371,10 +375,17 @@ class ServerEngine:
             UnavailableError: it went away meanwhile.
         """
         peer.version = None
-        for path, body in self.dialect.push:
-            reply = peer.http.call(path, filled(body, str(self._folder(version)), version))
-            if isinstance(reply, dict) and reply.get("success") is False:
-                raise RefusedError(f"{peer.http.url}{path}: {reply.get('message')}")
+        try:
+            for path, body in self.dialect.push:
+                reply = peer.http.call(path, filled(body, str(self._folder(version)), version))
+                if isinstance(reply, dict) and reply.get("success") is False:
+                    raise RefusedError(f"{peer.http.url}{path}: {reply.get('message')}")
+        except EngineError:
+            # Others may use the server: it is not left paused.
+            if self.dialect.after_failed_push is not None:
+                with contextlib.suppress(EngineError):
+                    peer.http.call(self.dialect.after_failed_push, {})
+            raise
         if self.dialect.weight_version is not None:
             held = self.dialect.weight_version(self._about(peer.http))
             if held != str(version):
