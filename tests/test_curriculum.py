@@ -108,3 +108,11 @@ def test_countdown_answers_are_right_and_splits_are_disjoint() -> None:
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     assert {split_of(key) for key in keys[1]} == {"test"}
     assert task.train_rows(0, 0, 5) == train[:5]
+
+
+def test_countdown_operators_are_those_asked_for() -> None:
+    rows = CountdownTask(count=3, operators="-/").train_rows(0, 0, 200)
+    assert {sign for row in rows for sign in row["answer"] if not sign.isalnum()} == {"-", "/", "(", ")"}
+    for operators in ("", "+x"):
+        with pytest.raises(ValueError, match=r"task\.params\.operators '.*' must be some of \+ - \* /"):
+            CountdownTask(operators=operators)

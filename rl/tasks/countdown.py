@@ -19,16 +19,20 @@ class CountdownTask(DrawnTask):
     alphabet = "0123456789+-*/(),=:"
     templates = templates.COUNTDOWN
 
-    def __init__(self, count: int = 3, max_number: int = 20, max_target: int = 99):
+    def __init__(self, count: int = 3, max_number: int = 20, max_target: int = 99, operators: str = "+-*/"):
         """
         Args:
             count: numbers per problem.
             max_number: numbers are drawn from 1 to this.
             max_target: targets lie in 1 to this.
+            operators: what problems are made with; an answer may use all four.
         """
         if count < 2 or max_number < 2 or max_target < 1:
             raise ValueError("task.params needs count >= 2, max_number >= 2 and max_target >= 1")
+        if not operators or not set(operators) <= set("+-*/"):
+            raise ValueError(f"task.params.operators {operators!r} must be some of + - * /")
         self.count, self.max_number, self.max_target = count, max_number, max_target
+        self.operators = operators
 
     def file_rows(self, path: str) -> list[Row]:
         """Problems of a JSON-lines file with `input` ("30,100,93") and `output` (the target)."""
@@ -50,9 +54,10 @@ class CountdownTask(DrawnTask):
 
     def _propose(self, rng: random.Random) -> tuple[str, tuple[list[int], int, str]] | None:
         numbers = [rng.randint(1, self.max_number) for _ in range(self.count)]
-        answer, value = _random_expression(rng, numbers)
-        if value.denominator != 1 or not 1 <= value <= self.max_target:
+        drawn = _random_expression(rng, numbers, self.operators)
+        if drawn is None or drawn[1].denominator != 1 or not 1 <= drawn[1] <= self.max_target:
             return None
+        answer, value = drawn
         # Numbers in any order, so that a problem has one split whoever draws it.
         return f"{sorted(numbers)} {value}", (numbers, int(value), answer)
 
@@ -66,15 +71,15 @@ class CountdownTask(DrawnTask):
             raise ValueError("task.params leave no Countdown problems: allow larger numbers or targets")
 
 
-def _random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, Fraction]:
-    """Join random pairs until one expression is left; brackets only where they are needed."""
+def _random_expression(rng: random.Random, numbers: list[int], operators: str) -> tuple[str, Fraction] | None:
+    """Join random pairs until one expression is left; brackets only where they are needed. None divides by zero."""
     # (text, value, precedence): 3 a number, 2 a product or quotient, 1 a sum or difference.
     parts = [(str(n), Fraction(n), 3) for n in numbers]
     while len(parts) > 1:
         left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-        sign = rng.choice("+-*/")
+        sign = rng.choice(operators)
         if sign == "/" and right[1] == 0:
-            sign = "*"
+            return None
         level = 1 if sign in "+-" else 2
         a = f"({left[0]})" if left[2] < level else left[0]
         b = f"({right[0]})" if right[2] < level or (right[2] == level and sign in "-/") else right[0]
