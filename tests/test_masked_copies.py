@@ -151,6 +151,18 @@ def test_reads_equal_plain_forwards_of_their_copies(make_model, family: str, dra
     assert at == len(logprob) > 15 and logprob.std() > 0.3
 
 
+def test_blocks_that_an_early_end_left_masked_are_never_scored(make_model) -> None:
+    model = make_model("gpt2-full")
+    options = SamplerOptions(gen_length=6, num_inference_steps=3, block_length=2)
+    engine = InProcessEngine(model, options, eos_token_id=2)
+    trajectories = engine.generate([Request(PROMPT, seed=s) for s in range(30)])
+    left = [int((t.final_canvas() == t.mask_token_id).sum()) for t in trajectories]
+    assert set(left) == {0, 4}
+    rows, _, _ = score(model, trajectories, masks.everything_hidden, scope="canvas")
+    assert (rows.target != model.mask_token_id).all()
+    assert np.bincount(rows.trajectory, minlength=30).tolist() == [6 - masked for masked in left]
+
+
 @pytest.mark.parametrize(("draw", "size"), [("everything hidden", 4), ("coupled counts", 4), ("coupled counts", 8)])
 def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, draw: str, size: int) -> None:
     """The grid is the model's, or that of a larger training block, which may end behind the canvas."""

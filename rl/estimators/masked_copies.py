@@ -48,9 +48,12 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def scope_positions(trajectory: TokenTrajectory, scope: Scope) -> np.ndarray:
-    """int64: the answer up to and including the end token (published by most), or the whole response."""
+    """int64: the answer up to and including the end token (published by most), or all of the response that was decoded."""
     start = trajectory.prompt_length
-    return np.arange(start, start + trajectory.stop_length if scope == "answer" else trajectory.length)
+    if scope == "answer":
+        return np.arange(start, start + trajectory.stop_length)
+    # Blocks behind the one with the end token were never decoded and are still masked.
+    return start + np.flatnonzero(trajectory.final_canvas()[start:] != trajectory.mask_token_id)
 
 
 def copy_rows(
