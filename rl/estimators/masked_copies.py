@@ -48,7 +48,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def scope_positions(trajectory: TokenTrajectory, scope: Scope) -> np.ndarray:
-    """int64: the answer up to and including the end token (published by most), or all of the response that was decoded."""
+    """int64: the answer up to and including the end token (published by most), or all that was decoded."""
     start = trajectory.prompt_length
     if scope == "answer":
         return np.arange(start, start + trajectory.stop_length)
