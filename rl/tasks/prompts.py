@@ -49,18 +49,19 @@ class PromptsTask:
 
     def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
         """Drawn with replacement."""
-        return random.Random(f"prompts {seed} {step}").choices(self._train, k=count)
+        return _with_others(random.Random(f"prompts {seed} {step}").choices(self._train, k=count), self._train)
 
     def validation_rows(self, count: int) -> list[Row]:
         """Training prompts: held-out ones are for the end."""
-        return _cycle(self._train, count)
+        return _with_others(_cycle(self._train, count), self._train)
 
     def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
         """Every prompt equally often; a prompt that comes again starts from another noise."""
-        return _cycle(self._heldout, count)
+        return _with_others(_cycle(self._heldout, count), self._heldout)
 
     def file_rows(self, path: str) -> list[Row]:
-        return _rows(path, trained=True)
+        rows = _rows(path, trained=True)
+        return _with_others(rows, rows)
 
 
 def _rows(source: str, trained: bool) -> list[Row]:
@@ -77,7 +78,12 @@ def _rows(source: str, trained: bool) -> list[Row]:
     wrong = next((index for index, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), None)
     if wrong is not None or not rows:
         raise ValueError(f"task.params: {source} must hold prompts, row {wrong or 1} has none")
-    texts = sorted({row["prompt"] for row in rows})
+    return rows
+
+
+def _with_others(rows: Sequence[Row], source: Sequence[Row]) -> list[Row]:
+    """Rows with the other prompts of their list, which only those handed out have, to save memory."""
+    texts = sorted({row["prompt"] for row in source})
     return [{"others": [text for text in texts if text != row["prompt"]], **row} for row in rows]
 
 
