@@ -110,6 +110,15 @@ def test_countdown_answers_are_right_and_splits_are_disjoint() -> None:
     assert task.train_rows(0, 0, 5) == train[:5]
 
 
+def test_countdown_prompts_of_fixed_width_hold_the_same_problems() -> None:
+    plain, fixed = (CountdownTask(max_number=20, max_target=120, fixed_width=w).heldout_rows(50) for w in (False, True))
+    assert {len(row["prompt"]) for row in fixed} == {len("03,07,12=045:")}
+    assert len({len(row["prompt"]) for row in plain}) > 3
+    for one, other in zip(plain, fixed, strict=True):
+        *numbers, target = [int(n) for n in other["prompt"].rstrip(":").replace("=", ",").split(",")]
+        assert (numbers, target, other["answer"]) == (one["numbers"], one["target"], one["answer"])
+
+
 def test_countdown_operators_are_those_asked_for() -> None:
     rows = CountdownTask(count=3, operators="-/").train_rows(0, 0, 200)
     assert {sign for row in rows for sign in row["answer"] if not sign.isalnum()} == {"-", "/", "(", ")"}
