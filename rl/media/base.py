@@ -93,6 +93,10 @@ class Medium(Protocol):
         """Write them to one `.npz` file without pickle."""
         ...
 
+    def load_trajectories(self, path: Path) -> list[Any]:
+        """Read what `save_trajectories` wrote."""
+        ...
+
     def ended(self, trajectories: Sequence[Any]) -> np.ndarray:
         """bool [M]: samples that came to their end; always True where a sample has no end of its own."""
         ...

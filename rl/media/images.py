@@ -26,7 +26,7 @@ from rl.models.noise_policy import NoisePolicy
 from rl.tasks.base import Row, Task
 from rl.train.plan import about
 from rollouts.engines.latent import LatentEngine, LatentRequest
-from rollouts.latent_trajectory import LatentTrajectory, save_latents
+from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.search.latents import LatentSampler
 
@@ -126,6 +126,9 @@ class ImagesMedium:
 
     def save_trajectories(self, path: Path, trajectories: Sequence[LatentTrajectory]) -> None:
         save_latents(path, trajectories)
+
+    def load_trajectories(self, path: Path) -> list[LatentTrajectory]:
+        return load_latents(path)
 
     def ended(self, trajectories: Sequence[LatentTrajectory]) -> np.ndarray:
         return np.ones(len(trajectories), dtype=bool)

@@ -20,7 +20,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.search.tokens import TokenSampler
-from rollouts.trajectory import TokenTrajectory, save_trajectories
+from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 
 
 class TextMedium:
@@ -125,6 +125,9 @@ class TextMedium:
 
     def save_trajectories(self, path: Path, trajectories: Sequence[TokenTrajectory]) -> None:
         save_trajectories(path, trajectories)
+
+    def load_trajectories(self, path: Path) -> list[TokenTrajectory]:
+        return load_trajectories(path)
 
     def ended(self, trajectories: Sequence[TokenTrajectory]) -> np.ndarray:
         eos = self.tokenizer.eos_token_id

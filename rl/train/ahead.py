@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rl.train import distributed
 from rollouts.engines.base import Engine, EngineStats, check_versions
-from rollouts.latent_trajectory import load_latents, save_latents
-from rollouts.trajectory import load_trajectories, save_trajectories
 
 if TYPE_CHECKING:
     from rl.train.session import Session
@@ -81,8 +79,7 @@ class Ahead:
             return
         trajectories, stats = self._result
         rank = distributed.rank()
-        save = save_latents if self.session.medium.name == "images" else save_trajectories
-        save(folder / f"rank_{rank}.npz", trajectories)  # type: ignore[operator]
+        self.session.medium.save_trajectories(folder / f"rank_{rank}.npz", trajectories)
         (folder / f"rank_{rank}.json").write_text(json.dumps(vars(stats)))
 
     def load_state(self, folder: Path, universal: bool = False) -> None:
@@ -90,8 +87,7 @@ class Ahead:
         parts = sorted(folder.glob("rank_*.npz"), key=lambda path: int(path.stem[5:]))
         if not parts:
             return
-        load = load_latents if self.session.medium.name == "images" else load_trajectories
-        trajectories: list[Any] = [t for part in parts for t in load(part)]
+        trajectories = [t for part in parts for t in self.session.medium.load_trajectories(part)]
         stats = EngineStats()
         if len(parts) == distributed.world_size():
             stats = EngineStats(**json.loads((folder / f"rank_{distributed.rank()}.json").read_text()))
