@@ -304,7 +304,8 @@ def test_answer_backslide_by_hand() -> None:
     """Right, right, wrong; wrong, right; wrong twice; right, wrong; and one with an unscored fill, left out."""
     rewards = [[1, 1, 0], [0, 1], [0.9, 0], [2, 0.5], [1, NAN, 0]]
     report = backslide_of([np.array(r, dtype=np.float64) for r in rewards])
-    assert (report.share, report.steps, report.ever) == (2 / 4, 1.5, 3 / 4)
+    assert (report.share, report.steps, report.ever, report.unscored) == (2 / 4, 1.5, 3 / 4, 1)
+    assert report.line().endswith("(on average 1.5 right steps), 1 not judged")
     assert backslide_of([np.array([0.0]), np.array([1.0])]) == Backslide(0.0, 0.0, 0.5)
     assert math.isnan(backslide_of([np.array([NAN])]).share)
 
