@@ -37,13 +37,20 @@ SETTINGS = ("checkpoint.every=1", "checkpoint.keep=2")
 
 def train(arguments: list[str], folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "rl.cli", "train", *arguments, f"run.output_dir={folder}", *SETTINGS, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A file, because nobody reads along, and a pipe that is full would stop the run.
+    with output(folder).open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, stderr = process.communicate()
-    if process.returncode:
-        sys.exit(f"a run failed: {stderr.decode()}")
+def output(folder: Path) -> Path:
+    """What the run in `folder` prints."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    if process.wait():
+        sys.exit(f"a run failed, see {output(folder)}")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -147,10 +154,8 @@ def kill_often(
     resume: list[str] = []
     while True:
         process = train(arguments, folder, *resume)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if b"[train]" in line:
-                break
+        while process.poll() is None and b"[train]" not in output(folder).read_bytes():
+            time.sleep(0.05)
         victim = ""
         while victim != "trainer" and len(reached) < kills:
             victim = draw.choice(victims)
@@ -175,11 +180,10 @@ def kill_often(
                 process.kill()
             reached.append((victim, len(lines(folder))))
         if victim != "trainer" and len(reached) == kills:
-            finish(process)
+            finish(process, folder)
             return reached
-        _, stderr = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            sys.exit(f"the run ended after {len(reached)} kills, give it more train.steps: {stderr.decode()}")
+        if process.wait() != -signal.SIGKILL:
+            sys.exit(f"the run ended after {len(reached)} kills, give it more train.steps: {output(folder)}")
         resume = ["run.resume=true"]
 
 
@@ -224,7 +228,8 @@ def main() -> int:
         server = RewardServer()
         arguments += [f"reward.functions=[{{name: '{Path(__file__).resolve()}:judged'}}]", "reward.outage_seconds=120"]
     try:
-        finish(train(arguments, args.folder / "undisturbed"))
+        undisturbed = args.folder / "undisturbed"
+        finish(train(arguments, undisturbed), undisturbed)
         draw = random.Random(args.seed)
         reached = kill_often(arguments, args.folder / "killed", args.kills, draw, args.spread, args.victims, server)
     finally:

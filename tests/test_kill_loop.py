@@ -45,7 +45,7 @@ def test_killed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     server = kill_loop.RewardServer()
     try:
-        kill_loop.finish(kill_loop.train(arguments, whole))
+        kill_loop.finish(kill_loop.train(arguments, whole), whole)
         reached = kill_loop.kill_often(arguments, killed, 1, random.Random(1), 0.8)
         assert [victim for victim, _ in reached] == ["trainer"]
         assert kill_loop.compare(whole, killed) == []
