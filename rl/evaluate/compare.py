@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rl.algorithms import parse_options
 from rl.config import Config, load_config
 from rl.train.plan import plan_lines
@@ -138,7 +136,7 @@ def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
 
     Between two evaluations of a run its metrics are interpolated linearly in the budget.
     """
-    from rl.track.plots import BUDGETS, costed_evaluations
+    from rl.track.plots import BUDGETS, costed_evaluations, metric_at
 
     curves = {name: [costed_evaluations(folder) for folder in group] for name, group in folders.items()}
     every = [run for runs in curves.values() for run in runs]
@@ -153,14 +151,9 @@ def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
     for budget, words in BUDGETS.items():
         limit = min(run[-1][budget] for run in every)
         for name, runs in curves.items():
-            cells = [interval([_at(run, budget, limit, key) for run in runs]) for key in metrics]
+            cells = [interval([metric_at(run, budget, limit, key) for run in runs]) for key in metrics]
             lines.append("| " + " | ".join([f"{limit:,.0f} {words.lower()}", name, str(len(runs)), *cells]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _at(run: Sequence[Mapping[str, float]], budget: str, spent: float, metric: str) -> float:
-    points = [point for point in run if metric in point]
-    return float(np.interp(spent, [point[budget] for point in points], [point[metric] for point in points]))
 
 
 def _row(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rl.track.jsonl import read_metrics
 from rl.track.verdict import read_summary
 
@@ -23,6 +25,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vP"
 
 _WINDOW = 9  # steps of the running mean where several noisy rewards share a panel
+_BUDGET_POINTS = 13  # of a line over a budget
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def plot_budgets(
     """Draw a held-out metric against what it cost, once for each of three budgets; a line per variant.
 
     Args:
-        variants: name -> run folders of its seeds. Points are means over the seeds that reached the step.
+        variants: name -> run folders of its seeds. Lines are means over seeds at equal budgets.
         metric: an `eval/accuracy@S`.
 
     Raises:
@@ -148,23 +151,25 @@ def plot_budgets(
     figure, axes = _figure([list(BUDGETS)], (14, 4.4), [1], theme)
     drawn = False
     for index, (name, folders) in enumerate(variants.items()):
-        points: dict[int, list[dict[str, float]]] = {}
-        for folder in folders:
-            for point in costed_evaluations(folder):
-                if metric in point:
-                    points.setdefault(int(point["step"]), []).append(point)
+        runs = [[p for p in costed_evaluations(folder) if metric in p] for folder in folders]
+        runs = [run for run in runs if run]
+        drawn = drawn or bool(runs)
+        colour = theme.colours[index % len(theme.colours)]
+        style: dict[str, Any] = {
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": ("-", "--")[index // len(_COLOURS) % 2],
+        }
         for budget, panel in axes.items():
-            means = sorted((_mean(group, budget), _mean(group, metric)) for group in points.values())
-            drawn = drawn or bool(means)
-            colour = theme.colours[index % len(theme.colours)]
-            style: dict[str, Any] = {
-                "marker": _MARKERS[index % len(_MARKERS)],
-                "linestyle": ("-", "--")[index // len(_COLOURS) % 2],
-            }
-            panel.plot(*zip(*means, strict=True), color=colour, label=name, linewidth=1.4, markersize=4, **style)
+            if runs:
+                # Seeds spend their budgets at different paces: the mean goes as far as the thriftiest.
+                spent = np.linspace(0.0, min(run[-1][budget] for run in runs), min(len(runs[0]), _BUDGET_POINTS))
+                means = np.mean([[metric_at(run, budget, at, metric) for at in spent] for run in runs], axis=0)
+                panel.plot(spent, means, color=colour, label=name, linewidth=1.4, markersize=4, **style)
     if not drawn:
         raise ValueError(f"no run has the metric {metric!r}: name one of its eval.num_inference_steps")
+    limits = [panel.get_ylim() for panel in axes.values()]
     for budget, panel in axes.items():
+        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         panel.set_xlabel(BUDGETS[budget], fontsize=9)
         panel.tick_params(axis="x", labelrotation=20)
     first, *_, last = axes.values()
@@ -182,8 +187,10 @@ def costed_evaluations(folder: str | os.PathLike[str]) -> list[dict[str, float]]
     return [{**r, **costs[r["step"]]} for r in sorted(read_metrics(folder, "eval"), key=lambda r: r["step"])]
 
 
-def _mean(group: Sequence[Mapping[str, float]], name: str) -> float:
-    return sum(point[name] for point in group) / len(group)
+def metric_at(run: Sequence[Mapping[str, float]], budget: str, spent: float, metric: str) -> float:
+    """A metric of `costed_evaluations` at any point of a budget: linear between two evaluations."""
+    points = [point for point in run if metric in point]
+    return float(np.interp(spent, [point[budget] for point in points], [point[metric] for point in points]))
 
 
 def series(records: Sequence[Mapping[str, Any]], metric: str) -> Series:
