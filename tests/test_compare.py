@@ -13,20 +13,29 @@ from rl.evaluate.compare import COSTS, equal_budgets, interval, markdown, recipe
 from rl.track.jsonl import MetricsWriter
 from tests.runs import cli, series, tiny_config
 
-SUMMARY = {"before": {"4": 0.2, "8": 0.5}, "train_seconds": 10.0, "train_steps": 3, "updates": 6, "reward_queries": 96}
+SUMMARY = {"train_seconds": 10.0, "train_steps": 3, "updates": 6, "reward_queries": 96}
 
 
 def test_the_table_by_hand() -> None:
-    """Means 0.3 and 0.6 of three seeds; standard deviation 0.1, so half-width 4.303 x 0.1 / sqrt(3)."""
+    """Means 0.3 and 0.6 of three seeds; standard deviation 0.1, so half-width 4.303 x 0.1 / sqrt(3).
+
+    The seeds' warm starts differ as much, and every one of them gains 0.1.
+    """
     runs = [
-        {**SUMMARY, "after": {"4": a, "8": 0.6}, "sequence_forwards": f}
+        {**SUMMARY, "before": {"4": a - 0.1, "8": 0.65}, "after": {"4": a, "8": 0.6}, "sequence_forwards": f}
         for a, f in ((0.2, 1000), (0.3, 2000), (0.4, 3000))
     ]
     head, rule, warm, row = markdown({"mine": runs}).splitlines()
-    assert head == "| variant | seeds | 4 steps | 8 steps | " + " | ".join(c.replace("_", " ") for c in COSTS) + " |"
-    assert rule == "|" + "---|" * 9
-    assert warm.startswith("| warm start | 3 | 0.200 ± 0.000 | 0.500 ± 0.000 |")
-    assert row == "| mine | 3 | 0.300 ± 0.248 | 0.600 ± 0.000 | 3 | 2,000 | 96 | 6 | 10 |"
+    assert (
+        head
+        == "| variant | seeds | 4 steps | change | 8 steps | change | "
+        + " | ".join(c.replace("_", " ") for c in COSTS)
+        + " |"
+    )
+    assert rule == "| " + " | ".join(["---"] * 11) + " |"
+    assert warm == "| warm start | 3 | 0.200 ± 0.248 |  | 0.650 ± 0.000 |  |" + "  |" * 5
+    accuracies = "0.300 ± 0.248 | +0.100 ± 0.000 | 0.600 ± 0.000 | -0.050 ± 0.000"
+    assert row == f"| mine | 3 | {accuracies} | 3 | 2,000 | 96 | 6 | 10 |"
     assert interval([0.25]) == "0.250"
 
 
