@@ -307,7 +307,9 @@ class RayConfig(Section):
         description="How weights reach workers: a file, or its bytes for those that do not see it; or bytes only.",
     )
     weights_dir: str | None = Field(
-        None, description="Folder of the weight file, such as one in /dev/shm; null takes one in the run folder."
+        None,
+        description="Folder such as one in /dev/shm, in which the run makes one for its weight files (a killed run's "
+        "stays until it is resumed); null takes the run folder.",
     )
     max_restarts: int = Field(3, ge=0, description="The run ends when more workers than this die under one request.")
     start_seconds: float = Field(300.0, gt=0, description="The run ends when a worker takes longer to start.")

@@ -54,7 +54,8 @@ class TokenTrajectory:
     Attributes:
         prompt_ids: int64 [P], the conditioning; never edited.
         length: L, prompt plus generated canvas up to the end of the terminal block (complete, also
-            what was decoded after an end token).
+            what was decoded after an end token); with full attention the whole canvas, on which blocks behind
+            the terminal one are still masked.
         mask_token_id: the id that marks an undecided position.
         num_steps: T, denoising forwards this rollout took part in.
         step, position, token: int [E], the edits ordered by step; a step may edit many positions.

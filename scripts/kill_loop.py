@@ -75,18 +75,24 @@ class RewardServer:
     """Another process that scores completions; `judged`, the reward of both runs, asks it over HTTP."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        os.environ["KILL_LOOP_SERVER"] = f"http://127.0.0.1:{self.port}"
+        # Bound and never listening: nobody else gets the port while the server is down.
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.reserved.bind(("127.0.0.1", 0))
+        os.environ["KILL_LOOP_SERVER"] = f"http://127.0.0.1:{self.reserved.getsockname()[1]}"
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, __file__, "--serve", str(self.port)])
+        port = self.reserved.getsockname()[1]
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve", str(port)])
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self.reserved.close()
 
 
 def serve(port: int) -> None:
@@ -103,7 +109,10 @@ def serve(port: int) -> None:
         def log_message(self, *args: Any) -> None:
             pass
 
-    ThreadingHTTPServer(("127.0.0.1", port), Judge).serve_forever()
+    class Server(ThreadingHTTPServer):
+        allow_reuse_port = True
+
+    Server(("127.0.0.1", port), Judge).serve_forever()
 
 
 def judged(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
@@ -169,8 +178,9 @@ def kill_often(
                 # The last one may just have been killed.
                 while not (workers := rollout_workers(process.pid)) and process.poll() is None:
                     time.sleep(0.1)
-                if workers:
-                    os.kill(draw.choice(sorted(workers)), signal.SIGKILL)
+                if not workers:
+                    break
+                os.kill(draw.choice(sorted(workers)), signal.SIGKILL)
             elif victim == "server":
                 assert server is not None
                 server.kill()
@@ -183,7 +193,8 @@ def kill_often(
             finish(process, folder)
             return reached
         if process.wait() != -signal.SIGKILL:
-            sys.exit(f"the run ended after {len(reached)} kills, give it more train.steps: {output(folder)}")
+            what = f"failed, see {output(folder)}" if process.returncode else "is over, give it more train.steps"
+            sys.exit(f"after {len(reached)} kills the run {what}")
         resume = ["run.resume=true"]
 
 
@@ -206,6 +217,8 @@ def compare(undisturbed: Path, killed: Path) -> list[str]:
 
 
 def main() -> int:
+    from rl.config import load_config
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the times at which the trainer is killed")
@@ -223,6 +236,11 @@ def main() -> int:
     if args.folder.exists():
         sys.exit(f"--folder {args.folder} exists: name a new one")
     arguments = ["--config", args.config, *args.overrides]
+    rollout = load_config(args.config, args.overrides).rollout
+    if "worker" in args.victims and (rollout.engine != "ray" or rollout.ray.address is not None):
+        sys.exit(
+            "--victims worker needs rollout.engine=ray, and rollout.ray.address null: it finds them on this machine"
+        )
     server = None
     if "server" in args.victims:
         server = RewardServer()
@@ -234,7 +252,7 @@ def main() -> int:
         reached = kill_often(arguments, args.folder / "killed", args.kills, draw, args.spread, args.victims, server)
     finally:
         if server is not None:
-            server.kill()
+            server.close()
     print(f"{len(reached)} kills: {', '.join(f'{victim} at line {count}' for victim, count in reached)}")
     print(f"of {len(lines(args.folder / 'undisturbed'))} lines in all")
     problems = compare(args.folder / "undisturbed", args.folder / "killed")

@@ -22,15 +22,14 @@ spec.loader.exec_module(kill_loop)
 # Asks the reward server, slowly enough for a kill to fall into a step.
 ASKS = """
 import time
-from pathlib import Path
 from runpy import run_path
 
-judged = run_path("scripts/kill_loop.py")["judged"]
+judged = run_path("SCRIPT")["judged"]
 
 def dense(prompts, completions, **columns):
     time.sleep(0.2)
     return judged(prompts, completions)
-"""
+""".replace("SCRIPT", str(runs.ROOT / "scripts" / "kill_loop.py"))
 
 
 @pytest.mark.timeout(900)
@@ -52,13 +51,14 @@ def test_killed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # One worker has the batches of the learner's own process, and so its numbers; only it logs a lag.
         monkeypatch.setattr(kill_loop, "FAULTS", (*kill_loop.FAULTS, "rollout/lag"))
         workers = [*arguments, "rollout.engine=ray", "rollout.ray.workers=1"]
-        folder, draw = tmp_path / "workers", random.Random(1)
-        reached = kill_loop.kill_often(workers, folder, 2, draw, 0.8, ["worker", "server"], server)
-        assert sorted(victim for victim, _ in reached) == ["server", "worker"]
+        folder, draw = tmp_path / "workers", random.Random(4)
+        reached = kill_loop.kill_often(workers, folder, 2, draw, 0.8, ["server", "worker"], server)
+        assert [victim for victim, _ in reached] == ["server", "worker"]
         assert kill_loop.compare(whole, folder) == []
         assert sum(runs.series(folder, "train", "rollout/workers_lost")) == 1
+        assert sum(runs.series(folder, "train", "reward/dense/retries")) >= 1
     finally:
-        server.kill()
+        server.close()
     broken = tmp_path / "broken"
     shutil.copytree(killed, broken)
     metrics = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -26,7 +26,7 @@ class MaskedOptions(RecipeOptions):
         "recompute", description="Denominator of the ratio; the sampler visited none of these states and has none."
     )
     scope: Literal["answer", "canvas"] = Field(
-        "answer", description="Tokens scored: up to the first end token, or the whole canvas."
+        "answer", description="Tokens scored: up to the first end token, or all that was decoded."
     )
     prompt_mask: float = Field(
         0.0, ge=0, lt=1, description="Probability that a copy hides a prompt token (full attention)."

@@ -162,7 +162,8 @@ def plot_budgets(
         for budget, panel in axes.items():
             if runs:
                 # Seeds spend their budgets at different paces: the mean goes as far as the thriftiest.
-                spent = np.linspace(0.0, min(run[-1][budget] for run in runs), min(len(runs[0]), _BUDGET_POINTS))
+                points = min(max(len(run) for run in runs), _BUDGET_POINTS)
+                spent = np.linspace(0.0, min(run[-1][budget] for run in runs), points)
                 means = np.mean([[metric_at(run, budget, at, metric) for at in spent] for run in runs], axis=0)
                 panel.plot(spent, means, color=colour, label=name, linewidth=1.4, markersize=4, **style)
     if not drawn:

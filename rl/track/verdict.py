@@ -145,10 +145,12 @@ def backslide_line(summary: Mapping[str, Any]) -> str | None:
     parts = []
     for side in ("before", "after"):
         table = summary.get(f"{side}_backslide") or {}
-        shares = [
-            f"{_share(table[s]['share'])} at {s} steps ({table[s]['steps']:.1f} right steps each)"
-            for s in sorted(table, key=_step_order)
-        ]
+        shares = []
+        for s in sorted(table, key=_step_order):
+            if _measured(table[s]["share"]) is not None:
+                left_out = f", {table[s]['unscored']} not judged" if table[s].get("unscored") else ""
+                each = f"{table[s]['steps']:.1f} right steps each{left_out}"
+                shares.append(f"{_share(table[s]['share'])} at {s} steps ({each})")
         if shares:
             parts.append(f"{side} training {', '.join(shares)}")
     return f"Right at an earlier step and wrong at the end: {'; '.join(parts)}." if parts else None
