@@ -11,6 +11,7 @@ import pytest
 from rl.config import load_config
 from rl.evaluate.compare import COSTS, equal_budgets, interval, markdown, recipe_overrides
 from rl.track.jsonl import MetricsWriter
+from rl.track.plots import costed_evaluations, mean_over_budget
 from tests.runs import cli, series, tiny_config
 
 SUMMARY = {"train_seconds": 10.0, "train_steps": 3, "updates": 6, "reward_queries": 96}
@@ -66,6 +67,15 @@ def test_equal_budgets_by_hand(tmp_path: Path) -> None:
         "| 10 optimizer updates | mine | 1 | 0.600 | 0.500 |",
         "| 10 optimizer updates | other | 2 | 0.800 ± 1.271 | 0.500 ± 0.000 |",
     ]
+
+
+def test_a_line_of_the_plot_is_the_mean_at_equal_budgets(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", [(0, 0, 0, 0, 0.2), (2, 400, 20, 4, 0.4), (4, 800, 40, 10, 0.6)])
+    two = write_run(tmp_path / "b", [(0, 0, 0, 0, 0.2), (3, 300, 80, 6, 0.8)])
+    runs = [costed_evaluations(one), costed_evaluations(two)]
+    spent, means = mean_over_budget(runs, "cost/sequence_forwards", "eval/accuracy@4")
+    assert spent.tolist() == [0, 150, 300]
+    assert means == pytest.approx([0.2, (0.275 + 0.5) / 2, (0.35 + 0.8) / 2])
 
 
 def test_a_recipe_comes_with_what_it_requires() -> None:

@@ -110,13 +110,18 @@ def test_countdown_answers_are_right_and_splits_are_disjoint() -> None:
     assert task.train_rows(0, 0, 5) == train[:5]
 
 
-def test_countdown_prompts_of_fixed_width_hold_the_same_problems() -> None:
+def test_countdown_prompts_of_fixed_width_hold_the_same_problems(tmp_path: Path) -> None:
     plain, fixed = (CountdownTask(max_number=20, max_target=120, fixed_width=w).heldout_rows(50) for w in (False, True))
     assert {len(row["prompt"]) for row in fixed} == {len("03,07,12=045:")}
     assert len({len(row["prompt"]) for row in plain}) > 3
     for one, other in zip(plain, fixed, strict=True):
         *numbers, target = [int(n) for n in other["prompt"].rstrip(":").replace("=", ",").split(",")]
         assert (numbers, target, other["answer"]) == (one["numbers"], one["target"], one["answer"])
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"input": "3,200,7", "output": 21}\n')
+    assert CountdownTask().file_rows(str(file))[0]["prompt"] == "3,200,7=21:"
+    with pytest.raises(ValueError, match=r"problems\.jsonl:1: larger than task\.params\.fixed_width has room for"):
+        CountdownTask(fixed_width=True).file_rows(str(file))
 
 
 def test_countdown_operators_are_those_asked_for() -> None:

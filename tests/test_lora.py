@@ -264,6 +264,8 @@ def test_options_that_do_not_fit_are_one_line(folder_of: Callable[[str], str]) -
         load_config(None, ["model.lora.rank=4", "model.lora.dropout=0.1"])
     with pytest.raises(ValueError, match=r"model\.lora\.alpha does nothing without adapters: set model"):
         load_config(None, ["model.lora.alpha=8"])
+    with pytest.raises(ValueError, match=r"model\.lora\.targets does nothing without adapters"):
+        load_config(None, ["model.lora.targets=[q_proj]"])
     new = ModelConfig(backbone=runs.GPT2, lora=LoraOptions(rank=4))
     with pytest.raises(ValueError, match=r"model\.lora\.rank is 4: adapters need a model to adapt, set model\.path"):
         load_policy(new, TOKENIZER, seed=0)

@@ -308,6 +308,12 @@ def test_answer_backslide_by_hand() -> None:
     assert report.line().endswith("(on average 1.5 right steps), 1 not judged")
     assert backslide_of([np.array([0.0]), np.array([1.0])]) == Backslide(0.0, 0.0, 0.5)
     assert math.isnan(backslide_of([np.array([NAN])]).share)
+    # The report says it too, and nothing of a step count at which nothing was judged.
+    tables = {"4": vars(report), "8": vars(backslide_of([np.array([NAN])]))}
+    assert backslide_line({"after_backslide": tables}) == (
+        "Right at an earlier step and wrong at the end: after training 0.500 at 4 steps (1.5 right steps each, "
+        "1 not judged)."
+    )
 
 
 def test_a_run_reports_backslide_before_and_after(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_another_run_is_not_resumed(killed: Path, tmp_path: Path) -> None:
     _, arguments = copy(killed, tmp_path)
     with pytest.raises(ValueError, match=r"train.group_size is 4 and the run in .* began with 2: set it back"):
         runs.train_here([*arguments, "train.group_size=4"])
-    with pytest.raises(ValueError, match=r"rollout.max_importance_weight is 1.0 and the run in .* began with 2.0: set"):
-        runs.train_here([*arguments, "rollout.max_importance_weight=1.0"])
+    with pytest.raises(ValueError, match=r"rollout.cache is 'prefix' and the run in .* began with 'none': set it back"):
+        runs.train_here([*arguments, "rollout.cache=prefix"])
 
 
 def test_old_checkpoints_are_dropped_and_latest_is_written_last(whole: Path) -> None:

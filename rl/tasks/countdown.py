@@ -34,7 +34,8 @@ class CountdownTask(DrawnTask):
             max_target: targets lie in 1 to this.
             operators: what problems are made with; an answer may use all four.
             fixed_width: the prompt's numbers have leading zeros, so that each stands at one place whatever its size; a
-                small model with learned positions then learns several times faster.
+                small model with learned positions then learns several times faster. Answers have none: `03` is no
+                number of an expression.
         """
         if count < 2 or max_number < 2 or max_target < 1:
             raise ValueError("task.params needs count >= 2, max_number >= 2 and max_target >= 1")
@@ -50,10 +51,14 @@ class CountdownTask(DrawnTask):
             for line, text in enumerate(file, start=1):
                 try:
                     record = json.loads(text)
-                    numbers = [int(n) for n in str(record["input"]).split(",")]
-                    rows.append(self._row(numbers, int(record["output"])))
+                    numbers, target = [int(n) for n in str(record["input"]).split(",")], int(record["output"])
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"{path}:{line}: expected input (numbers with commas) and output") from None
+                if self.fixed_width and (max(numbers) > self.max_number or target > self.max_target):
+                    raise ValueError(
+                        f"{path}:{line}: larger than task.params.fixed_width has room for: set it to false"
+                    )
+                rows.append(self._row(numbers, target))
         if not rows:
             raise ValueError(f"{path} has no rows")
         return rows
@@ -83,7 +88,7 @@ class CountdownTask(DrawnTask):
 
 
 def _random_expression(rng: random.Random, numbers: list[int], operators: str) -> tuple[str, Fraction] | None:
-    """Join random pairs until one expression is left; brackets only where they are needed. None divides by zero."""
+    """Join random pairs until one expression is left; brackets only where needed. None for a division by zero."""
     # (text, value, precedence): 3 a number, 2 a product or quotient, 1 a sum or difference.
     parts = [(str(n), Fraction(n), 3) for n in numbers]
     while len(parts) > 1:

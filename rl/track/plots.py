@@ -161,10 +161,7 @@ def plot_budgets(
         }
         for budget, panel in axes.items():
             if runs:
-                # Seeds spend their budgets at different paces: the mean goes as far as the thriftiest.
-                points = min(max(len(run) for run in runs), _BUDGET_POINTS)
-                spent = np.linspace(0.0, min(run[-1][budget] for run in runs), points)
-                means = np.mean([[metric_at(run, budget, at, metric) for at in spent] for run in runs], axis=0)
+                spent, means = mean_over_budget(runs, budget, metric)
                 panel.plot(spent, means, color=colour, label=name, linewidth=1.4, markersize=4, **style)
     if not drawn:
         raise ValueError(f"no run has the metric {metric!r}: name one of its eval.num_inference_steps")
@@ -186,6 +183,18 @@ def costed_evaluations(folder: str | os.PathLike[str]) -> list[dict[str, float]]
         r["step"]: {b: r[b] for b in BUDGETS} for r in read_metrics(folder, "train") if BUDGETS.keys() <= r.keys()
     }
     return [{**r, **costs[r["step"]]} for r in sorted(read_metrics(folder, "eval"), key=lambda r: r["step"])]
+
+
+def mean_over_budget(
+    runs: Sequence[Sequence[Mapping[str, float]]], budget: str, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points of a budget, and a metric's mean over runs there.
+
+    Runs spend their budgets at different paces: the mean goes as far as the thriftiest.
+    """
+    points = min(max(len(run) for run in runs), _BUDGET_POINTS)
+    spent = np.linspace(0.0, min(run[-1][budget] for run in runs), points)
+    return spent, np.mean([[metric_at(run, budget, at, metric) for at in spent] for run in runs], axis=0)
 
 
 def metric_at(run: Sequence[Mapping[str, float]], budget: str, spent: float, metric: str) -> float:

@@ -256,7 +256,8 @@ def _check_same_run(config: Config) -> None:
                 f"run.resume: {section}.{key} is {now[key]!r} and the run in {config.run.output_dir} began with "
                 f"{old.get(key)!r}: set it back, or choose another run.output_dir"
             )
-    for name in ("asynchronous", "max_importance_weight", "cache"):
+    names = ["asynchronous", "cache", *(["max_importance_weight"] if config.rollout.asynchronous else [])]
+    for name in names:
         was, is_now = getattr(before.rollout, name), getattr(config.rollout, name)
         if was != is_now:
             raise ValueError(

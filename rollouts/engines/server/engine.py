@@ -381,7 +381,8 @@ class ServerEngine:
                 if isinstance(reply, dict) and reply.get("success") is False:
                     raise RefusedError(f"{peer.http.url}{path}: {reply.get('message')}")
         except EngineError:
-            # Others may use the server: it is not left paused.
+            # Not left paused for whoever else uses it, whatever it holds now: this engine asks nothing of it until it
+            # has taken a version whole.
             if self.dialect.after_failed_push is not None:
                 with contextlib.suppress(EngineError):
                     peer.http.call(self.dialect.after_failed_push, {})
