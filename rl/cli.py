@@ -200,6 +200,7 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         print("\n".join(plan_lines(config)))
+        print("not looked at: task, rewards, files and what the recipe requires (denoise-rl check)")
         return 0
     from rl.train import distributed
     from rl.train.finish import finish
@@ -412,6 +413,9 @@ def _compare(args: argparse.Namespace) -> int:
     from rl.evaluate.compare import Comparison, compare, recipe_overrides
 
     config = _config(args)
+    mixed = next((name for name in args.recipes if "=" in name), None)
+    if mixed is not None:
+        raise ValueError(f"--recipes {mixed!r} is no recipe: overrides of all runs come before --recipes and --variant")
     variants = {name: recipe_overrides(config, name) for name in args.recipes}
     for name, *overrides in args.variant:
         if name in variants or "=" in name:

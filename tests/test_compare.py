@@ -116,6 +116,7 @@ def test_two_recipes_from_one_warm_start(tmp_path: Path) -> None:
     [
         ([], "give --recipes or --variant"),
         (["--recipes", "mdpa"], "did you mean 'mdpo'"),
+        (["--recipes", "wd1", "train.steps=2"], "overrides of all runs come before --recipes and --variant"),
         (["--recipes", "wd1", "--variant", "wd1", "algorithm={name: wd1}"], "a name that no other variant has"),
         (["--variant", "mine", "train.stepz=3"], "unknown config key 'train.stepz'"),
     ],

@@ -39,7 +39,7 @@ class CountdownTask(DrawnTask):
         """
         if count < 2 or max_number < 2 or max_target < 1:
             raise ValueError("task.params needs count >= 2, max_number >= 2 and max_target >= 1")
-        if not operators or not set(operators) <= set("+-*/"):
+        if not isinstance(operators, str) or not operators or not set(operators) <= set("+-*/"):
             raise ValueError(f"task.params.operators {operators!r} must be some of + - * /")
         self.count, self.max_number, self.max_target = count, max_number, max_target
         self.operators, self.fixed_width = operators, fixed_width
