@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,12 @@ def peak_memory(layout: str, path: str, argv: list[str]) -> float:
     return float(json.loads(output.strip().splitlines()[-1])["mib"])
 
 
+def resident_peak() -> float:
+    """MiB. Not `ru_maxrss`, in which a process begins with the peak of the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def only(layout: str, path: str, args: argparse.Namespace) -> None:
     model = build_model(args)
     trajectories = load_trajectories(path)
@@ -190,9 +196,9 @@ def only(layout: str, path: str, args: argparse.Namespace) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     update(model, optimizer, layout, trajectories)
-    print(json.dumps({"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+    print(json.dumps({"mib": resident_peak() - before}))
 
 
 def main() -> None:
