@@ -244,25 +244,20 @@ def _check_same_run(config: Config) -> None:
     if not saved.is_file():
         return
     before = load_config(saved)
-    for section in ("model", "task", "sampler", "image_sampler", "reward", "sft", "train", "filters", "algorithm"):
-        old, now = getattr(before, section), getattr(config, section)
-        if old != now:
-            old, now = (value if isinstance(value, dict) else value.model_dump() for value in (old, now))
-            changed = [name for name in now if old.get(name) != now[name] and name not in ("max_seconds", "steps")]
-            if not changed:
-                continue
-            key = changed[0]
+    sampling = ("model", "task", "sampler", "image_sampler", "rollout")
+    # Of the engine only what the numbers depend on: where rollouts are sampled may change.
+    rollout = {"asynchronous", "cache"} | ({"max_importance_weight"} if config.rollout.asynchronous else set())
+    for section in (*sampling, "reward", "sft", "train", "filters", "algorithm"):
+        old, now = (
+            value if isinstance(value, dict) else value.model_dump()
+            for value in (getattr(before, section), getattr(config, section))
+        )
+        free = set(now) - rollout if section == "rollout" else {"max_seconds", "steps"}
+        key = next((name for name in now if name not in free and old.get(name) != now[name]), None)
+        if key is not None:
             raise ValueError(
                 f"run.resume: {section}.{key} is {now[key]!r} and the run in {config.run.output_dir} began with "
                 f"{old.get(key)!r}: set it back, or choose another run.output_dir"
-            )
-    names = ["asynchronous", "cache", *(["max_importance_weight"] if config.rollout.asynchronous else [])]
-    for name in names:
-        was, is_now = getattr(before.rollout, name), getattr(config.rollout, name)
-        if was != is_now:
-            raise ValueError(
-                f"run.resume: rollout.{name} is {is_now!r} and the run in {config.run.output_dir} began with {was!r}: "
-                "set it back, or choose another run.output_dir"
             )
     if before.run.seed != config.run.seed:
         raise ValueError(f"run.resume: run.seed is {config.run.seed} and the run began with {before.run.seed}")
