@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed.overrides = [*getattr(parsed, "overrides", []), *_dashed(extra)]
         return int(parsed.run(parsed) or 0)
     except ValueError as error:
-        from rl.train.plan import is_ours
+        from rl.errors import is_ours
 
         # Somebody else's ValueError is no answer to the user's input but a bug, and needs its traceback.
         if not is_ours(error):
@@ -339,8 +339,8 @@ def _eval(args: argparse.Namespace) -> int:
     if args.output and not Path(args.output).parent.is_dir():
         # Found out now and not when the evaluation is done.
         raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
+    from rl.errors import about
     from rl.evaluate.accuracy import evaluate
-    from rl.train.plan import about
     from rl.train.session import Session
 
     with Session.open(config, write=False) as session:

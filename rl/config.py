@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rl.registry import options_class, parse_options
 from rollouts.engines.server.options import ServerOptions
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import SamplerOptions, preset_parts
@@ -400,8 +401,6 @@ class Config(Section):
     @field_validator("algorithm")
     @classmethod
     def _known_algorithm(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from rl.algorithms import parse_options
-
         return parse_options(value).model_dump()
 
     @model_validator(mode="after")
@@ -506,8 +505,6 @@ def _section(path: Sequence[Any], raw: dict[str, Any]) -> type[BaseModel] | None
     """The class that holds the keys under `path`; the recipe the config names decides for `algorithm`."""
     section: Any = Config
     if path and path[0] == "algorithm":
-        from rl.algorithms import options_class
-
         section, path = options_class(raw["algorithm"]), path[1:]
     for part in path:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
@@ -540,8 +537,6 @@ def option_help(algorithm: dict[str, Any] | None = None) -> list[tuple[str, str,
     Args:
         algorithm: an `algorithm` section, whose recipe's options are listed; the default recipe's without it.
     """
-    from rl.algorithms import options_class
-
     lines: list[tuple[str, str, str]] = []
 
     def visit(section: type[BaseModel], prefix: str) -> None:

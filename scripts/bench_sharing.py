@@ -15,7 +15,6 @@ import time
 import torch
 
 from rl.config import load_config
-from rl.estimators.dedupe import merge_equal_rows
 from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import remask_rows
 from rl.train.session import Session, request_seed
@@ -57,7 +56,7 @@ def main() -> int:
         b, _ = timed("sample plain", sample, session.model)
         assert all((x.token == y.token).all() for x, y in zip(a, b, strict=True))
         plain = remask_rows(b)
-        merged = merge_equal_rows(plain)
+        merged = plain.distinct()
         c = timed("learn shared", learn, merged)
         d = timed("learn plain", learn, plain)
         torch.testing.assert_close(c, d, rtol=0, atol=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from rl.estimators.dedupe import merge_equal_rows
 from rl.estimators.logprob import logprob_and_entropy
 from rl.estimators.rows import ScoringRows, score_rows
 from rl.estimators.trace_rows import remask_rows
@@ -26,8 +25,8 @@ def test_merging_equal_rows_keeps_packed_documents_apart(make_model) -> None:
     engine = InProcessEngine(model, SamplerOptions(gen_length=4, num_inference_steps=2))
     trajectories = engine.generate([Request([1, 2], seed=s) for s in range(6)])
     plain = remask_rows(trajectories)
-    packed = merge_equal_rows(remask_rows(trajectories, pack_to=12))
-    merged = merge_equal_rows(plain)
+    packed = remask_rows(trajectories, pack_to=12).distinct()
+    merged = plain.distinct()
     # Six rollouts share their first canvas.
     assert len(merged.input_ids) <= 7 < len(plain.input_ids) == 12
     with torch.no_grad():
@@ -45,7 +44,7 @@ def test_merging_equal_rows_keeps_packed_documents_apart(make_model) -> None:
             "row": plain.row % 2,
         }
     )
-    assert len(merge_equal_rows(twice).input_ids) == 2
+    assert len(twice.distinct().input_ids) == 2
 
 
 def test_rows_move_as_a_whole() -> None:

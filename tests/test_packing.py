@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from torch.nn.functional import scaled_dot_product_attention
 
 from rl.algorithms import parse_options
-from rl.estimators.dedupe import merge_equal_rows
 from rl.estimators.logprob import logprob_and_entropy
 from rl.estimators.rows import ScoringRows, hidden_states, score_rows
 from rl.estimators.trace_rows import first_fit, packed_rows, remask_rows
@@ -135,7 +134,7 @@ def test_the_recipe_packs_on_request(make_model) -> None:
         assert torch.equal(rows.input_ids, rows_for(model, trajectories, CAPACITY).input_ids)
         twice = parse_options({"name": "tracerl", "pack_to": 48}).build().rows(trajectories * 2, model, None)
         with torch.no_grad():
-            logprob, _ = score_rows(model, merge_equal_rows(twice))
+            logprob, _ = score_rows(model, twice.distinct())
         recorded = np.concatenate([t.logprob for t in trajectories * 2])
         np.testing.assert_allclose(logprob.numpy(), recorded, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="greater than or equal to 1"):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rl.estimators.dedupe import merge_equal_rows
 from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
@@ -60,7 +59,7 @@ def test_rows_that_differ_in_length_only_are_not_merged(model: DiffusionLM) -> N
 
 def test_merged_rows_give_equal_logprobs_and_gradients(model: DiffusionLM) -> None:
     rows = remask_rows(InProcessEngine(model, OPTIONS).generate(REQUESTS))
-    merged = merge_equal_rows(rows)
+    merged = rows.distinct()
     assert len(merged.input_ids) < len(rows.input_ids)
     weight = torch.linspace(-1, 1, len(rows.row), dtype=torch.float64)
     results = []

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from rl.batch import DecisionBatch, LossOutput
     from rl.estimators.base import DecisionRows, Verdicts
-    from rl.train.session import Session
-    from rl.train.update import Updater
 
 
 def revealed(trajectory: Any, steps: np.ndarray | None = None) -> int:
@@ -72,12 +70,6 @@ class Recipe:
     splits: Callable[[int], Sequence[tuple[int, int]]] | None = None
     memory: Any = None
 
-    def updater(self, session: Session, total_updates: int, resumed: bool) -> Updater:
-        """What takes the RL steps of a run (`rl.train.update.Updater`)."""
-        from rl.train.update import PolicyUpdater
-
-        return PolicyUpdater(session, self, total_updates, resumed)
-
 
 class ValueOptimizerConfig(OptimizerConfig):
     lr: float = Field(5e-4, gt=0, description="Peak learning rate of the critic.")
@@ -114,7 +106,7 @@ class AnyRecipeOptions(BaseModel):
         return set()
 
     def build(self) -> Any:
-        """The recipe these options describe: what has `updater(session, total_updates, resumed)`."""
+        """The recipe these options describe: a `Recipe` or a `rl.train.reward_gradient.GradientRecipe`."""
         raise NotImplementedError(f"recipe {self.name} has no build()")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rl.estimators.logprob import logprob_and_entropy
+from rollouts.engines.shared import first_of_equal_rows
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.distribution import guided_logits
 
@@ -74,10 +75,16 @@ class ScoringRows:
         return 1 if self.unprompted is None else 2
 
     def distinct(self) -> ScoringRows:
-        """The same decisions with equal rows forwarded once."""
-        from rl.estimators.dedupe import merge_equal_rows
-
-        return merge_equal_rows(self)
+        """The same decisions on the distinct rows only. Log-probs and gradients stay what they were."""
+        layout = ["input_ids", "position_ids", "document", "segment", "block"]
+        if self.unprompted is not None:
+            layout.append("unprompted")
+        key = torch.cat([getattr(self, name) for name in layout], dim=1)
+        first, inverse = first_of_equal_rows(key)
+        if len(first) == len(key):
+            return self
+        kept = {name: getattr(self, name)[first] for name in layout}
+        return replace(self, row=inverse[self.row], **kept)
 
     def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """logprob [N] and entropy [N]; see `score_rows`."""

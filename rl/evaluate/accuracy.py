@@ -39,7 +39,7 @@ def evaluate(
     Returns:
         step count -> accuracy over all ranks, and step count -> this rank's rollouts.
     """
-    first, mine = session.shard(rows)
+    first, mine = distributed.shard(rows)
     results: dict[int, Accuracy] = {}
     rollouts: dict[int, ScoredRollouts] = {}
     backslide = session.config.eval.backslide

@@ -192,7 +192,7 @@ def _generate(
     if finished:
         session.progress.message(f"{name}: {finished} completions are there already")
     for start in range(0, len(pending), size):
-        _, mine = session.shard(pending[start : start + size])
+        _, mine = distributed.shard(pending[start : start + size])
         own = _sample(session, engine, name, template, problems, mine)
         parts = distributed.gather_objects(own)
         generations = [generation for part, _ in parts for generation in part]

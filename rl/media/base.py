@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from rl.registry import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,8 +137,4 @@ def open_medium(config: Config, task: Task) -> Medium:
     Raises:
         ValueError: there is no such medium.
     """
-    name = getattr(task, "medium", "text")
-    if name not in MEDIA:
-        raise ValueError(f"task.name {config.task.name!r}: its medium {name!r} is unknown, known: {', '.join(MEDIA)}")
-    module, _, attribute = MEDIA[name].partition(":")
-    return getattr(importlib.import_module(module), attribute).open(config, task)
+    return resolve("the task's medium", getattr(task, "medium", "text"), MEDIA).open(config, task)

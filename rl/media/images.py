@@ -12,6 +12,7 @@ import torch
 
 from rewards.image import data_url, thumbnail
 from rl.config import Config, PipelineConfig
+from rl.errors import about
 from rl.estimators.denoising import DenoisingRows, denoising_rows
 from rl.evaluate.image_metrics import (
     frechet_distance,
@@ -24,7 +25,6 @@ from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
 from rl.models.noise_policy import INDEX as NOISE_INDEX
 from rl.models.noise_policy import NoisePolicy
 from rl.tasks.base import Row, Task
-from rl.train.plan import about
 from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions

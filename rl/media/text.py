@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from rl.config import Config
+from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import ScoringRows
 from rl.models.load import load_policy, load_tokenizer, save_policy
 from rl.tasks.base import Row, Task
 from rl.tasks.templates import chat_prompt
-from rl.train.plan import about, tokenizer_field
+from rl.train.plan import tokenizer_field
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes

@@ -6,13 +6,10 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rl.train import distributed
 from rollouts.engines.base import Engine, EngineStats, check_versions
-
-if TYPE_CHECKING:
-    from rl.train.session import Session
 
 
 class Ahead:
@@ -23,8 +20,8 @@ class Ahead:
     # Checkpoints ask it of everything they save: nothing here is cut over ranks by DeepSpeed.
     stage = 0
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, medium: Any, group_size: int):
+        self.medium, self.group_size = medium, group_size
         self._thread: threading.Thread | None = None
         self._result: tuple[list[Any], EngineStats] | None = None
         self._error: BaseException | None = None
@@ -79,7 +76,7 @@ class Ahead:
             return
         trajectories, stats = self._result
         rank = distributed.rank()
-        self.session.medium.save_trajectories(folder / f"rank_{rank}.npz", trajectories)
+        self.medium.save_trajectories(folder / f"rank_{rank}.npz", trajectories)
         (folder / f"rank_{rank}.json").write_text(json.dumps(vars(stats)))
 
     def load_state(self, folder: Path, universal: bool = False) -> None:
@@ -87,13 +84,13 @@ class Ahead:
         parts = sorted(folder.glob("rank_*.npz"), key=lambda path: int(path.stem[5:]))
         if not parts:
             return
-        trajectories = [t for part in parts for t in self.session.medium.load_trajectories(part)]
+        trajectories = [t for part in parts for t in self.medium.load_trajectories(part)]
         stats = EngineStats()
         if len(parts) == distributed.world_size():
             stats = EngineStats(**json.loads((folder / f"rank_{distributed.rank()}.json").read_text()))
         elif distributed.rank() == 0:
             for part in parts:
                 stats.add(EngineStats(**json.loads(part.with_suffix(".json").read_text())))
-        group_size = self.session.config.train.group_size
-        first, mine = self.session.shard(range(len(trajectories) // group_size))
+        group_size = self.group_size
+        first, mine = distributed.shard(range(len(trajectories) // group_size))
         self._result = trajectories[first * group_size : (first + len(mine)) * group_size], stats

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,6 +112,12 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def shard(rows: Sequence[T]) -> tuple[int, list[T]]:
+    """This rank's contiguous part of the rows, and the index of its first one."""
+    bounds = [len(rows) * r // world_size() for r in range(world_size() + 1)]
+    return bounds[rank()], list(rows[bounds[rank()] : bounds[rank() + 1]])
 
 
 def barrier() -> None:

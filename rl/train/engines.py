@@ -19,46 +19,43 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from rl.train.session import Session
     from rollouts.engines.base import Engine
 
 
-def open_engine(session: Session) -> Engine | None:
+def open_engine(config: Config, model: Any, medium: Any, run_dir: Path) -> Engine | None:
     """Start the engine that `rollout.engine` names; None when the model of this process samples."""
-    config = session.config
     if config.rollout.engine == "in_process":
         return None
     if config.rollout.engine == "ray":
-        return _ray_engine(session)
+        return _ray_engine(config, medium, run_dir)
     from rollouts.engines.server.engine import ServerEngine
 
     return ServerEngine(
         config.rollout.server,
-        session.model,
-        session.medium.options(),
-        weights_dir=config.rollout.server.weights_dir or session.run_dir / "rollout_weights",
-        eos_token_id=session.tokenizer.eos_token_id,
+        model,
+        medium.options(),
+        weights_dir=config.rollout.server.weights_dir or run_dir / "rollout_weights",
+        eos_token_id=medium.tokenizer.eos_token_id,
         leader=distributed.rank() == 0,
         from_leader=distributed.from_leader,
     )
 
 
-def _ray_engine(session: Session) -> Engine:
+def _ray_engine(config: Config, medium: Any, folder: Path) -> Engine:
     from rollouts.engines.ray_workers import RayEngine
 
-    ray, rank = session.config.rollout.ray, distributed.rank()
+    ray, rank = config.rollout.ray, distributed.rank()
     if ray.address is None and distributed.world_size() > 1:
         raise ValueError(
             "rollout.ray.address is needed with several ranks, which share one cluster: ray start --head, then set it "
             "to auto"
         )
-    folder = session.run_dir
     if ray.weights_dir is not None:
         # Other runs may share it, and the engine empties what it is given.
         folder = Path(ray.weights_dir) / f"{folder.name}_{crc32(bytes(folder.absolute())):08x}"
     return RayEngine(
-        WorkerModel(session.config, "cuda" if ray.gpus_per_worker else "cpu"),
-        session.medium.options(),
+        WorkerModel(config, "cuda" if ray.gpus_per_worker else "cpu"),
+        medium.options(),
         workers=ray.workers,
         cpus_per_worker=ray.cpus_per_worker,
         gpus_per_worker=ray.gpus_per_worker,
@@ -138,15 +135,14 @@ def check_engine(config: Config) -> None:
 class PolicyWeights:
     """The weights of the copy that samples. A `rollouts.engines.base.WeightSource`."""
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, model: Any, tokenizer: Any, layout: str | None):
+        self.model, self.tokenizer, self.layout = model, tokenizer, layout
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for name, parameter in self.session.model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def save(self, folder: Path) -> None:
         from rl.models.export import write_whole
 
         # A server knows nothing of adapters.
-        layout = self.session.config.rollout.server.layout
-        write_whole(self.session.model, self.session.tokenizer, folder, layout)
+        write_whole(self.model, self.tokenizer, folder, self.layout)

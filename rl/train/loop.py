@@ -16,8 +16,10 @@ from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
+from rl.train.reward_gradient import GradientRecipe, RewardGradientUpdater
 from rl.train.session import ScoredRollouts, Session
 from rl.train.sft import supervised
+from rl.train.update import PolicyUpdater
 
 
 def train(session: Session) -> dict[str, Any]:
@@ -77,7 +79,9 @@ def reinforce(
     """
     config = session.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
-    updater = parse_options(config.algorithm).build().updater(session, total, checkpoint is not None)
+    recipe = parse_options(config.algorithm).build()
+    kind = RewardGradientUpdater if isinstance(recipe, GradientRecipe) else PolicyUpdater
+    updater: Any = kind(session, recipe, total, checkpoint is not None)
     step = 0
     saved = dict(updater.learners) | ({"ahead": session.ahead} if session.ahead is not None else {})
     if checkpoint is not None:

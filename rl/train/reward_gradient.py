@@ -83,9 +83,6 @@ class GradientRecipe:
     sampler: Callable[[Session], GradientSampler]
     kl_coef: float
 
-    def updater(self, session: Session, total_updates: int, resumed: bool) -> RewardGradientUpdater:
-        return RewardGradientUpdater(session, self, total_updates, resumed)
-
 
 # Options that say nothing here, the value that says so, and why.
 _WITHOUT: dict[str, tuple[Any, str]] = {
@@ -147,7 +144,7 @@ class RewardGradientUpdater:
         session, train = self.session, self.session.config.train
         started = time.perf_counter()
         rows = session.task.train_rows(session.config.run.seed, step, train.prompts_per_step)
-        first, mine = session.shard(rows)
+        first, mine = distributed.shard(rows)
         base = step_seed(session.config.run.seed, step)
         repeated = [row for row in mine for _ in range(train.group_size)]
         seeds = [request_seed(base, first + i, g) for i in range(len(mine)) for g in range(train.group_size)]

@@ -64,7 +64,7 @@ def _asked(session: Session, step: int, turn: int = 0) -> tuple[list[Row], list[
     train, seed = session.config.train, session.config.run.seed
     start = turn * train.prompts_per_step
     rows = session.task.train_rows(seed, step, train.prompts_per_step * (1 + session.config.filters.refill_rounds))
-    first, mine = session.shard(rows[start : start + train.prompts_per_step])
+    first, mine = distributed.shard(rows[start : start + train.prompts_per_step])
     first += start
     counts = _step_counts(session, step, first, len(mine))
     return mine, session.requests(mine, train.group_size, step_seed(seed, step), first, counts)

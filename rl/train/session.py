@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
 from rl.config import Config, save_config
+from rl.errors import about
 from rl.media.base import Medium, open_medium
 from rl.tasks.base import Row, load_task
 from rl.track.jsonl import MetricsWriter
@@ -23,11 +24,8 @@ from rl.train import distributed
 from rl.train.ahead import Ahead
 from rl.train.engines import PolicyWeights, engine_needs, open_engine
 from rl.train.filters import keep_mask
-from rl.train.plan import about
 from rl.train.policy import share_frozen, trained_copy
 from rollouts.engines.base import Engine, EngineStats, check_versions, require
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -247,12 +245,12 @@ class Session:
         Raises:
             ValueError: it cannot do what the run needs.
         """
-        self.remote = open_engine(self)
+        self.remote = open_engine(self.config, self.model, self.medium, self.run_dir)
         self._pushed = None
         if self.remote is not None:
             require(self.config.rollout.engine, self.remote.capabilities(), engine_needs(self.config))
         if self.config.rollout.asynchronous:
-            self.ahead = Ahead(self)
+            self.ahead = Ahead(self.medium, self.config.train.group_size)
 
     def rollout_engine(self, policy_version: int, splits: Sequence[tuple[int, int]] = ()) -> Engine:
         """What samples the rollouts that are learned from, with the weights of `model`, which are this version's.
@@ -268,7 +266,8 @@ class Session:
             if self._pushed != policy_version:
                 started = time.perf_counter()
                 # A push that fails leaves the engine without a version, and the run ends.
-                engine.push_weights(policy_version, PolicyWeights(self))
+                layout = self.config.rollout.server.layout
+                engine.push_weights(policy_version, PolicyWeights(self.model, self.tokenizer, layout))
                 self._pushed = policy_version
                 self.push_seconds += time.perf_counter() - started
         engine.splits = tuple(splits)
@@ -295,12 +294,6 @@ class Session:
         """Add this rank's work to the run's costs; every rank must call it with the same names."""
         for name, total in distributed.sum_metrics(amounts, self.device).items():
             setattr(self.costs, name, getattr(self.costs, name) + total)
-
-    def shard(self, rows: Sequence[T]) -> tuple[int, list[T]]:
-        """This rank's contiguous part of the rows, and the index of its first one."""
-        world, rank = distributed.world_size(), distributed.rank()
-        bounds = [len(rows) * r // world for r in range(world + 1)]
-        return bounds[rank], list(rows[bounds[rank] : bounds[rank + 1]])
 
     def judge(
         self,

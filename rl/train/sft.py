@@ -84,7 +84,7 @@ def _losses(
     """The micro-batches of this rank under random masks, and one more to fill up other ranks' counts with."""
     config, seed = session.config.sft, session.config.run.seed
     rows = session.task.train_rows(seed, step, config.batch_size)
-    first, mine = session.shard(rows)
+    first, mine = distributed.shard(rows)
     end = first + len(mine)
     size = config.micro_batch_size or max(len(mine), 1)
     parts = [slice(i, min(i + size, end)) for i in range(first, end, size)]
@@ -100,7 +100,7 @@ def _trace_losses(
     config = session.config.sft
     batch = _trace_batch(traces, session.config.run.seed, step, config.batch_size)
     decisions = sum(int(t.is_reveal.sum()) for t in batch)
-    _, mine = session.shard(batch)
+    _, mine = distributed.shard(batch)
     size = config.micro_batch_size or max(len(mine), 1)
     parts = [mine[i : i + size] for i in range(0, len(mine), size)]
     losses = [_trace_micro_batch(session, learner, part, decisions, sums) for part in parts]
