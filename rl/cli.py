@@ -268,10 +268,10 @@ def _rollout(args: argparse.Namespace) -> int:
         rows = session.task.heldout_rows(args.num_prompts)
         scored = session.rollout(session.engine(session.model), rows, args.group_size, seed=config.run.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        session.medium.save_trajectories(folder / "trajectories.npz", scored.trajectories)
+        session.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
         with (folder / "rollouts.jsonl").open("w") as file:
             for row, text, value in zip(scored.rows, scored.completions, scored.table.values, strict=True):
-                line = {"prompt": row["prompt"], "completion": session.medium.sample_line(text), "reward": value}
+                line = {"prompt": row["prompt"], "completion": session.modality.sample_line(text), "reward": value}
                 file.write(json.dumps(line) + "\n")
     judged = [v for v in scored.table.values if v is not None]
     mean = sum(judged) / len(judged) if judged else float("nan")
@@ -294,7 +294,7 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
     if not isinstance(params, dict):
         raise ValueError(f"--search-params must be a mapping like {{num_samples: 16}}, got {args.search_params!r}")
     options = parse_search(args.search, params)
-    from rl.evaluate.search import search_rollouts, write_search
+    from rl.evaluation.search import search_rollouts, write_search
     from rl.train.session import Session
 
     with Session.open(config, write=False) as session:
@@ -313,7 +313,7 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
 
 def _align(args: argparse.Namespace) -> int:
     config = _config(args)
-    from rl.evaluate.align import align, summary_lines
+    from rl.evaluation.align import align, summary_lines
 
     tables = []
     for seed in args.seeds or [config.run.seed]:
@@ -328,7 +328,7 @@ def _align(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     names = ("task", "template", "decoding", "samples", "temperature", "limit", "pass_k", "reward", "export", "rescore")
     if any(getattr(args, name) is not None for name in names) or not (args.output or ".json").endswith(".json"):
-        from rl.evaluate.command import eval_command
+        from rl.evaluation.command import eval_command
 
         for line in eval_command(args):
             print(line)
@@ -340,7 +340,7 @@ def _eval(args: argparse.Namespace) -> int:
         # Found out now and not when the evaluation is done.
         raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
     from rl.errors import about
-    from rl.evaluate.accuracy import evaluate
+    from rl.evaluation.accuracy import evaluate
     from rl.train.session import Session
 
     with Session.open(config, write=False) as session:
@@ -410,7 +410,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rl.evaluate.compare import Comparison, compare, recipe_overrides
+    from rl.evaluation.compare import Comparison, compare, recipe_overrides
 
     config = _config(args)
     mixed = next((name for name in args.recipes if "=" in name), None)

@@ -386,7 +386,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     filters: FilterConfig = FilterConfig()
-    algorithm: dict[str, Any] = Field({}, description="Recipe name and its options (see rl/algorithms).")
+    algorithm: dict[str, Any] = Field({}, description="Recipe name and its options (see rl/recipes).")
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     align: AlignConfig = AlignConfig()

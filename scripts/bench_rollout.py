@@ -26,7 +26,7 @@ from rollouts.samplers.step import StepState, denoise_step
 from rollouts.visibility import block_causal_visibility
 
 # name -> (hidden size, layers, attention heads, key-value heads, feed-forward width, vocabulary)
-SIZES = {"small": (128, 3, 4, 2, 256, 512), "medium": (384, 6, 6, 6, 1024, 2048)}
+SIZES = {"small": (128, 3, 4, 2, 256, 512), "modality": (384, 6, 6, 6, 1024, 2048)}
 
 
 def build_model(size: str, block_length: int, max_length: int, seed: int = 0) -> DiffusionLM:

@@ -11,7 +11,7 @@ import pytest
 
 from rl import cli
 from rl.config import load_config
-from rl.evaluate.align import align, summary_lines
+from rl.evaluation.align import align, summary_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 

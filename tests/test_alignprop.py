@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from rl.algorithms import parse_options
 from rl.config import load_config
 from rl.models.class_policy import ClassPolicy
+from rl.recipes import parse_options
 from rl.train.session import Session
 from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.samplers.gradient_latent import LatentSegment, gradient_rollout

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rl.config import load_config
-from rl.evaluate.compare import COSTS, equal_budgets, interval, markdown, recipe_overrides
+from rl.evaluation.compare import COSTS, equal_budgets, interval, markdown, recipe_overrides
 from rl.track.jsonl import MetricsWriter
 from rl.track.plots import costed_evaluations, mean_over_budget
 from tests.runs import cli, series, tiny_config

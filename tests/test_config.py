@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rl.algorithms import RECIPES
 from rl.config import Config, load_config, option_help, save_config
+from rl.recipes import RECIPES
 from rl.train.memory import memory_lines
 from rl.train.plan import check_run, plan_lines
 from rollouts.samplers.options import SamplerOptions

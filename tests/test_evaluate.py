@@ -18,10 +18,10 @@ import pytest
 from rewards.math_answer import final_answer
 from rl.cli import main
 from rl.config import ModelConfig
-from rl.evaluate.benchmark import EvalPlan, decoders
-from rl.evaluate.command import eval_config
-from rl.evaluate.generations import GenerationFolder
-from rl.evaluate.intervals import pass_at_k
+from rl.evaluation.benchmark import EvalPlan, decoders
+from rl.evaluation.command import eval_config
+from rl.evaluation.generations import GenerationFolder
+from rl.evaluation.intervals import pass_at_k
 from rl.models.load import load_policy, save_policy
 from rl.tasks.char_tokenizer import char_tokenizer
 from rollouts.samplers.options import SamplerOptions

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rl.evaluate.export_samples import export_samples
-from rl.evaluate.generations import Batch, Generation, GenerationFolder
+from rl.evaluation.export_samples import export_samples
+from rl.evaluation.generations import Batch, Generation, GenerationFolder
 from rl.tasks.base import load_task
 from rl.tasks.records import Record, read_records
 from rl.tasks.templates import choose_template

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rl.evaluate.figures import default_ks, figures, table
-from rl.evaluate.generations import Batch, Generation, GenerationFolder
+from rl.evaluation.figures import default_ks, figures, table
+from rl.evaluation.generations import Batch, Generation, GenerationFolder
 
 
 def made(prompt: str, sample: int, reward: float | None, tokens: int = 4, steps: int = 2, **other: Any) -> Generation:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.evaluate.likelihood import log_likelihoods
+from rl.evaluation.likelihood import log_likelihoods
 
 CONTEXT = [3, 7, 1]
 MakeModel = Callable[..., Any]

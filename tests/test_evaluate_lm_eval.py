@@ -106,8 +106,8 @@ def evaluate(model: Any, tasks: Path, *names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("samples", [31, 5])
 def test_multiple_choice_is_decided_by_our_likelihoods(full_model: str, tasks: Path, samples: int) -> None:
-    from rl.evaluate.likelihood import log_likelihoods
-    from rl.evaluate.lm_eval_model import DenoiseLM
+    from rl.evaluation.likelihood import log_likelihoods
+    from rl.evaluation.lm_eval_model import DenoiseLM
 
     lm = DenoiseLM(full_model, num_likelihood_samples=samples, batch_size=5, device="cpu")
     results = evaluate(lm, tasks, "pick")
@@ -128,7 +128,7 @@ def test_multiple_choice_is_decided_by_our_likelihoods(full_model: str, tasks: P
 
 
 def test_block_length_one_is_scored_exactly_in_one_forward(causal_model: str, tasks: Path) -> None:
-    from rl.evaluate.lm_eval_model import DenoiseLM
+    from rl.evaluation.lm_eval_model import DenoiseLM
 
     lm = DenoiseLM(causal_model, device="cpu", check_greedy=False)
     info = evaluate(lm, tasks, "pick")["config"]["denoise_rl"]
@@ -140,7 +140,7 @@ def test_block_length_one_is_scored_exactly_in_one_forward(causal_model: str, ta
 def test_completions_are_the_engines_cut_at_stop_strings(
     full_model: str, causal_model: str, tasks: Path, kind: str
 ) -> None:
-    from rl.evaluate.lm_eval_model import DenoiseLM
+    from rl.evaluation.lm_eval_model import DenoiseLM
     from rollouts.engines.in_process import InProcessEngine, Request
     from rollouts.samplers.options import SamplerOptions
 
@@ -165,7 +165,7 @@ def test_completions_are_the_engines_cut_at_stop_strings(
 def test_greedy_is_what_greedy_decoding_writes(full_model: str, causal_model: str, kind: str) -> None:
     from lm_eval.api.instance import Instance
 
-    from rl.evaluate.lm_eval_model import DenoiseLM
+    from rl.evaluation.lm_eval_model import DenoiseLM
 
     lm = DenoiseLM(full_model if kind == "full" else causal_model, device="cpu", num_likelihood_samples=3)
 
@@ -182,7 +182,7 @@ def test_greedy_is_what_greedy_decoding_writes(full_model: str, causal_model: st
 def test_whole_texts_are_scored_in_windows_that_cover_them(causal_model: str) -> None:
     from lm_eval.api.instance import Instance
 
-    from rl.evaluate.lm_eval_model import DenoiseLM
+    from rl.evaluation.lm_eval_model import DenoiseLM
 
     lm = DenoiseLM(causal_model, device="cpu")
     short, long = "abc def", "abcdefgh ab" * 9  # 7 tokens, and 99 for 48 positions
@@ -201,7 +201,7 @@ def test_whole_texts_are_scored_in_windows_that_cover_them(causal_model: str) ->
 def test_what_is_cut_off_is_counted(full_model: str, caplog: pytest.LogCaptureFixture) -> None:
     from lm_eval.api.instance import Instance
 
-    from rl.evaluate.lm_eval_model import DenoiseLM
+    from rl.evaluation.lm_eval_model import DenoiseLM
 
     lm = DenoiseLM(full_model, device="cpu", num_likelihood_samples=2)
     with caplog.at_level(logging.WARNING, "denoise-rl"):
@@ -215,7 +215,7 @@ def test_what_is_cut_off_is_counted(full_model: str, caplog: pytest.LogCaptureFi
 
 
 def test_the_harness_own_command_knows_the_model(full_model: str, tasks: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rl.evaluate.lm_eval_model", "run", "--model", "denoise_rl"]
+    command = [sys.executable, "-m", "rl.evaluation.lm_eval_model", "run", "--model", "denoise_rl"]
     command += ["--model_args", f"path={full_model},num_likelihood_samples=7", "--tasks", "pick"]
     command += [
         "--include_path",

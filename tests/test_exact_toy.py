@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from rl.advantages import group_advantage
-from rl.algorithms.tracerl import TraceRLOptions
 from rl.batch import DecisionBatch
 from rl.estimators.rows import score_rows
 from rl.losses.aggregate import decision_weights, weighted_sum
+from rl.recipes.tracerl import TraceRLOptions
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.distribution import sampling_logprobs

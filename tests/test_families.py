@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from rl.cli import main
 from rl.config import Config, ModelConfig
-from rl.media.text import TextMedium
+from rl.modalities.text import TextModality
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.load import load_policy, load_tokenizer
 from rl.tasks.char_tokenizer import char_tokenizer
@@ -380,21 +380,21 @@ def test_the_published_chat_template_is_applied(shared_data: Path, tmp_path: Pat
     config = Config.model_validate(
         {"model": {"tokenizer": str(folder), "eos_token": "<|im_end|>"}, "task": {"chat": True}}
     )
-    medium = TextMedium.open(config, SudokuTask())
-    request = medium.requests([{"prompt": "What is 2 + 3?"}], [[7]])[0]
-    text = medium.tokenizer.decode(request.prompt_ids)
+    modality = TextModality.open(config, SudokuTask())
+    request = modality.requests([{"prompt": "What is 2 + 3?"}], [[7]])[0]
+    text = modality.tokenizer.decode(request.prompt_ids)
     assert text == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
-    assert request.prompt_ids[0] == 151644 and medium.tokenizer.eos_token_id == 151645
-    plain = TextMedium.open(
+    assert request.prompt_ids[0] == 151644 and modality.tokenizer.eos_token_id == 151645
+    plain = TextModality.open(
         config.model_copy(update={"task": config.task.model_copy(update={"chat": False})}), SudokuTask()
     )
     assert plain.tokenizer.decode(plain.requests([{"prompt": "Hi"}], [[7]])[0].prompt_ids) == "Hi"
     # A padded head: SDAR has 151,936 ids, its tokenizer 151,670.
     from rl.models.vocabulary import excluded_ranges
 
-    assert excluded_ranges(medium.tokenizer, 151936, ["<|im_start|>"]) == [[151644, 151645], [151670, 151936]]
+    assert excluded_ranges(modality.tokenizer, 151936, ["<|im_start|>"]) == [[151644, 151645], [151670, 151936]]
     with pytest.raises(ValueError, match=r"task\.chat needs a tokenizer with a chat template"):
-        TextMedium(config, TOKENIZER).requests([{"prompt": "1"}], [[0]])
+        TextModality(config, TOKENIZER).requests([{"prompt": "1"}], [[0]])
 
 
 # --- from a name, and through a run -----------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from rl.algorithms.find import FindOptions
 from rl.batch import DecisionBatch
 from rl.estimators.initial_noise import initial_noise_rows
 from rl.losses.aggregate import weighted_sum
 from rl.models.class_policy import new_policy
 from rl.models.noise_policy import NoisePolicy
+from rl.recipes.find import FindOptions
 from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.latent_trajectory import load_latents, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions

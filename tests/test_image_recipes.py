@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from rl.advantages import extremes, node_advantage
-from rl.algorithms import RECIPES, parse_options
-from rl.algorithms.b2_diffurl import B2DiffuRLOptions
-from rl.algorithms.ddpo import DdpoOptions
-from rl.algorithms.diffusion_nft import DiffusionNftOptions
-from rl.algorithms.image_options import ImageRecipeOptions, Note, branch_of, note
 from rl.batch import DecisionBatch
 from rl.estimators.base import Verdicts
 from rl.estimators.forward_process import forward_rows
 from rl.prompt_history import PromptHistory
+from rl.recipes import RECIPES, parse_options
+from rl.recipes.b2_diffurl import B2DiffuRLOptions
+from rl.recipes.ddpo import DdpoOptions
+from rl.recipes.diffusion_nft import DiffusionNftOptions
+from rl.recipes.image_options import ImageRecipeOptions, Note, branch_of, note
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.image_models import FLOW, rollouts, tiny_policy
 
@@ -230,5 +230,5 @@ def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps:
 def test_every_image_recipe_says_so() -> None:
     images = {n for n in RECIPES if issubclass(type(parse_options({"name": n})), ImageRecipeOptions)}
     assert images == {"b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "find", "flow_grpo"}
-    medium = {n: parse_options({"name": n}).medium for n in RECIPES}
-    assert {n for n in RECIPES if medium[n] == "images"} == images | {"alignprop"}
+    modality = {n: parse_options({"name": n}).modality for n in RECIPES}
+    assert {n for n in RECIPES if modality[n] == "images"} == images | {"alignprop"}

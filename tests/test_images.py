@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from rewards.digits import DigitClassifier, DigitJudge, digits
 from rl.cli import main
 from rl.estimators.denoising import noised
-from rl.evaluate.compare import Comparison, _warm_start
+from rl.evaluation.compare import Comparison, _warm_start
 from rl.models.class_policy import ClassPolicy, new_policy
 from rl.tasks.digits import DigitsTask
 from rollouts.samplers.gaussian import make_steps, predicted_x0

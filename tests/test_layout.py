@@ -44,7 +44,7 @@ def test_no_module_has_a_standard_library_name() -> None:
     [
         "rl",
         "rl.config",
-        "rl.algorithms",
+        "rl.recipes",
         "rewards",
         "rewards.run",
         "rollouts.samplers.options",

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from rewards import RewardFailureError
 from rl.cli import main
 from rl.config import load_config
-from rl.evaluate.scoring import judge_of
+from rl.evaluation.scoring import judge_of
 from rl.models.load import load_policy, load_tokenizer
 from rl.tasks.sudoku import SudokuTask, is_heldout
 from rl.train.learner import TrainingError

@@ -12,11 +12,11 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from rl.algorithms import parse_options
 from rl.estimators.logprob import logprob_and_entropy
 from rl.estimators.rows import ScoringRows, hidden_states, score_rows
 from rl.estimators.trace_rows import first_fit, packed_rows, remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.recipes import parse_options
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions

@@ -234,7 +234,7 @@ def test_asynchronous_runs_learn_from_the_last_policy_and_go_on_exactly(
     # Steps 1 and 2 were both sampled by the policy that RL started from.
     config = load_config(arguments[1], arguments[2:])
     with Session.open(config, write=False) as session:
-        session.model = session.medium.load_model(str(run / "warm_start"))
+        session.model = session.modality.load_model(str(run / "warm_start"))
         shown = []
         for step in (0, 1):
             from rl.train.sampling import sample_lines, sample_step

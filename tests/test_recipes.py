@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from rl.advantages import sandwich_advantage
-from rl.algorithms import RECIPES, parse_options
 from rl.batch import DecisionBatch
 from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.regression import regression_loss
+from rl.recipes import RECIPES, parse_options
 from rl.train.plan import check_run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions

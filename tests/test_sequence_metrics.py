@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from rl.evaluate.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
+from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
 
 
 def test_kmer_correlation_by_hand() -> None:

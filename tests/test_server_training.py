@@ -12,7 +12,7 @@ import pytest
 
 from rl.cli import main
 from rl.config import load_config
-from rl.media.base import open_medium
+from rl.modalities.base import open_modality
 from rl.tasks.base import load_task
 from tests import runs
 from tests.dialect_servers import DialectServer, serving
@@ -33,13 +33,13 @@ def served(dialect: str, folder: Path, **options: Any) -> Iterator[tuple[Dialect
     """A server that was started with other weights than the run's, and the overrides that use it."""
     _, path, *overrides = runs.tiny_config(folder, *SMALL, "run.seed=5")
     config = load_config(path, overrides)
-    medium = open_medium(config, load_task(config.task.name, config.task.params))
-    model = medium.load_model()
+    modality = open_modality(config, load_task(config.task.name, config.task.params))
+    model = modality.load_model()
     root = folder / "weights" / "current"
-    medium.save_model(model, folder / "start")
+    modality.save_model(model, folder / "start")
     root.parent.mkdir()
     root.symlink_to(folder / "start")
-    eos = medium.tokenizer.eos_token_id
+    eos = modality.tokenizer.eos_token_id
     with serving(dialect, model, config.sampler, eos, root=root, **options) as server:
         where = {"dialect": dialect, "urls": [server.url], "weights_dir": str(root.parent), "retry_seconds": 0.01}
         yield server, ["rollout.engine=server", f"rollout.server={json.dumps(where)}"]

@@ -19,7 +19,7 @@ from rl.tasks.base import Row
 class DigitsTask:
     """Prompt "7", label 7; the supervised stage sees an image of the training half in column `image`."""
 
-    medium = "images"
+    modality = "images"
     reward = "digit_judge"
     grid = None
     alphabet = None

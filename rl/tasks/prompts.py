@@ -24,7 +24,7 @@ BUILT_IN = "animal_activities"
 class PromptsTask:
     """An image is right when a CLIP model tells its prompt from all others of the list (`clip_match`)."""
 
-    medium = "images"
+    modality = "images"
     grid = None
     alphabet = None
 

@@ -20,8 +20,8 @@ class Ahead:
     # Checkpoints ask it of everything they save: nothing here is cut over ranks by DeepSpeed.
     stage = 0
 
-    def __init__(self, medium: Any, group_size: int):
-        self.medium, self.group_size = medium, group_size
+    def __init__(self, modality: Any, group_size: int):
+        self.modality, self.group_size = modality, group_size
         self._thread: threading.Thread | None = None
         self._result: tuple[list[Any], EngineStats] | None = None
         self._error: BaseException | None = None
@@ -76,7 +76,7 @@ class Ahead:
             return
         trajectories, stats = self._result
         rank = distributed.rank()
-        self.medium.save_trajectories(folder / f"rank_{rank}.npz", trajectories)
+        self.modality.save_trajectories(folder / f"rank_{rank}.npz", trajectories)
         (folder / f"rank_{rank}.json").write_text(json.dumps(vars(stats)))
 
     def load_state(self, folder: Path, universal: bool = False) -> None:
@@ -84,7 +84,7 @@ class Ahead:
         parts = sorted(folder.glob("rank_*.npz"), key=lambda path: int(path.stem[5:]))
         if not parts:
             return
-        trajectories = [t for part in parts for t in self.medium.load_trajectories(part)]
+        trajectories = [t for part in parts for t in self.modality.load_trajectories(part)]
         stats = EngineStats()
         if len(parts) == distributed.world_size():
             stats = EngineStats(**json.loads((folder / f"rank_{distributed.rank()}.json").read_text()))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from rl.algorithms import parse_options
 from rl.config import Config
-from rl.media.base import open_medium
+from rl.modalities.base import open_modality
+from rl.recipes import parse_options
 from rl.tasks.base import load_task
 from rl.train import distributed
 from rollouts.engines.base import require
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from rollouts.engines.base import Engine
 
 
-def open_engine(config: Config, model: Any, medium: Any, run_dir: Path) -> Engine | None:
+def open_engine(config: Config, model: Any, modality: Any, run_dir: Path) -> Engine | None:
     """Start the engine that `rollout.engine` names; None when the model of this process samples."""
     if config.rollout.engine == "in_process":
         return None
     if config.rollout.engine == "ray":
-        return _ray_engine(config, medium, run_dir)
+        return _ray_engine(config, modality, run_dir)
     from rollouts.engines.server.engine import ServerEngine
 
     return ServerEngine(
         config.rollout.server,
         model,
-        medium.options(),
+        modality.options(),
         weights_dir=config.rollout.server.weights_dir or run_dir / "rollout_weights",
-        eos_token_id=medium.tokenizer.eos_token_id,
+        eos_token_id=modality.tokenizer.eos_token_id,
         leader=distributed.rank() == 0,
         from_leader=distributed.from_leader,
     )
 
 
-def _ray_engine(config: Config, medium: Any, folder: Path) -> Engine:
+def _ray_engine(config: Config, modality: Any, folder: Path) -> Engine:
     from rollouts.engines.ray_workers import RayEngine
 
     ray, rank = config.rollout.ray, distributed.rank()
@@ -55,7 +55,7 @@ def _ray_engine(config: Config, medium: Any, folder: Path) -> Engine:
         folder = Path(ray.weights_dir) / f"{folder.name}_{crc32(bytes(folder.absolute())):08x}"
     return RayEngine(
         WorkerModel(config, "cuda" if ray.gpus_per_worker else "cpu"),
-        medium.options(),
+        modality.options(),
         workers=ray.workers,
         cpus_per_worker=ray.cpus_per_worker,
         gpus_per_worker=ray.gpus_per_worker,
@@ -79,9 +79,9 @@ class WorkerModel:
 
         if self.config.run.num_threads:
             torch.set_num_threads(self.config.run.num_threads)
-        medium = open_medium(self.config, load_task(self.config.task.name, self.config.task.params))
-        model = medium.load_model().to(self.device)
-        return model, lambda options: medium.engine(model, options, torch.device(self.device))
+        modality = open_modality(self.config, load_task(self.config.task.name, self.config.task.params))
+        model = modality.load_model().to(self.device)
+        return model, lambda options: modality.engine(model, options, torch.device(self.device))
 
 
 def engine_needs(config: Config) -> dict[str, str]:

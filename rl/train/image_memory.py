@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rl.algorithms import parse_options
 from rl.config import Config
 from rl.models.class_policy import network_class
+from rl.recipes import parse_options
 from rl.train.learner import read_deepspeed_config
 from rl.train.memory import GIB, learner_line, model_states, saved_bytes
 

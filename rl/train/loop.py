@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rl.algorithms import parse_options
-from rl.evaluate.accuracy import Accuracy, as_metrics, evaluate
+from rl.evaluation.accuracy import Accuracy, as_metrics, evaluate
+from rl.recipes import parse_options
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
@@ -165,12 +165,12 @@ def _evaluated(session: Session, name: str, rows: list[Row], step: int) -> dict[
 
 
 def _measured(session: Session, scored: ScoredRollouts) -> dict[str, float]:
-    """Numbers about the samples of all ranks as a set, where the medium has some."""
+    """Numbers about the samples of all ranks as a set, where the modality has some."""
     mine = (scored.rows, scored.completions, scored.reward.tolist())
     rows, completions, rewards = (
         [x for part in parts for x in part] for parts in zip(*distributed.gather_objects(mine), strict=True)
     )
-    return session.medium.measure(rows, completions, rewards)
+    return session.modality.measure(rows, completions, rewards)
 
 
 def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:
@@ -196,11 +196,11 @@ def _views(session: Session, model: Any, heldout: list[Row]) -> list[dict[str, A
     rows = heldout[: session.config.eval.viewer_items]
     if not rows or distributed.rank() != 0:
         return []
-    steps = session.config.eval.viewer_steps or session.medium.options().num_inference_steps
-    engine = session.engine(model, session.medium.evaluation_options(steps))
-    trajectories = engine.generate(session.medium.requests(rows, [[i] for i in range(len(rows))], None))
+    steps = session.config.eval.viewer_steps or session.modality.options().num_inference_steps
+    engine = session.engine(model, session.modality.evaluation_options(steps))
+    trajectories = engine.generate(session.modality.requests(rows, [[i] for i in range(len(rows))], None))
     _, table = session.judge(rows, trajectories, verifier=True)
-    views = session.medium.views(rows, trajectories, table.values)
+    views = session.modality.views(rows, trajectories, table.values)
     return [{"prompt": row["prompt"], "view": view} for row, view in zip(rows, views, strict=True)]
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rl.algorithms import parse_options
 from rl.config import Config
+from rl.recipes import parse_options
 from rl.train.learner import read_deepspeed_config
-from rl.train.plan import medium_of
+from rl.train.plan import modality_of
 
 if TYPE_CHECKING:
     from rl.models.diffusion_lm import DiffusionLM
@@ -253,7 +253,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
     from rl.models.lora import add_adapters
 
-    if medium_of(config) == "images":
+    if modality_of(config) == "images":
         from rl.train.image_memory import image_memory_lines
 
         return image_memory_lines(config, ranks, limit_gib)

@@ -24,7 +24,7 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
     Raises:
         ValueError: the batch does not divide over ranks and micro-batches.
     """
-    if medium_of(config) == "text":
+    if modality_of(config) == "text":
         _check_steps(config)
     world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train
@@ -37,7 +37,7 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
         per_update = trajectories // train.updates_per_step // world
         micro = -(-per_update // train.micro_batch_size)
         updates = train.steps * train.updates_per_step * train.epochs
-        if medium_of(config) == "images":
+        if modality_of(config) == "images":
             forwards: float = config.image_sampler.num_inference_steps
             guided = config.image_sampler.guidance_scale != 1
         else:
@@ -82,7 +82,7 @@ def check_run(config: Config, new: bool = True) -> None:
     Raises:
         ValueError: one line naming the field and the fix.
     """
-    from rl.algorithms import parse_options
+    from rl.recipes import parse_options
     from rl.tasks.base import load_task
     from rl.train.distributed import pick_device
     from rl.train.engines import check_engine
@@ -136,19 +136,19 @@ def check_run(config: Config, new: bool = True) -> None:
             )
     if not config.reward.functions:
         load_reward(task.reward, {})
-    medium = getattr(task, "medium", "text")
-    if config.train.steps and options.medium != medium:
+    modality = getattr(task, "modality", "text")
+    if config.train.steps and options.modality != modality:
         raise ValueError(
-            f"algorithm.name {options.name!r} trains {options.medium}, and task.name {config.task.name!r} is about "
-            f"{medium}: choose another algorithm"
+            f"algorithm.name {options.name!r} trains {options.modality}, and task.name {config.task.name!r} is about "
+            f"{modality}: choose another algorithm"
         )
     if config.rollout.engine == "server":
-        if medium != "text":
+        if modality != "text":
             raise ValueError(
-                f"rollout.engine server samples text, and task.name {config.task.name!r} is about {medium}"
+                f"rollout.engine server samples text, and task.name {config.task.name!r} is about {modality}"
             )
         check_server(config.rollout.server, config.sampler)
-    if medium == "images":
+    if modality == "images":
         _check_images(config)
     else:
         _check_text(config, task, [row["prompt"] for row in rows])
@@ -190,7 +190,7 @@ def _check_text(config: Config, task: Task, prompts: Sequence[str]) -> None:
 
 def _check_images(config: Config) -> None:
     """Raise ValueError when the options of an image run contradict themselves."""
-    from rl.algorithms import parse_options
+    from rl.recipes import parse_options
 
     if config.train.mixed_steps:
         raise ValueError("train.mixed_steps is for text: set image_sampler.num_inference_steps")
@@ -204,12 +204,12 @@ def _check_images(config: Config) -> None:
         check(config.image_sampler.num_inference_steps, config.train.group_size)
 
 
-def medium_of(config: Config) -> str:
-    """The medium of the config's task, without building it."""
+def modality_of(config: Config) -> str:
+    """The modality of the config's task, without building it."""
     from rl.tasks.base import task_class
 
     with about(f"task.name {config.task.name!r}"):
-        return getattr(task_class(config.task.name), "medium", "text")
+        return getattr(task_class(config.task.name), "modality", "text")
 
 
 def _check_same_run(config: Config) -> None:

@@ -50,7 +50,7 @@ class GradientSegment:
 
 
 class GradientSampler(Protocol):
-    """What samples with a gradient. A medium and its relaxation write one.
+    """What samples with a gradient. A modality and its relaxation write one.
 
     Attributes:
         num_segments: segments of every rollout.
@@ -175,7 +175,7 @@ class RewardGradientUpdater:
         assert last.reward is not None
         shown = zip(repeated[:2], last.completions, last.reward.tolist(), strict=False)
         samples = [
-            {"prompt": row["prompt"], "completion": session.medium.sample_line(completion), "reward": value}
+            {"prompt": row["prompt"], "completion": session.modality.sample_line(completion), "reward": value}
             for row, completion, value in shown
         ]
         return StepOutcome(metrics, {"learn": time.perf_counter() - started}, samples)

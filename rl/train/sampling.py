@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rl.advantages import zero_variance_groups
-from rl.evaluate.backslide import backslide_of
+from rl.evaluation.backslide import backslide_of
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.session import ScoredRollouts, Session, join_metrics, padded
@@ -89,7 +89,7 @@ def sample_lines(session: Session, rollouts: ScoredRollouts, count: int = 2) -> 
     return [
         {
             "prompt": rollouts.rows[i]["prompt"],
-            "completion": session.medium.sample_line(rollouts.completions[i]),
+            "completion": session.modality.sample_line(rollouts.completions[i]),
             "reward": rollouts.table.values[i],
             "num_steps": rollouts.trajectories[i].num_steps,
         }

@@ -15,7 +15,7 @@ from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
 from rl.config import Config, save_config
 from rl.errors import about
-from rl.media.base import Medium, open_medium
+from rl.modalities.base import Modality, open_modality
 from rl.tasks.base import Row, load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
@@ -33,7 +33,7 @@ class ScoredRollouts:
     """The rollouts of this rank and their verdicts; M = prompts x group_size, a prompt's rollouts together.
 
     Attributes:
-        completions: [M], what the medium shows to rewards (text, images).
+        completions: [M], what the modality shows to rewards (text, images).
         reward: float64 [M], NaN where there is no score.
         group: int64 [M], index of the prompt on this rank.
         keep: bool [M], what the filters leave for the update.
@@ -147,7 +147,7 @@ class Session:
     config: Config
     device: torch.device
     task: Any
-    medium: Any
+    modality: Any
     model: Any
     rewards: RewardRunner
     verifier: RewardRunner
@@ -178,8 +178,8 @@ class Session:
             torch.set_num_threads(config.run.num_threads)
         with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
             task = load_task(config.task.name, config.task.params)
-        medium: Medium = open_medium(config, task)
-        policy: Any = medium.load_model()
+        modality: Modality = open_modality(config, task)
+        policy: Any = modality.load_model()
         parts = [RewardPart(p.name, p.weight, p.params, p.normalize) for p in config.reward.functions]
         own = [RewardPart(task.reward, params=config.reward.params_of(task.reward))]
         rewards, verifier = (
@@ -209,7 +209,7 @@ class Session:
         metrics = MetricsWriter(config.run.output_dir, rank, services)
         policy.to(device)
         progress = Progress(enabled=distributed.rank() == 0)
-        return cls(config, device, task, medium, policy, rewards, verifier, metrics, progress)
+        return cls(config, device, task, modality, policy, rewards, verifier, metrics, progress)
 
     def __enter__(self) -> Session:
         self.progress.__enter__()
@@ -233,11 +233,11 @@ class Session:
 
     @property
     def tokenizer(self) -> Any:
-        return self.medium.tokenizer
+        return self.modality.tokenizer
 
     def engine(self, model: Any, options: Any = None) -> Any:
         """What samples with `model`; the config's sampler without `options`."""
-        return self.medium.engine(model, options or self.medium.options(), self.device)
+        return self.modality.engine(model, options or self.modality.options(), self.device)
 
     def open_engine(self) -> None:
         """Start what `rollout.engine` names.
@@ -245,24 +245,24 @@ class Session:
         Raises:
             ValueError: it cannot do what the run needs.
         """
-        self.remote = open_engine(self.config, self.model, self.medium, self.run_dir)
+        self.remote = open_engine(self.config, self.model, self.modality, self.run_dir)
         self._pushed = None
         if self.remote is not None:
             require(self.config.rollout.engine, self.remote.capabilities(), engine_needs(self.config))
         if self.config.rollout.asynchronous:
-            self.ahead = Ahead(self.medium, self.config.train.group_size)
+            self.ahead = Ahead(self.modality, self.config.train.group_size)
 
     def rollout_engine(self, policy_version: int, splits: Sequence[tuple[int, int]] = ()) -> Engine:
         """What samples the rollouts that are learned from, with the weights of `model`, which are this version's.
 
         Args:
-            splits: where rollouts branch, for media that can.
+            splits: where rollouts branch, for modalities that can.
         """
         engine = self.remote
         if engine is None:
             engine = self.engine(self.model)
         else:
-            engine.options = self.medium.options()
+            engine.options = self.modality.options()
             if self._pushed != policy_version:
                 started = time.perf_counter()
                 # A push that fails leaves the engine without a version, and the run ends.
@@ -275,7 +275,7 @@ class Session:
 
     def save_model(self, path: str | Path) -> None:
         """Write `model` as it is now to a folder."""
-        self.medium.save_model(self.model, path)
+        self.modality.save_model(self.model, path)
 
     def starting_policy(self, resumed: bool) -> Any:
         """A frozen copy of the policy RL started from; what is never trained is not copied.
@@ -284,7 +284,7 @@ class Session:
             resumed: take it from the run folder: `model` has moved on, or is about to.
         """
         if resumed:
-            start = self.medium.load_model(str(self.run_dir / "warm_start"))
+            start = self.modality.load_model(str(self.run_dir / "warm_start"))
             share_frozen(start, self.model)
         else:
             start = trained_copy(self.model)
@@ -308,7 +308,7 @@ class Session:
             verifier: judge by the task's own reward alone, whatever is trained on: accuracy is not a weighted or
                 normalised sum. Its parameters are those of `reward.functions`, where that names it too.
         """
-        completions, columns = self.medium.finished(trajectories)
+        completions, columns = self.modality.finished(trajectories)
         groups = [index // group_size for index in range(len(rows))]
         rewards = self.verifier if verifier else self.rewards
         columns = _row_columns(rows) | columns
@@ -345,7 +345,7 @@ class Session:
         where = []
         for index, trajectory in enumerate(trajectories):
             indices = []
-            fills = self.medium.fills(trajectory)
+            fills = self.modality.fills(trajectory)
             for text in fills:
                 key = (index // group_size, text)
                 if key not in place:
@@ -399,7 +399,7 @@ class Session:
     ) -> list[Any]:
         """`group_size` requests for every row; see `rollout`."""
         seeds = [[request_seed(seed, first + i, g) for g in range(group_size)] for i in range(len(rows))]
-        return self.medium.requests(rows, seeds, steps)
+        return self.modality.requests(rows, seeds, steps)
 
     def scored(
         self,
@@ -425,7 +425,7 @@ class Session:
             if step_rewards
             else (None, 0)
         )
-        overlong = torch.from_numpy(~self.medium.ended(trajectories))
+        overlong = torch.from_numpy(~self.modality.ended(trajectories))
         group_index = torch.arange(len(rows)).repeat_interleave(group_size)
         steps_table = None if of_steps is None else padded(of_steps)
         # A rollout with a failed fill is left out, and counted, like one whose verdict failed.

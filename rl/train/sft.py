@@ -1,4 +1,4 @@
-"""Supervised warm start: fit noised answers (the medium says how; text: `rl/estimators/masking.py`)."""
+"""Supervised warm start: fit noised answers (the modality says how; text: `rl/estimators/masking.py`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from rl.algorithms import parse_options
 from rl.losses.aggregate import weighted_sum
+from rl.recipes import parse_options
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -52,7 +52,7 @@ def supervised(session: Session) -> dict[str, float]:
         step += 1
         loss = distributed.reduce_number(float(sum(sums)), "sum", session.device)
         seconds = time.perf_counter() - started
-        speed = (step - first) * config.batch_size * session.medium.horizon / seconds
+        speed = (step - first) * config.batch_size * session.modality.horizon / seconds
         session.metrics.log(
             step,
             "sft",
@@ -113,7 +113,7 @@ def _micro_batch(
     """A callable that returns this micro-batch's share of the loss of the whole batch `rows`."""
 
     def loss() -> torch.Tensor:
-        fitted, weight = session.medium.supervised(session.model, rows, part, rng_seed)
+        fitted, weight = session.modality.supervised(session.model, rows, part, rng_seed)
         logprob, _ = learner.engine(fitted.to(session.device))
         value = weighted_sum(-logprob, weight.to(session.device))
         sums.append(value.detach())

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from rl.algorithms.options import Recipe
 from rl.batch import DecisionBatch
 from rl.estimators.base import DecisionRows, Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.value import clipped_value_loss
+from rl.recipes.options import Recipe
 from rl.train import distributed
 from rl.train.learner import Learner, TrainingError
 from rl.train.policy import Policy
@@ -131,7 +131,7 @@ class PolicyUpdater:
         if not rollout.asynchronous:
             self.max_weight = None
         if self.max_weight is not None:
-            smallest = session.medium.smallest_trajectory(session.model)
+            smallest = session.modality.smallest_trajectory(session.model)
             if recipe.rows([smallest], session.model, None, None).recorded is None:
                 raise ValueError(
                     "rollout.asynchronous corrects for older weights by the log-probs that the sampler recorded, and "
@@ -194,7 +194,7 @@ class PolicyUpdater:
         blocks = self.train.blocks_at(step)
         if blocks is not None:
             # The model that is saved decodes with the block length it was last sampled with.
-            self.session.medium.rollout_block = self.session.model.config.block_length = blocks.rollout
+            self.session.modality.rollout_block = self.session.model.config.block_length = blocks.rollout
             self.block_length = blocks.train
 
     def update(self, rollouts: ScoredRollouts) -> dict[str, float]:
@@ -314,7 +314,7 @@ class PolicyUpdater:
             device = self.session.device
             decisions = distributed.reduce_number(float(length[scored].sum()), "sum", device)
             trajectories = distributed.reduce_number(float(scored.sum()), "sum", device)
-            constant = self.session.medium.horizon
+            constant = self.session.modality.horizon
             weight = decision_weights(
                 self.recipe.aggregation, length, max(decisions, 1.0), max(trajectories, 1.0), constant
             )
@@ -373,7 +373,7 @@ class PolicyUpdater:
         nothing = torch.zeros(1, dtype=torch.float64)
         scored = rollouts
         if not rollouts.trajectories:
-            scored = ScoredRollouts.of_one(self.session.medium.smallest_trajectory(self.session.model), rollouts)
+            scored = ScoredRollouts.of_one(self.session.modality.smallest_trajectory(self.session.model), rollouts)
         spare = self._micro_batch(scored, [0], nothing, nothing)
         spare.old_value = spare.returns = torch.zeros_like(spare.weight)
         spare.old_logprob = spare.ref_logprob = torch.zeros_like(spare.weight)

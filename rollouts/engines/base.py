@@ -151,7 +151,7 @@ class Engine(Protocol):
 
     Attributes:
         options: the decoder; it may be set between two calls of `generate`.
-        splits: where rollouts branch (`LatentEngine`); empty for media without branches.
+        splits: where rollouts branch (`LatentEngine`); empty for modalities without branches.
         stats: the work of the last call.
     """
 

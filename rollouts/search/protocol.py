@@ -1,4 +1,4 @@
-"""What a search asks of a sampler and of a reward, and what it gives back. No medium is named here.
+"""What a search asks of a sampler and of a reward, and what it gives back. No modality is named here.
 
 A search never looks inside a sample. It holds a batch of `States` (half-denoised samples), lets a `SearchSampler`
 move them, and has finished ones judged. Everything random is a function of int64 seeds, so that the result for one

@@ -1,0 +1,243 @@
+"""`denoise-rl align`: ways to align one pretrained model with one reward, side by side.
+
+A row of the table is the pretrained model, a search over its samples, or a recipe that fine-tunes it. All rows share
+the pretrained model and the oracles, which are trained here where their files are missing (the model by the `sft`
+stage). What is finished is kept: a second call computes the missing rows only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewards.run import RewardRunner
+from rewards.table import RewardPart
+from rl.config import AlignRow, Config, RewardPartConfig, load_config, save_config
+from rl.evaluation.likelihood import log_likelihoods
+from rl.evaluation.search import search_rollouts
+from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
+from rl.tasks.base import Row, load_task
+from rl.train.session import Session, request_seed
+from rollouts.search.options import parse_search
+
+
+@dataclass
+class Samples:
+    """What a row gives, and what it cost.
+
+    Attributes:
+        texts, ids: [S] completions.
+        prompts, prompt_ids: [S].
+        budget: denoiser and reward evaluations of training, and per sample afterwards.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    rows: list[Row]
+    budget: dict[str, float]
+
+
+def align(config: Config) -> list[dict[str, Any]]:
+    """Compute the table of one seed, and write it to `table.json` of the run folder.
+
+    Raises:
+        ValueError: there are no rows, or one of them is not possible.
+    """
+    check_rows(config)
+    folder = Path(config.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_oracles(config)
+    pretrained = pretrain(config)
+    table = []
+    for row in config.align.rows:
+        path = folder / row.name / "row.json"
+        settings = _row_settings(config, row)
+        saved = json.loads(path.read_text()) if path.is_file() else None
+        if saved is None or saved["settings"] != settings:
+            saved = {"settings": settings, **compute_row(config, row, pretrained, path.parent)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(saved, indent=1))
+            partial.replace(path)
+        table.append({name: value for name, value in saved.items() if name not in ("settings", "texts")})
+    (folder / "table.json").write_text(json.dumps(table, indent=1))
+    return table
+
+
+def check_rows(config: Config) -> None:
+    """Everything that can be found wrong with the rows before an hour is spent on them."""
+    from rl.recipes import parse_options
+
+    if not config.align.rows:
+        raise ValueError("align.rows is empty: name what to compare")
+    names = Counter(row.name for row in config.align.rows)
+    for row in config.align.rows:
+        if names[row.name] > 1 or "/" in row.name:
+            raise ValueError(f"align.rows: {row.name!r} must be used once, and be a folder name")
+        if row.search is not None:
+            parse_search(row.search, row.params)
+            if row.algorithm is not None:
+                raise ValueError(f"align.rows {row.name}: set search or algorithm, not both")
+        if row.algorithm is not None:
+            parse_options(row.algorithm)
+
+
+def _row_settings(config: Config, row: AlignRow) -> dict[str, Any]:
+    """What a row's numbers depend on; another value computes the row again."""
+    kept = config.model_dump(mode="json", include={"task", "sampler", "reward", "train", "sft", "model"})
+    align = config.align.model_dump(mode="json", exclude={"rows"})
+    return {**kept, "align": align, "row": row.model_dump(mode="json"), "seed": config.run.seed}
+
+
+def train_oracles(config: Config) -> None:
+    """Fit the oracles whose files are missing, each to its half of the task's labelled data."""
+    from rewards.sequence_oracle import train_oracle
+
+    task: Any = load_task(config.task.name, config.task.params)
+    for path, half in config.align.oracles.items():
+        if Path(path).is_file():
+            continue
+        sequences, labels = task.labelled(half, config.align.oracle_labels)
+        error = train_oracle(sequences, labels, path, seed=half)
+        print(f"oracle {path}: {len(sequences)} labels, mean squared error {error:.3f}", flush=True)
+
+
+def pretrain(config: Config) -> str:
+    """The folder of the pretrained model, trained by the `sft` stage where it is missing."""
+    folder = Path(config.align.pretrained or f"{config.run.output_dir}/pretrained")
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if config.model.path is not None and not config.sft.steps:
+        return config.model.path
+    from rl.train.sft import supervised
+
+    run = config.run.model_copy(update={"output_dir": str(folder.parent / f"{folder.name}-run")})
+    with Session.open(config.model_copy(update={"run": run})) as session:
+        supervised(session)
+        session.save_model(folder)
+    return str(folder)
+
+
+def compute_row(config: Config, row: AlignRow, pretrained: str, folder: Path) -> dict[str, Any]:
+    """Train or search, sample, and judge the samples."""
+    started = time.perf_counter()
+    budget = {"train_denoiser": 0.0, "train_reward": 0.0}
+    model = pretrained
+    if row.algorithm is not None:
+        model = str(folder / "model")
+        budget |= _train(config, row, pretrained, folder)
+    trained = time.perf_counter()
+    with _open(config, model) as session:
+        samples = _sample(session, row)
+        sampled = time.perf_counter()
+        budget |= samples.budget
+        seconds = {"train_seconds": trained - started, "sample_seconds": sampled - trained}
+        return {"name": row.name, **judge_samples(session, samples, pretrained), **budget, **seconds,
+                "texts": samples.texts}  # fmt: skip
+
+
+def _open(config: Config, model: str) -> Session:
+    path = config.model.model_copy(update={"path": model})
+    return Session.open(config.model_copy(update={"model": path}), write=False)
+
+
+def _train(config: Config, row: AlignRow, pretrained: str, folder: Path) -> dict[str, float]:
+    from rl.train.loop import reinforce
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    run = config.run.model_copy(update={"output_dir": str(folder)})
+    model = config.model.model_copy(update={"path": pretrained})
+    assert row.algorithm is not None
+    save_config(config.model_copy(update={"run": run, "model": model, "algorithm": row.algorithm}), path)
+    own = load_config(path, row.overrides)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    with Session.open(own) as session:
+        reinforce(session)
+        session.save_model(folder / "model")
+        costs = session.costs
+    return {"train_denoiser": costs.sequence_forwards, "train_reward": costs.reward_queries}
+
+
+def _sample(session: Session, row: AlignRow) -> Samples:
+    """The row's samples: as many requests as the config says, each row of the task in turn."""
+    config = session.config
+    count = row.num_samples or config.align.num_samples
+    rows = session.task.heldout_rows(count)
+    if row.search is not None:
+        found = search_rollouts(session, rows, row.search, parse_search(row.search, row.params))
+        trajectories, of = found.trajectories, found.rows
+        spent = (found.budget.denoiser_evaluations, found.budget.reward_evaluations)
+    else:
+        engine = session.engine(session.model)
+        seeds = [[request_seed(config.run.seed + 7_919, i, 0)] for i in range(count)]
+        trajectories, of = engine.generate(session.modality.requests(rows, seeds, None)), rows
+        # As searches count it: what a sample costs must not depend on how many are drawn beside it.
+        spent = (engine.stats.rows_asked, 0)
+    texts, columns = session.modality.finished(trajectories)
+    ids = columns["completion_ids"]
+    prompt_ids = [t.prompt_ids.tolist() for t in trajectories]
+    per_sample = {"denoiser_per_sample": spent[0] / len(texts), "reward_per_sample": spent[1] / len(texts)}
+    return Samples(texts, ids, [r["prompt"] for r in of], prompt_ids, of, per_sample)
+
+
+def judge_samples(session: Session, samples: Samples, pretrained: str) -> dict[str, float]:
+    """Rewards under every oracle, likeness to data and pretrained model, and diversity."""
+    config = session.config
+    numbers: dict[str, float] = {}
+    named = {
+        "optimised": config.reward.functions or [RewardPartConfig(name=session.task.reward)],
+        **{name: [part] for name, part in config.align.judges.items()},
+    }
+    for name, parts in named.items():
+        runner = RewardRunner([RewardPart(p.name, p.weight, p.params, p.normalize) for p in parts], mode="inline")
+        columns = {key: [row.get(key) for row in samples.rows] for key in samples.rows[0] if key != "prompt"}
+        with runner:
+            table = runner.score(samples.prompts, samples.texts, columns)
+        numbers[name] = float(np.median([np.nan if v is None else v for v in table.values]))
+    reference = getattr(session.task, "reference_sequences", None)
+    if reference is not None:
+        numbers["3mer"] = kmer_correlation(samples.texts, reference())
+    grammar = getattr(session.task, "grammar", None)
+    if grammar is not None:
+        fitting = [text for text in samples.texts if len(text) == grammar.length]
+        numbers["exact_ll"] = float(np.median(grammar.log_likelihood(fitting))) if fitting else float("nan")
+    model = session.modality.load_model(pretrained).to(session.device)
+    pairs = list(zip(samples.prompt_ids, samples.ids, strict=True))[: config.align.likelihood_samples]
+    bounds = log_likelihoods(model, pairs, num_samples=config.align.likelihood_masks, device=session.device)
+    numbers["pretrained_ll"] = float(np.median([bound.logprob for bound in bounds]))
+    numbers["hamming"] = mean_hamming(samples.texts)
+    numbers["unique"] = uniqueness(samples.texts)
+    return numbers
+
+
+# Student's 97.5 % quantile by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def summary_lines(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The table as text: means over seeds, with the half-width of a 95 % interval where there are several."""
+    first = tables[0]
+    columns = [name for name in first[0] if name != "name"]
+    cells = [["row", *columns]]
+    for index, row in enumerate(first):
+        line = [row["name"]]
+        for name in columns:
+            values = np.array([table[index][name] for table in tables], dtype=np.float64)
+            text = f"{values.mean():.4g}"
+            if len(values) > 1 and values.std() > 0:
+                half = _T.get(len(values) - 1, 1.96) * values.std(ddof=1) / len(values) ** 0.5
+                text += f"±{half:.2g}"
+            line.append(text)
+        cells.append(line)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

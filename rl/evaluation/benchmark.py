@@ -1,0 +1,256 @@
+"""Evaluate a model on a task: every decoder, every problem, every sample, kept and resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rl.config import Config
+from rl.evaluation.figures import Figures
+from rl.evaluation.generations import Batch, Generation, GenerationFolder
+from rl.evaluation.scoring import as_asked, judge_of, load_rows, reward_settings, score, write_results
+from rl.evaluation.settings import (
+    device_name,
+    file_hash,
+    model_settings,
+    package_versions,
+    template_settings,
+    texts_hash,
+)
+from rl.tasks.base import Row, load_task
+from rl.tasks.templates import Template, choose_template, with_chat
+from rl.train import distributed
+from rl.train.session import Session, request_seed
+from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.samplers.options import SamplerOptions, with_changes
+from rollouts.samplers.presets import PRESETS
+
+# What papers call a decoder -> our selector.
+DECODINGS = {"static": "top_n", "dynamic": "dynamic", "threshold": "threshold", "left_to_right": "left_most"}
+MAX_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """What to evaluate, besides the config.
+
+    Attributes:
+        data: file of problems in the task's published format; None takes the hub's or the task's own.
+        template: name or file of the prompt template; None takes the one that suits the tokenizer.
+        decodings: keys of `DECODINGS`, or presets (`rollouts/samplers/presets.py`); empty takes the config's decoder.
+        samples: completions per problem and decoder.
+        temperature: None is greedy.
+        limit: only the first so many problems.
+        output: the folder; None puts it below run.output_dir.
+        ks: pass@k to give; empty takes powers of two.
+        reward: judge by another reward than the task's own; see `rl.evaluation.scoring.judge_of`.
+    """
+
+    data: str | None = None
+    template: str | None = None
+    decodings: Sequence[str] = ()
+    samples: int = 1
+    temperature: float | None = None
+    limit: int | None = None
+    output: str | None = None
+    ks: Sequence[int] = ()
+    reward: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row and its prompt's tokens, chat markup included."""
+
+    row: Row
+    prompt_ids: list[int]
+
+
+def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]) -> dict[str, SamplerOptions]:
+    """`static@8` -> options, for every decoding and step count.
+
+    Raises:
+        ValueError: an unknown decoding, steps that do not divide over the blocks, or greedy samples that would all
+            be the same.
+    """
+    for name in plan.decodings:
+        if name not in DECODINGS and name not in PRESETS:
+            raise ValueError(f"--decoding {name!r} does not exist: choose from {', '.join([*DECODINGS, *PRESETS])}")
+    if not 1 <= plan.samples <= MAX_SAMPLES:
+        raise ValueError(f"--samples must lie in [1, {MAX_SAMPLES}], got {plan.samples}")
+    temperature = plan.temperature or 0.0
+    if plan.ks and not 1 <= min(plan.ks) <= max(plan.ks) <= plan.samples:
+        raise ValueError(f"--pass-k must lie between 1 and --samples {plan.samples}, got {max(plan.ks)}")
+    selectors = {selector: name for name, selector in DECODINGS.items()}
+    # A config's own decoder is named by its preset, or by its selector where the papers have no name for it.
+    configured = sampler.preset or selectors.get(sampler.selector, sampler.selector)
+    options = {}
+    for name in plan.decodings or [configured]:
+        parts: dict[str, Any] = {}
+        if plan.decodings:
+            parts = {"preset": None, "selector": DECODINGS[name]} if name in DECODINGS else {"preset": name}
+        for steps in step_counts:
+            update = {"num_inference_steps": steps, "temperature": temperature, "record_x0": False}
+            option = with_changes(sampler, {**parts, **update})
+            if plan.samples > 1 and not temperature and not option.random_order:
+                raise ValueError(
+                    f"--samples {plan.samples} needs --temperature above 0: greedy samples are all the same"
+                )
+            options[f"{name}@{steps}"] = option
+    return options
+
+
+def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Row]]:
+    """Generate what the folder lacks, judge it, and write the figures.
+
+    Returns:
+        the folder, figures by decoder, and the template and rows the generations belong to.
+
+    Raises:
+        ValueError: anything the user got wrong, in one line.
+    """
+    if config.model.path is None:
+        raise ValueError("model.path is required: name the folder of the model to evaluate")
+    task = load_task(config.task.name, config.task.params)
+    options = decoders(plan, config.sampler, config.eval.num_inference_steps)
+    rows = load_rows(task, plan.data, plan.limit, config.eval.num_prompts)
+    judge = judge_of(config.reward, task, plan.reward)
+    folder = GenerationFolder(plan.output or f"{config.run.output_dir}/eval/{config.task.name.replace(':', '-')}")
+    with Session.open(config.model_copy(update={"reward": judge}), write=False) as session:
+        chat = bool(getattr(session.tokenizer, "chat_template", None))
+        template = choose_template(task, plan.template, chat)
+        rows = as_asked(rows, template)
+        settings = {
+            "task": {"name": config.task.name, "params": config.task.params},
+            "data": {
+                "origin": None if plan.data else getattr(task, "origin", "its own held-out ones"),
+                "file": plan.data,
+                "sha256": file_hash(plan.data) if plan.data else None,
+                "limit": plan.limit,
+                "num_problems": len(rows),
+                "prompts_sha256": texts_hash(row["prompt"] for row in rows),
+            },
+            "template": template_settings(template, chat and template.chat),
+            "model": model_settings(session.model, config.model.path, config.model.tokenizer),
+            "reward": reward_settings(judge),
+            "rollout": config.rollout.model_dump(exclude={"max_batch_size"}),
+            "seed": config.run.seed,
+            "samples": plan.samples,
+            "decoders": {name: option.model_dump() for name, option in options.items()},
+            "device": device_name(session.device),
+            "versions": package_versions(),
+        }
+        problems = _encode(session.tokenizer, template, rows)
+        main = distributed.rank() == 0
+        if main:
+            folder.open(settings)
+        try:
+            done = distributed.gather_objects({g.key for g in folder.generations()} if main else None)[0]
+            for name, option in options.items():
+                _generate(session, folder if main else None, name, option, template, problems, plan.samples, done)
+            results = write_results(folder, plan.ks) if main else {}
+        finally:
+            folder.close()
+    return folder, results, template, rows
+
+
+def _encode(tokenizer: Any, template: Template, rows: Sequence[Row]) -> list[Problem]:
+    problems = []
+    for row in rows:
+        prompt = with_chat(tokenizer, template, row["prompt"])
+        try:
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        # A character tokenizer meets a character it does not have; tokenizers raises a bare Exception.
+        except Exception as error:
+            raise ValueError(f"model.tokenizer cannot encode the prompt of {row['prompt_id']}: {error}") from None
+        problems.append(Problem(row, ids))
+    return problems
+
+
+def _generate(
+    session: Session,
+    folder: GenerationFolder | None,
+    name: str,
+    options: SamplerOptions,
+    template: Template,
+    problems: Sequence[Problem],
+    samples: int,
+    done: set[tuple[str, str, int]],
+) -> None:
+    """Sample and judge what one decoder lacks, in batches shared by all ranks; rank 0 holds the folder and writes."""
+    engine = session.engine(session.model, options)
+    pending = [
+        (index, sample)
+        for index, problem in enumerate(problems)
+        for sample in range(samples)
+        if (name, problem.row["prompt_id"], sample) not in done
+    ]
+    size = engine.max_batch_size * distributed.world_size()
+    session.progress.stage(name, total=len(problems) * samples)
+    finished = len(problems) * samples - len(pending)
+    if finished:
+        session.progress.message(f"{name}: {finished} completions are there already")
+    for start in range(0, len(pending), size):
+        _, mine = distributed.shard(pending[start : start + size])
+        own = _sample(session, engine, name, template, problems, mine)
+        parts = distributed.gather_objects(own)
+        generations = [generation for part, _ in parts for generation in part]
+        batch = Batch(
+            name,
+            len(generations),
+            tokens=sum(part.tokens for _, part in parts),
+            seconds=max(part.seconds for _, part in parts),
+            reward_seconds=max(part.reward_seconds for _, part in parts),
+        )
+        if folder is not None:
+            folder.append(generations, batch)
+        finished += len(generations)
+        session.progress.update(finished, tokens_per_s=batch.tokens / max(batch.seconds, 1e-9))
+
+
+def _sample(
+    session: Session,
+    engine: InProcessEngine,
+    name: str,
+    template: Template,
+    problems: Sequence[Problem],
+    pairs: Sequence[tuple[int, int]],
+) -> tuple[list[Generation], Batch]:
+    """This rank's part of a batch, in the order of `pairs` (problem, sample)."""
+    generations, fitting = [], []
+    for index, sample in pairs:
+        problem = problems[index]
+        seed = request_seed(session.config.run.seed, index, sample)
+        reason = _too_long(engine, problem.prompt_ids)
+        made = Generation(name, problem.row["prompt_id"], sample, seed, "", [], [], 0, False, None, reason)
+        generations.append(made)
+        if reason is None:
+            fitting.append((made, problem))
+    trajectories = engine.generate([Request(problem.prompt_ids, made.seed) for made, problem in fitting])
+    started = time.perf_counter()
+    for (made, _), trajectory in zip(fitting, trajectories, strict=True):
+        start, stop = trajectory.prompt_length, trajectory.prompt_length + trajectory.stop_length
+        made.completion_ids = trajectory.response_ids().tolist()
+        made.reveal_steps = trajectory.reveal_step()[start:stop].tolist()
+        made.completion = session.tokenizer.decode(made.completion_ids, skip_special_tokens=True)
+        made.steps, made.ended = trajectory.num_steps, session.tokenizer.eos_token_id in made.completion_ids
+    score(session.rewards, template, [problem.row for _, problem in fitting], [made for made, _ in fitting])
+    tokens = sum(len(made.completion_ids) for made in generations)
+    seconds = engine.stats.seconds if fitting else 0.0
+    return generations, Batch(name, len(pairs), tokens, seconds, reward_seconds=time.perf_counter() - started)
+
+
+def _too_long(engine: InProcessEngine, prompt_ids: Sequence[int]) -> str | None:
+    """Why a prompt cannot be answered: it does not fit, or has no token; None when it can."""
+    if not prompt_ids:
+        return "the prompt has no token"
+    length = len(prompt_ids) + engine.options.gen_length
+    if engine.model.attention == "block_causal" and engine.options.block_length:
+        length = -(-length // engine.options.block_length) * engine.options.block_length
+    if length <= engine.model.max_length:
+        return None
+    return (
+        f"prompt too long: {len(prompt_ids)} tokens and sampler.gen_length {engine.options.gen_length} do not fit the "
+        f"model's {engine.model.max_length} positions"
+    )

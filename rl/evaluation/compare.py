@@ -1,0 +1,176 @@
+"""`denoise-rl compare`: recipes from the same warm starts over several seeds, a table with intervals and three budgets.
+
+Every (variant, seed) is a `denoise-rl train` of its own; a seed's warm start is made once and shared. Finished runs are
+kept, so an interrupted comparison goes on. Orderings change with the budget that is held equal (forwards, reward
+queries, optimizer updates), so a second table and the plot always show all three.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl.config import Config, load_config
+from rl.recipes import parse_options
+from rl.train.plan import plan_lines
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Example: `Comparison("configs/quickstart.yaml", {"mdpo": ["algorithm={name: mdpo}"]}, (0, 1, 2), Path("runs/x"))`.
+
+    Attributes:
+        variants: name -> overrides of the config.
+        common: overrides of every variant and of the warm starts.
+        warm_start: a model folder for every seed instead of a supervised stage per seed.
+        jobs: runs at a time.
+    """
+
+    config: str | None
+    variants: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    output: Path
+    common: Sequence[str] = ()
+    warm_start: str | None = None
+    jobs: int = 1
+
+
+def recipe_overrides(config: Config, name: str) -> list[str]:
+    """A recipe with its own defaults, and what it requires of other sections.
+
+    Evaluations keep the config's own decoder where the recipe needs another one for its rollouts.
+    """
+    overrides = [f"algorithm={{name: {name}}}"]
+    for key, value in parse_options({"name": name}).requires(config).items():
+        overrides.append(f"{key}={json.dumps(value)}")
+        section, option = key.split(".")
+        if section == "sampler" and option not in ("record_x0", "num_inference_steps"):
+            overrides.append(f"eval.sampler.{option}={json.dumps(getattr(config.sampler, option))}")
+    return overrides
+
+
+def compare(comparison: Comparison) -> tuple[str, Path, Path]:
+    """Run what is missing; returns the table, and the paths of results.json and of the plot.
+
+    Raises:
+        ValueError: a variant's config is wrong (before anything runs), or a run failed.
+    """
+    for overrides in comparison.variants.values():
+        plan_lines(load_config(comparison.config, [*comparison.common, *overrides]))
+    with ThreadPoolExecutor(comparison.jobs) as pool:
+        list(pool.map(lambda seed: _warm_start(comparison, seed), comparison.seeds))
+        runs = [(name, seed) for seed in comparison.seeds for name in comparison.variants]
+        list(pool.map(lambda run: _run(comparison, *run), runs))
+    folders = {
+        name: [comparison.output / f"{name}-{seed}" for seed in comparison.seeds] for name in comparison.variants
+    }
+    summaries = {
+        name: [json.loads((folder / "summary.json").read_text()) for folder in group] for name, group in folders.items()
+    }
+    table = markdown(summaries) + "\n" + equal_budgets(folders)
+    (comparison.output / "table.md").write_text(table)
+    results = comparison.output / "results.json"
+    results.write_text(json.dumps({"seeds": list(comparison.seeds), "runs": summaries}, indent=1))
+    from rl.track.plots import plot_budgets
+
+    config = load_config(comparison.config, comparison.common)
+    counts, own = config.eval.num_inference_steps, config.sampler.num_inference_steps
+    metric = f"eval/accuracy@{own if own in counts else counts[0]}"
+    return table, results, plot_budgets(folders, metric, comparison.output / "budgets.png")
+
+
+def _command(comparison: Comparison, name: str, overrides: Sequence[str], log: Path) -> None:
+    """Run a `denoise-rl` command, its output in a log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    config = [] if comparison.config is None else ["--config", comparison.config]
+    words = [sys.executable, "-m", "rl.cli", name, *config, *overrides]
+    with log.open("w") as file:
+        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise ValueError(f"{log.stem} of the comparison failed with exit code {code}: see {log}")
+
+
+def _warm_start(comparison: Comparison, seed: int) -> None:
+    folder = comparison.output / f"warm-{seed}"
+    if comparison.warm_start is None and not (folder / "model").is_dir():
+        where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
+        _command(comparison, "sft", [*comparison.common, *where], comparison.output / f"warm-{seed}.log")
+
+
+def _run(comparison: Comparison, name: str, seed: int) -> None:
+    folder = comparison.output / f"{name}-{seed}"
+    if (folder / "summary.json").exists():
+        return
+    model = comparison.warm_start or comparison.output / f"warm-{seed}" / "model"
+    where = [f"model.path={model}", "sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
+    overrides = [*comparison.common, *where, *comparison.variants[name]]
+    _command(comparison, "train", overrides, comparison.output / f"{name}-{seed}.log")
+
+
+def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Accuracy by step count and its change from the seed's own warm start, and what it cost.
+
+    Means over seeds with a 95 % t interval. Warm starts differ more than recipes do, and all recipes share them, so
+    the interval of a change is the one to compare.
+    """
+    first = next(iter(summaries.values()))
+    steps = list(first[0]["after"])
+    columns = [column for s in steps for column in (f"{s} steps", "change")]
+    head = ["variant", "seeds", *columns, *[cost.replace("_", " ") for cost in COSTS]]
+    before = [cell for s in steps for cell in (interval([run["before"][s] for run in first]), "")]
+    rows = [head, ["---"] * len(head), ["warm start", str(len(first)), *before, *[""] * len(COSTS)]]
+    for name, runs in summaries.items():
+        cells = []
+        for s in steps:
+            change = interval([run["after"][s] - run["before"][s] for run in runs], sign="+")
+            cells += [interval([run["after"][s] for run in runs]), change]
+        costs = [f"{statistics.mean(run[cost] for run in runs):,.0f}" for cost in COSTS]
+        rows.append([name, str(len(runs)), *cells, *costs])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
+    """Every held-out metric at what all runs have spent: of each budget, the most that even the thriftiest run did.
+
+    Between two evaluations of a run its metrics are interpolated linearly in the budget.
+    """
+    from rl.track.plots import BUDGETS, costed_evaluations, metric_at
+
+    curves = {name: [costed_evaluations(folder) for folder in group] for name, group in folders.items()}
+    every = [run for runs in curves.values() for run in runs]
+    hidden = ("_low@", "_high@", "unscored@")
+    metrics = [
+        key
+        for key in every[0][-1]
+        if key.startswith("eval/") and not any(part in key for part in hidden) and all(key in run[-1] for run in every)
+    ]
+    head = ["equal", "variant", "seeds", *[key.removeprefix("eval/").replace("_", " ") for key in metrics]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for budget, words in BUDGETS.items():
+        limit = min(run[-1][budget] for run in every)
+        for name, runs in curves.items():
+            cells = [interval([metric_at(run, budget, limit, key) for run in runs]) for key in metrics]
+            lines.append("| " + " | ".join([f"{limit:,.0f} {words.lower()}", name, str(len(runs)), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(values: Sequence[float], sign: str = "") -> str:
+    """Mean and half-width of the 95 % t interval over seeds; sign "+" shows that of a positive mean."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:{sign}.3f}"
+    half = T_QUANTILE.get(len(values) - 1, 2.228) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{sign}.3f} ± {half:.3f}"

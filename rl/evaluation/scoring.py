@@ -1,0 +1,179 @@
+"""Judge completions with the rewards of a config, now or again later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from rewards.run import RewardRunner
+from rewards.table import RewardPart, ScoreTable
+from rl.config import RewardConfig, RewardPartConfig
+from rl.evaluation.figures import Figures, figures
+from rl.evaluation.generations import Generation, GenerationFolder
+from rl.evaluation.settings import file_hash, saved_template, texts_hash
+from rl.tasks.base import Row, load_task
+from rl.tasks.benchmarks import BenchmarkTask
+from rl.tasks.templates import Template
+
+
+def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | None) -> RewardConfig:
+    """How to judge: by the task's own reward, whatever was trained on, or by the one that is named.
+
+    The task's own has the parameters that the config gives it, where it names it.
+
+    Generations are too dear to lose to a reward that fails: however many verdicts fail, they are counted and shown.
+
+    Args:
+        config: mode, workers and time limit are taken from it.
+        reward: a name, or a mapping with `name` and `params`; also either as YAML.
+
+    Raises:
+        ValueError: `reward` is neither.
+    """
+    part: Any = yaml.safe_load(reward) if isinstance(reward, str) and reward.startswith("{") else reward
+    if not isinstance(part, Mapping):
+        part = {"name": part or task.reward, "params": {} if part else config.params_of(task.reward)}
+    if not part.keys() <= {"name", "params"} or "name" not in part:
+        raise ValueError(f"--reward {reward!r} must be a name, or {{name: NAME, params: {{...}}}}")
+    functions = [RewardPartConfig(name=part["name"], params=part.get("params") or {})]
+    return config.model_copy(update={"functions": functions, "max_failure_share": 1.0})
+
+
+def reward_settings(config: RewardConfig) -> dict[str, Any]:
+    """The one reward of `judge_of`, for settings."""
+    return {"name": config.functions[0].name, "params": config.functions[0].params}
+
+
+def open_judge(config: RewardConfig) -> RewardRunner:
+    """A runner for the reward of `judge_of`, not entered yet."""
+    return RewardRunner(
+        [RewardPart(part.name, params=part.params) for part in config.functions],
+        mode=config.mode,
+        num_workers=config.num_workers,
+        timeout_seconds=config.timeout_seconds,
+        max_failure_share=config.max_failure_share,
+    )
+
+
+def load_rows(task: Any, file: str | None, limit: int | None, num_prompts: int) -> list[Row]:
+    """The problems: of a file, of the benchmark, or the first `num_prompts` held-out ones of a task that draws them.
+
+    Every row gets a `prompt_id` (its index) if it has none.
+
+    Raises:
+        ValueError: there are none, or two share an id.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    if file:
+        rows = task.file_rows(file)
+    elif isinstance(task, BenchmarkTask):
+        rows = task.all_rows()
+    else:
+        rows = task.heldout_rows(num_prompts)
+    rows = [{"prompt_id": str(index), **row} for index, row in enumerate(rows[:limit])]
+    if not rows:
+        raise ValueError("there is no problem to evaluate on: raise eval.num_prompts")
+    seen: set[str] = set()
+    for row in rows:
+        if row["prompt_id"] in seen:
+            raise ValueError(f"two problems have the id {row['prompt_id']!r}")
+        seen.add(row["prompt_id"])
+    return rows
+
+
+def as_asked(rows: Sequence[Row], template: Template) -> list[Row]:
+    """The rows with the template's text as their prompt: what rewards are told, without chat markup."""
+    return [row | {"prompt": template.render(row)} for row in rows]
+
+
+def score(rewards: RewardRunner, template: Template, rows: Sequence[Row], generations: Sequence[Generation]) -> None:
+    """Give every generation its reward, or the reason why it has none; row i is the problem of generation i."""
+    if not rows:
+        return
+    columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
+    steps = [generation.steps for generation in generations]
+    columns |= {
+        "completion_ids": [generation.completion_ids for generation in generations],
+        "num_forwards": steps,
+        "num_steps": steps,
+        "reveal_steps": [generation.reveal_steps for generation in generations],
+    }
+    judged = [template.cut(generation.completion) for generation in generations]
+    table = rewards.score([row["prompt"] for row in rows], judged, columns)
+    for index, (generation, value) in enumerate(zip(generations, table.values, strict=True)):
+        generation.reward = value
+        generation.reason = None if value is not None else _reason(table, index)
+
+
+def _reason(table: ScoreTable, index: int) -> str:
+    verdicts = [scores[index] for scores in table.parts.values() if scores[index].value is None]
+    failed = [verdict for verdict in verdicts if verdict.failed] or verdicts
+    return str(failed[0].reason) if failed else "no reward applies"
+
+
+def rescore(
+    path: str,
+    data: str | None,
+    reward: str | None,
+    config: RewardConfig,
+    ks: Sequence[int] = (),
+) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Row]]:
+    """Judge the generations of a folder again, and put the new verdicts and figures in the place of the old.
+
+    Args:
+        data: the problems' file, where it has moved or its references have been corrected.
+        reward: another reward than the folder's.
+        config: mode, workers and time limit of rewards.
+        ks: see `figures`.
+
+    Raises:
+        ValueError: no such folder, or the problems are not those of the generations.
+    """
+    folder = GenerationFolder(path)
+    settings = folder.settings
+    task = load_task(settings["task"]["name"], settings["task"]["params"])
+    source, template = settings["data"], saved_template(settings["template"])
+    file = data or source["file"]
+    rows = as_asked(load_rows(task, file, source["limit"], source["num_problems"]), template)
+    if texts_hash(row["prompt"] for row in rows) != source["prompts_sha256"]:
+        raise ValueError(f"{file or source['origin']} does not hold the problems that {folder.path} was made with")
+    judge = judge_of(config, task, reward or settings["reward"])
+    folder.open(settings)
+    try:
+        generations = folder.generations()
+        by_id = {row["prompt_id"]: row for row in rows}
+        # What was never generated (a prompt that is too long) keeps its reason.
+        sampled = [generation for generation in generations if generation.steps]
+        with open_judge(judge) as rewards:
+            score(rewards, template, [by_id[generation.prompt_id] for generation in sampled], sampled)
+        folder.replace(generations)
+        settings["reward"] = reward_settings(judge)
+        settings["data"] |= {"file": file, "sha256": file_hash(file) if file else None}
+        folder.write("settings.json", settings)
+        return folder, write_results(folder, ks), template, rows
+    finally:
+        folder.close()
+
+
+def write_results(folder: GenerationFolder, ks: Sequence[int] = ()) -> dict[str, Figures]:
+    """Figures of every decoder in a folder, also written to its results.json."""
+    settings = folder.settings
+    generations, batches = folder.generations(), folder.batches()
+    results = {}
+    for name in settings["decoders"]:
+        own = [generation for generation in generations if generation.decoder == name]
+        spent = [batch for batch in batches if batch.decoder == name]
+        results[name] = figures(own, spent, ks)
+    summary: Mapping[str, Any] = {
+        "task": settings["task"]["name"],
+        "template": settings["template"]["name"],
+        "reward": settings["reward"],
+        "num_problems": settings["data"]["num_problems"],
+        "samples": settings["samples"],
+        "results": {name: figure.as_json() for name, figure in results.items()},
+    }
+    folder.write("results.json", summary)
+    return results

@@ -1,5 +1,0 @@
-"""What a sample is: text today. A medium is all that sampling, scoring and showing have of their own.
-
-The loop, the updaters and the estimators' caller know samples through `Medium` alone (`base.py`). Importing this
-package needs no torch.
-"""

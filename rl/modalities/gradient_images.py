@@ -1,0 +1,117 @@
+"""Images sampled with a gradient: rollouts whose decoded ends go to differentiable rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rewards.load import load_reward
+from rl.config import RewardPartConfig
+from rl.estimators.latent_input import LatentInput
+from rl.modalities.images import uint8_images
+from rl.tasks.base import Row
+from rl.train.reward_gradient import Forward, GradientSegment
+from rl.train.session import Session
+from rollouts.samplers.gradient_latent import Predict, gradient_rollout
+from rollouts.samplers.noise import CHOICE_STREAM, uniform
+
+
+class PixelReward:
+    """The weighted sum of a config's rewards as a function of float images, with gradient."""
+
+    def __init__(self, session: Session):
+        """
+        Raises:
+            ValueError: a reward without gradient to images.
+        """
+        parts = session.config.reward.functions or [RewardPartConfig(name=session.task.reward)]
+        parts = [part for part in parts if part.weight]
+        self.parts: list[tuple[Any, float]] = [(load_reward(part.name, part.params), part.weight) for part in parts]
+        for (reward, _), part in zip(self.parts, parts, strict=True):
+            if not getattr(reward, "differentiable", False) or not hasattr(reward, "on_tensors"):
+                raise ValueError(
+                    f"reward {part.name!r} has no gradient to images: algorithm.name "
+                    f"{session.config.algorithm['name']} needs rewards with on_tensors (docs/image_rewards.md)"
+                )
+
+    def __call__(self, images: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """[B] of images [B, C, H, W] in [0, 1] for the prompts of B rows."""
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        prompts = [row["prompt"] for row in rows]
+        return torch.stack(
+            [weight * reward.on_tensors(prompts, images, **columns) for reward, weight in self.parts]
+        ).sum(0)
+
+
+class GradientImages:
+    """A `rl.train.reward_gradient.GradientSampler` on the sampler of the rollouts: equal seeds give equal images."""
+
+    def __init__(
+        self,
+        session: Session,
+        gradient_steps: int,
+        with_reference: bool,
+        truncation: str = "fixed",
+        recompute: bool = False,
+    ):
+        """
+        Args:
+            truncation: "fixed" takes `gradient_steps` for every rollout, "uniform" draws 1 to that many from its seed.
+
+        Raises:
+            ValueError: more steps with gradient than steps, or a reward without gradient.
+        """
+        self.session, self.engine = session, session.engine(session.model)
+        steps = len(self.engine.steps)
+        if gradient_steps > steps:
+            raise ValueError(
+                f"algorithm.gradient_steps ({gradient_steps}) must not exceed image_sampler.num_inference_steps "
+                f"({steps})"
+            )
+        self.gradient_steps, self.truncation, self.recompute = gradient_steps, truncation, recompute
+        self.reward = PixelReward(session)
+        self.num_segments = steps - gradient_steps + 1 if with_reference else 1
+
+    def segments(
+        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
+    ) -> Iterator[GradientSegment]:
+        engine, device = self.engine, self.session.device
+        seed = torch.tensor(seeds, dtype=torch.int64, device=device)
+        given = engine.encode([row["prompt"] for row in rows])
+        guidance = engine.options.guidance_scale
+
+        def through(forward: Forward) -> Predict:
+            def predict(index: int, latent: torch.Tensor) -> torch.Tensor:
+                timestep = torch.full((len(latent),), engine.steps.timestep[index], device=device)
+                return forward(LatentInput(latent, timestep, given, guidance))
+
+            return predict
+
+        latent = engine.noise(seed, 0).mul_(engine.steps.initial_std).to(engine.dtype)
+        for segment in gradient_rollout(
+            through(policy),
+            None if reference is None else through(reference),
+            engine.steps,
+            latent,
+            lambda index: engine.noise(seed, index + 1),
+            self.gradient_steps,
+            self._length(seed),
+            engine.options.min_std,
+            self.recompute,
+        ):
+            forwards = segment.evaluations * self.session.model.num_evaluations(guidance)
+            if segment.sample is None:
+                yield GradientSegment(segment.kl, forwards, latent.numel())
+                continue
+            pixels = self.session.model.decode(segment.sample)
+            reward = self.reward(pixels, rows)
+            yield GradientSegment(segment.kl, forwards, latent.numel(), reward, uint8_images(pixels.detach()))
+
+    def _length(self, seed: torch.Tensor) -> torch.Tensor | None:
+        """int64 [B]: steps with gradient of every rollout, from its seed alone."""
+        if self.truncation == "fixed":
+            return None
+        zero = torch.zeros_like(seed)
+        return (uniform(seed, zero, zero, CHOICE_STREAM) * self.gradient_steps).long() + 1

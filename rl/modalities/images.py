@@ -1,0 +1,205 @@
+"""Images: latent trajectories of diffusers models and of the built-in class-conditional one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rewards.image import data_url, thumbnail
+from rl.config import Config, PipelineConfig
+from rl.errors import about
+from rl.estimators.denoising import DenoisingRows, denoising_rows
+from rl.evaluation.image_metrics import (
+    frechet_distance,
+    mean_pairwise_distance,
+    per_prompt,
+    precision_recall,
+    vendi_score,
+)
+from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
+from rl.models.noise_policy import INDEX as NOISE_INDEX
+from rl.models.noise_policy import NoisePolicy
+from rl.tasks.base import Row, Task
+from rollouts.engines.latent import LatentEngine, LatentRequest
+from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents
+from rollouts.samplers.latent_options import LatentSamplerOptions
+from rollouts.search.latents import LatentSampler
+
+
+class ImagesModality:
+    """See `rl.modalities.base.Modality`. A completion is a uint8 array [H, W, C].
+
+    The task may have `features(images)` and `real_images()`; sets of samples are then compared with real ones.
+    """
+
+    name = "images"
+    tokenizer = None
+
+    def __init__(self, config: Config, task: Any):
+        self.config, self.task = config, task
+        # Decoding needs no trained weights, so any copy of the policy serves.
+        self._policy: Any = None
+
+    @classmethod
+    def open(cls, config: Config, task: Task) -> ImagesModality:
+        return cls(config, task)
+
+    @property
+    def horizon(self) -> int:
+        return self.config.image_sampler.num_inference_steps
+
+    def load_model(self, path: str | None = None) -> Any:
+        config = self.config.model
+        path = path or config.path
+        with about("model.backbone" if path is None else f"model.path {path!r}"):
+            if path is not None and (Path(path) / NOISE_INDEX).is_file():
+                policy: Any = NoisePolicy.from_pretrained(path, self._load)
+            elif config.initial_noise == "learned":
+                policy = self._noise_policy(path)
+            else:
+                policy = self._load(path)
+        self._policy = self._policy or policy
+        return policy.eval()
+
+    def _load(self, path: str | None) -> Any:
+        """The denoiser that `path` names, a new one without a path."""
+        config = self.config.model
+        if path is not None and not _is_class_policy(path):
+            from rl.models.diffusers_policy import load_diffusers_policy
+
+            return load_diffusers_policy(path, config.pipeline, config.lora, self.config.run.seed)
+        if config.pipeline != PipelineConfig():
+            raise ValueError(
+                "model.pipeline is for pipelines of diffusers: the built-in image model has no such options"
+            )
+        if config.lora.rank:
+            raise ValueError("model.lora is for pipelines of diffusers: set model.lora.rank to 0")
+        if path is not None:
+            return ClassPolicy.from_pretrained(path)
+        classes = getattr(self.task, "classes", None)
+        if classes is None:
+            raise ValueError("model.path is required: a new image model needs a task with classes")
+        return new_policy(config.backbone, config.scheduler, classes, self.config.run.seed)
+
+    def _noise_policy(self, path: str | None) -> NoisePolicy:
+        if path is None:
+            raise ValueError("model.initial_noise learned freezes the denoiser: set model.path to a trained one")
+        prompts = getattr(self.task, "prompts", None) or getattr(self.task, "classes", None)
+        if prompts is None:
+            raise ValueError("model.initial_noise learned needs a task that lists its prompts (`prompts` or `classes`)")
+        # A folder is remembered by its full path: the Gaussians must find it from wherever they are loaded.
+        return NoisePolicy(self._load(path), prompts, str(Path(path).resolve()) if Path(path).is_dir() else path)
+
+    def save_model(self, model: Any, path: str | Path) -> None:
+        model.save_pretrained(path)
+
+    def engine(self, model: Any, options: LatentSamplerOptions, device: torch.device) -> LatentEngine:
+        return LatentEngine(model, options, self.config.rollout.max_batch_size, device)
+
+    def options(self) -> LatentSamplerOptions:
+        return self.config.image_sampler
+
+    def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> LatentSamplerOptions:
+        """The sampler of the rollouts at another number of steps; images have no greedy choice."""
+        return self.config.image_sampler.model_copy(update={"num_inference_steps": num_inference_steps})
+
+    def requests(
+        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
+    ) -> list[LatentRequest]:
+        if steps is not None:
+            raise ValueError("train.mixed_steps is for text: an image sampler has one number of steps")
+        return [LatentRequest(row["prompt"], seed) for row, own in zip(rows, seeds, strict=True) for seed in own]
+
+    def finished(self, trajectories: Sequence[LatentTrajectory]) -> tuple[list[np.ndarray], dict[str, list[Any]]]:
+        return self._images([t.latents[-1] for t in trajectories]), {"num_steps": [t.num_steps for t in trajectories]}
+
+    def fills(self, trajectory: LatentTrajectory) -> list[Any]:
+        raise ValueError("recipes that score every step's fill are for text: choose a recipe for images")
+
+    def search_sampler(self, engine: LatentEngine, rows: Sequence[Row]) -> Any:
+        return LatentSampler(engine, [row["prompt"] for row in rows])
+
+    def save_trajectories(self, path: Path, trajectories: Sequence[LatentTrajectory]) -> None:
+        save_latents(path, trajectories)
+
+    def load_trajectories(self, path: Path) -> list[LatentTrajectory]:
+        return load_latents(path)
+
+    def ended(self, trajectories: Sequence[LatentTrajectory]) -> np.ndarray:
+        return np.ones(len(trajectories), dtype=bool)
+
+    def smallest_trajectory(self, model: Any) -> LatentTrajectory:
+        device = next(model.parameters()).device
+        prompt = self.task.heldout_rows(1)[0]["prompt"]
+        return self.engine(model, self.options(), device).generate([LatentRequest(prompt, 0)])[0]
+
+    def supervised(
+        self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
+    ) -> tuple[DenoisingRows, torch.Tensor]:
+        """The simple loss, averaged over the batch."""
+        if not hasattr(model, "latents_of"):
+            raise ValueError("the sft stage trains the built-in image model alone: set sft.steps=0")
+        if any("image" not in row for row in rows):
+            raise ValueError("sft needs rows with an image column")
+        latents = model.latents_of([row["image"] for row in rows])
+        noised = denoising_rows(
+            model, latents, [row["prompt"] for row in rows], part, self.config.sft.drop_condition, seed
+        )
+        return noised, torch.full((noised.num_rows,), 1.0 / len(rows), dtype=torch.float64)
+
+    def measure(
+        self, rows: Sequence[Row], completions: Sequence[np.ndarray], rewards: Sequence[float]
+    ) -> dict[str, float]:
+        """Fidelity and diversity in the task's features. Diversity within a prompt counts right images alone."""
+        if not hasattr(self.task, "features"):
+            return {}
+        images = self.task.real_images()
+        # Sets of equal size: Fréchet distances and manifolds depend on it.
+        size = min(len(images), len(completions))
+        real, made = self.task.features(images[:size]), self.task.features(completions)
+        prompts, right = [row["prompt"] for row in rows], [reward >= 1 for reward in rewards]
+        manifold = precision_recall(real, made[:size])
+        return {
+            "precision": manifold.precision,
+            "recall": manifold.recall,
+            "frechet": frechet_distance(real, made[:size]),
+            "vendi_correct": per_prompt(vendi_score, made, prompts, right, count=20)[0],
+            "distance_correct": per_prompt(mean_pairwise_distance, made, prompts, right)[0],
+        }
+
+    def views(
+        self, rows: Sequence[Row], trajectories: Sequence[LatentTrajectory], values: Sequence[float | None]
+    ) -> list[dict[str, Any]]:
+        """The finished images as data URLs, small: a report of photographs should open."""
+        images, _ = self.finished(trajectories)
+        shown = [data_url(thumbnail(image)) for image in images]
+        return [{"image": i, "correct": (v or 0.0) >= 1.0} for i, v in zip(shown, values, strict=True)]
+
+    def sample_line(self, completion: np.ndarray) -> str:
+        return data_url(thumbnail(completion))
+
+    @torch.no_grad()
+    def _images(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """uint8 [H, W, C] each."""
+        device = next(self._policy.parameters()).device
+        images: list[np.ndarray] = []
+        size = self.config.rollout.max_batch_size
+        for start in range(0, len(latents), size):
+            part = torch.from_numpy(np.stack(latents[start : start + size])).to(device)
+            images += uint8_images(self._policy.decode(part))
+        return images
+
+
+def uint8_images(pixels: torch.Tensor) -> list[np.ndarray]:
+    """[H, W, C] each, of float images [B, C, H, W] in [0, 1]."""
+    return list(pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _is_class_policy(path: str) -> bool:
+    index = Path(path) / INDEX
+    return index.is_file() and json.loads(index.read_text()).get("_class_name") == CLASS_NAME

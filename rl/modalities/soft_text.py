@@ -1,0 +1,95 @@
+"""Text sampled with a gradient: relaxed rollouts whose one-hot ends go to differentiable rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rewards.soft import DifferentiableSum
+from rl.estimators.relaxed import free_canvas
+from rl.tasks.base import Row
+from rl.train.reward_gradient import Forward, GradientSegment
+from rl.train.session import Session
+from rollouts.samplers.options import RelaxedOptions
+from rollouts.samplers.relaxed import relaxed_rollout
+
+
+class SoftTextReward:
+    """The rewards of a config as a differentiable function of soft responses over the vocabulary."""
+
+    def __init__(self, session: Session):
+        """
+        Raises:
+            ValueError: a reward without gradient, or letters without a token.
+        """
+        parts: Any = [(part.name, part.weight, part.params) for part in session.config.reward.functions]
+        self.sum = DifferentiableSum(parts or [(session.task.reward, 1.0, {})])
+        letters = [session.tokenizer.convert_tokens_to_ids(letter) for letter in self.sum.alphabet]
+        unknown = [
+            letter
+            for letter, index in zip(self.sum.alphabet, letters, strict=True)
+            if index is None or index == session.tokenizer.unk_token_id
+        ]
+        if unknown:
+            raise ValueError(f"model.tokenizer has no token for the letter {unknown[0]!r} that the rewards read")
+        self.letters = torch.tensor(letters, device=session.device)
+
+    def __call__(self, one_hot: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """[B] of responses [B, L, V] to the prompts of B rows."""
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        return self.sum.soft([row["prompt"] for row in rows], one_hot[..., self.letters], **columns)
+
+
+class RelaxedText:
+    """A `rl.train.reward_gradient.GradientSampler` for fixed-length responses of full-attention models."""
+
+    def __init__(self, session: Session, options: RelaxedOptions, with_reference: bool):
+        """
+        Raises:
+            ValueError: a reward without gradient, letters without a token, or a sampler that cannot be relaxed.
+        """
+        config = session.config
+        self.session, self.options, self.sampler = session, options, config.sampler
+        # The relaxed rollout is MDLM's ancestral sampler; score, quota and selector have no part in it.
+        plain_options = {"block_length": None, "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "reviser": "none"}
+        if self.sampler.temperature == 0:
+            raise ValueError("sampler.temperature is 0: algorithm.gradient pathwise needs it above 0")
+        for name, plain in plain_options.items():
+            if getattr(self.sampler, name) != plain:
+                raise ValueError(
+                    f"sampler.{name} is {getattr(self.sampler, name)}: algorithm.gradient pathwise needs {plain}"
+                )
+        steps = self.sampler.num_inference_steps
+        if options.relaxed_steps > steps:
+            raise ValueError(
+                f"algorithm.relaxed.relaxed_steps ({options.relaxed_steps}) must not exceed "
+                f"sampler.num_inference_steps ({steps})"
+            )
+        self.reward = SoftTextReward(session)
+        self.num_segments = steps - options.relaxed_steps + 1 if with_reference else 1
+
+    def segments(
+        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
+    ) -> Iterator[GradientSegment]:
+        prompts = [self.session.modality.prompt_text(row) for row in rows]
+        prompt_ids = self.session.tokenizer(prompts, add_special_tokens=False).input_ids
+        canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.session.model)
+        canvas = canvas.at_temperature(self.sampler.temperature).to(self.session.device)
+        tokens = int(canvas.length.sum())
+        for segment in relaxed_rollout(
+            lambda token: policy(canvas.holding(token)),
+            None if reference is None else lambda token: reference(canvas.holding(token)),
+            canvas.free,
+            self.sampler.num_inference_steps,
+            self.options,
+        ):
+            if segment.one_hot is None:
+                yield GradientSegment(segment.kl, segment.forwards, tokens)
+                continue
+            one_hot = segment.one_hot.view(len(rows), self.sampler.gen_length, -1)
+            reward = self.reward(one_hot, rows)
+            texts = self.session.tokenizer.batch_decode(segment.token.view(len(rows), -1))
+            metrics = {"policy/last_mask_mass": float(segment.mask_mass.mean())}
+            yield GradientSegment(segment.kl, segment.forwards, tokens, reward, texts, metrics)

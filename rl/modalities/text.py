@@ -1,0 +1,237 @@
+"""Text: token trajectories of masked-diffusion language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.config import Config
+from rl.errors import about
+from rl.estimators.masking import random_mask_rows
+from rl.estimators.rows import ScoringRows
+from rl.models.load import load_policy, load_tokenizer, save_policy
+from rl.tasks.base import Row, Task
+from rl.tasks.templates import chat_prompt
+from rl.train.plan import tokenizer_field
+from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.engines.shared import SharedForwards
+from rollouts.samplers.options import SamplerOptions, with_changes
+from rollouts.search.tokens import TokenSampler
+from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
+
+
+class TextModality:
+    """See `rl.modalities.base.Modality`.
+
+    Attributes:
+        rollout_block: block length of rollouts during a block-size curriculum; overrides `sampler.block_length`.
+    """
+
+    name = "text"
+
+    def __init__(self, config: Config, tokenizer: Any, grid: tuple[int, int] | None = None):
+        self.config, self.tokenizer, self.grid = config, tokenizer, grid
+        self.rollout_block: int | None = None
+
+    @classmethod
+    def open(cls, config: Config, task: Task) -> TextModality:
+        with about(tokenizer_field(config)):
+            return cls(config, load_tokenizer(config.model, task), task.grid)
+
+    def load_model(self, path: str | None = None) -> Any:
+        model = self.config.model if path is None else self.config.model.model_copy(update={"path": path})
+        with about("model.backbone" if model.path is None else f"model.path {model.path!r}"):
+            return load_policy(model, self.tokenizer, self.config.run.seed)
+
+    def save_model(self, model: Any, path: str | Path) -> None:
+        save_policy(model, self.tokenizer, path)
+
+    def engine(self, model: Any, options: SamplerOptions, device: torch.device) -> InProcessEngine:
+        return InProcessEngine(
+            SharedForwards(model),
+            self._with_block(options),
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_batch_size=self.config.rollout.max_batch_size,
+            device=device,
+            approximate_cache=self.config.rollout.cache,
+        )
+
+    def options(self) -> SamplerOptions:
+        return self._with_block(self.config.sampler)
+
+    def _with_block(self, options: SamplerOptions) -> SamplerOptions:
+        return (
+            options if self.rollout_block is None else options.model_copy(update={"block_length": self.rollout_block})
+        )
+
+    def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> SamplerOptions:
+        changed = {
+            **self.config.eval.sampler,
+            "temperature": temperature,
+            "num_inference_steps": num_inference_steps,
+            "record_x0": self.config.eval.backslide,
+        }
+        return with_changes(self.config.sampler, changed)
+
+    def prompt_text(self, row: Row) -> str:
+        """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""
+        prompt = str(row["prompt"])
+        return chat_prompt(self.tokenizer, prompt) if self.config.task.chat else prompt
+
+    def requests(
+        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
+    ) -> list[Request]:
+        prompts = [self.prompt_text(row) for row in rows]
+        prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
+        return [
+            Request(ids, seed, steps[i] if steps else None) for i, ids in enumerate(prompt_ids) for seed in seeds[i]
+        ]
+
+    def finished(self, trajectories: Sequence[TokenTrajectory]) -> tuple[list[str], dict[str, list[Any]]]:
+        completion_ids = [t.response_ids().tolist() for t in trajectories]
+        # What an engine did not tell is None to a reward, not a number.
+        num_steps = [None if t.detail == "sample" else t.num_steps for t in trajectories]
+        columns: dict[str, list[Any]] = {
+            "completion_ids": completion_ids,
+            "num_forwards": num_steps,
+            "num_steps": num_steps,
+            "reveal_steps": [
+                None
+                if t.detail == "sample"
+                else t.reveal_step()[t.prompt_length : t.prompt_length + t.stop_length].tolist()
+                for t in trajectories
+            ],
+        }
+        return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True), columns
+
+    def fills(self, trajectory: TokenTrajectory) -> list[str]:
+        """[T] texts of the full fills, each up to its own end token."""
+        if trajectory.x0_hat is None:
+            raise ValueError("this recipe scores every step's full fill: set sampler.record_x0=true")
+        end = trajectory.prompt_length + min(
+            trajectory.length - trajectory.prompt_length, self.config.sampler.gen_length
+        )
+        responses = [fill[trajectory.prompt_length : end].tolist() for fill in trajectory.x0_hat]
+        eos = self.tokenizer.eos_token_id
+        cut = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in responses]
+        return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+
+    def search_sampler(self, engine: InProcessEngine, rows: Sequence[Row]) -> TokenSampler:
+        requests = self.requests(rows, [[0]] * len(rows))
+        return TokenSampler(engine, [request.prompt_ids for request in requests])
+
+    def save_trajectories(self, path: Path, trajectories: Sequence[TokenTrajectory]) -> None:
+        save_trajectories(path, trajectories)
+
+    def load_trajectories(self, path: Path) -> list[TokenTrajectory]:
+        return load_trajectories(path)
+
+    def ended(self, trajectories: Sequence[TokenTrajectory]) -> np.ndarray:
+        eos = self.tokenizer.eos_token_id
+        return np.array([eos is None or eos in t.response_ids() for t in trajectories], dtype=bool)
+
+    def smallest_trajectory(self, model: Any) -> TokenTrajectory:
+        length = model.block_length or 2
+        fills: dict[str, Any] = {"x0_hat": np.zeros((1, length), dtype=np.int64)}
+        fills |= {
+            "x0_confidence": np.ones((1, length)),
+            "x0_logprob": np.where(np.arange(length) == 1, 0.0, np.nan)[None],
+        }
+        return TokenTrajectory(
+            prompt_ids=np.array([0]),
+            length=length,
+            mask_token_id=model.mask_token_id,
+            num_steps=1,
+            step=np.array([0]),
+            position=np.array([1]),
+            token=np.array([0]),
+            logprob=np.array([0.0]),
+            confidence=np.array([1.0]),
+            stop_length=1,
+            block_length=model.block_length,
+            sampler=self.config.sampler.distribution(),
+            **(fills if self.config.sampler.record_x0 else {}),
+        )
+
+    def supervised(
+        self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
+    ) -> tuple[ScoringRows, torch.Tensor]:
+        """Masked answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
+        config = self.config
+        sequences, prompt_lengths = self._encode(model, rows)
+        masked, weight = random_mask_rows(
+            sequences,
+            prompt_lengths,
+            model.mask_token_id,
+            np.random.default_rng(list(seed)),
+            model.block_length if model.attention == "block_causal" else None,
+            model.logit_shift,
+            config.sampler.block_length if config.sft.masking == "semi_ar" else None,
+            part,
+        )
+        if config.sft.loss_weight == "uniform":
+            weight = torch.ones_like(weight)
+        return masked, weight / (len(rows) * config.sampler.gen_length)
+
+    @property
+    def horizon(self) -> int:
+        return self.config.sampler.gen_length
+
+    def measure(self, rows: Sequence[Row], completions: Sequence[str], rewards: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def views(
+        self, rows: Sequence[Row], trajectories: Sequence[TokenTrajectory], values: Sequence[float | None]
+    ) -> list[dict[str, Any]]:
+        """Step-by-step canvases (`rl.track.viewer`)."""
+        from rl.track.viewer import trajectory_view
+
+        return [
+            trajectory_view(
+                trajectory,
+                lambda token: self.tokenizer.decode([token]),
+                (value or 0.0) >= 1.0,
+                self._givens(row),
+            )
+            for row, trajectory, value in zip(rows, trajectories, values, strict=True)
+        ]
+
+    def sample_line(self, completion: str) -> str:
+        return completion
+
+    def _givens(self, row: Row) -> list[str] | None:
+        if self.grid is None or "puzzle" not in row:
+            return None
+        return ["" if cell == "0" else cell for cell in row["puzzle"]]
+
+    def _encode(self, model: Any, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[int]]:
+        """Prompt and answer ids, the answer filled up to `sampler.gen_length` with end tokens.
+
+        Raises:
+            ValueError: a row has no answer, or one that does not fit.
+        """
+        length = self.config.sampler.gen_length
+        block = model.block_length if model.attention == "block_causal" else 1
+        sequences, prompt_lengths = [], []
+        for row in rows:
+            if "answer" not in row:
+                raise ValueError("sft needs rows with an answer: set task.params.answer_column")
+            prompt = self.tokenizer(self.prompt_text(row), add_special_tokens=False).input_ids
+            answer = self.tokenizer(row["answer"], add_special_tokens=False).input_ids
+            if len(answer) > length:
+                raise ValueError(f"an answer has {len(answer)} tokens, sampler.gen_length is {length}: raise it")
+            # A block-causal canvas ends where a block does.
+            length_here = -(-(len(prompt) + length) // block) * block - len(prompt)
+            fill = [self.tokenizer.eos_token_id] * (length_here - len(answer))
+            if len(prompt) + length_here > model.max_length:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens plus sampler.gen_length {length} does not fit the model's "
+                    f"{model.max_length} positions"
+                )
+            sequences.append(np.array([*prompt, *answer, *fill], dtype=np.int64))
+            prompt_lengths.append(len(prompt))
+        return sequences, prompt_lengths

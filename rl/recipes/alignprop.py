@@ -1,0 +1,58 @@
+"""AlignProp and DRaFT-K: the gradient of a reward, back-propagated through the last K steps of the sampler.
+
+Clark et al. 2024, "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (arXiv 2309.17400):
+`truncation: fixed`. Prabhudesai et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation"
+(arXiv 2310.03739): `truncation: uniform`, a K for every image.
+
+The objective is E[reward] - alpha * KL(path of the policy || path of the starting policy), as in DRAKES. Neither paper
+has the KL, so alpha is 0; without it the reward is soon over-optimised. Departs from AlignProp's code in maximising the
+reward itself (it minimises the distance to a target), and has no DRaFT-LV, which noises the finished image again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rl.recipes.options import AnyRecipeOptions
+
+if TYPE_CHECKING:
+    from rl.config import Config
+    from rl.train.reward_gradient import GradientRecipe
+
+
+class AlignPropOptions(AnyRecipeOptions):
+    modality: ClassVar[str] = "images"
+
+    name: str = Field("alignprop", description="Recipe name.")
+    gradient_steps: int = Field(
+        10, ge=1, description="K, steps at the end of the chain that the gradient goes through."
+    )
+    truncation: Literal["fixed", "uniform"] = Field(
+        "fixed", description="K for every image (DRaFT-K), or drawn between 1 and K for each (AlignProp)."
+    )
+    recompute: bool = Field(
+        False, description="Keep the latents of the K steps only, and run each step again in the backward pass."
+    )
+    alpha: float = Field(0.0, ge=0, description="Weight of the KL along the path to the starting policy.")
+
+    def engine_needs(self) -> set[str]:
+        return {"gradients"}
+
+    def requires(self, config: Config) -> dict[str, Any]:
+        return {"filters.drop_zero_variance": False}
+
+    def build(self) -> GradientRecipe:
+        from rl.modalities.gradient_images import GradientImages
+        from rl.train.reward_gradient import GradientRecipe
+
+        sampler = partial(
+            GradientImages,
+            gradient_steps=self.gradient_steps,
+            with_reference=self.alpha > 0,
+            truncation=self.truncation,
+            recompute=self.recompute,
+        )
+        return GradientRecipe(sampler=sampler, kl_coef=self.alpha)

@@ -1,0 +1,34 @@
+"""CJ-GRPO: every pass of the rollout is replayed, with the terminal reward.
+
+arXiv 2509.23924. Token PPO on what each pass committed, in the canvas of that pass: the exact trace. It is TraceRL's
+estimator without merged steps, value model or packing; rewards are z-scored in the group.
+
+Choices (published code): the loss is the mean over the tokens of a pass, then over passes, so that a pass counts the
+same whatever it committed (`step_mean`); what follows the end token is trained like the rest (`scope`). Clip 0.2; old
+log-probs are the sampler's, which are exact here. The doubling schedule (ASS), which makes a full replay cheap, and the
+end-token discount (EOSER) belong to decoders, not to a recipe.
+
+Departs: no KL term by default (its published weight is not in what we read); log-probs are those of the tempered
+distribution that was sampled, the code scores the untempered one. Not built: ASS over blocks (docs/algorithms.md).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rl.recipes.options import Recipe
+from rl.recipes.trace_options import TraceRecipeOptions
+
+
+class CJGRPOOptions(TraceRecipeOptions):
+    name: str = Field("cj_grpo", description="Recipe name.")
+    scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
+    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
+        "trajectory_mean", description="How decisions are averaged into the loss."
+    )
+    step_mean: bool = Field(True, description="Count every pass the same, and not every token.")
+
+    def build(self) -> Recipe:
+        return self.trace_recipe(equal_steps=self.step_mean)

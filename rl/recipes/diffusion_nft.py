@@ -1,0 +1,64 @@
+"""DiffusionNFT: learn on the forward process, from good samples and away from bad ones.
+
+Zheng et al. 2025, "DiffusionNFT: Online Diffusion Reinforcement with Forward Process" (arXiv 2509.16117). A finished
+sample is noised again; the loss weighs the errors of an implicit positive and an implicit negative prediction by
+r = clip(A / (2 advantage_clip) + 1/2, 0, 1), A the group advantage over the batch's standard deviation.
+
+Departs from the published code: the old policy is the one that sampled (its moving average starts at 0 too), noise
+levels are stratified, and there is no distance to the starting policy (weight 1e-4 there).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rl.recipes.image_options import ImageRecipeOptions
+from rl.recipes.options import Recipe
+
+if TYPE_CHECKING:
+    from rl.batch import DecisionBatch, LossOutput
+
+
+class DiffusionNftOptions(ImageRecipeOptions):
+    name: str = Field("diffusion_nft", description="Recipe name.")
+    scale: Literal["none", "std", "batch_std"] = Field("batch_std", description="What advantages are divided by.")
+    old_logprob: Literal["sampler", "recompute", "on_policy"] = Field("on_policy", description="There is no ratio.")
+    beta: float = Field(1.0, gt=0, description="How far the implicit predictions lie from the old policy's.")
+    num_draws: int = Field(4, ge=1, description="Noise levels per sample and pass over the rollouts.")
+
+    @model_validator(mode="after")
+    def _no_kl(self) -> DiffusionNftOptions:
+        if self.kl_to != "none":
+            raise ValueError("algorithm.kl_to does nothing in diffusion_nft: it has no log-probs; set it to none")
+        return self
+
+    def build(self) -> Recipe:
+        from dataclasses import replace
+
+        from rl.batch import LossOutput
+        from rl.estimators.forward_process import forward_rows
+
+        def rows(trajectories: Any, model: Any, block: Any, steps: Any, iteration: int = 0) -> Any:
+            return forward_rows(trajectories, model, self.num_draws, self.beta, iteration)
+
+        def num_decisions(trajectory: Any, steps: Any = None) -> int:
+            return self.num_draws
+
+        def loss(batch: DecisionBatch) -> LossOutput:
+            assert batch.other is not None
+            r = (batch.advantage / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
+            value = -(r * batch.logprob + (1 - r) * batch.other) / self.beta
+            return LossOutput(value, {"r": r, "error": -batch.logprob.detach()})
+
+        recipe = self.image_recipe(self.group_advantage())
+        return replace(
+            recipe,
+            rows=rows,
+            loss=loss,
+            redraw=True,
+            hold_to="old",
+            note=None,
+            num_decisions=num_decisions,
+        )

@@ -1,0 +1,136 @@
+"""What the recipes on Gaussian denoising steps share: options, the estimator, and advantages per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rl.recipes.options import Recipe, RecipeOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from rl.config import Config
+    from rl.estimators.base import Verdicts
+    from rl.estimators.gaussian_step import GaussianRows
+
+
+@dataclass(frozen=True)
+class Note:
+    """What an advantage needs to know of a trajectory.
+
+    Attributes:
+        prompt: equal for trajectories with equal conditioning.
+        seed: [T+1], see `LatentTrajectory.seed`: equal beginnings are shared rollouts.
+        decides: [T], steps that have a density.
+    """
+
+    prompt: str
+    seed: tuple[int, ...]
+    decides: tuple[bool, ...]
+
+
+def note(trajectory: Any) -> Note:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(trajectory.conditioning):
+        digest.update(trajectory.conditioning[name].tobytes())
+    return Note(digest.hexdigest()[:16], tuple(trajectory.seed.tolist()), tuple(trajectory.is_decision.tolist()))
+
+
+def num_decisions(trajectory: Any, steps: np.ndarray | None = None) -> int:
+    decides = trajectory.is_decision
+    return int((decides if steps is None else decides & steps).sum())
+
+
+class ImageRecipeOptions(RecipeOptions):
+    """Options every recipe on Gaussian steps has."""
+
+    modality: ClassVar[str] = "images"
+
+    reduce: Literal["mean", "sum"] = Field(
+        "mean", description="Log-prob of a step: mean over a latent's D entries (clip as narrow as 1/D), or their sum."
+    )
+    clip_low: float = Field(1e-4, gt=0, lt=1, description="Lower clip of the ratio; 1e-4 is for D = 16384 and mean.")
+    clip_high: float = Field(1e-4, gt=0, description="Upper clip of the ratio; 1e-4 is for D = 16384 and mean.")
+    kl_estimator: Literal["exact", "k1", "k2", "k3"] = Field(  # type: ignore[assignment]
+        "exact", description="KL between the steps' Gaussians, exact, or an estimate from their samples."
+    )
+    advantage_clip: float = Field(5.0, gt=0, description="Bound on the absolute advantage.")
+
+    def image_recipe(
+        self,
+        advantage: Callable[[Verdicts], torch.Tensor],
+        splits: Callable[[int], Sequence[tuple[int, int]]] | None = None,
+        memory: Any = None,
+    ) -> Recipe:
+        """The recipe of these options.
+
+        Args:
+            advantage: verdicts -> [M] or [M, T]; it is clamped here.
+        """
+        from rl.estimators.gaussian_step import gaussian_rows
+
+        def rows(trajectories: Sequence[Any], model: Any, block: int | None, steps: Any = None) -> GaussianRows:
+            import numpy as np
+
+            return gaussian_rows(trajectories, None if steps is None else np.stack(steps), self.reduce, model)
+
+        held = self.kl_to if self.kl_estimator == "exact" else "none"
+        return Recipe(
+            rows=rows,
+            advantage=lambda verdicts: advantage(verdicts).clamp(-self.advantage_clip, self.advantage_clip),
+            loss=self.policy_loss(),
+            needs_reference=self.kl_to == "reference",
+            old_logprob=self.old_logprob,
+            aggregation=self.aggregation,
+            num_decisions=num_decisions,
+            note=note,
+            hold_to=held,
+            splits=splits,
+            memory=memory,
+        )
+
+
+class IntervalOptions(ImageRecipeOptions):
+    """B²-DiffuRL's backward progressive training: how many of the last steps are trained.
+
+    Its recipes compare a reward with earlier ones of the prompt: a group of equal rewards has an advantage too.
+    """
+
+    progressive: bool = Field(True, description="Train the last steps first and extend to all of them.")
+    first_interval: int = Field(14, ge=1, description="Steps trained at first, counted from the end of the chain.")
+    interval_steps: int = Field(100, ge=1, description="RL steps after which all are trained; set it to train.steps.")
+
+    def requires(self, config: Config) -> dict[str, Any]:
+        return {"filters.drop_zero_variance": False}
+
+    def first_step(self, rl_step: int, num_steps: int) -> int:
+        """First trained step of T: T - (L + floor(i (T - L + 1) / S)), the published schedule."""
+        if not self.progressive:
+            return 0
+        low = min(self.first_interval, num_steps)
+        return max(0, num_steps - low - rl_step * (num_steps - low + 1) // self.interval_steps)
+
+
+def on_steps(advantage: torch.Tensor, verdicts: Verdicts, first: int = 0) -> torch.Tensor:
+    """[M, T]: the advantage of a trajectory at its steps from `first` on that have a density, NaN elsewhere."""
+    import torch
+
+    wanted = torch.tensor([n.decides for n in verdicts.notes])
+    wanted[:, :first] = False
+    return torch.where(wanted, advantage[:, None], torch.nan)
+
+
+def branch_of(verdicts: Verdicts, depth: int) -> torch.Tensor:
+    """int64 [M]: index of the rollout up to latents[depth] that a trajectory continues, within its prompt's group."""
+    import torch
+
+    keys = [(int(g), n.seed[: depth + 1]) for g, n in zip(verdicts.group, verdicts.notes, strict=True)]
+    place = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([place[key] for key in keys])

@@ -1,0 +1,40 @@
+"""JustGRPO: roll out left to right, one token a step, where the likelihood is exact; decode in parallel later.
+
+arXiv 2601.15165. With the order fixed the trace log-prob is the log-prob of the answer, and plain GRPO applies.
+Training costs one forward per token of the answer; evaluations may decode otherwise (`eval.sampler`).
+
+Choices (published): rewards z-scored in the group, no KL, no hidden prompt tokens; clip 0.2; mean over the tokens of a
+response, what follows its end token in the block included (`scope`), then over responses.
+
+Needs sampler.selector left_most and one step per response token; the run refuses to start otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rl.recipes.options import Recipe
+from rl.recipes.trace_options import TraceRecipeOptions
+
+if TYPE_CHECKING:
+    from rl.config import Config
+
+
+class JustGRPOOptions(TraceRecipeOptions):
+    name: str = Field("justgrpo", description="Recipe name.")
+    scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
+    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
+        "trajectory_mean", description="How decisions are averaged into the loss."
+    )
+
+    def requires(self, config: Config) -> dict[str, Any]:
+        return {
+            "sampler.selector": "left_most",
+            "sampler.num_inference_steps": config.sampler.gen_length,
+            "train.mixed_steps": [],
+        }
+
+    def build(self) -> Recipe:
+        return self.trace_recipe()

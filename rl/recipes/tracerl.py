@@ -1,0 +1,52 @@
+"""TraceRL: PPO on the exact unmasking trace.
+
+Wang et al. 2025, "Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models"
+(arXiv 2509.06949). Every token is scored in the state in which it was revealed; s neighbouring steps may
+share a state (`shrink`).
+
+Choices: group advantage without division by the standard deviation, token mean over the batch, old
+log-probs from the sampler (they are exact here, so no second forward is needed).
+
+Departs from the published code, which z-scores rewards, divides by the padded response length, recomputes
+old log-probs, drops what follows the end token and adds a KL of 0.01 to the old policy: each of these is an option
+below. The block grid, the terminal block, token ids and the sampling temperature are the rollout's (see
+`rl/estimators/trace_rows.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rl.recipes.options import Recipe, ValueOptions
+from rl.recipes.trace_options import TraceRecipeOptions
+
+
+class TraceRLOptions(TraceRecipeOptions):
+    name: str = Field("tracerl", description="Recipe name.")
+    shrink: int = Field(1, ge=1, description="Neighbouring steps that share one scored state; 1 is exact.")
+    pack_to: int | None = Field(
+        None,
+        ge=1,
+        description="Score several trajectories per row while they fit into this many tokens; null gives each its own.",
+    )
+    value: ValueOptions | None = Field(None, description="Train a diffusion value model; null uses none.")
+    value_reward: Literal["advantage", "raw"] = Field(
+        "advantage", description="What the critic predicts: the group advantage (published) or the raw reward."
+    )
+
+    @model_validator(mode="after")
+    def _same_states(self) -> TraceRLOptions:
+        if self.shrink > 1 and self.old_logprob == "sampler":
+            raise ValueError(
+                "algorithm.shrink above 1 scores other states than were sampled: set algorithm.old_logprob to recompute"
+            )
+        if self.scope == "answer" and self.value is not None:
+            raise ValueError("algorithm.value learns from every revealed token: set algorithm.scope to canvas")
+        return self
+
+    def build(self) -> Recipe:
+        recipe = self.trace_recipe(shrink=self.shrink, pack_to=self.pack_to)
+        return replace(recipe, value=self.value, value_reward=self.value_reward)

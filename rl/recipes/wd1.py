@@ -1,0 +1,45 @@
+"""wd1: a weighted log-likelihood, without ratio, old policy or reference.
+
+Tang et al. 2025, "wd1: Weighted Policy Optimization for Reasoning in Diffusion Language Models" (arXiv 2507.08838).
+Over the rollouts of a prompt, w+ = softmax(A / psi) and w- = softmax(-A / psi); the loss is the sum of
+(w- - w+) log pi(answer), with d1's one-step estimate of log pi. Good answers are imitated, bad ones unlearned, and the
+weights of a group add up to 0.
+
+Choices: psi = 1 (the note we work from does not give it), the log-prob of an answer is the mean over its tokens, prompt
+tokens hidden with probability 0.15 as in d1. The term is the policy gradient with a ratio of 1 (`old_logprob`
+on_policy), so the shared loss serves.
+
+Departs: the sum over a group's rollouts is a mean (a constant factor G, which Adam does not see).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rl.recipes.masked import MaskedOptions
+from rl.recipes.options import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from rl.estimators.base import Verdicts
+
+
+class WD1Options(MaskedOptions):
+    name: str = Field("wd1", description="Recipe name.")
+    old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: the gradient of the log-prob itself.")
+    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
+    psi: float = Field(1.0, gt=0, description="Temperature of the weights.")
+
+    def build(self) -> Recipe:
+        from rl.advantages import contrast_advantage
+        from rl.estimators.masked_copies import answer_decisions, everything_hidden
+
+        centred = self.group_advantage()
+
+        def advantage(verdicts: Verdicts) -> torch.Tensor:
+            return contrast_advantage(centred(verdicts), verdicts.group, self.psi)
+
+        return self.masked_recipe(everything_hidden, answer_decisions, advantage=advantage)
