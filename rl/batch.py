@@ -34,7 +34,7 @@ class DecisionBatch:
             update over all micro-batches and ranks (`losses/aggregate.py`), so sums simply add up.
         trajectory: int64 [N], whose decision it is, an index into the trajectories of this micro-batch, or None.
         step: int64 [N], its denoising step, or None.
-        other: [N], with gradient, what the estimator gives beside: for Gaussian steps the exact KL to another policy.
+        kl, negative: [N], with gradient, see `rl.estimators.base.Scores`.
     """
 
     logprob: torch.Tensor
@@ -45,11 +45,11 @@ class DecisionBatch:
     weight: torch.Tensor
     trajectory: torch.Tensor | None = None
     step: torch.Tensor | None = None
-    other: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    negative: torch.Tensor | None = None
 
     def check(self) -> None:
-        for name in ("entropy", "old_logprob", "ref_logprob", "advantage", "weight", "trajectory", "step", "other"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             assert value is None or value.shape == self.logprob.shape, f"{name} has shape {value.shape}"
 
 

@@ -15,7 +15,6 @@ import time
 import torch
 
 from rl.config import load_config
-from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import remask_rows
 from rl.train.session import Session, request_seed
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -46,7 +45,7 @@ def main() -> int:
 
     def learn(scored_rows):  # type: ignore[no-untyped-def]
         session.model.zero_grad()
-        logprob, _ = score_rows(session.model, scored_rows)
+        logprob = scored_rows.score(session.model).logprob
         logprob.mean().backward()
         return logprob.detach()
 

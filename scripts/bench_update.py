@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 from rl.batch import DecisionBatch
-from rl.estimators.rows import ScoringRows, hidden_states, score_rows
+from rl.estimators.base import Scores
+from rl.estimators.rows import ScoringRows
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.losses.aggregate import weighted_sum
 from rl.losses.policy_gradient import clipped_policy_loss
@@ -41,7 +42,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 
-Scorer = Callable[[DiffusionLM, ScoringRows], tuple[torch.Tensor, torch.Tensor]]
+Scorer = Callable[[ScoringRows, DiffusionLM], Scores]
 
 
 def build_model(args: argparse.Namespace) -> DiffusionLM:
@@ -118,11 +119,11 @@ def one_row_each(rows: ScoringRows) -> Iterator[tuple[ScoringRows, torch.Tensor]
         yield replace(rows, row=torch.zeros_like(mine), **layout, **flat), mine
 
 
-def score_everywhere(model: DiffusionLM, rows: ScoringRows) -> tuple[torch.Tensor, torch.Tensor]:
+def score_everywhere(rows: ScoringRows, model: DiffusionLM) -> Scores:
     """Logits and log-probs of every position, of which the decisions are then picked: the published order."""
-    logprobs = torch.log_softmax(model.token_logits(hidden_states(model, rows)), dim=-1)
+    logprobs = torch.log_softmax(model.token_logits(rows.hidden(model)), dim=-1)
     logprob = logprobs[rows.row, rows.column, rows.target]
-    return logprob, torch.zeros_like(logprob)
+    return Scores(logprob, torch.zeros_like(logprob))
 
 
 def micro_batches(
@@ -132,15 +133,15 @@ def micro_batches(
     for index, trajectory in enumerate(trajectories):
         everything = torch.arange(len(trajectory.step))
         if layout == "packed":
-            yield packed_rows([trajectory]), index, everything, score_rows
+            yield packed_rows([trajectory]), index, everything, ScoringRows.score
         elif layout == "rounds, gathered":
-            yield round_rows(trajectory), index, everything, score_rows
+            yield round_rows(trajectory), index, everything, ScoringRows.score
         elif layout == "rounds (published)":
             for rows, mine in one_row_each(round_rows(trajectory)):
                 yield rows, index, mine, score_everywhere
         else:
             for rows, mine in one_row_each(remask_rows([trajectory], block_length=trajectory.block_length)):
-                yield rows, index, mine, score_rows
+                yield rows, index, mine, ScoringRows.score
 
 
 LAYOUTS = ("packed", "rounds, gathered", "rounds (published)", "step by step")
@@ -155,7 +156,7 @@ def update(
     logprobs = [torch.zeros(len(t.step)) for t in trajectories]
     tokens = passes = 0
     for rows, index, mine, scorer in micro_batches(layout, trajectories):
-        logprob, entropy = scorer(model, rows)
+        logprob, entropy, *_ = scorer(rows, model)
         trajectory = trajectories[index]
         batch = DecisionBatch(
             logprob=logprob,

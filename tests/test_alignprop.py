@@ -172,7 +172,7 @@ def test_the_path_kl_is_that_of_the_recorded_steps() -> None:
     rows = gaussian_rows(rollouts(policy, OPTIONS), reduce="sum")
     rows.hold_to(reference)
     with torch.no_grad():
-        expected = torch.zeros(3, dtype=torch.float64).index_add(0, rows.trajectory, rows.score(policy)[2])
+        expected = torch.zeros(3, dtype=torch.float64).index_add(0, rows.trajectory, rows.score(policy).kl)
         parts = segments(policy, reference, gradient_steps=2)
     assert len(parts) == 4 and float(parts[0].kl.min()) > 0
     torch.testing.assert_close(torch.stack([part.kl for part in parts]).sum(0), expected)

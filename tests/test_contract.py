@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.rows import ScoringRows
 from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
@@ -172,7 +172,7 @@ def test_learner_and_sampler_see_the_same_state(attention: str, lengths: range, 
         layouts += [remask_rows(trajectories, logit_shift=witness.logit_shift, pack_to=50)]
     for rows in layouts:
         witness.states.clear()
-        score_rows(witness, rows)
+        rows.score(witness)
         (learner_states,) = witness.states
         assert len(learner_states) == sum(t.is_reveal.sum() for t in trajectories)
         positions = rows.position_ids[rows.row, rows.column]
@@ -196,7 +196,7 @@ def test_the_witness_sees_a_wrong_grid() -> None:
     rows = remask_rows(trajectories, block_length=B)
     shifted = replace(rows, block=torch.where(rows.position_ids < 5, -1, (rows.position_ids - 5) // B))
     witness.states.clear()
-    score_rows(witness, shifted)
+    shifted.score(witness)
     (states,) = witness.states
     # Behind position 12 both grids end where the canvas does.
     assert not any(s.tolist() == sampler_states[int(s[0]), int(s[-1])] for s in states if s[-1] < 13)
@@ -214,8 +214,8 @@ def test_block_models_score_what_they_sampled(make_model, family: str, distribut
     model = make_model(family)
     trajectories = rollouts(model, range(1, 3 * B + 1), **distribution)
     with torch.no_grad():
-        packed, _ = score_rows(model, packed_rows(trajectories))
-        remasked, _ = score_rows(model, remask_rows(trajectories, block_length=B))
+        packed = packed_rows(trajectories).score(model).logprob
+        remasked = remask_rows(trajectories, block_length=B).score(model).logprob
     plain = torch.cat([one_forward_per_step(model, t) for t in trajectories])
     for logprob in (packed, remasked, plain):
         np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
@@ -234,7 +234,7 @@ def test_full_models_score_what_they_sampled(
     settings = {**distribution, "num_inference_steps": 8 if block_length == 1 else 4}
     trajectories = rollouts(model, range(1, 5), block_length, **settings)
     with torch.no_grad():
-        remasked, _ = score_rows(model, remask_rows(trajectories, logit_shift=model.logit_shift))
+        remasked = remask_rows(trajectories, logit_shift=model.logit_shift).score(model).logprob
     plain = torch.cat([one_forward_per_step(model, t) for t in trajectories])
     for logprob in (remasked, plain):
         np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
@@ -248,7 +248,7 @@ def test_every_selector_keeps_the_contract(make_model, family: str, selector: st
     block_length = None if family == "gpt2-block4" else 4
     trajectories = rollouts(model, range(1, 10), block_length, selector=selector, threshold=0.4, temperature=1.2)
     with torch.no_grad():
-        logprob, _ = score_rows(model, rows_for(model, trajectories))
+        logprob = rows_for(model, trajectories).score(model).logprob
     np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
 
 
@@ -269,7 +269,7 @@ def test_every_preset_keeps_the_contract_on_block_models(make_model, name: str) 
     plain = torch.cat([one_forward_per_step(model, t) for t in trajectories])
     for rows in (packed_rows(trajectories, pack_to=90), remask_rows(trajectories, block_length=B)):
         with torch.no_grad():
-            logprob, _ = score_rows(model, rows.distinct())
+            logprob = rows.distinct().score(model).logprob
         np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
         np.testing.assert_allclose(plain.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
         np.testing.assert_array_equal(rows.recorded.numpy(), recorded(trajectories))
@@ -291,7 +291,7 @@ def test_every_preset_keeps_the_contract_on_full_models(make_model, name: str, f
     plain = torch.cat([one_forward_per_step(model, t) for t in trajectories])
     rows = remask_rows(trajectories, logit_shift=model.logit_shift, pack_to=30)
     with torch.no_grad():
-        logprob, _ = score_rows(model, rows.distinct())
+        logprob = rows.distinct().score(model).logprob
     for scored in (logprob, plain):
         np.testing.assert_allclose(scored.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
     assert logprob.std() > 0.3
@@ -304,14 +304,14 @@ def test_guidance_left_out_by_the_learner_breaks_the_equality(make_model) -> Non
     rows = remask_rows(trajectories)
     with torch.no_grad():
         for wrong in ({"unprompted": None}, {"cfg_scale": 1.0}, {"unprompted": rows.input_ids}):
-            logprob, _ = score_rows(model, replace(rows, **wrong))
+            logprob = replace(rows, **wrong).score(model).logprob
             assert np.abs(logprob.numpy() - recorded(trajectories)).max() > 0.05
 
 
 def test_gradients_of_guided_decisions_reach_both_branches(make_model) -> None:
     model = make_model("gpt2-full")
     trajectories = rollouts(model, range(2, 4), cfg_scale=1.5)
-    logprob, _ = score_rows(model, remask_rows(trajectories).distinct())
+    logprob = remask_rows(trajectories).distinct().score(model).logprob
     gradients = torch.autograd.grad(logprob.sum(), list(model.parameters()))
     parameter, direction = list(model.parameters())[-1], torch.zeros(0)
     direction = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
@@ -338,8 +338,8 @@ def test_a_rollout_grid_of_another_size_than_the_models_is_kept(make_model, bloc
     model = make_model("qwen3-block4")
     trajectories = rollouts(model, range(1, 10), block_length)
     with torch.no_grad():
-        packed, _ = score_rows(model, packed_rows(trajectories))
-        remasked, _ = score_rows(model, remask_rows(trajectories, block_length=block_length))
+        packed = packed_rows(trajectories).score(model).logprob
+        remasked = remask_rows(trajectories, block_length=block_length).score(model).logprob
     np.testing.assert_allclose(packed.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
     np.testing.assert_allclose(remasked.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
 
@@ -351,7 +351,7 @@ def test_a_wrong_temperature_or_filter_breaks_the_equality(make_model) -> None:
     rows = remask_rows(trajectories)
     with torch.no_grad():
         for wrong in ({"temperature": 1.0}, {"top_p": 1.0}, {"logit_shift": 1}):
-            logprob, _ = score_rows(model, replace(rows, **wrong))
+            logprob = replace(rows, **wrong).score(model).logprob
             assert np.abs(logprob.numpy() - recorded(trajectories)).max() > 0.05
 
 
@@ -359,7 +359,7 @@ def test_entropy_is_the_sampling_distributions(make_model) -> None:
     model = make_model("gpt2-full")
     trajectories = rollouts(model, range(1, 4), temperature=1.3, top_k=4)
     with torch.no_grad():
-        _, entropy = score_rows(model, remask_rows(trajectories))
+        entropy = remask_rows(trajectories).score(model).entropy
     expected = []
     for trajectory in trajectories:
         for step, position in zip(trajectory.step, trajectory.position, strict=True):
@@ -377,7 +377,7 @@ def test_gradients_are_those_of_one_forward_per_step(make_model) -> None:
     weight = torch.linspace(-1, 1, int(sum(t.is_reveal.sum() for t in trajectories))).double()
     gradients = []
     for rows in (packed_rows(trajectories), remask_rows(trajectories, block_length=B)):
-        logprob, _ = score_rows(model, rows)
+        logprob = rows.score(model).logprob
         gradients.append(torch.autograd.grad((logprob * weight).sum(), list(model.parameters())))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
@@ -484,12 +484,12 @@ def test_a_batch_scores_as_its_rows_alone(make_model) -> None:
         model = make_model(family)
         trajectories = rollouts(model, range(1, 10, 2), None if family == "qwen3-block4" else 4)
         with torch.no_grad():
-            together, entropy = score_rows(model, rows_for(model, trajectories))
-            alone = [score_rows(model, rows_for(model, [t])) for t in trajectories]
-            backwards, _ = score_rows(model, rows_for(model, trajectories[::-1]))
-        torch.testing.assert_close(together, torch.cat([x for x, _ in alone]), rtol=0, atol=1e-10)
-        torch.testing.assert_close(entropy, torch.cat([x for _, x in alone]), rtol=0, atol=1e-10)
-        torch.testing.assert_close(backwards, torch.cat([x for x, _ in alone[::-1]]), rtol=0, atol=1e-10)
+            together = rows_for(model, trajectories).score(model)
+            alone = [rows_for(model, [t]).score(model) for t in trajectories]
+            backwards = rows_for(model, trajectories[::-1]).score(model).logprob
+        torch.testing.assert_close(together.logprob, torch.cat([x.logprob for x in alone]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(together.entropy, torch.cat([x.entropy for x in alone]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(backwards, torch.cat([x.logprob for x in alone[::-1]]), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("pack_to", [1, 40, 100, 10_000])
@@ -503,8 +503,8 @@ def test_documents_may_share_rows(make_model, family: str, pack_to: int) -> None
     for layout in layouts:
         plain, packed = layout(None), layout(pack_to)
         with torch.no_grad():
-            expected, expected_entropy = score_rows(model, plain)
-            logprob, entropy = score_rows(model, packed)
+            expected, expected_entropy, *_ = plain.score(model)
+            logprob, entropy, *_ = packed.score(model)
         torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=1e-10)
         np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
@@ -523,7 +523,7 @@ def test_a_larger_training_block_is_scored_on_its_own_grid(make_model, family: s
     model = make_model(family)
     trajectories = [replace(t, length=-(-t.length // 8) * 8) for t in rollouts(model, range(1, 10))]
     with torch.no_grad():
-        logprob, _ = score_rows(model, packed_rows(trajectories, block_length=8))
+        logprob = packed_rows(trajectories, block_length=8).score(model).logprob
     brute = [one_forward_per_step(model, replace(t, block_length=8)) for t in trajectories]
     torch.testing.assert_close(logprob, torch.cat(brute), rtol=0, atol=1e-9)
     assert np.abs(logprob.numpy() - recorded(trajectories)).max() > 0.05
@@ -566,7 +566,7 @@ def test_shrink_on_full_models_equals_brute_force(make_model, shrink: int) -> No
     rows = remask_rows(trajectories, shrink)
     assert len(rows.input_ids) == sum(-(-t.num_steps // shrink) for t in trajectories)
     with torch.no_grad():
-        logprob, _ = score_rows(model, rows)
+        logprob = rows.score(model).logprob
     brute = [one_forward_per_step(model, t, t.step // shrink) for t in trajectories]
     torch.testing.assert_close(logprob, torch.cat(brute), rtol=0, atol=1e-9)
     assert np.abs(logprob.numpy() - recorded(trajectories)).max() > 0.05, "merging is approximate, and must show"
@@ -577,7 +577,7 @@ def test_shrink_on_block_models_never_merges_across_blocks(make_model, shrink: i
     model = make_model("qwen3-block4")
     trajectories = rollouts(model, range(1, 9), num_inference_steps=8)
     with torch.no_grad():
-        logprob, _ = score_rows(model, packed_rows(trajectories, shrink))
+        logprob = packed_rows(trajectories, shrink).score(model).logprob
     brute = []
     for trajectory in trajectories:
         block = trajectory.position // B
@@ -633,7 +633,7 @@ def test_remasked_and_edited_tokens_are_scored_in_their_own_states(make_model, f
     brute = torch.cat([one_forward_per_step(model, t) for t in trajectories])
     for rows in layouts:
         with torch.no_grad():
-            logprob, _ = score_rows(model, rows)
+            logprob = rows.score(model).logprob
         torch.testing.assert_close(logprob, brute, rtol=0, atol=1e-9)
         with pytest.raises(ValueError, match=r"algorithm\.shrink > 1 needs trajectories without remasking"):
             (packed_rows if rows is layouts[-1] and block else remask_rows)(trajectories, shrink=2)

@@ -330,7 +330,7 @@ def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likeli
     ran.clear()
     rows = gaussian_rows(trajectories, model=policy)
     assert rows.recorded is not None and len(rows.step) >= 4
-    logprob = rows.score(policy)[0]
+    logprob = rows.score(policy).logprob
     # Guidance runs the network twice, but for FLUX, which is told of it.
     assert rows.num_rows == sum(ran) == len(rows.step) * (1 if family == "flux" else 2)
     counting.remove()
@@ -341,4 +341,4 @@ def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likeli
         scale = 1e-3 / torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
         for parameter in parameters:
             parameter += scale * parameter.grad
-        assert rows.score(policy)[0][0] > logprob[0]
+        assert rows.score(policy).logprob[0] > logprob[0]

@@ -51,14 +51,14 @@ def log_ratio_of(world: World, reference: TabularModel) -> torch.Tensor:
     recipe = DrakesOptions(gradient="score_function").build()
     rows = recipe.rows(world.trajectories, world.model, None, None)
     with torch.no_grad():
-        ratio = rows.recorded - rows.score(reference)[0]
+        ratio = rows.recorded - rows.score(reference).logprob
     return torch.zeros(len(world.trajectories), dtype=torch.float64).index_add(0, rows.trajectory, ratio)
 
 
 def gradient_of(world: World, advantage: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
     recipe = DrakesOptions(**options).build()
     rows = recipe.rows(world.trajectories, world.model, None, None).distinct()
-    logprob, entropy = rows.score(world.model)
+    logprob, entropy, *_ = rows.score(world.model)
     batch = DecisionBatch(
         logprob=logprob, entropy=entropy, old_logprob=logprob.detach(), ref_logprob=None,
         advantage=advantage[rows.trajectory], weight=weight[rows.trajectory],
@@ -154,10 +154,10 @@ def test_sampled_updates_reach_the_tilted_law(gradient: str) -> None:
         rows = recipe.rows(trajectories, policy, None, None).distinct()
         reward = torch.stack([reward_table[tuple(t.final_canvas()[1:])] for t in trajectories])
         with torch.no_grad():
-            ratio = rows.recorded - rows.score(reference)[0]
+            ratio = rows.recorded - rows.score(reference).logprob
         log_ratio = torch.zeros(200, dtype=torch.float64).index_add(0, rows.trajectory, ratio)
         advantage = recipe.advantage(Verdicts(reward, group, log_ratio=log_ratio))
-        logprob, entropy = rows.score(policy)
+        logprob, entropy, *_ = rows.score(policy)
         batch = DecisionBatch(
             logprob=logprob, entropy=entropy, old_logprob=logprob.detach(), ref_logprob=None,
             advantage=advantage[rows.trajectory], weight=torch.full_like(logprob, 1 / 200),

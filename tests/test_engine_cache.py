@@ -11,7 +11,6 @@ import torch
 from transformers import DynamicCache
 
 from rl.config import load_config
-from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import remask_rows
 from rl.train.learner import TrainingError
 from rl.train.loop import reinforce
@@ -226,7 +225,7 @@ def test_an_approximate_cache_shows_in_the_learners_log_probs(make_model, family
         trajectories = engine.generate(requests())
         assert {t.exact for t in trajectories} == {cache == "none"}
         with torch.no_grad():
-            scored, _ = score_rows(model, remask_rows(trajectories, logit_shift=model.logit_shift))
+            scored = remask_rows(trajectories, logit_shift=model.logit_shift).score(model).logprob
         gap = np.abs(scored.numpy() - np.concatenate([t.logprob for t in trajectories]))
         first = np.concatenate([t.step % 2 == 0 for t in trajectories])
         gaps[cache] = gap[first].max(), gap[~first].max()

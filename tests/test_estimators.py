@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rl.estimators.logprob import logprob_and_entropy
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.rows import ScoringRows
 from rl.estimators.trace_rows import remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -30,7 +30,7 @@ def test_merging_equal_rows_keeps_packed_documents_apart(make_model) -> None:
     # Six rollouts share their first canvas.
     assert len(merged.input_ids) <= 7 < len(plain.input_ids) == 12
     with torch.no_grad():
-        scores = [score_rows(model, rows)[0] for rows in (plain, merged, packed)]
+        scores = [rows.score(model).logprob for rows in (plain, merged, packed)]
     torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(scores[2], scores[0], rtol=0, atol=1e-12)
     twice = ScoringRows(

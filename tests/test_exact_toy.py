@@ -16,7 +16,6 @@ import torch
 
 from rl.advantages import group_advantage
 from rl.batch import DecisionBatch
-from rl.estimators.rows import score_rows
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.recipes.tracerl import TraceRLOptions
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -143,7 +142,7 @@ def loss_of(
     """What an update minimises: the recipe's rows and loss, then the weighted sum over decisions."""
     recipe = TraceRLOptions(**options).build()
     rows = recipe.rows(trajectories, model, None).distinct()
-    logprob, entropy = score_rows(model, rows)
+    logprob, entropy, *_ = rows.score(model)
     recorded = torch.from_numpy(np.concatenate([t.logprob for t in trajectories]))
     batch = DecisionBatch(
         logprob=logprob,

@@ -61,13 +61,13 @@ def test_the_rows_are_the_closed_forms(tmp_path: Path) -> None:
     save_latents(tmp_path / "t.npz", engine.generate([LatentRequest(CLASSES[i % 2], i) for i in range(4)]))
     rows = initial_noise_rows(load_latents(tmp_path / "t.npz"), reduce="sum")
     rows.hold_to(other)
-    logprob, entropy, kl = rows.score(policy)
+    logprob, entropy, kl = rows.score(policy)[:3]
     torch.testing.assert_close(logprob.detach(), rows.recorded, rtol=0, atol=1e-12)
     ours, theirs = (Normal(p.mean[[0, 1, 0, 1]], p.log_std[[0, 1, 0, 1]].exp()) for p in (policy, other))
     torch.testing.assert_close(entropy, ours.entropy().flatten(1).sum(1))
     torch.testing.assert_close(kl, kl_divergence(ours, theirs).flatten(1).sum(1))
     mean = initial_noise_rows(load_latents(tmp_path / "t.npz"))
-    torch.testing.assert_close(mean.score(policy)[0] * 9, logprob)
+    torch.testing.assert_close(mean.score(policy).logprob * 9, logprob)
     assert rows.num_rows == 0  # no denoiser runs to score a start
     with pytest.raises(ValueError, match=r"set model\.initial_noise to learned"):
         initial_noise_rows(rollouts(tiny_policy(), OPTIONS, count=1))
@@ -95,10 +95,10 @@ def test_the_gradient_is_that_of_the_expected_reward_and_the_kl() -> None:
     recipe = options.build()
     rows: Any = recipe.rows(trajectories, policy, None, None)
     rows.hold_to(NoisePolicy(base, ["x"], "nowhere").double())
-    logprob, entropy, kl = rows.score(policy)
+    logprob, entropy, kl = rows.score(policy)[:3]
     reward = torch.from_numpy(a * starts + b * starts**2)
     share = torch.from_numpy(weight / weight.sum())
-    batch = DecisionBatch(logprob, entropy, rows.recorded, None, reward, share, other=kl)
+    batch = DecisionBatch(logprob, entropy, rows.recorded, None, reward, share, kl=kl)
     mean, log_std = torch.autograd.grad(weighted_sum(recipe.loss(batch).loss, share), [policy.mean, policy.log_std])
     assert float(mean) == pytest.approx(-(a + 2 * b * m) + 0.3 * m, abs=1e-10)
     assert float(log_std) == pytest.approx(-2 * b * s**2 + 0.3 * (s**2 - 1), abs=1e-10)

@@ -168,7 +168,7 @@ def test_notes_of_real_trajectories_tell_branch_points_apart() -> None:
 def test_the_exact_kl_enters_the_loss() -> None:
     loss = DdpoOptions(kl_to="reference", kl_coef=0.5).build().loss
     zeros = torch.zeros(2, dtype=torch.float64)
-    batch = DecisionBatch(zeros, zeros, zeros, None, zeros, zeros + 0.5, other=tensor(1.0, 3.0))
+    batch = DecisionBatch(zeros, zeros, zeros, None, zeros, zeros + 0.5, kl=tensor(1.0, 3.0))
     torch.testing.assert_close(loss(batch).loss, tensor(0.5, 1.5))
     torch.testing.assert_close(loss(batch).metrics["kl"], tensor(1.0, 3.0))
 
@@ -183,9 +183,10 @@ def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: di
     rows.hold_to(policy)
     prediction = rows.x0(policy).detach().requires_grad_()
     rows.x0 = lambda model: prediction  # type: ignore[method-assign]
-    positive, _, negative = rows.score(policy)
+    scores = rows.score(policy)
+    positive = scores.logprob
     advantage = tensor(10, 10, 0, 0, -2, -2)  # r = 1, 1, 1/2, 1/2, 0.3, 0.3
-    batch = DecisionBatch(positive, positive * 0, positive, None, advantage, positive * 0 + 1, other=negative)
+    batch = DecisionBatch(positive, positive * 0, positive, None, advantage, positive * 0 + 1, negative=scores.negative)
     recipe = DiffusionNftOptions(beta=0.3).build()
     (gradient,) = torch.autograd.grad(recipe.loss(batch).loss.sum(), prediction)
     error = prediction.detach() - rows.sample

@@ -215,7 +215,7 @@ def test_the_learner_scores_what_was_sampled_and_recomputing_changes_no_gradient
         for layer in policy.modules():
             layer.training = bool(getattr(layer, "gradient_checkpointing", False))
         rows = trace_rows(trajectories, policy)
-        logprob, _ = rows.score(policy)
+        logprob = rows.score(policy).logprob
         torch.testing.assert_close(logprob, rows.recorded, rtol=0, atol=1e-9)
         logprob.sum().backward()
         gradients.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
@@ -236,11 +236,11 @@ def test_a_learner_in_half_precision_trains_the_policy_that_samples(base: Path) 
     options = SamplerOptions(gen_length=8, num_inference_steps=8)
     trajectories = InProcessEngine(policy, options).generate([Request([1, 4, 2], seed=s) for s in range(3)])
     rows = trace_rows(trajectories, policy)
-    scored, _ = learner.engine(rows)
+    scored = learner.engine(rows).logprob
     assert (scored.double() - rows.recorded).abs().max() < 0.05
     master = [p.clone() for p in learner.optimizer.single_partition_of_fp32_groups]
     for _ in range(3):
-        learner.update([lambda: -learner.engine(rows)[0].mean()], lambda: torch.zeros(()))
+        learner.update([lambda: -learner.engine(rows).logprob.mean()], lambda: torch.zeros(()))
     moved = [
         (a - b).abs().max() for a, b in zip(master, learner.optimizer.single_partition_of_fp32_groups, strict=True)
     ]

@@ -19,7 +19,6 @@ import torch
 
 from rl.estimators import masked_copies as masks
 from rl.estimators.combine import log_mean_exp, per_token
-from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
@@ -97,7 +96,7 @@ def score(model: Any, trajectories: list[TokenTrajectory], draw: masks.Draw, **s
     """rows, weights and log-probs of the reads."""
     rows, weight = masks.copy_rows(trajectories, model, draw, **settings)
     with torch.no_grad():
-        return rows, weight, score_rows(model, rows)[0]
+        return rows, weight, rows.score(model).logprob
 
 
 def scripted(model: Any, trajectory: TokenTrajectory, draw: Callable, *values: Any) -> float:
@@ -191,7 +190,7 @@ def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, 
         merged = packed_rows(trajectories, segments=1)
         keys = [(r.trajectory.tolist(), r.position_ids[r.row, r.column].tolist()) for r in (rows, merged)]
         with torch.no_grad():
-            theirs = dict(zip(zip(*keys[1], strict=True), score_rows(model, merged)[0].tolist(), strict=True))
+            theirs = dict(zip(zip(*keys[1], strict=True), merged.score(model).logprob.tolist(), strict=True))
         assert [theirs[key] for key in zip(*keys[0], strict=True)] == pytest.approx(logprob.tolist(), abs=1e-12)
 
 
@@ -371,7 +370,7 @@ def test_the_sandwich_holds_the_likelihood_of_a_random_order(exact) -> None:
             rows, weight = masks.copy_rows([trajectory], model, everything)
             both = masks.sandwich_decisions(rows, weight, [3], num_draws=18, power=power)
             with torch.no_grad():
-                lower, upper = (3 * both.score(model)[0]).tolist()
+                lower, upper = (3 * both.score(model).logprob).tolist()
             assert lower == pytest.approx(lower_bound(table, 3), abs=1e-12)
             # By hand: for each token, over all sets of known tokens.
             by_hand = 0.0
@@ -402,10 +401,11 @@ def test_two_draws_leave_the_upper_bound_biased(exact) -> None:
         draws = [partial(_draws, singles=pair) for pair in itertools.product(singles, repeat=2)]
         scored = [masks.copy_rows([trajectory], model, draw) for draw in [*draws, partial(_draws, singles=singles)]]
         with torch.no_grad():
-            *pairs, whole = [
-                (3 * masks.sandwich_decisions(*rows, [3], len(singles) if i == len(draws) else 2, 1.5).score(model)[0])
+            bounds = [
+                masks.sandwich_decisions(*rows, [3], len(singles) if i == len(draws) else 2, 1.5)
                 for i, rows in enumerate(scored)
             ]
+            *pairs, whole = [3 * bound.score(model).logprob for bound in bounds]
         lower, upper = torch.stack(pairs).mean(0).tolist()
         assert lower == pytest.approx(lower_bound(table, 3), abs=1e-12)
         biases.append(upper - float(whole[1]))
@@ -429,7 +429,7 @@ def test_step_merge_goes_from_the_one_step_estimate_to_the_exact_trace(make_mode
     for segments in (1, 2, 3, 6, 9):
         rows = remask_rows(trajectories, segments=segments)
         with torch.no_grad():
-            logprob = score_rows(model, rows)[0]
+            logprob = rows.score(model).logprob
         at = 0
         for index, trajectory in enumerate(trajectories):
             for edit in range(len(trajectory.step)):
@@ -444,7 +444,7 @@ def test_step_merge_goes_from_the_one_step_estimate_to_the_exact_trace(make_mode
     _, _, hidden = score(model, trajectories, masks.everything_hidden)
     order = np.argsort(np.concatenate([i * 100 + t.position for i, t in enumerate(trajectories)]))
     with torch.no_grad():
-        first = score_rows(model, remask_rows(trajectories, segments=1))[0]
+        first = remask_rows(trajectories, segments=1).score(model).logprob
     torch.testing.assert_close(first[order], hidden, rtol=0, atol=1e-12)
     assert errors[6] < 1e-9 and errors[9] < 1e-9
     assert errors[1] > errors[2] > errors[3] > 0.1
@@ -481,12 +481,12 @@ def test_decisions_add_up_their_reads(make_model) -> None:
     answers = masks.answer_decisions(rows, weight, [5, 5, 5])
     position = rows.position_ids[rows.row, rows.column]
     with torch.no_grad():
-        by_token, entropy = tokens.score(model)
-        by_answer, _ = answers.score(model)
-        reads = score_rows(model, rows)[1]
+        by_token, entropy, *_ = tokens.score(model)
+        by_answer = answers.score(model).logprob
+        reads = rows.score(model).entropy
         shared = tokens.distinct()
         assert shared.num_rows < tokens.num_rows == len(rows.input_ids) and shared.num_tokens == shared.num_rows * 8
-        torch.testing.assert_close(shared.score(model)[0], by_token, rtol=0, atol=1e-12)
+        torch.testing.assert_close(shared.score(model).logprob, by_token, rtol=0, atol=1e-12)
     assert tokens.trajectory.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and answers.trajectory.tolist() == [0, 1, 2]
     for index in range(15):
         mine = (rows.trajectory == index // 5) & (position == 3 + index % 5)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from rl.config import ModelConfig
-from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import remask_rows
 from rl.models.load import load_policy, save_policy
 from rl.models.masked_lm import MaskedLM
@@ -129,7 +128,7 @@ def test_learner_and_sampler_agree(name: str) -> None:
     requests = [Request([3 + n % 5] * n, seed=n) for n in range(1, 8) for _ in range(2)]
     trajectories = InProcessEngine(model, options, eos_token_id=4, max_batch_size=5).generate(requests)
     with torch.no_grad():
-        logprob, _ = score_rows(model, remask_rows(trajectories))
+        logprob = remask_rows(trajectories).score(model).logprob
     recorded = np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
     assert len(set(recorded.round(3))) > 30
     np.testing.assert_allclose(logprob.numpy(), recorded, rtol=0, atol=1e-9)

@@ -15,7 +15,6 @@ from rl.advantages import mdpo_advantage
 from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.estimators.fill_rows import StepNotes, fill_rows, num_fill_targets, step_notes
-from rl.estimators.rows import score_rows
 from rl.evaluation.backslide import Backslide, backslide_of
 from rl.modalities.text import TextModality
 from rl.recipes import parse_options
@@ -50,7 +49,7 @@ def test_the_learner_scores_the_recorded_fills(make_model, family: str, block_le
     steps = [np.array([True, False, True, True]), *[np.array([False, i % 2 == 0, False, True]) for i in range(3)]]
     rows = fill_rows(trajectories, model, steps, targets)
     with torch.no_grad():
-        logprob = score_rows(model, rows)[0]
+        logprob = rows.score(model).logprob
     torch.testing.assert_close(logprob, rows.recorded, rtol=0, atol=1e-9)
     at = 0
     for index, (trajectory, chosen) in enumerate(zip(trajectories, steps, strict=True)):
@@ -257,7 +256,7 @@ def test_remasking_decoding_is_trained_as_it_decodes(tmp_path: Path) -> None:
         rollouts = sample_step(session, 2, 0, step_rewards=True)
         rows = fill_rows(rollouts.trajectories, session.model, None)
         with torch.no_grad():
-            gap = (rows.score(session.model)[0] - rows.recorded).abs()
+            gap = (rows.score(session.model).logprob - rows.recorded).abs()
     run = lines(tmp_path / "run", "train")
     assert len(run) == 2 and all(line["policy/grad_norm"] > 0 and line["policy/decisions"] > 16 for line in run)
     assert all(line["policy/logprob_gap_max"] < 1e-4 for line in run)
@@ -274,7 +273,7 @@ def test_a_rank_without_rollouts_fills_up_with_one_draw_and_any_other_with_the_s
     config = load_config(None, ["algorithm.name=mdpo", "algorithm.train_steps=3", "sampler.record_x0=true"])
     recipe = parse_options(config.algorithm).build()
     rows = recipe.rows([TextModality(config, None).smallest_trajectory(model)], model)
-    assert len(rows.target) == rows.num_rows == 1 and torch.isfinite(rows.score(model)[0]).all()
+    assert len(rows.target) == rows.num_rows == 1 and torch.isfinite(rows.score(model).logprob).all()
     trajectory = sampled(model, 1)[0]
     rows = recipe.rows([trajectory], model)
     assert rows.num_rows == 3 and rows.step.tolist() == [0] * 8 + [1] * 6 + [2] * 4

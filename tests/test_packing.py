@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from torch.nn.functional import scaled_dot_product_attention
 
 from rl.estimators.logprob import logprob_and_entropy
-from rl.estimators.rows import ScoringRows, hidden_states, score_rows
+from rl.estimators.rows import ScoringRows
 from rl.estimators.trace_rows import first_fit, packed_rows, remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.recipes import parse_options
@@ -78,7 +78,7 @@ def test_packing_changes_no_score_and_no_gradient(make_model, family: str) -> No
         rows = rows_for(model, trajectories, pack_to)
         layouts.append(rows)
         model.zero_grad()
-        logprob, entropy = score_rows(model, rows)
+        logprob, entropy, *_ = rows.score(model)
         ((logprob + 0.3 * entropy) * weight).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((logprob.detach(), entropy.detach(), gradient))
@@ -118,8 +118,8 @@ def test_a_document_is_blind_to_its_neighbours(make_model, family: str) -> None:
     assert victim.any()
     changed[victim] = (changed[victim] + 1) % 11
     with torch.no_grad():
-        before, _ = score_rows(model, rows)
-        after, _ = score_rows(model, replace(rows, input_ids=changed))
+        before = rows.score(model).logprob
+        after = replace(rows, input_ids=changed).score(model).logprob
     own = victim[rows.row, rows.column]
     torch.testing.assert_close(after[~own], before[~own], rtol=0, atol=1e-12)
     assert (after[own] - before[own]).abs().max() > 0.1
@@ -134,7 +134,7 @@ def test_the_recipe_packs_on_request(make_model) -> None:
         assert torch.equal(rows.input_ids, rows_for(model, trajectories, CAPACITY).input_ids)
         twice = parse_options({"name": "tracerl", "pack_to": 48}).build().rows(trajectories * 2, model, None)
         with torch.no_grad():
-            logprob, _ = score_rows(model, twice.distinct())
+            logprob = twice.distinct().score(model).logprob
         recorded = np.concatenate([t.logprob for t in trajectories * 2])
         np.testing.assert_allclose(logprob.numpy(), recorded, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
@@ -201,7 +201,7 @@ def test_flex_attention_gives_the_scores_of_dense_attention(make_model) -> None:
     trajectories = rollouts(make_model("gpt2-block4"), 5)
     for pack_to in (None, CAPACITY):
         rows = packed_rows(trajectories, pack_to=pack_to)
-        dense, flex = (score_rows(OneLayer(wants), rows)[0] for wants in (False, True))
+        dense, flex = (rows.score(OneLayer(wants)).logprob for wants in (False, True))
         torch.testing.assert_close(flex, dense, rtol=0, atol=1e-10)
         assert dense.std() > 0.5
 
@@ -213,7 +213,7 @@ def test_padding_alone_needs_one_mask_row_per_row(make_model) -> None:
         rows = remask_rows(rollouts(model))
         assert int(rows.document.min()) == -1
         with torch.no_grad():
-            short = hidden_states(model, rows)
+            short = rows.hidden(model)
             dense = model.hidden_states(rows.input_ids, visible=rows.visible(), position_ids=rows.position_ids)
         real = rows.document == 0
         torch.testing.assert_close(short[real], dense[real], rtol=0, atol=1e-12)

@@ -66,7 +66,7 @@ def fixed_batch(model: Any, name: str, iteration: int = 0, **options: Any) -> tu
 
 def loss_of(model: Any, batch: tuple, old: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     recipe, rows, advantage, weight = batch
-    logprob, entropy = rows.distinct().score(model)
+    logprob, entropy, *_ = rows.distinct().score(model)
     decisions = DecisionBatch(logprob, entropy, old, reference, advantage, weight, rows.trajectory, rows.step)
     decisions.check()
     return weighted_sum(recipe.loss(decisions).loss, weight)
@@ -80,7 +80,7 @@ def test_the_gradient_of_a_recipes_loss_is_its_slope(make_model, name: str) -> N
     # Inside its narrow clamp GDSD has a gradient only where nothing has moved.
     batch = fixed_batch(model, name, **({"clip_low": 0.5, "clip_high": 0.5} if name == "gdsd" else {}))
     with torch.no_grad():
-        at = batch[1].score(model)[0]
+        at = batch[1].score(model).logprob
     noise = torch.Generator().manual_seed(3)
     old = at + 0.1 * torch.randn(len(at), generator=noise, dtype=torch.float64)
     if batch[0].old_logprob == "on_policy":
@@ -114,15 +114,15 @@ def test_masks_are_the_trajectorys_own(make_model, name: str) -> None:
     recipe, rows, _, weight = fixed_batch(model, name)
     again = fixed_batch(model, name)[1]
     with torch.no_grad():
-        together = rows.score(model)[0]
-        assert torch.equal(again.score(model)[0], together)
+        together = rows.score(model).logprob
+        assert torch.equal(again.score(model).logprob, together)
         for index, trajectory in enumerate(rollouts(model, name)):
             alone = recipe.rows([trajectory], model, None, None, iteration=0)
             mine = rows.trajectory == index
-            torch.testing.assert_close(alone.score(model)[0], together[mine], rtol=0, atol=1e-12)
+            torch.testing.assert_close(alone.score(model).logprob, together[mine], rtol=0, atol=1e-12)
             if alone.share is not None:
                 torch.testing.assert_close(alone.share, rows.share[mine])
-        later = fixed_batch(model, name, iteration=1)[1].score(model)[0]
+        later = fixed_batch(model, name, iteration=1)[1].score(model).logprob
     assert later.shape != together.shape or not torch.equal(later, together)
     assert torch.isfinite(weight).all()
 
@@ -168,13 +168,13 @@ def test_traced_recipes_score_what_was_sampled(make_model) -> None:
     for name in ("cj_grpo", "justgrpo", "mdpo"):
         _, rows, _, _ = fixed_batch(model, name)
         with torch.no_grad():
-            torch.testing.assert_close(rows.score(model)[0], rows.recorded, rtol=0, atol=1e-9)
+            torch.testing.assert_close(rows.score(model).logprob, rows.recorded, rtol=0, atol=1e-9)
     sampled = fixed_batch(model, "cj_grpo")[1].recorded
     for segments, exact in ((1, False), (3, True), (8, True)):
         _, rows, _, _ = fixed_batch(model, "d2_stepmerge", segments=segments)
         assert rows.recorded is None  # merged steps are no decisions the sampler scored
         with torch.no_grad():
-            gap = float((rows.score(model)[0] - sampled).abs().max())
+            gap = float((rows.score(model).logprob - sampled).abs().max())
         assert (gap < 1e-9) == exact
 
 
@@ -195,7 +195,7 @@ def test_what_follows_the_end_token_is_left_out_on_request(make_model) -> None:
             inside = torch.where(whole.trajectory == 0, position < 5, position < 4)
             assert rows.trajectory.tolist() == [0, 0, 0, 1] == whole.trajectory[inside].tolist()
             with torch.no_grad():
-                assert torch.equal(rows.score(model)[0], whole.score(model)[0][inside])
+                assert torch.equal(rows.score(model).logprob, whole.score(model).logprob[inside])
             if name != "d2_stepmerge":
                 assert torch.equal(rows.recorded, whole.recorded[inside])
     with pytest.raises(ValueError, match=r"algorithm\.value learns from every revealed token: set algorithm\.scope"):

@@ -649,7 +649,6 @@ def test_a_search_does_not_depend_on_what_is_searched_beside_it(make_model, name
 
 def test_what_a_search_found_can_be_trained_on(toy: Toy) -> None:
     """The learner's log-prob of every recorded decision equals the sampler's, remasking and guidance included."""
-    from rl.estimators.rows import score_rows
     from rl.estimators.trace_rows import remask_rows
 
     found = []
@@ -661,7 +660,7 @@ def test_what_a_search_found_can_be_trained_on(toy: Toy) -> None:
     for trajectory in found:
         trajectory.validate()
     assert any(not t.is_reveal.all() for t in found), "search over paths masks again"
-    logprob, _ = score_rows(toy.world.model, remask_rows(found))
+    logprob = remask_rows(found).score(toy.world.model).logprob
     recorded = np.concatenate([t.logprob[t.is_reveal] for t in found])
     np.testing.assert_allclose(logprob.detach().numpy(), recorded, rtol=0, atol=1e-10)
 

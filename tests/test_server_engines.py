@@ -242,7 +242,7 @@ def test_what_a_server_does_not_return_no_recipe_gets(block_models: list[Any], t
         assert mine.input_ids.tolist() == theirs.input_ids.tolist() and mine.target.tolist() == theirs.target.tolist()
     # What is hidden and read is the answer: nothing else of the terminal block is looked at.
     mine, theirs = (copy_rows(t, model, everything_hidden)[0] for t in (trajectories, ours))
-    np.testing.assert_array_equal(mine.score(model)[0].detach(), theirs.score(model)[0].detach())
+    np.testing.assert_array_equal(mine.score(model).logprob.detach(), theirs.score(model).logprob.detach())
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

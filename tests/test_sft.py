@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.rows import ScoringRows
 
 MASK = 11
 LENGTHS = [7, 12, 9, 5]
@@ -140,7 +140,7 @@ def test_the_full_attention_loss_equals_a_loop(make_model, family: str) -> None:
     model = make_model(family)
     tokens, rows, weight = draw(logit_shift=model.logit_shift)
     with torch.no_grad():
-        logprob, _ = score_rows(model, rows)
+        logprob = rows.score(model).logprob
         ours = -(weight * logprob).sum()
         expected = torch.zeros((), dtype=torch.float64)
         for row, sequence in enumerate(tokens):
@@ -158,7 +158,7 @@ def test_the_block_causal_loss_equals_a_loop(make_model, family: str) -> None:
     model = make_model(family)
     tokens, rows, weight = draw(block_length=4)
     with torch.no_grad():
-        logprob, _ = score_rows(model, rows)
+        logprob = rows.score(model).logprob
         ours = -(weight * logprob).sum()
         expected = torch.zeros((), dtype=torch.float64)
         for row, sequence in enumerate(tokens):
@@ -219,7 +219,7 @@ def estimates(model: Any, sequence: np.ndarray, prompt: int, n: int, **options: 
             [sequence] * 16, [prompt] * 16, MASK, rng, model.block_length, model.logit_shift, **options
         )
         with torch.no_grad():
-            values.append(float(-(weight * score_rows(model, rows)[0]).sum()) / 16)
+            values.append(float(-(weight * rows.score(model).logprob).sum()) / 16)
     return np.array(values)
 
 
@@ -246,7 +246,7 @@ def test_without_its_weight_the_estimate_is_another_number(make_model) -> None:
     expected = any_order_nll(model, sequence, [2, 3, 4, 5], 6)
     rows, _ = random_mask_rows([sequence] * 4000, [2] * 4000, MASK, np.random.default_rng(5))
     with torch.no_grad():
-        unweighted = float(-score_rows(model, rows)[0].sum()) / 4000
+        unweighted = float(-rows.score(model).logprob.sum()) / 4000
     assert abs(unweighted - expected) > 0.1 * expected
 
 

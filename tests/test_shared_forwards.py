@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rl.estimators.rows import score_rows
 from rl.estimators.trace_rows import remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -65,7 +64,7 @@ def test_merged_rows_give_equal_logprobs_and_gradients(model: DiffusionLM) -> No
     results = []
     for each in (rows, merged):
         model.zero_grad()
-        logprob, entropy = score_rows(model, each)
+        logprob, entropy, *_ = each.score(model)
         ((logprob + 0.3 * entropy) * weight).sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((logprob.detach(), entropy.detach(), gradients))

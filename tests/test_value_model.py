@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.rows import ScoringRows
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.losses.value import clipped_value_loss
 from rl.values.model import PolicyWithValue, ValueModel
@@ -182,7 +182,7 @@ def test_values_start_at_zero(make_model, family: str) -> None:
     values = ValueModel(model).double()(rows)
     assert values.shape == rows.target.shape and values.dtype == torch.float64
     assert values.tolist() == [0.0] * len(rows.target)
-    assert PolicyWithValue(model).double()(rows)[2].tolist() == [0.0] * len(rows.target)
+    assert PolicyWithValue(model).double()(rows).value.tolist() == [0.0] * len(rows.target)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -230,16 +230,16 @@ def test_a_shared_backbone_gives_the_policys_log_probs_and_the_critics_values(ma
     rows = rows_of(model)
     both, critic = with_random_head(PolicyWithValue(model).double()), with_random_head(ValueModel(model).double())
     with torch.no_grad():
-        logprob, entropy, values = both(rows)
-        expected = score_rows(model, rows)
-        torch.testing.assert_close(logprob, expected[0], rtol=0, atol=1e-12)
-        torch.testing.assert_close(entropy, expected[1], rtol=0, atol=1e-12)
-        torch.testing.assert_close(values, critic(rows), rtol=0, atol=1e-12)
+        scores = both(rows)
+        expected = rows.score(model)
+        torch.testing.assert_close(scores.logprob, expected.logprob, rtol=0, atol=1e-12)
+        torch.testing.assert_close(scores.entropy, expected.entropy, rtol=0, atol=1e-12)
+        torch.testing.assert_close(scores.value, critic(rows), rtol=0, atol=1e-12)
     # One backbone: the value's gradient reaches the policy's weights, and the critic's copy is its own.
     for module, reaches in ((both, True), (critic, False)):
         model.zero_grad()
         out = module(rows)
-        (out[2] if isinstance(out, tuple) else out).sum().backward()
+        (out.value if module is both else out).sum().backward()
         grads = [p.grad for p in model.backbone.parameters() if p.grad is not None and p.grad.abs().max() > 0]
         assert bool(grads) == reaches
 

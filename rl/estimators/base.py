@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+class Scores(NamedTuple):
+    """The numbers of U decisions under one model's weights, all with gradient.
+
+    A named tuple, because DeepSpeed's ZeRO 3 looks for the tensors of a forward in tuples and not in other records.
+
+    Attributes:
+        logprob: [U].
+        entropy: [U], of the distribution that was drawn from, nats.
+        kl: [U], exact KL to another policy, where the estimator knows it.
+        value: [U], expected outcome, of a policy that carries a value head.
+        negative: [U], as `logprob`, of the prediction that DiffusionNFT moves away from.
+    """
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    negative: torch.Tensor | None = None
 
 
 class DecisionRows(Protocol):
@@ -43,11 +63,8 @@ class DecisionRows(Protocol):
         """The same decisions with equal inputs forwarded once, where that can happen."""
         ...
 
-    def score(self, model: Any) -> tuple[torch.Tensor, ...]:
-        """logprob [U] and entropy [U] (nats) under the model's weights, with gradient.
-
-        An estimator may give one more number per decision, which its loss finds in `DecisionBatch.other`.
-        """
+    def score(self, model: Any) -> Scores:
+        """The numbers of every decision under the model's weights."""
         ...
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rl.estimators.base import Scores
 from rl.estimators.rows import ScoringRows
 
 
@@ -68,11 +69,12 @@ class CombinedRows:
     def distinct(self) -> CombinedRows:
         return replace(self, rows=self.rows.distinct())
 
-    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """logprob [U], and entropy [U], the mean over the reads of each decision."""
-        return self.combine(*self.rows.score(model))
+    def score(self, model: Any) -> Scores:
+        """The entropy of a decision is the mean over its reads."""
+        reads = self.rows.score(model)
+        return self.combine(reads.logprob, reads.entropy)
 
-    def combine(self, logprob: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def combine(self, logprob: torch.Tensor, entropy: torch.Tensor) -> Scores:
         """[N] reads -> [U] decisions, differentiable."""
         zeros = torch.zeros(len(self.trajectory), dtype=logprob.dtype, device=logprob.device)
         linear = self.part >= 0
@@ -87,7 +89,7 @@ class CombinedRows:
             owner = self.term_part[self.term]
             spread = spread.index_add(0, owner, entropy)
             count = count.index_add(0, owner, torch.ones_like(entropy))
-        return total, spread / count.clamp(min=1)
+        return Scores(total, spread / count.clamp(min=1))
 
 
 def log_mean_exp(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl.estimators.base import Scores
 from rl.estimators.latent_rows import LatentRows
 
 
@@ -22,9 +23,9 @@ class DenoisingRows(LatentRows):
 
     target: torch.Tensor
 
-    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(self, model: Any) -> Scores:
         error = (self.predict(model) - self.target).square().flatten(1).mean(1)
-        return -error, torch.zeros_like(error)
+        return Scores(-error, torch.zeros_like(error))
 
 
 def noised(

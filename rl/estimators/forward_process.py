@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl.estimators.base import Scores
 from rl.estimators.denoising import noised
 from rl.estimators.latent_rows import LatentRows
 from rollouts.latent_trajectory import LatentTrajectory
@@ -23,7 +24,7 @@ from rollouts.samplers.gaussian import x0_coefficients
 
 @dataclass(kw_only=True)
 class ForwardRows(LatentRows):
-    """U noised samples. `score` gives minus the error of the positive and (third) of the negative prediction.
+    """U noised samples. `score` gives minus the error of the positive and of the negative prediction.
 
     An error is the squared distance to the sample, mean over entries, over the detached mean absolute distance.
 
@@ -48,11 +49,11 @@ class ForwardRows(LatentRows):
         """Keep the predictions of the policy that sampled."""
         self.old = self.x0(model)
 
-    def score(self, model: Any) -> tuple[torch.Tensor, ...]:
+    def score(self, model: Any) -> Scores:
         assert self.old is not None, "hold_to the policy that sampled first"
         move = self.beta * (self.x0(model) - self.old)
         positive, negative = self._error(self.old + move), self._error(self.old - move)
-        return -positive, torch.zeros_like(positive), -negative
+        return Scores(-positive, torch.zeros_like(positive), negative=-negative)
 
     def _error(self, prediction: torch.Tensor) -> torch.Tensor:
         distance = (prediction - self.sample).flatten(1)

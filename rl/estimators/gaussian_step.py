@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rl.estimators.base import Scores
 from rl.estimators.latent_rows import LatentRows
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import ImagePolicy
@@ -64,12 +65,12 @@ class GaussianRows(LatentRows):
         """Keep the means under a frozen model; `score` then gives the KL to it."""
         self.other_mean = self.mean(model)
 
-    def score(self, model: ImagePolicy) -> tuple[torch.Tensor, ...]:
-        """logprob [U] and entropy [U], and with a policy to hold to the exact KL [U]; float64, with gradient."""
+    def score(self, model: ImagePolicy) -> Scores:
+        """float64; the KL is given when there is a policy to hold to."""
         mean = self.mean(model)
         entropy = self.scale * self.latent[0].numel() * (self.std.log() + 0.5 * math.log(2 * math.pi * math.e))
-        kl = () if self.other_mean is None else (self.kl(mean, self.other_mean),)
-        return (self.logprob(mean), entropy, *kl)
+        kl = None if self.other_mean is None else self.kl(mean, self.other_mean)
+        return Scores(self.logprob(mean), entropy, kl)
 
 
 def gaussian_rows(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rl.estimators.base import Scores
 from rl.estimators.latent_rows import LatentRows
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import LearnedNoise
@@ -36,17 +37,18 @@ class InitialNoiseRows(LatentRows):
         """Keep the Gaussians of a frozen model; `score` then gives the KL to them."""
         self.other = model.initial_noise(self.conditioning)
 
-    def score(self, model: LearnedNoise) -> tuple[torch.Tensor, ...]:
-        """logprob [U] and entropy [U], and with a policy to hold to the exact KL [U]; float64, with gradient."""
+    def score(self, model: LearnedNoise) -> Scores:
+        """float64; the KL is given when there is a policy to hold to."""
         mean, std = (values.double() for values in model.initial_noise(self.conditioning))
         entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).flatten(1).sum(1)
-        scored = [diagonal_log_density(self.latent, mean, std), entropy]
+        logprob = diagonal_log_density(self.latent, mean, std) * self.scale
+        kl = None
         if self.other is not None:
             center, width = (values.double() for values in self.other)
             ratio = (std / width).square()
-            kl = 0.5 * (ratio + ((mean - center) / width).square() - 1 - ratio.log())
-            scored.append(kl.flatten(1).sum(1))
-        return tuple(values * self.scale for values in scored)
+            entries = 0.5 * (ratio + ((mean - center) / width).square() - 1 - ratio.log())
+            kl = entries.flatten(1).sum(1) * self.scale
+        return Scores(logprob, entropy * self.scale, kl)
 
 
 def initial_noise_rows(trajectories: Sequence[LatentTrajectory], reduce: str = "mean") -> InitialNoiseRows:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rl.estimators.base import Scores
 from rl.estimators.logprob import logprob_and_entropy
 from rollouts.engines.shared import first_of_equal_rows
 from rollouts.model_protocol import DenoisingModel
@@ -86,9 +87,37 @@ class ScoringRows:
         kept = {name: getattr(self, name)[first] for name in layout}
         return replace(self, row=inverse[self.row], **kept)
 
-    def score(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """logprob [N] and entropy [N]; see `score_rows`."""
-        return score_rows(model, self)
+    def score(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> Scores:
+        """Log-prob and entropy of every decision under the model's weights.
+
+        Hidden states are gathered before the output head: logits are [N, V], never [R, W, V].
+
+        Args:
+            hidden: [R, W, D] when the backbone has already run on these rows.
+        """
+        place = (self.row, self.column - self.logit_shift)
+        logits = model.token_logits((self.hidden(model) if hidden is None else hidden)[place])
+        if self.unprompted is not None:
+            unconditional = model.token_logits(self.hidden(model, self.unprompted)[place])
+            logits = guided_logits(logits, unconditional, self.cfg_scale)
+        return Scores(*logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k))
+
+    def hidden(self, model: DenoisingModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place.
+
+        The mask is built once here, not in every layer.
+        """
+        visible: Any
+        if getattr(model, "wants_block_mask", False):
+            visible = self.block_mask()
+        elif self._one_segment():
+            # What padding sees does not matter, so one mask serves all queries of a row.
+            seen = self.document == 0
+            visible = None if bool(seen.all()) else seen[:, None, :]
+        else:
+            visible = self.visible()
+        ids = self.input_ids if input_ids is None else input_ids
+        return model.hidden_states(ids, visible=visible, position_ids=self.position_ids)
 
     def to(self, device: torch.device | str) -> ScoringRows:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -145,44 +174,3 @@ class ScoringRows:
             return (document[b, q] == document[b, k]) & ((clean_block[b, k] <= last[b, q]) | own)
 
         return may_see
-
-
-def hidden_states(model: DenoisingModel, rows: ScoringRows, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place.
-
-    The mask is built once here, not in every layer.
-    """
-    visible: Any
-    if getattr(model, "wants_block_mask", False):
-        visible = rows.block_mask()
-    elif rows._one_segment():
-        # What padding sees does not matter, so one mask serves all queries of a row.
-        seen = rows.document == 0
-        visible = None if bool(seen.all()) else seen[:, None, :]
-    else:
-        visible = rows.visible()
-    ids = rows.input_ids if input_ids is None else input_ids
-    return model.hidden_states(ids, visible=visible, position_ids=rows.position_ids)
-
-
-def score_rows(
-    model: DenoisingModel, rows: ScoringRows, hidden: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of every decision under the model's weights.
-
-    Hidden states are gathered before the output head: logits are [N, V], never [R, W, V].
-
-    Args:
-        hidden: [R, W, D] when the backbone has already run on these rows.
-
-    Returns:
-        logprob [N], entropy [N] (nats) of the sampling distribution, in the order of the rows' decisions.
-    """
-    if hidden is None:
-        hidden = hidden_states(model, rows)
-    place = (rows.row, rows.column - rows.logit_shift)
-    logits = model.token_logits(hidden[place])
-    if rows.unprompted is not None:
-        unconditional = model.token_logits(hidden_states(model, rows, rows.unprompted)[place])
-        logits = guided_logits(logits, unconditional, rows.cfg_scale)
-    return logprob_and_entropy(logits, rows.target, rows.temperature, rows.top_p, rows.top_k)

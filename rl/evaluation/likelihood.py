@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl.estimators.rows import ScoringRows, score_rows
+from rl.estimators.rows import ScoringRows
 from rollouts.model_protocol import DenoisingModel
 
 Ids = Sequence[int]
@@ -94,7 +94,7 @@ def log_likelihoods(
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             rows, weight, owner = _rows(model, [(texts[index], k) for index, k in batch])
-            logprob, _ = score_rows(model, rows.to(device))
+            logprob = rows.to(device).score(model).logprob
             values = logprob.double().cpu().numpy() * weight
             for value, (job, region) in zip(values, owner, strict=True):
                 index, k = batch[job]

@@ -38,8 +38,8 @@ def clipped_policy_loss(
     surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
     loss = -surrogate - entropy_coef * batch.entropy
     if kl_estimator == "exact" and kl_to != "none":
-        assert batch.other is not None, "an exact KL needs an estimator that gives it"
-        kl = batch.other
+        assert batch.kl is not None, "an exact KL needs an estimator that gives it"
+        kl = batch.kl
     elif kl_to == "reference":
         assert batch.ref_logprob is not None, "kl_to=reference needs ref_logprob"
         kl = kl_estimate(kl_estimator, batch.logprob, batch.ref_logprob)

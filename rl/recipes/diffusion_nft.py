@@ -47,9 +47,9 @@ class DiffusionNftOptions(ImageRecipeOptions):
             return self.num_draws
 
         def loss(batch: DecisionBatch) -> LossOutput:
-            assert batch.other is not None
+            assert batch.negative is not None
             r = (batch.advantage / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
-            value = -(r * batch.logprob + (1 - r) * batch.other) / self.beta
+            value = -(r * batch.logprob + (1 - r) * batch.negative) / self.beta
             return LossOutput(value, {"r": r, "error": -batch.logprob.detach()})
 
         recipe = self.image_recipe(self.group_advantage())

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-import torch
 from torch import nn
 
-from rl.estimators.base import DecisionRows
+from rl.estimators.base import DecisionRows, Scores
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,6 +32,5 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: DecisionRows) -> tuple[torch.Tensor, ...]:
-        """logprob [U] and entropy [U]; see `DecisionRows.score`."""
+    def forward(self, rows: DecisionRows) -> Scores:
         return rows.score(self.model)

@@ -114,7 +114,7 @@ def _micro_batch(
 
     def loss() -> torch.Tensor:
         fitted, weight = session.modality.supervised(session.model, rows, part, rng_seed)
-        logprob, _ = learner.engine(fitted.to(session.device))
+        logprob = learner.engine(fitted.to(session.device)).logprob
         value = weighted_sum(-logprob, weight.to(session.device))
         sums.append(value.detach())
         return value
@@ -130,7 +130,7 @@ def _trace_micro_batch(
     def loss() -> torch.Tensor:
         recipe = parse_options({"name": "tracerl"}).build()
         rows = recipe.rows(trajectories, session.model, None, None).to(session.device)
-        logprob, _ = learner.engine(rows)
+        logprob = learner.engine(rows).logprob
         value = weighted_sum(-logprob, torch.full_like(logprob, 1.0 / decisions))
         sums.append(value.detach())
         return value

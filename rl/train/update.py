@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rl.batch import DecisionBatch
-from rl.estimators.base import DecisionRows, Verdicts
+from rl.estimators.base import DecisionRows, Scores, Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.value import clipped_value_loss
 from rl.recipes.options import Recipe
@@ -279,7 +279,7 @@ class PolicyUpdater:
             rows = self.recipe.rows(part, self.session.model, self.block_length, None).distinct()
             rows = rows.to(self.session.device)
             assert rows.recorded is not None, "a log-ratio needs an estimator of the sampler's own decisions"
-            ratio = rows.recorded - rows.score(self.reference)[0].double()
+            ratio = rows.recorded - rows.score(self.reference).logprob.double()
             total.index_add_(0, rows.trajectory.cpu() + start, ratio.cpu())
             self.sums["forward_passes"] += 1
             self.sums["sequence_forwards"] += rows.num_rows
@@ -384,7 +384,7 @@ class PolicyUpdater:
         """Fill in what is computed once, under the weights before the first update."""
         if self.recipe.old_logprob == "recompute" or self.max_weight is not None:
             for batch, scored in zip(chunk, self._forward(self.learner, chunk, spare), strict=True):
-                batch.old_logprob = scored[0].double()
+                batch.old_logprob = scored.logprob.double()
         if self.recipe.hold_to != "none":
             # session.model still has the weights before the first update.
             held = self.reference if self.recipe.hold_to == "reference" else self.session.model
@@ -394,12 +394,12 @@ class PolicyUpdater:
                     self._count(batch)
         elif self.reference is not None and not self.recipe.needs_log_ratio:
             for batch in chunk:
-                batch.ref_logprob = batch.rows.score(self.reference)[0].double()
+                batch.ref_logprob = batch.rows.score(self.reference).logprob.double()
                 self._count(batch)
         if self.recipe.value is not None:
             learner = self.critic or self.learner
             for batch, scored in zip(chunk, self._forward(learner, chunk, spare), strict=True):
-                value = (scored if self.critic else scored[2]).double()
+                value = (scored if self.critic else scored.value).double()
                 batch.old_value = value
                 assert batch.reward is not None
                 batch.returns, batch.advantage = step_targets(
@@ -446,8 +446,8 @@ class PolicyUpdater:
         """A callable that scores a micro-batch and returns its share of the update's loss."""
 
         def loss() -> torch.Tensor:
-            scored = self.learner.engine(batch.rows)
-            logprob, entropy = scored[:2]
+            scores: Scores = self.learner.engine(batch.rows)
+            logprob = scores.logprob
             old = {
                 "sampler": batch.rows.recorded,
                 "recompute": batch.old_logprob,
@@ -456,20 +456,22 @@ class PolicyUpdater:
             assert old is not None, f"an estimator of old_logprob {self.recipe.old_logprob} must give it"
             decisions = DecisionBatch(
                 logprob=logprob,
-                entropy=entropy,
+                entropy=scores.entropy,
                 old_logprob=old.to(logprob.dtype),
                 ref_logprob=None if batch.ref_logprob is None else batch.ref_logprob.to(logprob.dtype),
                 advantage=batch.advantage.to(logprob.dtype),
                 weight=batch.weight,
                 trajectory=batch.rows.trajectory,
                 step=batch.rows.step,
-                other=scored[2] if self.recipe.value is None and len(scored) > 2 else None,
+                kl=scores.kl,
+                negative=scores.negative,
             )
             decisions.check()
             output = self.recipe.loss(decisions)
             per_decision = output.loss
             if self.recipe.value is not None and self.critic is None:
-                value_loss = self._value_terms(scored[2], batch, count)
+                assert scores.value is not None
+                value_loss = self._value_terms(scores.value, batch, count)
                 per_decision = per_decision + self.recipe.value.coef * value_loss
             total = weighted_sum(per_decision, batch.weight)
             if count:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rl.estimators.rows import ScoringRows, hidden_states, score_rows
+from rl.estimators.base import Scores
+from rl.estimators.rows import ScoringRows
 from rl.train.policy import trained_copy
 
 
@@ -41,7 +42,7 @@ class ValueModel(nn.Module):
 
     def forward(self, rows: ScoringRows) -> torch.Tensor:
         """Values [N] of the rows' decisions."""
-        hidden = hidden_states(self.model, rows)  # type: ignore[arg-type]
+        hidden = rows.hidden(self.model)  # type: ignore[arg-type]
         return self.head(hidden[rows.row, rows.column])
 
 
@@ -53,8 +54,8 @@ class PolicyWithValue(nn.Module):
         self.model = model
         self.head = ValueHead(model.hidden_size)  # type: ignore[arg-type]
 
-    def forward(self, rows: ScoringRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """logprob [N], entropy [N] and values [N]."""
-        hidden = hidden_states(self.model, rows)  # type: ignore[arg-type]
-        logprob, entropy = score_rows(self.model, rows, hidden)  # type: ignore[arg-type]
-        return logprob, entropy, self.head(hidden[rows.row, rows.column])
+    def forward(self, rows: ScoringRows) -> Scores:
+        """With the value of every decision."""
+        hidden = rows.hidden(self.model)  # type: ignore[arg-type]
+        scores = rows.score(self.model, hidden)  # type: ignore[arg-type]
+        return scores._replace(value=self.head(hidden[rows.row, rows.column]))
