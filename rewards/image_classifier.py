@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rewards.address import load_address
 from rewards.image import to_array, to_pil
-from rewards.load import load_attribute
 from rewards.score import Score
 from rewards.weights import load_error, load_weights
 
@@ -152,7 +152,7 @@ class ImageClassifier:
         return loaded
 
     def _module(self, model: str, weights: str | None, params: dict[str, Any]) -> Any:
-        module = load_attribute(model)(**params)
+        module = load_address(model, f"model '{model}'")(**params)
         if not isinstance(module, self.torch.nn.Module):
             raise ValueError(
                 f"reward 'image_classifier': {model!r} gives a {type(module).__name__}, not a torch module"

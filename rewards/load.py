@@ -16,18 +16,12 @@ is the reward; a function gets them as keyword arguments of every call.**
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rewards.adapters import TrlReward, VerlReward
+from rewards.address import entry_points, load_address, load_entry_point
 from rewards.score import RewardFunction
 from rewards.signature import check_params, check_takes_columns, nearest
 
@@ -126,76 +120,17 @@ def reward_name(function: Any) -> str:
 
 def known_names() -> list[str]:
     """All short names: shipped rewards and entry points of installed distributions."""
-    return sorted({*NAMES, *_entry_points()})
-
-
-def load_attribute(spec: str) -> Any:
-    """What `package.module:name` or `path/to/file.py:name` names.
-
-    Raises:
-        ValueError: one line: not of that form, no such file or module, or no such name in it.
-    """
-    location, separator, attribute = spec.rpartition(":")
-    if not separator:
-        raise ValueError(f"'{spec}' must have the form package.module:name or path/file.py:name")
-    return _attribute(spec, location, attribute)
-
-
-def _entry_points() -> dict[str, Any]:
-    from importlib.metadata import entry_points  # slow to import, and shipped names need none
-
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return sorted({*NAMES, *entry_points(ENTRY_POINT_GROUP)})
 
 
 def _find(spec: str) -> Any:
+    what = f"reward '{spec}'"
     if spec in NAMES:
-        return _attribute(spec, *NAMES[spec].split(":"))
-    plugins = _entry_points()
+        return load_address(NAMES[spec], what)
+    plugins = entry_points(ENTRY_POINT_GROUP)
     if spec in plugins:
-        return plugins[spec].load()
-    location, separator, attribute = spec.rpartition(":")
-    if not separator:
+        return load_entry_point(plugins[spec], what)
+    if ":" not in spec:
         near = nearest(spec, known_names())
         raise ValueError(f"unknown reward '{spec}'; did you mean '{near}'? (or name it as module:function)")
-    return _attribute(spec, location, attribute)
-
-
-def _attribute(spec: str, location: str, attribute: str) -> Any:
-    module = _module_from_file(spec, location) if location.endswith(".py") else _module(spec, location)
-    if not hasattr(module, attribute):
-        names = [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
-        near = nearest(attribute, names)
-        hint = f"; did you mean '{near}'?" if near else ""
-        raise ValueError(f"reward '{spec}': {location} has no '{attribute}'{hint}")
-    return getattr(module, attribute)
-
-
-def _module(spec: str, name: str) -> ModuleType:
-    # A console script does not have the working folder on its path; `python -m` and TRL do.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"reward '{spec}': cannot import '{name}': {error}") from error
-
-
-def _module_from_file(spec: str, location: str) -> ModuleType:
-    path = Path(location).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"reward '{spec}': no file {path}")
-    name = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # at the end: helpers beside the file are found, nothing is shadowed
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return load_address(spec, what)

@@ -25,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed.overrides = [*getattr(parsed, "overrides", []), *_dashed(extra)]
         return int(parsed.run(parsed) or 0)
     except ValueError as error:
-        from rl.errors import is_ours
+        from rl.errors import is_message
 
-        # Somebody else's ValueError is no answer to the user's input but a bug, and needs its traceback.
-        if not is_ours(error):
+        # Any other ValueError is a bug, and needs its traceback.
+        if not is_message(error):
             raise
         return _complain(error, 2)
     except KeyboardInterrupt:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import traceback
+import dis
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rewards.address import is_plugin
 
-def is_ours(error: BaseException) -> bool:
-    """Whether one of our own packages raised the error; its message then names the field and the fix."""
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    home = Path(__file__).resolve().parents[1]
-    ours = [home / package for package in ("rl", "rewards", "rollouts")]
-    return bool(files) and any(Path(files[-1]).resolve().is_relative_to(folder) for folder in ours)
+_HOME = Path(__file__).resolve().parents[1]
+_OURS = [_HOME / package for package in ("rl", "rewards", "rollouts")]
+
+
+def is_message(error: BaseException) -> bool:
+    """Whether a ValueError is a message for the user: our packages or a plugin wrote `raise ValueError(...)`.
+
+    Such an error names the field and the fix. A ValueError of any other code is a bug, and needs its traceback; so is
+    one that Python raises inside our code or a plugin's, such as the one of `int("a")`.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    if dis.opname[code.co_code[trace.tb_lasti]] not in ("RAISE_VARARGS", "RERAISE"):
+        return False
+    file = Path(code.co_filename).resolve()
+    return is_plugin(file) or any(file.is_relative_to(folder) for folder in _OURS)
 
 
 @contextmanager
@@ -26,7 +41,7 @@ def about(field: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and is_ours(error):
+        if isinstance(error, ValueError) and is_message(error):
             raise
         text = " ".join(str(error).split()) or "no message"
         kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "

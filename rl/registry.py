@@ -1,57 +1,111 @@
-"""Names in a config -> classes: our own by their short name, anybody's as `pkg.module:Class`. Imports nothing else."""
+"""Names in a config -> classes: ours by a short name, anybody's by an address or a setuptools entry point.
+
+An address is `path/to/file.py:Class` or `package.module:Class`. In Python a class may stand in place of its name.
+This module imports nothing of `rl`, so that everything may import it.
+"""
 
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from rewards.address import entry_points, load_address, load_entry_point
 
-def resolve(key: str, name: str, known: Mapping[str, str]) -> Any:
-    """The class that `name` stands for.
 
-    Args:
-        key: where the name stands, `algorithm.name`, for messages.
+@dataclass(frozen=True)
+class Table:
+    """The classes of one kind that a config can name.
 
-    Raises:
-        ValueError: there is none.
+    Attributes:
+        key: the option that names one, for messages.
+        group: setuptools entry points that add names.
+        known: name -> address of our own.
     """
-    module, colon, attribute = known.get(name, name).partition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or pkg.module:Class"
-        raise ValueError(f"{key} {name!r} does not exist: {hint}")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key} {name!r} cannot be imported: {error}") from error
+
+    key: str
+    group: str
+    known: Mapping[str, str]
+
+    def names(self) -> list[str]:
+        """All short names: ours, and those of installed distributions."""
+        return [*self.known, *(name for name in entry_points(self.group) if name not in self.known)]
+
+    def has(self, name: str) -> bool:
+        """Whether `resolve` would look for a class, and not refuse a misspelt name."""
+        return name in self.known or ":" in name or name in entry_points(self.group)
+
+    def resolve(self, name: Any) -> Any:
+        """The class that a name or an address stands for; what is no text is the class itself.
+
+        Raises:
+            ValueError: there is none, in one line with the nearest name.
+        """
+        if not isinstance(name, str):
+            return name
+        what = f"{self.key} {name!r}"
+        if name in self.known:
+            return load_address(self.known[name], what)
+        if ":" in name:
+            return load_address(name, what)
+        plugins = entry_points(self.group)
+        if name in plugins:
+            return load_entry_point(plugins[name], what)
+        names = self.names()
+        near = difflib.get_close_matches(name, names, n=1)
+        known = f"known: {', '.join(names)}, file.py:Class or package.module:Class"
+        raise ValueError(f"{what} does not exist: {f'did you mean {near[0]!r}?' if near else known}")
 
 
-RECIPES = {
-    "alignprop": "rl.recipes.alignprop:AlignPropOptions",
-    "b2_diffurl": "rl.recipes.b2_diffurl:B2DiffuRLOptions",
-    "branch_grpo": "rl.recipes.branch_grpo:BranchGrpoOptions",
-    "ddpo": "rl.recipes.ddpo:DdpoOptions",
-    "diffusion_nft": "rl.recipes.diffusion_nft:DiffusionNftOptions",
-    "dpok": "rl.recipes.ddpo:DpokOptions",
-    "find": "rl.recipes.find:FindOptions",
-    "flow_grpo": "rl.recipes.flow_grpo:FlowGrpoOptions",
-    "ctrl": "rl.recipes.ctrl:CtrlOptions",
-    "drakes": "rl.recipes.drakes:DrakesOptions",
-    "tracerl": "rl.recipes.tracerl:TraceRLOptions",
-    "mdpo": "rl.recipes.mdpo:MDPOOptions",
-    "diffu_grpo": "rl.recipes.diffu_grpo:DiffuGRPOOptions",
-    "coupled_grpo": "rl.recipes.coupled_grpo:CoupledGRPOOptions",
-    "unigrpo": "rl.recipes.unigrpo:UniGRPOOptions",
-    "wd1": "rl.recipes.wd1:WD1Options",
-    "spg": "rl.recipes.spg:SPGOptions",
-    "espo": "rl.recipes.espo:ESPOOptions",
-    "gdsd": "rl.recipes.gdsd:GDSDOptions",
-    "d2_stepmerge": "rl.recipes.d2_stepmerge:D2StepMergeOptions",
-    "cj_grpo": "rl.recipes.cj_grpo:CJGRPOOptions",
-    "justgrpo": "rl.recipes.justgrpo:JustGRPOOptions",
-}
+RECIPES = Table(
+    "algorithm.name",
+    "denoise_rl.recipes",
+    {
+        "alignprop": "rl.recipes.alignprop:AlignPropOptions",
+        "b2_diffurl": "rl.recipes.b2_diffurl:B2DiffuRLOptions",
+        "branch_grpo": "rl.recipes.branch_grpo:BranchGrpoOptions",
+        "ddpo": "rl.recipes.ddpo:DdpoOptions",
+        "diffusion_nft": "rl.recipes.diffusion_nft:DiffusionNftOptions",
+        "dpok": "rl.recipes.ddpo:DpokOptions",
+        "find": "rl.recipes.find:FindOptions",
+        "flow_grpo": "rl.recipes.flow_grpo:FlowGrpoOptions",
+        "ctrl": "rl.recipes.ctrl:CtrlOptions",
+        "drakes": "rl.recipes.drakes:DrakesOptions",
+        "tracerl": "rl.recipes.tracerl:TraceRLOptions",
+        "mdpo": "rl.recipes.mdpo:MDPOOptions",
+        "diffu_grpo": "rl.recipes.diffu_grpo:DiffuGRPOOptions",
+        "coupled_grpo": "rl.recipes.coupled_grpo:CoupledGRPOOptions",
+        "unigrpo": "rl.recipes.unigrpo:UniGRPOOptions",
+        "wd1": "rl.recipes.wd1:WD1Options",
+        "spg": "rl.recipes.spg:SPGOptions",
+        "espo": "rl.recipes.espo:ESPOOptions",
+        "gdsd": "rl.recipes.gdsd:GDSDOptions",
+        "d2_stepmerge": "rl.recipes.d2_stepmerge:D2StepMergeOptions",
+        "cj_grpo": "rl.recipes.cj_grpo:CJGRPOOptions",
+        "justgrpo": "rl.recipes.justgrpo:JustGRPOOptions",
+    },
+)
+
+TASKS = Table(
+    "task.name",
+    "denoise_rl.tasks",
+    {
+        "sudoku": "rl.tasks.sudoku:SudokuTask",
+        "countdown": "rl.tasks.countdown:CountdownTask",
+        "antibody": "rl.tasks.antibody:AntibodyTask",
+        "dna": "rl.tasks.dna:DnaTask",
+        "prompts": "rl.tasks.prompts:PromptsTask",
+        "jsonl": "rl.tasks.jsonl:JsonlTask",
+        "digits": "rl.tasks.digits:DigitsTask",
+    },
+)
+
+MODALITIES = Table(
+    "the task's modality",
+    "denoise_rl.modalities",
+    {"text": "rl.modalities.text:TextModality", "images": "rl.modalities.images:ImagesModality"},
+)
 
 DEFAULT = "tracerl"
 
@@ -62,11 +116,11 @@ def options_class(raw: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: no such recipe.
     """
-    return resolve("algorithm.name", raw.get("name", DEFAULT), RECIPES)
+    return RECIPES.resolve(raw.get("name", DEFAULT))
 
 
 def parse_options(raw: Mapping[str, Any]) -> Any:
-    """Validate an `algorithm` section: `name` (a key of `RECIPES`, or pkg.module:OptionsClass) and its options.
+    """Validate an `algorithm` section: `name` (a name of `RECIPES`, or an address) and its options.
 
     Raises:
         ValueError: no such recipe, or an option that it does not have or that is out of range.

@@ -11,7 +11,7 @@ import torch
 from rewards.protein import AMINO_ACIDS
 from rl.models.sapiens import TOKENS, _renamed, convert
 from rl.tasks.antibody import GERMLINES
-from rl.tasks.base import load_task
+from rl.tasks.load import load_task
 
 
 def test_prompts_are_v_genes_up_to_the_third_cdr() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from rewards.load import load_reward
-from rl.tasks.base import load_task
 from rl.tasks.benchmark_rows import unpack
 from rl.tasks.benchmarks import BENCHMARKS
 from rl.tasks.char_tokenizer import char_tokenizer
+from rl.tasks.load import load_task
 from rl.tasks.records import read_records
 from rl.tasks.templates import FIELD, Template, choose_template, with_chat
 

@@ -240,20 +240,26 @@ def test_other_commands_refuse(words: list[str], message: str, complaint: Compla
     assert message in complaint(*words)
 
 
-def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
-    """A ValueError of somebody else's code is no mistake in the config: it must not be cut down to a line."""
-    (tmp_path / "own_task.py").write_text(
-        "from rl.tasks.sudoku import SudokuTask\n"
-        "class Task(SudokuTask):\n"
-        "    def train_rows(self, seed, step, count):\n"
-        "        if step:\n"
-        "            raise ValueError('a bug in a task')\n"
-        "        return super().train_rows(seed, step, count)\n"
-    )
-    done = runs.cli("train", *runs.tiny_config(tmp_path / "here", "task.name=own_task:Task"), cwd=tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "a bug in a task" in done.stderr
-    assert not (tmp_path / "here" / "run" / "model").exists()
+@pytest.mark.parametrize("address", ["own_task:Task", "own_task.py:Task"])
+def test_a_plugins_message_is_one_line_and_its_bug_keeps_its_traceback(tmp_path: Path, address: str) -> None:
+    """`raise ValueError(...)` in a plugin is a message for its user; a ValueError of `int("a")` there is a bug."""
+    for mistake, code in (("raise ValueError('own.option is 7: set it below 5')", 2), ("int('a')", 1)):
+        (tmp_path / "own_task.py").write_text(
+            "from rl.tasks.sudoku import SudokuTask\n"
+            "class Task(SudokuTask):\n"
+            "    def train_rows(self, seed, step, count):\n"
+            "        if step:\n"
+            f"            {mistake}\n"
+            "        return super().train_rows(seed, step, count)\n"
+        )
+        done = runs.cli("train", *runs.tiny_config(tmp_path / f"run_{code}", f"task.name={address}"), cwd=tmp_path)
+        assert done.returncode == code
+        assert not (tmp_path / f"run_{code}" / "run" / "model").exists()
+        if code == 2:
+            assert done.stderr.splitlines()[-1] == "denoise-rl: own.option is 7: set it below 5"
+            assert "Traceback" not in done.stderr
+        else:
+            assert "Traceback" in done.stderr and "invalid literal for int()" in done.stderr
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: Path, model: Path, complaint: Complaint) -> None:

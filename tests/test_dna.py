@@ -12,8 +12,9 @@ import torch
 
 from rl.config import ModelConfig
 from rl.models.load import load_policy, load_tokenizer, save_policy
-from rl.tasks.base import load_task, split_of
+from rl.tasks.base import split_of
 from rl.tasks.dna import DnaTask
+from rl.tasks.load import load_task
 from rl.tasks.motif_grammar import MotifGrammar
 
 MOTIFS = {"one": [[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], "other": [[0.7, 0.1, 0.1, 0.1]] * 3}

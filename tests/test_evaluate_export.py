@@ -11,7 +11,7 @@ import pytest
 
 from rl.evaluation.export_samples import export_samples
 from rl.evaluation.generations import Batch, Generation, GenerationFolder
-from rl.tasks.base import load_task
+from rl.tasks.load import load_task
 from rl.tasks.records import Record, read_records
 from rl.tasks.templates import choose_template
 

@@ -11,7 +11,7 @@ import torch
 
 from rewards.clip_score import ClipMatch, ClipScore
 from rl.config import load_config
-from rl.tasks.base import load_task
+from rl.tasks.load import load_task
 from rl.tasks.prompts import PromptsTask
 from rl.train.image_memory import activation_bytes, build_denoiser
 from tests import runs

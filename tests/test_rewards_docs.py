@@ -20,7 +20,7 @@ def loaded_files():
     yield
     sys.path[:] = path
     for name in set(sys.modules) - before:
-        if name.startswith("reward_file_"):
+        if name.startswith("denoise_rl_file_"):
             del sys.modules[name]
 
 

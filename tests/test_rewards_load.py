@@ -44,7 +44,7 @@ def plugin(tmp_path):
     before = list(sys.path)
     yield path
     sys.path[:] = before
-    for name in ("helper_beside_the_file", *[name for name in sys.modules if name.startswith("reward_file_")]):
+    for name in ("helper_beside_the_file", *[name for name in sys.modules if name.startswith("denoise_rl_file_")]):
         sys.modules.pop(name, None)
 
 

@@ -95,7 +95,7 @@ def fresh_calls():
     import sys
 
     yield
-    for name in [name for name in sys.modules if name.startswith("reward_file_test_rewards_run")]:
+    for name in [name for name in sys.modules if name.startswith("denoise_rl_file_test_rewards_run")]:
         del sys.modules[name]
 
 
@@ -106,7 +106,7 @@ def part(name, **options):
 def calls():
     import sys
 
-    return next(m for name, m in sys.modules.items() if name.startswith("reward_file_test_rewards_run")).CALLS
+    return next(m for name, m in sys.modules.items() if name.startswith("denoise_rl_file_test_rewards_run")).CALLS
 
 
 def score(parts, completions, columns=None, **options):

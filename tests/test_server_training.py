@@ -13,7 +13,7 @@ import pytest
 from rl.cli import main
 from rl.config import load_config
 from rl.modalities.base import open_modality
-from rl.tasks.base import load_task
+from rl.tasks.load import load_task
 from tests import runs
 from tests.dialect_servers import DialectServer, serving
 

@@ -9,9 +9,10 @@ import random
 import pytest
 
 from rewards.sudoku import sudoku
-from rl.tasks.base import load_task, split_of, validation_rows
+from rl.tasks.base import split_of, validation_rows
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.jsonl import JsonlTask
+from rl.tasks.load import load_task
 from rl.tasks.sudoku import SudokuTask, all_grids
 
 # --- Sudoku -----------------------------------------------------------------------------------------------------------

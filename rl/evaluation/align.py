@@ -23,7 +23,9 @@ from rl.config import AlignRow, Config, RewardPartConfig, load_config, save_conf
 from rl.evaluation.likelihood import log_likelihoods
 from rl.evaluation.search import search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
-from rl.tasks.base import Row, load_task
+from rl.files import write_json
+from rl.tasks.base import Row
+from rl.tasks.load import load_task
 from rl.train.session import Session, request_seed
 from rollouts.search.options import parse_search
 
@@ -65,11 +67,9 @@ def align(config: Config) -> list[dict[str, Any]]:
         if saved is None or saved["settings"] != settings:
             saved = {"settings": settings, **compute_row(config, row, pretrained, path.parent)}
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(saved, indent=1))
-            partial.replace(path)
+            write_json(path, saved)
         table.append({name: value for name, value in saved.items() if name not in ("settings", "texts")})
-    (folder / "table.json").write_text(json.dumps(table, indent=1))
+    write_json(folder / "table.json", table)
     return table
 
 

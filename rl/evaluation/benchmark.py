@@ -19,7 +19,8 @@ from rl.evaluation.settings import (
     template_settings,
     texts_hash,
 )
-from rl.tasks.base import Row, load_task
+from rl.tasks.base import Row
+from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train import distributed
 from rl.train.session import Session, request_seed

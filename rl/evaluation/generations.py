@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rl.files import write_json, write_whole
+
 # May differ between two calls that share a folder: where something lies (its content is compared), and how much is
 # asked for.
 FREE = ("model.path", "model.tokenizer", "data.file", "samples")
@@ -149,15 +151,11 @@ class GenerationFolder:
 
     def replace(self, generations: Iterable[Generation]) -> None:
         """Put other generations in the place of those there are; the file changes at once or not at all."""
-        partial = self.path / "generations.jsonl.partial"
-        partial.write_text("".join(_line(generation) for generation in generations))
-        os.replace(partial, self.path / "generations.jsonl")
+        write_whole(self.path / "generations.jsonl", "".join(_line(generation) for generation in generations))
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, at once or not at all."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, self.path / name)
+        write_json(self.path / name, content)
 
     def close(self) -> None:
         if self._lock is not None:

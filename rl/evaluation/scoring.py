@@ -13,8 +13,9 @@ from rl.config import RewardConfig, RewardPartConfig
 from rl.evaluation.figures import Figures, figures
 from rl.evaluation.generations import Generation, GenerationFolder
 from rl.evaluation.settings import file_hash, saved_template, texts_hash
-from rl.tasks.base import Row, load_task
+from rl.tasks.base import Row
 from rl.tasks.benchmarks import BenchmarkTask
+from rl.tasks.load import load_task
 from rl.tasks.templates import Template
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rl.registry import resolve
+from rl.registry import MODALITIES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from rl.tasks.base import Row, Task
     from rollouts.engines.base import Engine
 
-MODALITIES = {"text": "rl.modalities.text:TextModality", "images": "rl.modalities.images:ImagesModality"}
-
 
 class Modality(Protocol):
     """A kind of sample. M trajectories; a trajectory has `num_steps`, `policy_version` and `seed`.
 
     Attributes:
-        name: key of `MODALITIES`.
+        name: its name in `rl.registry.MODALITIES`.
         tokenizer: text only, None for others.
         horizon: most decisions of one sample: response tokens, or denoising steps.
     """
@@ -137,4 +135,4 @@ def open_modality(config: Config, task: Task) -> Modality:
     Raises:
         ValueError: there is no such modality.
     """
-    return resolve("the task's modality", getattr(task, "modality", "text"), MODALITIES).open(config, task)
+    return MODALITIES.resolve(getattr(task, "modality", "text")).open(config, task)

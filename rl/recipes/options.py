@@ -93,7 +93,7 @@ class AnyRecipeOptions(BaseModel):
     """What every recipe has: a name, a modality, and what takes its steps."""
 
     model_config = ConfigDict(extra="forbid")
-    # What a recipe trains (`rl.modalities.base.MODALITIES`).
+    # What a recipe trains (`rl.registry.MODALITIES`).
     modality: ClassVar[str] = "text"
 
     name: str = Field(description="Recipe name.")

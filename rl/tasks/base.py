@@ -7,7 +7,6 @@ any other columns, which the reward receives.
 from __future__ import annotations
 
 import hashlib
-import importlib
 from typing import Any, Protocol
 
 Row = dict[str, Any]
@@ -55,56 +54,3 @@ def validation_rows(task: Task, count: int) -> list[Row]:
     """Rows to look at while training and while choosing settings; held-out rows where a task has no others."""
     rows = getattr(task, "validation_rows", None)
     return rows(count) if rows else task.heldout_rows(count)
-
-
-TASKS = {
-    "sudoku": "rl.tasks.sudoku:SudokuTask",
-    "countdown": "rl.tasks.countdown:CountdownTask",
-    "antibody": "rl.tasks.antibody:AntibodyTask",
-    "dna": "rl.tasks.dna:DnaTask",
-    "prompts": "rl.tasks.prompts:PromptsTask",
-    "jsonl": "rl.tasks.jsonl:JsonlTask",
-    "digits": "rl.tasks.digits:DigitsTask",
-}
-
-
-def load_task(name: str, params: dict[str, Any]) -> Task:
-    """Build a task by its name in `TASKS` or `rl.tasks.benchmarks.BENCHMARKS`, by `pkg.module:Class`, or as a
-    reasoning-gym task: `reasoning_gym:NAME`, or NAME alone where nothing else has it.
-
-    Raises:
-        ValueError: unknown name or parameter.
-    """
-    import difflib
-    import inspect
-
-    from rl.tasks.benchmarks import BENCHMARKS, BenchmarkTask
-
-    cls = task_class(name)
-    first: tuple[str, ...] = ()
-    if cls is None and name in BENCHMARKS:
-        cls, first = BenchmarkTask, (name,)
-    if cls is None:
-        from rl.tasks.gym import GymTask, gym_tasks
-
-        gym_name = name.removeprefix("reasoning_gym:")
-        if name == gym_name and name not in gym_tasks():
-            known = [*TASKS, *BENCHMARKS]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; known tasks: {', '.join(known)}, reasoning_gym:NAME"
-            raise ValueError(f"task.name {name!r} does not exist{hint}")
-        cls, first = GymTask, (gym_name,)
-    known = list(inspect.signature(cls).parameters)[len(first) :]
-    for key in params:
-        if key not in known:
-            raise ValueError(f"task.params has unknown key {key!r}; {name} takes {', '.join(known) or 'none'}")
-    return cls(*first, **params)
-
-
-def task_class(name: str) -> Any:
-    """The class of a task named in `TASKS` or as `pkg.module:Class`, None for any other name."""
-    target = TASKS.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not colon or module == "reasoning_gym":
-        return None
-    return getattr(importlib.import_module(module), attribute)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl.files import write_whole
 from rl.track.services import Service
 
 FILE_NAME = "metrics.jsonl"
@@ -99,9 +100,7 @@ class MetricsWriter:
             record = json.loads(line)
             if record["stage"] not in dropped_stages or record["step"] <= step:
                 kept.append(line)
-        partial = self.path.with_name(FILE_NAME + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(kept))
         self._open()
         return len(lines) - len(kept)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl.files import write_whole
 from rl.track.jsonl import read_metrics
 from rl.track.verdict import read_summary
 
@@ -370,7 +371,4 @@ def _nothing(axes: Axes, theme: Theme) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", facecolor=figure.get_facecolor())
-    os.replace(partial, path)
-    return path
+    return write_whole(path, lambda partial: figure.savefig(partial, format="png", facecolor=figure.get_facecolor()))

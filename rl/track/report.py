@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl.files import write_whole
 from rl.track import table
 from rl.track.frames import build_view, frame_budget
 from rl.track.image_grid import is_image_viewer, prompt_rows, quality_rows
@@ -88,11 +89,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         quality=quality_rows(summary),
         **_shown(folder / "viewer.json"),
     )
-    path = folder / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_whole(folder / "report.html", html)
 
 
 def _mood(summary: Mapping[str, Any]) -> str:

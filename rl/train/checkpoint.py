@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rl.files import write_whole
 from rl.train import distributed
 from rl.train.learner import STATE
 
@@ -69,8 +70,8 @@ def save_checkpoint(
     distributed.barrier()
     if distributed.rank() == 0:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-        _write(folder / "complete.json", json.dumps({"step": step, "state": state, "files": files}, indent=1))
-        _write(root / "latest", folder.name)
+        write_whole(folder / "complete.json", json.dumps({"step": step, "state": state, "files": files}, indent=1))
+        write_whole(root / "latest", folder.name)
         for old in _steps(root)[:-keep]:
             if old != step:
                 shutil.rmtree(root / f"step_{old}")
@@ -200,12 +201,3 @@ def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]
 def _steps(root: Path) -> list[int]:
     names = [path.name for path in root.glob("step_*") if path.is_dir()]
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

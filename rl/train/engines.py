@@ -11,7 +11,7 @@ from zlib import crc32
 from rl.config import Config
 from rl.modalities.base import open_modality
 from rl.recipes import parse_options
-from rl.tasks.base import load_task
+from rl.tasks.load import load_task
 from rl.train import distributed
 from rollouts.engines.base import require
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rl.evaluation.accuracy import Accuracy, as_metrics, evaluate
+from rl.files import write_json
 from rl.recipes import parse_options
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
@@ -51,7 +51,7 @@ def train(session: Session) -> dict[str, Any]:
         views_before = _views(session, session.model, heldout)
         if distributed.rank() == 0:
             session.save_model(session.run_dir / "warm_start")
-            _write_json(session.run_dir / "before.json", summary | {"views": views_before})
+            write_json(session.run_dir / "before.json", summary | {"views": views_before})
         distributed.barrier()
     else:
         summary |= json.loads((session.run_dir / "before.json").read_text())
@@ -63,8 +63,8 @@ def train(session: Session) -> dict[str, Any]:
         summary["goal"] = _goal(session, summary)
     views = _views(session, session.model, heldout)
     if distributed.rank() == 0:
-        _write_json(session.run_dir / "viewer.json", _viewer(session, views_before, views))
-        _write_json(session.run_dir / "summary.json", summary)
+        write_json(session.run_dir / "viewer.json", _viewer(session, views_before, views))
+        write_json(session.run_dir / "summary.json", summary)
     distributed.barrier()
     return summary
 
@@ -227,9 +227,3 @@ def _drop_samples(session: Session, step: int) -> None:
         # A kill in the middle of a write leaves a last line without its end.
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def _write_json(path: Any, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, default=float))
-    os.replace(partial, path)

@@ -83,7 +83,7 @@ def check_run(config: Config, new: bool = True) -> None:
         ValueError: one line naming the field and the fix.
     """
     from rl.recipes import parse_options
-    from rl.tasks.base import load_task
+    from rl.tasks.load import load_task
     from rl.train.distributed import pick_device
     from rl.train.engines import check_engine
     from rl.train.learner import read_deepspeed_config
@@ -206,7 +206,7 @@ def _check_images(config: Config) -> None:
 
 def modality_of(config: Config) -> str:
     """The modality of the config's task, without building it."""
-    from rl.tasks.base import task_class
+    from rl.tasks.load import task_class
 
     with about(f"task.name {config.task.name!r}"):
         return getattr(task_class(config.task.name), "modality", "text")

@@ -16,7 +16,8 @@ from rewards.table import RewardPart, ScoreTable
 from rl.config import Config, save_config
 from rl.errors import about
 from rl.modalities.base import Modality, open_modality
-from rl.tasks.base import Row, load_task
+from rl.tasks.base import Row
+from rl.tasks.load import load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services

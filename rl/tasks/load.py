@@ -1,0 +1,57 @@
+"""Tasks by name: ours, a benchmark, a reasoning-gym task, or anybody's class by its address or entry point."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from rl.registry import TASKS
+from rl.tasks.base import Task
+from rl.tasks.benchmarks import BENCHMARKS, BenchmarkTask
+from rl.tasks.gym import GymTask, gym_tasks
+
+_GYM = "reasoning_gym:"
+
+
+def load_task(name: str, params: dict[str, Any]) -> Task:
+    """Build the task that `task.name` and `task.params` describe.
+
+    Args:
+        name: a name of `rl.registry.TASKS` or `BENCHMARKS`, an address, `reasoning_gym:NAME`, or a reasoning-gym
+            task's NAME where nothing else has it.
+
+    Raises:
+        ValueError: unknown name or parameter.
+    """
+    cls, first = _class_and_name(name)
+    known = list(inspect.signature(cls).parameters)[len(first) :]
+    for key in params:
+        if key not in known:
+            raise ValueError(f"task.params has unknown key {key!r}; {name} takes {', '.join(known) or 'none'}")
+    return cls(*first, **params)
+
+
+def task_class(name: str) -> Any:
+    """The class of a task, without building it.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return _class_and_name(name)[0]
+
+
+def _class_and_name(name: str) -> tuple[Any, tuple[str, ...]]:
+    """The class, and the arguments that its name stands for."""
+    if name in BENCHMARKS:
+        return BenchmarkTask, (name,)
+    if name.startswith(_GYM):
+        return GymTask, (name.removeprefix(_GYM),)
+    if TASKS.has(name):
+        return TASKS.resolve(name), ()
+    if name in gym_tasks():
+        return GymTask, (name,)
+    known = [*TASKS.names(), *BENCHMARKS]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; known tasks: {', '.join(known)}, reasoning_gym:NAME"
+    raise ValueError(f"task.name {name!r} does not exist{hint}")
