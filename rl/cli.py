@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit code: 0 done, 1 failed, 2 the user's input is wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    foreign = _foreign_package()
+    if foreign:
+        return _complain(foreign, 2)
     try:
-        _check_imports()
         parsed, extra = _parser().parse_known_args(arguments)
         if extra and not getattr(parsed, "takes_overrides", False):
             raise ValueError(f"unknown argument {extra[0]!r}: see denoise-rl {parsed.command} --help")
@@ -57,8 +59,8 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
-def _check_imports() -> None:
-    """`rl`, `rewards` and `rollouts` are also names on PyPI: make sure that ours are the ones imported."""
+def _foreign_package() -> str | None:
+    """`rl`, `rewards` and `rollouts` are also names on PyPI: the complaint when ours are not the ones imported."""
     import rewards
     import rl
     import rollouts
@@ -67,10 +69,11 @@ def _check_imports() -> None:
     for package in (rewards, rollouts):
         where = Path(package.__file__ or "").resolve().parent.parent
         if where != home:
-            raise ValueError(
+            return (
                 f"another package named {package.__name__!r} is installed at {where}: pip uninstall "
                 f"{package.__name__}, then install denoise-rl again"
             )
+    return None
 
 
 class _Parser(argparse.ArgumentParser):
