@@ -151,8 +151,8 @@ def test_a_value_model_leaves_the_head_alone_and_shared_embeddings_trainable(nam
             assert (parameter.grad is None) == (id(parameter) in frozen), key
     embedding = critic.model.get_input_embeddings().weight
     assert embedding.grad is not None and critic.model.get_output_embeddings().weight is embedding
-    logprob, _, value = PolicyWithValue(model).double()(rows)
-    assert logprob.shape == value.shape == (4,)
+    scores = PolicyWithValue(model).double()(rows)
+    assert scores.logprob.shape == scores.value.shape == (4,)
 
 
 def test_models_that_do_not_fit_the_protocol_are_refused() -> None:
