@@ -196,7 +196,7 @@ def _train(args: argparse.Namespace) -> int:
 
     config = _config(args)
     if args.options:
-        for key, default, text in option_help(config.algorithm):
+        for key, default, text in option_help(config):
             print(f"{key:34} {default:28} {text}")
         return 0
     from rl.train.plan import plan_lines

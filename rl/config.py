@@ -386,7 +386,8 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     filters: FilterConfig = FilterConfig()
-    algorithm: dict[str, Any] = Field({}, description="Recipe name and its options (see rl/recipes).")
+    # The recipe itself; which class it is stands in the section's `name` (`rl.registry`).
+    algorithm: Any = Field({}, description="Recipe name and its options (see rl/recipes).")
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     align: AlignConfig = AlignConfig()
@@ -400,8 +401,12 @@ class Config(Section):
 
     @field_validator("algorithm")
     @classmethod
-    def _known_algorithm(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return parse_options(value).model_dump()
+    def _recipe(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return parse_options(value)
+        if not isinstance(value, BaseModel):
+            raise ValueError(f"algorithm is {value!r}: it holds options, set the recipe's name in algorithm.name")
+        return value
 
     @model_validator(mode="after")
     def _patient_enough(self) -> Config:
@@ -531,12 +536,8 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def option_help(algorithm: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
-    """(key, default, sentence) of every option, for `denoise-rl train --options`.
-
-    Args:
-        algorithm: an `algorithm` section, whose recipe's options are listed; the default recipe's without it.
-    """
+def option_help(config: Config) -> list[tuple[str, str, str]]:
+    """(key, default, sentence) of every option, those of the config's recipe among them."""
     lines: list[tuple[str, str, str]] = []
 
     def visit(section: type[BaseModel], prefix: str) -> None:
@@ -549,5 +550,5 @@ def option_help(algorithm: dict[str, Any] | None = None) -> list[tuple[str, str,
                 lines.append((prefix + name, default, field.description or ""))
 
     visit(Config, "")
-    visit(options_class(algorithm or {}), "algorithm.")
+    visit(type(config.algorithm), "algorithm.")
     return lines

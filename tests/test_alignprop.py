@@ -12,7 +12,6 @@ import torch
 
 from rl.config import load_config
 from rl.models.class_policy import ClassPolicy
-from rl.recipes import parse_options
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.session import Session
 from rollouts.engines.latent import LatentEngine, LatentRequest
@@ -226,7 +225,7 @@ def test_updates_raise_the_reward_of_the_very_images(tmp_path: Path) -> None:
     arguments = image_config(tmp_path, *ALIGNPROP, "algorithm.alpha=0.0", "train.optimizer.warmup_steps=0", reward)
     config = load_config(arguments[1], [*arguments[2:], "train.optimizer.lr=0.01"])
     with Session.open(config, write=False) as session:
-        updater = RewardGradientUpdater(session, parse_options(config.algorithm).build(), 3)
+        updater = RewardGradientUpdater(session, config.algorithm.build(), 3)
         rewards = [updater.step(0).metrics["reward/mean"] for _ in range(4)]
     assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.003
 

@@ -52,7 +52,7 @@ def test_the_dry_run_of_the_quickstart_says_the_derived_numbers() -> None:
 
 def test_every_option_of_every_recipe_has_a_sentence() -> None:
     for name in RECIPES.known:
-        options = option_help({"name": name})
+        options = option_help(load_config(None, [f"algorithm.name={name}"]))
         for key, _, text in options:
             assert text.endswith((".", ")")) and len(text) > 10, key
         assert ("algorithm.name", repr(name)) in [option[:2] for option in options]
@@ -63,13 +63,13 @@ def test_a_resolved_config_round_trips(tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.yaml")
     again = load_config(tmp_path / "config.yaml")
     assert again == config
-    assert again.train.optimizer.lr == 5e-5 and again.algorithm["clip_low"] == 0.1
+    assert again.train.optimizer.lr == 5e-5 and again.algorithm.clip_low == 0.1
 
 
 def test_overriding_one_optimizer_field_keeps_the_others() -> None:
     config = load_config(None, ["sft.optimizer.lr=1e-3", "algorithm.value.optimizer.warmup_steps=0"])
     assert config.sft.optimizer.model_dump() == {**Config().sft.optimizer.model_dump(), "lr": 1e-3}
-    assert config.algorithm["value"]["optimizer"]["lr"] == 5e-4
+    assert config.algorithm.value.optimizer.lr == 5e-4
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ def test_overriding_one_optimizer_field_keeps_the_others() -> None:
         ("trian.steps=1", "unknown config key 'trian': did you mean 'train'?"),
         ("train.stepz=1", "unknown config key 'train.stepz': did you mean 'steps'?"),
         ("algorithm.shrnk=2", "unknown config key 'algorithm.shrnk': did you mean 'shrink'?"),
+        ("algorithm=mdpo", "algorithm is 'mdpo': it holds options, set the recipe's name in algorithm.name"),
         ("algorithm.name=tracrl", "algorithm.name 'tracrl' does not exist: did you mean 'tracerl'?"),
         ("goal.steps=4", "config key 'goal.before_max' is required"),
         ("train.steps=many", "train.steps"),

@@ -17,7 +17,6 @@ from rl.estimators.base import Verdicts
 from rl.estimators.fill_rows import StepNotes, fill_rows, num_fill_targets, step_notes
 from rl.evaluation.backslide import Backslide, backslide_of
 from rl.modalities.text import TextModality
-from rl.recipes import parse_options
 from rl.track.report import write_report
 from rl.track.verdict import backslide_line
 from rl.train.loop import train
@@ -271,7 +270,7 @@ def test_a_rank_without_rollouts_fills_up_with_one_draw_and_any_other_with_the_s
     """Not with every step: at 128 steps these rows would be the largest of the run."""
     model = make_model("gpt2-full")
     config = load_config(None, ["algorithm.name=mdpo", "algorithm.train_steps=3", "sampler.record_x0=true"])
-    recipe = parse_options(config.algorithm).build()
+    recipe = config.algorithm.build()
     rows = recipe.rows([TextModality(config, None).smallest_trajectory(model)], model)
     assert len(rows.target) == rows.num_rows == 1 and torch.isfinite(rows.score(model).logprob).all()
     trajectory = sampled(model, 1)[0]

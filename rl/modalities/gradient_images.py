@@ -33,7 +33,7 @@ class PixelReward:
             if not getattr(reward, "differentiable", False) or not hasattr(reward, "on_tensors"):
                 raise ValueError(
                     f"reward {part.name!r} has no gradient to images: algorithm.name "
-                    f"{session.config.algorithm['name']} needs rewards with on_tensors (docs/image_rewards.md)"
+                    f"{session.config.algorithm.name} needs rewards with on_tensors (docs/image_rewards.md)"
                 )
 
     def __call__(self, images: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -10,7 +10,6 @@ from zlib import crc32
 
 from rl.config import Config
 from rl.modalities.base import open_modality
-from rl.recipes import parse_options
 from rl.tasks.load import load_task
 from rl.train import distributed
 from rollouts.engines.base import require
@@ -86,8 +85,8 @@ class WorkerModel:
 
 def engine_needs(config: Config) -> dict[str, str]:
     """What the run needs of its engine (keys of `rollouts.engines.base.NEEDS`) -> the option that needs it."""
-    options = parse_options(config.algorithm)
-    needs = {name: f"algorithm.name {options.name}" for name in sorted(options.engine_needs())}
+    recipe = config.algorithm
+    needs = {name: f"algorithm.name {recipe.name}" for name in sorted(recipe.engine_needs())}
     if config.sampler.reviser != "none":
         needs["remasking"] = f"sampler.reviser {config.sampler.reviser}"
     if config.sampler.record_x0:

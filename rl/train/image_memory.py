@@ -13,7 +13,6 @@ import torch
 
 from rl.config import Config
 from rl.models.class_policy import network_class
-from rl.recipes import parse_options
 from rl.train.learner import read_deepspeed_config
 from rl.train.memory import GIB, learner_line, model_states, saved_bytes
 
@@ -86,7 +85,7 @@ def image_memory_lines(config: Config, ranks: int, limit_gib: float | None = Non
     # As in `memory.py`: what is frozen exists once.
     own = total if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 else trained
     states = model_states(own, trained, deepspeed, ranks)
-    reference = getattr(parse_options(config.algorithm).build(), "needs_reference", False)
+    reference = getattr(config.algorithm.build(), "needs_reference", False)
     copies = (2 if half else 4) * (total + trained * reference)
     peak = states.device + copies + micro
     lines = [

@@ -11,7 +11,6 @@ from typing import Any
 
 from rl.evaluation.accuracy import Accuracy, as_metrics, evaluate
 from rl.files import write_json
-from rl.recipes import parse_options
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
@@ -35,7 +34,7 @@ def train(session: Session) -> dict[str, Any]:
         session.progress.message(note)
     summary: dict[str, Any] = {
         "task": config.task.name,
-        "algorithm": config.algorithm["name"],
+        "algorithm": config.algorithm.name,
         "seed": config.run.seed,
         "n_eval": len(heldout),
         "goal": None,
@@ -79,7 +78,7 @@ def reinforce(
     """
     config = session.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
-    recipe = parse_options(config.algorithm).build()
+    recipe = config.algorithm.build()
     kind = RewardGradientUpdater if isinstance(recipe, GradientRecipe) else PolicyUpdater
     updater: Any = kind(session, recipe, total, checkpoint is not None)
     step = 0

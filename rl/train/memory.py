@@ -24,7 +24,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rl.config import Config
-from rl.recipes import parse_options
 from rl.train.learner import read_deepspeed_config
 from rl.train.plan import modality_of
 
@@ -198,7 +197,7 @@ def batch_shape(config: Config, prompt_length: int) -> BatchShape:
     per_update = train.prompts_per_step * train.group_size // train.updates_per_step
     count = min(train.micro_batch_size, per_update)
     model, trajectories = _rollouts(config, prompt_length, min(count, 2))
-    rows = parse_options(config.algorithm).build().rows(trajectories, model, None, None)
+    rows = config.algorithm.build().rows(trajectories, model, None, None)
     per_trajectory = rows.num_rows / len(trajectories)
     width = -(-rows.num_tokens // rows.num_rows)
     tokens = len(rows.row) if hasattr(rows, "row") else rows.num_rows * config.sampler.gen_length
@@ -285,7 +284,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     total, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
     # What is frozen exists once, shared by all models of a rank; a learner that shards has its part of it besides.
     own = total if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 else trained
-    recipe = parse_options(config.algorithm).build()
+    recipe = config.algorithm.build()
     value = getattr(recipe, "value", None)
     policy = model_states(own, trained, deepspeed, ranks)
     critic = model_states(own, trained, deepspeed, ranks) if value and not value.share_backbone else None

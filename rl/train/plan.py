@@ -82,7 +82,6 @@ def check_run(config: Config, new: bool = True) -> None:
     Raises:
         ValueError: one line naming the field and the fix.
     """
-    from rl.recipes import parse_options
     from rl.tasks.load import load_task
     from rl.train.distributed import pick_device
     from rl.train.engines import check_engine
@@ -98,7 +97,7 @@ def check_run(config: Config, new: bool = True) -> None:
             raise ValueError(f"train.deepspeed file {config.train.deepspeed}: stage {stage!r} must be 0, 1, 2 or 3")
     if config.train.steps and config.sampler.temperature == 0:
         raise ValueError("sampler.temperature is 0: greedy rollouts carry no gradient, set it above 0 to train")
-    options = parse_options(config.algorithm)
+    options = config.algorithm
     for key, value in options.requires(config).items():
         section, name = key.split(".")
         if getattr(getattr(config, section), name) != value:
@@ -190,8 +189,6 @@ def _check_text(config: Config, task: Task, prompts: Sequence[str]) -> None:
 
 def _check_images(config: Config) -> None:
     """Raise ValueError when the options of an image run contradict themselves."""
-    from rl.recipes import parse_options
-
     if config.train.mixed_steps:
         raise ValueError("train.mixed_steps is for text: set image_sampler.num_inference_steps")
     if config.sft.trajectories is not None:
@@ -199,7 +196,7 @@ def _check_images(config: Config) -> None:
     path = config.model.path
     if path is not None and not Path(path).is_dir() and path.startswith((".", "/")):
         raise ValueError(f"model.path {path!r} is not a folder")
-    check: Any = getattr(parse_options(config.algorithm), "check_sampler", None)
+    check: Any = getattr(config.algorithm, "check_sampler", None)
     if config.train.steps and check is not None:
         check(config.image_sampler.num_inference_steps, config.train.group_size)
 
@@ -222,10 +219,7 @@ def _check_same_run(config: Config) -> None:
     # Of the engine only what the numbers depend on: where rollouts are sampled may change.
     rollout = {"asynchronous", "cache"} | ({"max_importance_weight"} if config.rollout.asynchronous else set())
     for section in (*sampling, "reward", "sft", "train", "filters", "algorithm"):
-        old, now = (
-            value if isinstance(value, dict) else value.model_dump()
-            for value in (getattr(before, section), getattr(config, section))
-        )
+        old, now = (getattr(settings, section).model_dump() for settings in (before, config))
         free = set(now) - rollout if section == "rollout" else {"max_seconds", "steps"}
         key = next((name for name in now if name not in free and old.get(name) != now[name]), None)
         if key is not None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
-from rl.recipes import parse_options
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -128,8 +128,7 @@ def _trace_micro_batch(
     """A callable that returns this micro-batch's share of the mean loss per revealed token."""
 
     def loss() -> torch.Tensor:
-        recipe = parse_options({"name": "tracerl"}).build()
-        rows = recipe.rows(trajectories, session.model, None, None).to(session.device)
+        rows = trace_rows(trajectories, session.model).to(session.device)
         logprob = learner.engine(rows).logprob
         value = weighted_sum(-logprob, torch.full_like(logprob, 1.0 / decisions))
         sums.append(value.detach())
