@@ -33,7 +33,7 @@ import torch
 
 from rl.batch import DecisionBatch
 from rl.estimators.base import Scores
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.losses.aggregate import weighted_sum
 from rl.losses.policy_gradient import clipped_policy_loss
@@ -42,7 +42,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 
-Scorer = Callable[[ScoringRows, DiffusionLM], Scores]
+Scorer = Callable[[TokenRows, DiffusionLM], Scores]
 
 
 def build_model(args: argparse.Namespace) -> DiffusionLM:
@@ -75,7 +75,7 @@ def sample(model: DiffusionLM, args: argparse.Namespace) -> list[TokenTrajectory
     return InProcessEngine(model, options).generate(requests)
 
 
-def round_rows(trajectory: TokenTrajectory) -> ScoringRows:
+def round_rows(trajectory: TokenTrajectory) -> TokenRows:
     """One row per round: the clean canvas, then every block as it was before its r-th step."""
     size = trajectory.block_length
     assert size is not None
@@ -96,7 +96,7 @@ def round_rows(trajectory: TokenTrajectory) -> ScoringRows:
         return torch.from_numpy(np.tile(values, (num_rounds, 1)))
 
     decisions = len(trajectory.step)
-    return ScoringRows(
+    return TokenRows(
         input_ids=torch.from_numpy(np.stack(rows)),
         position_ids=repeated(positions),
         document=repeated(np.zeros_like(positions)),
@@ -110,7 +110,7 @@ def round_rows(trajectory: TokenTrajectory) -> ScoringRows:
     )
 
 
-def one_row_each(rows: ScoringRows) -> Iterator[tuple[ScoringRows, torch.Tensor]]:
+def one_row_each(rows: TokenRows) -> Iterator[tuple[TokenRows, torch.Tensor]]:
     """Micro-batches of one row, and the decisions [n] that each scores."""
     for r in range(len(rows.input_ids)):
         mine = (rows.row == r).nonzero().squeeze(1)
@@ -119,7 +119,7 @@ def one_row_each(rows: ScoringRows) -> Iterator[tuple[ScoringRows, torch.Tensor]
         yield replace(rows, row=torch.zeros_like(mine), **layout, **flat), mine
 
 
-def score_everywhere(rows: ScoringRows, model: DiffusionLM) -> Scores:
+def score_everywhere(rows: TokenRows, model: DiffusionLM) -> Scores:
     """Logits and log-probs of every position, of which the decisions are then picked: the published order."""
     logprobs = torch.log_softmax(model.token_logits(rows.hidden(model)), dim=-1)
     logprob = logprobs[rows.row, rows.column, rows.target]
@@ -128,20 +128,20 @@ def score_everywhere(rows: ScoringRows, model: DiffusionLM) -> Scores:
 
 def micro_batches(
     layout: str, trajectories: list[TokenTrajectory]
-) -> Iterator[tuple[ScoringRows, int, torch.Tensor, Scorer]]:
+) -> Iterator[tuple[TokenRows, int, torch.Tensor, Scorer]]:
     """(rows, trajectory, its decisions that they score, scorer)."""
     for index, trajectory in enumerate(trajectories):
         everything = torch.arange(len(trajectory.step))
         if layout == "packed":
-            yield packed_rows([trajectory]), index, everything, ScoringRows.score
+            yield packed_rows([trajectory]), index, everything, TokenRows.score
         elif layout == "rounds, gathered":
-            yield round_rows(trajectory), index, everything, ScoringRows.score
+            yield round_rows(trajectory), index, everything, TokenRows.score
         elif layout == "rounds (published)":
             for rows, mine in one_row_each(round_rows(trajectory)):
                 yield rows, index, mine, score_everywhere
         else:
             for rows, mine in one_row_each(remask_rows([trajectory], block_length=trajectory.block_length)):
-                yield rows, index, mine, ScoringRows.score
+                yield rows, index, mine, TokenRows.score
 
 
 LAYOUTS = ("packed", "rounds, gathered", "rounds (published)", "step by step")

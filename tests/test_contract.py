@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
@@ -54,7 +54,7 @@ def rollouts(
     )
 
 
-def rows_for(model: Any, trajectories: list[TokenTrajectory], shrink: int = 1) -> ScoringRows:
+def rows_for(model: Any, trajectories: list[TokenTrajectory], shrink: int = 1) -> TokenRows:
     """What the learner does with them."""
     if model.attention == "block_causal":
         return packed_rows(trajectories, shrink)
@@ -433,7 +433,7 @@ def test_packed_rows_by_hand() -> None:
     assert merged.column.tolist() == [10, 9, 11, 13, 12, 14, 15]
 
 
-def naive_visibility(rows: ScoringRows, row: int, q: int, k: int) -> bool:
+def naive_visibility(rows: TokenRows, row: int, q: int, k: int) -> bool:
     """The rule in words, one pair at a time."""
     document, segment, block = (x[row].tolist() for x in (rows.document, rows.segment, rows.block))
     if document[q] != document[k]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rl.estimators.logprob import logprob_and_entropy
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -33,7 +33,7 @@ def test_merging_equal_rows_keeps_packed_documents_apart(make_model) -> None:
         scores = [rows.score(model).logprob for rows in (plain, merged, packed)]
     torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(scores[2], scores[0], rtol=0, atol=1e-12)
-    twice = ScoringRows(
+    twice = TokenRows(
         **{
             **vars(plain),
             "input_ids": plain.input_ids[:1].repeat(2, 1),
@@ -48,7 +48,7 @@ def test_merging_equal_rows_keeps_packed_documents_apart(make_model) -> None:
 
 
 def test_rows_move_as_a_whole() -> None:
-    rows = ScoringRows(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(10)), temperature=0.7, top_k=3)
+    rows = TokenRows(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(10)), temperature=0.7, top_k=3)
     moved = rows.to("cpu")
     assert vars(moved).keys() == vars(rows).keys() and (moved.temperature, moved.top_k) == (0.7, 3)
     assert rows.num_tokens == 2

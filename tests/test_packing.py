@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from torch.nn.functional import scaled_dot_product_attention
 
 from rl.estimators.logprob import logprob_and_entropy
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import first_fit, packed_rows, remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.recipes import parse_options
@@ -32,7 +32,7 @@ def rollouts(model: Any, count: int = 9, **settings: Any) -> list[TokenTrajector
     return InProcessEngine(model, options, eos_token_id=0).generate(requests)
 
 
-def rows_for(model: Any, trajectories: list[TokenTrajectory], pack_to: int | None) -> ScoringRows:
+def rows_for(model: Any, trajectories: list[TokenTrajectory], pack_to: int | None) -> TokenRows:
     if model.attention == "block_causal":
         return packed_rows(trajectories, pack_to=pack_to)
     return remask_rows(trajectories, logit_shift=model.logit_shift, pack_to=pack_to)
@@ -144,7 +144,7 @@ def test_the_recipe_packs_on_request(make_model) -> None:
 # --- visibility -------------------------------------------------------------------------------------------------------
 
 
-def naive_visibility(rows: ScoringRows) -> list[list[list[bool]]]:
+def naive_visibility(rows: TokenRows) -> list[list[list[bool]]]:
     """The rule in words, one pair at a time."""
 
     def seen(row: int, q: int, k: int) -> bool:

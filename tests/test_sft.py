@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 
 MASK = 11
 LENGTHS = [7, 12, 9, 5]
@@ -23,7 +23,7 @@ def sequences(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, MASK, n) for n in lengths]
 
 
-def draw(block_length: int | None = None, seed: int = 0, **options: Any) -> tuple[Any, ScoringRows, torch.Tensor]:
+def draw(block_length: int | None = None, seed: int = 0, **options: Any) -> tuple[Any, TokenRows, torch.Tensor]:
     lengths = LENGTHS if block_length is None else [8, 12, 12, 8]
     tokens = sequences(lengths)
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.losses.value import clipped_value_loss
 from rl.values.model import PolicyWithValue, ValueModel
@@ -156,7 +156,7 @@ def test_clipped_value_loss_by_hand() -> None:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def rows_of(model: Any, count: int = 6, shrink: int = 1, **settings: Any) -> ScoringRows:
+def rows_of(model: Any, count: int = 6, shrink: int = 1, **settings: Any) -> TokenRows:
     block = 4 if model.attention == "block_causal" else None
     options = SamplerOptions(
         **{"gen_length": 8, "num_inference_steps": 4, "block_length": block, "temperature": 1.5, **settings}

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     negative: torch.Tensor | None = None
 
 
-class DecisionRows(Protocol):
+class Rows(Protocol):
     """Inputs of some forwards, and U decisions read off them.
 
     A decision is what a ratio, a clip and an advantage apply to: a revealed token of a trace, a whole response
@@ -57,9 +57,9 @@ class DecisionRows(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
-    def to(self, device: torch.device | str) -> DecisionRows: ...
+    def to(self, device: torch.device | str) -> Rows: ...
 
-    def distinct(self) -> DecisionRows:
+    def distinct(self) -> Rows:
         """The same decisions with equal inputs forwarded once, where that can happen."""
         ...
 

@@ -1,7 +1,7 @@
 """Decisions that are read in several places: one log-prob from many token log-probs.
 
 A token estimator reads every decision once. A likelihood bound reads each token in several masked copies, and a
-sequence-level method makes one decision of a whole answer. Both are this record: `ScoringRows` whose N reads
+sequence-level method makes one decision of a whole answer. Both are this record: `TokenRows` whose N reads
 are combined into U decisions.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from rl.estimators.base import Scores
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 
 
 @dataclass
 class CombinedRows:
-    """U decisions, each a weighted sum over reads, or over log-mean-exps of reads; a `rl.estimators.base.DecisionRows`.
+    """U decisions, each a weighted sum over reads, or over log-mean-exps of reads; a `rl.estimators.base.Rows`.
 
     Example: the answer "7 8" scored in two copies, the first hiding both tokens, the second the 8 alone. As one
     decision per answer, with the token log-probs averaged over the copies that hide them::
@@ -30,7 +30,7 @@ class CombinedRows:
         rows: the reads, in any order.
         part: int64 [N], decision that each read is part of; -1 when it is part of none.
         weight: float64 [N], its factor.
-        trajectory, step, recorded, share: see `DecisionRows`.
+        trajectory, step, recorded, share: see `Rows`.
         power: b of the log-mean-exps below.
         term: int64 [N] or None, the log-mean-exp each read belongs to: term a has the value
             (1/b) log sum over its reads of term_weight p^b.
@@ -39,7 +39,7 @@ class CombinedRows:
         term_scale: float64 [A], times this.
     """
 
-    rows: ScoringRows
+    rows: TokenRows
     part: torch.Tensor
     weight: torch.Tensor
     trajectory: torch.Tensor
@@ -105,7 +105,7 @@ def log_mean_exp(
     return (torch.zeros_like(low).index_add(0, term, (scaled - top[term]).exp()).log() + top) / power
 
 
-def per_token(rows: ScoringRows, weight: torch.Tensor) -> CombinedRows:
+def per_token(rows: TokenRows, weight: torch.Tensor) -> CombinedRows:
     """One decision per (trajectory, position) that is read: the weighted sum of its reads."""
     position = rows.position_ids[rows.row, rows.column]
     pairs = torch.stack([rows.trajectory, position], dim=1)
@@ -113,7 +113,7 @@ def per_token(rows: ScoringRows, weight: torch.Tensor) -> CombinedRows:
     return CombinedRows(rows, part, weight, found[:, 0], torch.zeros_like(found[:, 0]))
 
 
-def per_trajectory(rows: ScoringRows, weight: torch.Tensor, count: int) -> CombinedRows:
+def per_trajectory(rows: TokenRows, weight: torch.Tensor, count: int) -> CombinedRows:
     """One decision for each of `count` trajectories: the weighted sum of all its reads."""
     index = torch.arange(count)
     return CombinedRows(rows, rows.trajectory, weight, index, torch.zeros_like(index))

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import Document, assemble, check_sampled
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
@@ -81,7 +81,7 @@ def fill_rows(
     targets: Targets = "masked",
     confidence: bool = True,
     num_steps: int | None = None,
-) -> ScoringRows:
+) -> TokenRows:
     """One row per chosen step: its canvas; decisions are the draws of its targets.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(kw_only=True)
 class LatentRows:
-    """U latents to forward, one decision each; the common part of `rl.estimators.base.DecisionRows`.
+    """U latents to forward, one decision each; the common part of `rl.estimators.base.Rows`.
 
     Attributes:
         latent: [U, ...], what the model is shown.

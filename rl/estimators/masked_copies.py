@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rl.estimators.combine import CombinedRows, per_token, per_trajectory
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.estimators.trace_rows import Document, assemble, check_sampled, covered
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
@@ -64,7 +64,7 @@ def copy_rows(
     prompt_mask: float = 0.0,
     iteration: int = 0,
     block: int | None = None,
-) -> tuple[ScoringRows, torch.Tensor]:
+) -> tuple[TokenRows, torch.Tensor]:
     """Draw the copies of every trajectory and say where to read them.
 
     Response positions outside the scope are hidden in every copy and never read: the answer is scored as if what
@@ -216,14 +216,14 @@ def _some(places: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 # --- decisions --------------------------------------------------------------------------------------------------------
 
 
-def answer_decisions(rows: ScoringRows, weight: torch.Tensor, lengths: Sequence[int]) -> CombinedRows:
+def answer_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int]) -> CombinedRows:
     """One decision per answer: all weighted reads added up, per token of the answer."""
     share = weight / torch.tensor(lengths, dtype=weight.dtype)[rows.trajectory]
     return per_trajectory(rows, share, len(lengths))
 
 
 def sandwich_decisions(
-    rows: ScoringRows, weight: torch.Tensor, lengths: Sequence[int], num_draws: int, power: float
+    rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int], num_draws: int, power: float
 ) -> CombinedRows:
     """Two decisions per answer, both per token: step 0 the lower bound, step 1 the upper bound of SPG.
 

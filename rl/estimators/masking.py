@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 
 
 def random_mask_rows(
@@ -24,7 +24,7 @@ def random_mask_rows(
     logit_shift: int = 0,
     semi_ar: int | None = None,
     part: slice = slice(None),
-) -> tuple[ScoringRows, torch.Tensor]:
+) -> tuple[TokenRows, torch.Tensor]:
     """Mask the answers at random and say where to read the masked tokens.
 
     Masking levels are stratified: each of the n levels of a batch falls in its own interval of width 1/n,
@@ -93,7 +93,7 @@ def random_mask_rows(
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(array, dtype=np.int64))
 
-    rows = ScoringRows(
+    rows = TokenRows(
         input_ids=tensor(noisy),
         position_ids=tensor(positions),
         document=tensor(document),

@@ -21,8 +21,8 @@ _NO_BLOCK = 2**62
 
 
 @dataclass
-class ScoringRows:
-    """R rows of width W that score N decisions; a `rl.estimators.base.DecisionRows`.
+class TokenRows:
+    """R rows of width W that score N decisions; a `rl.estimators.base.Rows`.
 
     Every token belongs to a document (one trajectory) and to a segment of it: segment 0 is the clean
     part, each other segment is one noisy copy of one block. A full-attention canvas is one segment.
@@ -37,7 +37,7 @@ class ScoringRows:
         target: int64 [N], the token that was chosen.
         trajectory: int64 [N], index of the decision's trajectory among those given.
         step: int64 [N], its (merged) denoising step within the trajectory, 0, 1, 2, ...
-        recorded, share: float64 [N] or None, see `rl.estimators.base.DecisionRows`.
+        recorded, share: float64 [N] or None, see `rl.estimators.base.Rows`.
         unprompted: int64 [R, W], input_ids with every prompt token masked, None without guidance.
         cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
@@ -75,7 +75,7 @@ class ScoringRows:
     def _branches(self) -> int:
         return 1 if self.unprompted is None else 2
 
-    def distinct(self) -> ScoringRows:
+    def distinct(self) -> TokenRows:
         """The same decisions on the distinct rows only. Log-probs and gradients stay what they were."""
         layout = ["input_ids", "position_ids", "document", "segment", "block"]
         if self.unprompted is not None:
@@ -119,7 +119,7 @@ class ScoringRows:
         ids = self.input_ids if input_ids is None else input_ids
         return model.hidden_states(ids, visible=visible, position_ids=self.position_ids)
 
-    def to(self, device: torch.device | str) -> ScoringRows:
+    def to(self, device: torch.device | str) -> TokenRows:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rollouts.trajectory import TokenTrajectory
 
 
@@ -18,7 +18,7 @@ def num_answered(trajectory: TokenTrajectory, steps: Any = None) -> int:
     return int((trajectory.is_reveal & inside).sum())
 
 
-def answer_only(rows: ScoringRows, trajectories: Sequence[TokenTrajectory]) -> ScoringRows:
+def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> TokenRows:
     """Without the tokens behind an answer's end token. They stay in the canvas where they were seen."""
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
@@ -26,7 +26,7 @@ def answer_only(rows: ScoringRows, trajectories: Sequence[TokenTrajectory]) -> S
     return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
 
 
-def with_equal_steps(rows: ScoringRows) -> ScoringRows:
+def with_equal_steps(rows: TokenRows) -> TokenRows:
     """With shares by which every step of a trajectory counts the same: tokens / (steps x tokens of the step)."""
     place = torch.stack([rows.trajectory, rows.step])
     pairs, pair, size = torch.unique(place, dim=1, return_inverse=True, return_counts=True)

@@ -34,7 +34,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -124,7 +124,7 @@ def trace_rows(
     shrink: int = 1,
     pack_to: int | None = None,
     segments: int | None = None,
-) -> ScoringRows:
+) -> TokenRows:
     """The layout of the model's attention.
 
     Args:
@@ -144,7 +144,7 @@ def remask_rows(
     block_length: int | None = None,
     pack_to: int | None = None,
     segments: int | None = None,
-) -> ScoringRows:
+) -> TokenRows:
     """One document per merged step: the canvas before it.
 
     Args:
@@ -176,7 +176,7 @@ def packed_rows(
     block_length: int | None = None,
     pack_to: int | None = None,
     segments: int | None = None,
-) -> ScoringRows:
+) -> TokenRows:
     """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
 
     The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside
@@ -230,7 +230,7 @@ def _rows_of_reveals(
     segments: int | None,
     pack_to: int | None,
     logit_shift: int = 0,
-) -> ScoringRows:
+) -> TokenRows:
     """Rows that score every token a trajectory revealed.
 
     Args:
@@ -284,12 +284,12 @@ def assemble(
     logit_shift: int = 0,
     recorded: np.ndarray | None = None,
     share: np.ndarray | None = None,
-) -> ScoringRows:
+) -> TokenRows:
     """Lay documents out in rows and put the per-trajectory pieces together as tensors.
 
     Args:
         owners, columns: document of each decision, and its place inside it.
-        recorded, share: [N], see `ScoringRows`.
+        recorded, share: [N], see `TokenRows`.
     """
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -320,7 +320,7 @@ def assemble(
     counts = [len(target) for target in targets]
     cfg_scale = trajectories[0].sampler.get("cfg_scale", 0.0)
     unprompted = np.where(positions < prompt, trajectories[0].mask_token_id, ids) if cfg_scale else None
-    return ScoringRows(
+    return TokenRows(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
         document=tensor(document),

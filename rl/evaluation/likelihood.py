@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rollouts.model_protocol import DenoisingModel
 
 Ids = Sequence[int]
@@ -157,7 +157,7 @@ def _drawn_sets(region: np.ndarray, count: int, rng: np.random.Generator) -> Ite
 
 def _rows(
     model: DenoisingModel, jobs: Sequence[tuple[_Text, int]]
-) -> tuple[ScoringRows, np.ndarray, list[tuple[int, int]]]:
+) -> tuple[TokenRows, np.ndarray, list[tuple[int, int]]]:
     """One row per job (text, pattern): the noisy canvas, or `[clean | noisy copies of the text's blocks]`.
 
     Returns:
@@ -193,7 +193,7 @@ def _rows(
         document[row, : len(part[0])] = 0
     input_ids, position_ids, segments, block_ids = (torch.from_numpy(x) for x in layout)
     row_of, column, target = torch.tensor(decisions, dtype=torch.int64).reshape(-1, 3).T
-    rows = ScoringRows(
+    rows = TokenRows(
         input_ids=input_ids,
         position_ids=position_ids,
         document=torch.from_numpy(document),

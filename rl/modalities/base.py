@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from rl.config import Config
-    from rl.estimators.base import DecisionRows
+    from rl.estimators.base import Rows
     from rl.tasks.base import Row, Task
     from rollouts.engines.base import Engine
 
@@ -106,7 +106,7 @@ class Modality(Protocol):
 
     def supervised(
         self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
-    ) -> tuple[DecisionRows, torch.Tensor]:
+    ) -> tuple[Rows, torch.Tensor]:
         """What the `sft` stage fits: rows, and the weight [U] of each decision's -logprob.
 
         Args:

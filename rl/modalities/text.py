@@ -12,7 +12,7 @@ import torch
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.models.load import load_policy, load_tokenizer, save_policy
 from rl.tasks.base import Row, Task
 from rl.tasks.templates import chat_prompt
@@ -159,7 +159,7 @@ class TextModality:
 
     def supervised(
         self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
-    ) -> tuple[ScoringRows, torch.Tensor]:
+    ) -> tuple[TokenRows, torch.Tensor]:
         """Masked answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
         config = self.config
         sequences, prompt_lengths = self._encode(model, rows)

@@ -12,7 +12,7 @@ from rl.recipes.options import Recipe, RecipeOptions
 if TYPE_CHECKING:
     import torch
 
-    from rl.estimators.base import DecisionRows, Verdicts
+    from rl.estimators.base import Rows, Verdicts
     from rl.estimators.masked_copies import Draw
 
 
@@ -39,7 +39,7 @@ class MaskedOptions(RecipeOptions):
     def masked_recipe(
         self,
         draw: Draw,
-        decide: Callable[..., DecisionRows],
+        decide: Callable[..., Rows],
         per_token: bool = False,
         advantage: Callable[[Verdicts], torch.Tensor] | None = None,
         loss: Callable[..., Any] | None = None,
@@ -56,9 +56,7 @@ class MaskedOptions(RecipeOptions):
         def length(trajectory: Any, steps: Any = None) -> int:
             return len(scope_positions(trajectory, self.scope))
 
-        def rows(
-            trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0
-        ) -> DecisionRows:
+        def rows(trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Rows:
             read, weight = copy_rows(trajectories, model, draw, self.scope, self.prompt_mask, iteration, block)
             return decide(read, weight, [length(t) for t in trajectories])
 

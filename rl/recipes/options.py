@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from rl.batch import DecisionBatch, LossOutput
-    from rl.estimators.base import DecisionRows, Verdicts
+    from rl.estimators.base import Rows, Verdicts
 
 
 def revealed(trajectory: Any, steps: np.ndarray | None = None) -> int:
@@ -54,7 +54,7 @@ class Recipe:
         value_reward: what the critic predicts: the group "advantage" or the "raw" reward.
     """
 
-    rows: Callable[..., DecisionRows]
+    rows: Callable[..., Rows]
     advantage: Callable[[Verdicts], torch.Tensor]
     loss: Callable[[DecisionBatch], LossOutput]
     needs_reference: bool
@@ -145,7 +145,7 @@ class RecipeOptions(AnyRecipeOptions):
     def engine_needs(self) -> set[str]:
         return {"step_maps"} | ({"sampled_logprobs"} if self.old_logprob == "sampler" else set())
 
-    def token_recipe(self, rows: Callable[..., DecisionRows]) -> Recipe:
+    def token_recipe(self, rows: Callable[..., Rows]) -> Recipe:
         """Group advantage and clipped loss on an estimator whose decisions are the tokens of the trace."""
         return Recipe(
             rows=rows,

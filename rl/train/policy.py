@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from rl.estimators.base import DecisionRows, Scores
+from rl.estimators.base import Rows, Scores
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,5 +32,5 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: DecisionRows) -> Scores:
+    def forward(self, rows: Rows) -> Scores:
         return rows.score(self.model)

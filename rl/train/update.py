@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rl.batch import DecisionBatch
-from rl.estimators.base import DecisionRows, Scores, Verdicts
+from rl.estimators.base import Rows, Scores, Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.value import clipped_value_loss
 from rl.recipes.options import Recipe
@@ -73,7 +73,7 @@ class MicroBatch:
         reward, old_value, returns: [U] when there is a critic.
     """
 
-    rows: DecisionRows
+    rows: Rows
     weight: torch.Tensor
     advantage: torch.Tensor
     reward: torch.Tensor | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rl.estimators.base import Scores
-from rl.estimators.rows import ScoringRows
+from rl.estimators.rows import TokenRows
 from rl.train.policy import trained_copy
 
 
@@ -40,7 +40,7 @@ class ValueModel(nn.Module):
             parameter.requires_grad_(False)
         self.head = ValueHead(self.model.hidden_size)  # type: ignore[arg-type]
 
-    def forward(self, rows: ScoringRows) -> torch.Tensor:
+    def forward(self, rows: TokenRows) -> torch.Tensor:
         """Values [N] of the rows' decisions."""
         hidden = rows.hidden(self.model)  # type: ignore[arg-type]
         return self.head(hidden[rows.row, rows.column])
@@ -54,7 +54,7 @@ class PolicyWithValue(nn.Module):
         self.model = model
         self.head = ValueHead(model.hidden_size)  # type: ignore[arg-type]
 
-    def forward(self, rows: ScoringRows) -> Scores:
+    def forward(self, rows: TokenRows) -> Scores:
         """With the value of every decision."""
         hidden = rows.hidden(self.model)  # type: ignore[arg-type]
         scores = rows.score(self.model, hidden)  # type: ignore[arg-type]
