@@ -272,7 +272,7 @@ def test_every_preset_keeps_the_contract_on_block_models(make_model, name: str) 
             logprob = rows.distinct().score(model).logprob
         np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
         np.testing.assert_allclose(plain.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
-        np.testing.assert_array_equal(rows.recorded.numpy(), recorded(trajectories))
+        np.testing.assert_array_equal(rows.sampler_logprob.numpy(), recorded(trajectories))
     assert (
         packed_rows(trajectories).target.tolist()
         == np.concatenate([t.token[t.is_reveal] for t in trajectories]).tolist()

@@ -329,12 +329,12 @@ def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likeli
     assert engine.stats.sequence_forwards == engine.stats.rows_asked == sum(ran)
     ran.clear()
     rows = gaussian_rows(trajectories, model=policy)
-    assert rows.recorded is not None and len(rows.step) >= 4
+    assert rows.sampler_logprob is not None and len(rows.step) >= 4
     logprob = rows.score(policy).logprob
     # Guidance runs the network twice, but for FLUX, which is told of it.
     assert rows.num_rows == sum(ran) == len(rows.step) * (1 if family == "flux" else 2)
     counting.remove()
-    assert (logprob - rows.recorded).abs().max() < 1e-4
+    assert (logprob - rows.sampler_logprob).abs().max() < 1e-4
     parameters = [p for p in policy.parameters() if p.requires_grad]
     logprob[0].backward()
     with torch.no_grad():

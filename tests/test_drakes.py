@@ -51,7 +51,7 @@ def log_ratio_of(world: World, reference: TabularModel) -> torch.Tensor:
     recipe = DrakesOptions(gradient="score_function").build()
     rows = recipe.rows(world.trajectories, world.model, None, None)
     with torch.no_grad():
-        ratio = rows.recorded - rows.score(reference).logprob
+        ratio = rows.sampler_logprob - rows.score(reference).logprob
     return torch.zeros(len(world.trajectories), dtype=torch.float64).index_add(0, rows.trajectory, ratio)
 
 
@@ -154,7 +154,7 @@ def test_sampled_updates_reach_the_tilted_law(gradient: str) -> None:
         rows = recipe.rows(trajectories, policy, None, None).distinct()
         reward = torch.stack([reward_table[tuple(t.final_canvas()[1:])] for t in trajectories])
         with torch.no_grad():
-            ratio = rows.recorded - rows.score(reference).logprob
+            ratio = rows.sampler_logprob - rows.score(reference).logprob
         log_ratio = torch.zeros(200, dtype=torch.float64).index_add(0, rows.trajectory, ratio)
         advantage = recipe.advantage(Verdicts(reward, group, log_ratio=log_ratio))
         logprob, entropy, *_ = rows.score(policy)

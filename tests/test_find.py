@@ -62,7 +62,7 @@ def test_the_rows_are_the_closed_forms(tmp_path: Path) -> None:
     rows = initial_noise_rows(load_latents(tmp_path / "t.npz"), reduce="sum")
     rows.hold_to(other)
     logprob, entropy, kl = rows.score(policy)[:3]
-    torch.testing.assert_close(logprob.detach(), rows.recorded, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logprob.detach(), rows.sampler_logprob, rtol=0, atol=1e-12)
     ours, theirs = (Normal(p.mean[[0, 1, 0, 1]], p.log_std[[0, 1, 0, 1]].exp()) for p in (policy, other))
     torch.testing.assert_close(entropy, ours.entropy().flatten(1).sum(1))
     torch.testing.assert_close(kl, kl_divergence(ours, theirs).flatten(1).sum(1))
@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_the_expected_reward_and_the_kl() -> None:
     logprob, entropy, kl = rows.score(policy)[:3]
     reward = torch.from_numpy(a * starts + b * starts**2)
     share = torch.from_numpy(weight / weight.sum())
-    batch = DecisionBatch(logprob, entropy, rows.recorded, None, reward, share, kl=kl)
+    batch = DecisionBatch(logprob, entropy, rows.sampler_logprob, None, reward, share, kl=kl)
     mean, log_std = torch.autograd.grad(weighted_sum(recipe.loss(batch).loss, share), [policy.mean, policy.log_std])
     assert float(mean) == pytest.approx(-(a + 2 * b * m) + 0.3 * m, abs=1e-10)
     assert float(log_std) == pytest.approx(-2 * b * s**2 + 0.3 * (s**2 - 1), abs=1e-10)

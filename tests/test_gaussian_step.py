@@ -29,7 +29,7 @@ def test_a_replay_gives_the_samplers_log_probs(kind: str, guidance: float) -> No
     assert len(rows.step) == sum(int(t.is_decision.sum()) for t in trajectories) >= 4 * 4
     with torch.no_grad():
         mean = rows.mean(policy)
-    torch.testing.assert_close(rows.logprob(mean), rows.recorded, rtol=0, atol=1e-9)
+    torch.testing.assert_close(rows.logprob(mean), rows.sampler_logprob, rtol=0, atol=1e-9)
     torch.testing.assert_close(mean, rows.sampler_mean, rtol=0, atol=1e-12)
 
 
@@ -42,7 +42,7 @@ def test_the_ratio_of_a_first_replay_is_exactly_one_in_the_same_layout(kind: str
         wanted[:, step] = True
         rows = gaussian_rows(trajectories, wanted)
         with torch.no_grad():
-            ratio = (rows.logprob(rows.mean(policy)) - rows.recorded).exp()
+            ratio = (rows.logprob(rows.mean(policy)) - rows.sampler_logprob).exp()
         assert (ratio == 1).all()
 
 
@@ -55,7 +55,7 @@ def test_another_layout_moves_the_ratio_by_rounding_only(kind: str) -> None:
     policy, trajectories = sampled(kind, double=False, count=8)
     rows = gaussian_rows(trajectories)
     with torch.no_grad():
-        gap = (rows.logprob(rows.mean(policy)) - rows.recorded).abs().max()
+        gap = (rows.logprob(rows.mean(policy)) - rows.sampler_logprob).abs().max()
     assert float(gap) < 1e-4
 
 
@@ -70,7 +70,7 @@ def test_guidance_is_part_of_the_policy() -> None:
         both = policy.predict(rows.latent, rows.timestep, rows.conditioning, 2.0)
         torch.testing.assert_close(both, without + 2 * (given - without), rtol=0, atol=1e-12)
         rows.guidance_scale = 1.0
-        assert (rows.logprob(rows.mean(policy)) - rows.recorded).abs().mean() > 0.01
+        assert (rows.logprob(rows.mean(policy)) - rows.sampler_logprob).abs().mean() > 0.01
 
 
 def test_any_subset_of_steps_can_be_replayed() -> None:
@@ -94,7 +94,7 @@ def test_mean_and_sum_differ_by_the_number_of_entries() -> None:
     with torch.no_grad():
         mean = whole.mean(policy)
     torch.testing.assert_close(per_entry.logprob(mean) * 9, whole.logprob(mean))
-    torch.testing.assert_close(per_entry.recorded * 9, whole.recorded)
+    torch.testing.assert_close(per_entry.sampler_logprob * 9, whole.sampler_logprob)
     other = mean + 0.1
     torch.testing.assert_close(per_entry.kl(mean, other) * 9, whole.kl(mean, other))
 
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_finite_differences(kind: str) -> None:
     advantage = torch.linspace(-1, 1, len(rows.step), dtype=torch.float64)
 
     def objective() -> torch.Tensor:
-        log_ratio = rows.logprob(rows.mean(policy)) - rows.recorded
+        log_ratio = rows.logprob(rows.mean(policy)) - rows.sampler_logprob
         return (log_ratio.exp() * advantage).sum()
 
     parameters = list(policy.parameters())
@@ -139,7 +139,7 @@ def test_kl_is_that_of_torch() -> None:
     rows.hold_to(other)
     logprob, entropy, kl = rows.score(policy)[:3]
     torch.testing.assert_close(kl, expected)
-    torch.testing.assert_close(logprob, rows.recorded)
+    torch.testing.assert_close(logprob, rows.sampler_logprob)
     torch.testing.assert_close(entropy, Normal(one, std).entropy().flatten(1).sum(1))
 
 

@@ -216,7 +216,7 @@ def test_the_learner_scores_what_was_sampled_and_recomputing_changes_no_gradient
             layer.training = bool(getattr(layer, "gradient_checkpointing", False))
         rows = trace_rows(trajectories, policy)
         logprob = rows.score(policy).logprob
-        torch.testing.assert_close(logprob, rows.recorded, rtol=0, atol=1e-9)
+        torch.testing.assert_close(logprob, rows.sampler_logprob, rtol=0, atol=1e-9)
         logprob.sum().backward()
         gradients.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == {n for n, p in policy.named_parameters() if p.requires_grad}
@@ -237,7 +237,7 @@ def test_a_learner_in_half_precision_trains_the_policy_that_samples(base: Path) 
     trajectories = InProcessEngine(policy, options).generate([Request([1, 4, 2], seed=s) for s in range(3)])
     rows = trace_rows(trajectories, policy)
     scored = learner.engine(rows).logprob
-    assert (scored.double() - rows.recorded).abs().max() < 0.05
+    assert (scored.double() - rows.sampler_logprob).abs().max() < 0.05
     master = [p.clone() for p in learner.optimizer.single_partition_of_fp32_groups]
     for _ in range(3):
         learner.update([lambda: -learner.engine(rows).logprob.mean()], lambda: torch.zeros(()))

@@ -498,4 +498,4 @@ def test_decisions_add_up_their_reads(make_model) -> None:
         assert float(by_answer[index]) == pytest.approx(float((weight * logprob)[mine].sum() / 5))
     moved = answers.to("meta")
     assert all(v.device.type == "meta" for v in vars(moved).values() if isinstance(v, torch.Tensor))
-    assert moved.rows.input_ids.device.type == "meta" and answers.recorded is None
+    assert moved.rows.input_ids.device.type == "meta" and answers.sampler_logprob is None

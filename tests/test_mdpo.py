@@ -49,7 +49,7 @@ def test_the_learner_scores_the_recorded_fills(make_model, family: str, block_le
     rows = fill_rows(trajectories, model, steps, targets)
     with torch.no_grad():
         logprob = rows.score(model).logprob
-    torch.testing.assert_close(logprob, rows.recorded, rtol=0, atol=1e-9)
+    torch.testing.assert_close(logprob, rows.sampler_logprob, rtol=0, atol=1e-9)
     at = 0
     for index, (trajectory, chosen) in enumerate(zip(trajectories, steps, strict=True)):
         before = at
@@ -81,7 +81,7 @@ def test_what_a_draw_counts(make_model) -> None:
             rows = fill_rows([trajectory], model, steps, confidence=confidence, num_steps=num_steps)
             # 8 masked positions at step 0, 2 at step 3.
             assert rows.step.tolist() == [0] * 8 + [3] * 2
-            weight = rows.share / 10
+            weight = rows.weight_factor / 10
             sure = torch.from_numpy(trajectory.x0_confidence)[rows.step, rows.column] if confidence else 1.0
             expected = sure / torch.tensor([8.0] * 8 + [2.0] * 2) / divisor
             torch.testing.assert_close(weight, expected.double(), rtol=1e-6, atol=0)
@@ -255,7 +255,7 @@ def test_remasking_decoding_is_trained_as_it_decodes(tmp_path: Path) -> None:
         rollouts = sample_step(session, 2, 0, step_rewards=True)
         rows = fill_rows(rollouts.trajectories, session.model, None)
         with torch.no_grad():
-            gap = (rows.score(session.model).logprob - rows.recorded).abs()
+            gap = (rows.score(session.model).logprob - rows.sampler_logprob).abs()
     run = lines(tmp_path / "run", "train")
     assert len(run) == 2 and all(line["policy/grad_norm"] > 0 and line["policy/decisions"] > 16 for line in run)
     assert all(line["policy/logprob_gap_max"] < 1e-4 for line in run)

@@ -261,7 +261,7 @@ def test_the_correction_by_hand() -> None:
     updater = update.PolicyUpdater.__new__(update.PolicyUpdater)
     updater.sums = update.defaultdict(float)
     recorded = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
-    rows = type("Rows", (), {"recorded": recorded})()
+    rows = type("Rows", (), {"sampler_logprob": recorded})()
     batch = update.MicroBatch(rows, torch.ones(3), torch.tensor([1.0, -1.0, 4.0], dtype=torch.float64))
     batch.old_logprob = recorded + torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).log()
     updater._correct_lag(batch, 2.0)

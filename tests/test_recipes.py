@@ -59,7 +59,7 @@ def fixed_batch(model: Any, name: str, iteration: int = 0, **options: Any) -> tu
     rows = recipe.rows(trajectories, model, None, steps, **draw)
     length = torch.tensor([recipe.num_decisions(t, s) for t, s in zip(trajectories, steps or [None] * 6, strict=True)])
     weight = decision_weights(recipe.aggregation, length, float(length.sum()), 6, 4)[rows.trajectory]
-    weight = weight if rows.share is None else weight * rows.share
+    weight = weight if rows.weight_factor is None else weight * rows.weight_factor
     of_decision = advantage[rows.trajectory] if advantage.dim() == 1 else advantage[rows.trajectory, rows.step]
     return recipe, rows, of_decision, weight
 
@@ -120,8 +120,8 @@ def test_masks_are_the_trajectorys_own(make_model, name: str) -> None:
             alone = recipe.rows([trajectory], model, None, None, iteration=0)
             mine = rows.trajectory == index
             torch.testing.assert_close(alone.score(model).logprob, together[mine], rtol=0, atol=1e-12)
-            if alone.share is not None:
-                torch.testing.assert_close(alone.share, rows.share[mine])
+            if alone.weight_factor is not None:
+                torch.testing.assert_close(alone.weight_factor, rows.weight_factor[mine])
         later = fixed_batch(model, name, iteration=1)[1].score(model).logprob
     assert later.shape != together.shape or not torch.equal(later, together)
     assert torch.isfinite(weight).all()
@@ -168,11 +168,11 @@ def test_traced_recipes_score_what_was_sampled(make_model) -> None:
     for name in ("cj_grpo", "justgrpo", "mdpo"):
         _, rows, _, _ = fixed_batch(model, name)
         with torch.no_grad():
-            torch.testing.assert_close(rows.score(model).logprob, rows.recorded, rtol=0, atol=1e-9)
-    sampled = fixed_batch(model, "cj_grpo")[1].recorded
+            torch.testing.assert_close(rows.score(model).logprob, rows.sampler_logprob, rtol=0, atol=1e-9)
+    sampled = fixed_batch(model, "cj_grpo")[1].sampler_logprob
     for segments, exact in ((1, False), (3, True), (8, True)):
         _, rows, _, _ = fixed_batch(model, "d2_stepmerge", segments=segments)
-        assert rows.recorded is None  # merged steps are no decisions the sampler scored
+        assert rows.sampler_logprob is None  # merged steps are no decisions the sampler scored
         with torch.no_grad():
             gap = float((rows.score(model).logprob - sampled).abs().max())
         assert (gap < 1e-9) == exact
@@ -197,7 +197,7 @@ def test_what_follows_the_end_token_is_left_out_on_request(make_model) -> None:
             with torch.no_grad():
                 assert torch.equal(rows.score(model).logprob, whole.score(model).logprob[inside])
             if name != "d2_stepmerge":
-                assert torch.equal(rows.recorded, whole.recorded[inside])
+                assert torch.equal(rows.sampler_logprob, whole.sampler_logprob[inside])
     with pytest.raises(ValueError, match=r"algorithm\.value learns from every revealed token: set algorithm\.scope"):
         load_config(None, ["algorithm={name: tracerl, scope: answer, value: {}}"])
 
@@ -210,11 +210,13 @@ def test_every_pass_counts_the_same_whatever_it_committed(make_model) -> None:
     recipe = parse_options({"name": "cj_grpo"}).build()
     rows = recipe.rows(trajectories, model, None, None)
     assert recipe.aggregation == "trajectory_mean"
-    weight = rows.share / (2 * 8)
+    weight = rows.weight_factor / (2 * 8)
     sizes = torch.bincount(rows.trajectory * 3 + rows.step)
     assert sizes.tolist() == [1, 2, 5] * 2
     torch.testing.assert_close(weight, (1 / 6 / sizes[rows.trajectory * 3 + rows.step]).double())
-    assert parse_options({"name": "cj_grpo", "step_mean": False}).build().rows(trajectories, model).share is None
+    assert (
+        parse_options({"name": "cj_grpo", "step_mean": False}).build().rows(trajectories, model).weight_factor is None
+    )
 
 
 def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:

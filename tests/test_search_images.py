@@ -147,7 +147,7 @@ def test_best_of_n_keeps_the_best_and_its_record_can_be_trained_on() -> None:
         record.validate()
     rows: Any = gaussian_rows(records, reduce="sum")
     logprob = rows.score(sampler.engine.model).logprob
-    torch.testing.assert_close(logprob.detach(), rows.recorded, rtol=0, atol=1e-8)
+    torch.testing.assert_close(logprob.detach(), rows.sampler_logprob, rtol=0, atol=1e-8)
 
 
 SEARCHES: dict[str, dict[str, Any]] = {

@@ -238,7 +238,7 @@ def test_what_a_server_does_not_return_no_recipe_gets(block_models: list[Any], t
             copy_rows(trajectories, model, everything_hidden, scope="canvas")
     else:
         mine, theirs = trace_rows(trajectories, model), trace_rows(ours, model)
-        assert mine.recorded is None and theirs.recorded is not None
+        assert mine.sampler_logprob is None and theirs.sampler_logprob is not None
         assert mine.input_ids.tolist() == theirs.input_ids.tolist() and mine.target.tolist() == theirs.target.tolist()
     # What is hidden and read is the answer: nothing else of the terminal block is looked at.
     mine, theirs = (copy_rows(t, model, everything_hidden)[0] for t in (trajectories, ours))

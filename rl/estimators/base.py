@@ -39,15 +39,15 @@ class Rows(Protocol):
     Attributes:
         trajectory: int64 [U], index of the decision's trajectory among those given, in order.
         step: int64 [U], its (merged) denoising step within the trajectory.
-        recorded: float64 [U], the sampler's log-prob of the very decision, None where the estimator scores
+        sampler_logprob: float64 [U], the sampler's log-prob of the very decision, None where the estimator scores
             something that the sampler did not.
-        share: float64 [U], factor on the decision's weight in the loss, None for 1.
+        weight_factor: float64 [U], factor on the decision's weight in the loss, None for 1.
     """
 
     trajectory: torch.Tensor
     step: torch.Tensor
-    recorded: torch.Tensor | None
-    share: torch.Tensor | None
+    sampler_logprob: torch.Tensor | None
+    weight_factor: torch.Tensor | None
 
     @property
     def num_rows(self) -> int:

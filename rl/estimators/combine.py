@@ -30,7 +30,7 @@ class CombinedRows:
         rows: the reads, in any order.
         part: int64 [N], decision that each read is part of; -1 when it is part of none.
         weight: float64 [N], its factor.
-        trajectory, step, recorded, share: see `Rows`.
+        trajectory, step, sampler_logprob, weight_factor: see `Rows`.
         power: b of the log-mean-exps below.
         term: int64 [N] or None, the log-mean-exp each read belongs to: term a has the value
             (1/b) log sum over its reads of term_weight p^b.
@@ -51,8 +51,8 @@ class CombinedRows:
     term_scale: torch.Tensor | None = None
 
     # No sampler made these decisions, so there is no log-prob of its to compare with.
-    recorded: torch.Tensor | None = None
-    share: torch.Tensor | None = None
+    sampler_logprob: torch.Tensor | None = None
+    weight_factor: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:

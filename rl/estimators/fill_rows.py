@@ -92,8 +92,8 @@ def fill_rows(
             takes the number chosen.
 
     Returns:
-        rows whose `recorded` is the sampler's log-prob and whose `share`, with weights 1/decisions (aggregation
-        trajectory_mean), makes a decision count confidence / (min(S, T) x targets of its step) of its trajectory.
+        rows with weight factors: with weights 1/decisions (aggregation trajectory_mean), a decision counts
+        confidence / (min(S, T) x targets of its step) of its trajectory.
     """
     check_sampled(trajectories)
     if steps is None:
@@ -120,5 +120,5 @@ def fill_rows(
         shares.append(share * trajectory.x0_confidence[step, column] if confidence else share)
     return assemble(
         trajectories, documents, owners, columns, values, places, None, model.logit_shift,
-        recorded=np.concatenate(recorded), share=np.concatenate(shares),
+        sampler_logprob=np.concatenate(recorded), weight_factor=np.concatenate(shares),
     )  # fmt: skip

@@ -28,7 +28,7 @@ from rollouts.samplers.gaussian import gaussian_kl, log_density, step_mean
 
 @dataclass(kw_only=True)
 class GaussianRows(LatentRows):
-    """U recorded steps; `latent` is the state before one, `recorded` is on the scale of `scale`.
+    """U recorded steps; `latent` is the state before one, `sampler_logprob` is on the scale of `scale`.
 
     Attributes:
         sample: [U, ...], the state the step drew.
@@ -122,7 +122,7 @@ def gaussian_rows(
         std=pick("std"),
         trajectory=torch.from_numpy(trajectory.astype(np.int64)),
         step=torch.from_numpy(step.astype(np.int64)),
-        recorded=pick("logprob") * scale,
+        sampler_logprob=pick("logprob") * scale,
         sampler_mean=pick("mean"),
         clip=first.clip,
         guidance_scale=guidance,

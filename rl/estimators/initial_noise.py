@@ -71,6 +71,6 @@ def initial_noise_rows(trajectories: Sequence[LatentTrajectory], reduce: str = "
         trajectory=index,
         step=torch.zeros_like(index),
         evaluations=0,
-        recorded=torch.tensor([t.initial_logprob for t in trajectories], dtype=torch.float64) * scale,
+        sampler_logprob=torch.tensor([t.initial_logprob for t in trajectories], dtype=torch.float64) * scale,
         scale=scale,
     )

@@ -20,7 +20,7 @@ class LatentRows:
         step: int64 [U].
         guidance_scale: of the sampler.
         evaluations: runs of the network that one guided prediction takes (`ImagePolicy.num_evaluations`).
-        recorded, share: float64 [U] or None.
+        sampler_logprob, weight_factor: float64 [U] or None.
     """
 
     latent: torch.Tensor
@@ -30,8 +30,8 @@ class LatentRows:
     step: torch.Tensor
     guidance_scale: float = 1.0
     evaluations: int = 1
-    recorded: torch.Tensor | None = None
-    share: torch.Tensor | None = None
+    sampler_logprob: torch.Tensor | None = None
+    weight_factor: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:

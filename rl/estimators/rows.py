@@ -37,7 +37,7 @@ class TokenRows:
         target: int64 [N], the token that was chosen.
         trajectory: int64 [N], index of the decision's trajectory among those given.
         step: int64 [N], its (merged) denoising step within the trajectory, 0, 1, 2, ...
-        recorded, share: float64 [N] or None, see `rl.estimators.base.Rows`.
+        sampler_logprob, weight_factor: float64 [N] or None, see `rl.estimators.base.Rows`.
         unprompted: int64 [R, W], input_ids with every prompt token masked, None without guidance.
         cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
@@ -54,8 +54,8 @@ class TokenRows:
     target: torch.Tensor
     trajectory: torch.Tensor
     step: torch.Tensor
-    recorded: torch.Tensor | None = None
-    share: torch.Tensor | None = None
+    sampler_logprob: torch.Tensor | None = None
+    weight_factor: torch.Tensor | None = None
     unprompted: torch.Tensor | None = None
     cfg_scale: float = 0.0
     temperature: float = 1.0

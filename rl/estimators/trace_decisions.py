@@ -22,7 +22,7 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     """Without the tokens behind an answer's end token. They stay in the canvas where they were seen."""
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
-    flat = ("row", "column", "target", "trajectory", "step", "recorded", "share")
+    flat = ("row", "column", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
     return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
 
 
@@ -32,4 +32,4 @@ def with_equal_steps(rows: TokenRows) -> TokenRows:
     pairs, pair, size = torch.unique(place, dim=1, return_inverse=True, return_counts=True)
     steps, tokens = torch.bincount(pairs[0]), torch.bincount(rows.trajectory)
     share = tokens[rows.trajectory] / (steps[rows.trajectory] * size[pair]).double()
-    return replace(rows, share=share)
+    return replace(rows, weight_factor=share)

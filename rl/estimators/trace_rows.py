@@ -251,7 +251,7 @@ def _rows_of_reveals(
     exact = shrink == 1 and segments is None and all(t.detail == "logprobs" for t in trajectories)
     return assemble(
         trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift,
-        recorded=np.concatenate(recorded) if exact else None,
+        sampler_logprob=np.concatenate(recorded) if exact else None,
     )  # fmt: skip
 
 
@@ -282,14 +282,14 @@ def assemble(
     steps: list[np.ndarray],
     pack_to: int | None,
     logit_shift: int = 0,
-    recorded: np.ndarray | None = None,
-    share: np.ndarray | None = None,
+    sampler_logprob: np.ndarray | None = None,
+    weight_factor: np.ndarray | None = None,
 ) -> TokenRows:
     """Lay documents out in rows and put the per-trajectory pieces together as tensors.
 
     Args:
         owners, columns: document of each decision, and its place inside it.
-        recorded, share: [N], see `TokenRows`.
+        sampler_logprob, weight_factor: [N], see `TokenRows`.
     """
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -331,8 +331,8 @@ def assemble(
         target=tensor(np.concatenate(targets)),
         trajectory=tensor(np.repeat(np.arange(len(counts)), counts)),
         step=tensor(np.concatenate(steps)),
-        recorded=None if recorded is None else torch.from_numpy(recorded.astype(np.float64)),
-        share=None if share is None else torch.from_numpy(share.astype(np.float64)),
+        sampler_logprob=None if sampler_logprob is None else torch.from_numpy(sampler_logprob.astype(np.float64)),
+        weight_factor=None if weight_factor is None else torch.from_numpy(weight_factor.astype(np.float64)),
         unprompted=None if unprompted is None else tensor(unprompted),
         cfg_scale=cfg_scale,
         logit_shift=logit_shift,

@@ -35,6 +35,6 @@ class UniGRPOOptions(MaskedOptions):
         from rl.estimators.masked_copies import random_ratio
 
         def decide(rows: Any, weight: Any, lengths: Any) -> Any:
-            return replace(rows, share=1.0 / rows.trajectory.bincount()[rows.trajectory].double())
+            return replace(rows, weight_factor=1.0 / rows.trajectory.bincount()[rows.trajectory].double())
 
         return self.masked_recipe(partial(random_ratio, low=self.ratio_low, high=self.ratio_high), decide)

@@ -132,7 +132,7 @@ class PolicyUpdater:
             self.max_weight = None
         if self.max_weight is not None:
             smallest = session.modality.smallest_trajectory(session.model)
-            if recipe.rows([smallest], session.model, None, None).recorded is None:
+            if recipe.rows([smallest], session.model, None, None).sampler_logprob is None:
                 raise ValueError(
                     "rollout.asynchronous corrects for older weights by the log-probs that the sampler recorded, and "
                     "this recipe scores other states: set rollout.max_importance_weight to null to go without"
@@ -278,8 +278,8 @@ class PolicyUpdater:
             part = rollouts.trajectories[start : start + size]
             rows = self.recipe.rows(part, self.session.model, self.block_length, None).distinct()
             rows = rows.to(self.session.device)
-            assert rows.recorded is not None, "a log-ratio needs an estimator of the sampler's own decisions"
-            ratio = rows.recorded - rows.score(self.reference).logprob.double()
+            assert rows.sampler_logprob is not None, "a log-ratio needs an estimator of the sampler's own decisions"
+            ratio = rows.sampler_logprob - rows.score(self.reference).logprob.double()
             total.index_add_(0, rows.trajectory.cpu() + start, ratio.cpu())
             self.sums["forward_passes"] += 1
             self.sums["sequence_forwards"] += rows.num_rows
@@ -350,8 +350,8 @@ class PolicyUpdater:
         owner, step = rows.trajectory, rows.step
         decision_advantage = advantage[owner] if advantage.dim() == 1 else advantage[owner, step]
         weight = weight[owner].double()
-        if rows.share is not None:
-            weight = weight * rows.share
+        if rows.weight_factor is not None:
+            weight = weight * rows.weight_factor
         device = self.session.device
         batch = MicroBatch(
             rows=rows.to(device),
@@ -422,8 +422,8 @@ class PolicyUpdater:
         policy term, as a constant: truncated importance sampling beside the clipped ratio of the updates (decoupled
         PPO, Hilton et al. 2021, arXiv 2110.00641).
         """
-        assert batch.old_logprob is not None and batch.rows.recorded is not None
-        log_ratio = batch.old_logprob - batch.rows.recorded.to(batch.old_logprob.dtype)
+        assert batch.old_logprob is not None and batch.rows.sampler_logprob is not None
+        log_ratio = batch.old_logprob - batch.rows.sampler_logprob.to(batch.old_logprob.dtype)
         weight = log_ratio.clamp(max=math.log(most)).exp()
         batch.advantage = batch.advantage * weight
         self.sums["lag/count"] += len(weight)
@@ -449,7 +449,7 @@ class PolicyUpdater:
             scores: Scores = self.learner.engine(batch.rows)
             logprob = scores.logprob
             old = {
-                "sampler": batch.rows.recorded,
+                "sampler": batch.rows.sampler_logprob,
                 "recompute": batch.old_logprob,
                 "on_policy": logprob.detach(),
             }[self.recipe.old_logprob]
@@ -480,9 +480,9 @@ class PolicyUpdater:
                 for name, values in output.metrics.items():
                     self.sums[f"policy/{name}"] += float(values.double().sum())
                 # Older weights than the learner's make a gap that is no mistake.
-                if measure_gap and batch.rows.recorded is not None and not self.lag:
+                if measure_gap and batch.rows.sampler_logprob is not None and not self.lag:
                     # In the learner's precision: a float32 learner cannot be nearer than float32 rounding.
-                    gap = (logprob.detach() - batch.rows.recorded.to(logprob.dtype)).abs()
+                    gap = (logprob.detach() - batch.rows.sampler_logprob.to(logprob.dtype)).abs()
                     self.sums["gap_sum"] += float(gap.double().sum())
                     self.sums["gap_count"] += len(gap)
                     self.sums["gap_max"] = max(self.sums["gap_max"], float(gap.max()))
