@@ -170,7 +170,7 @@ def test_the_path_kl_is_that_of_the_recorded_steps() -> None:
 
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1)
     rows = gaussian_rows(rollouts(policy, OPTIONS), reduce="sum")
-    rows.hold_to(reference)
+    rows.set_anchor(reference)
     with torch.no_grad():
         expected = torch.zeros(3, dtype=torch.float64).index_add(0, rows.trajectory, rows.score(policy).kl)
         parts = segments(policy, reference, gradient_steps=2)

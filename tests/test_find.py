@@ -60,7 +60,7 @@ def test_the_rows_are_the_closed_forms(tmp_path: Path) -> None:
     engine = LatentEngine(policy, OPTIONS, dtype=torch.float64)
     save_latents(tmp_path / "t.npz", engine.generate([LatentRequest(CLASSES[i % 2], i) for i in range(4)]))
     rows = initial_noise_rows(load_latents(tmp_path / "t.npz"), reduce="sum")
-    rows.hold_to(other)
+    rows.set_anchor(other)
     logprob, entropy, kl = rows.score(policy)[:3]
     torch.testing.assert_close(logprob.detach(), rows.sampler_logprob, rtol=0, atol=1e-12)
     ours, theirs = (Normal(p.mean[[0, 1, 0, 1]], p.log_std[[0, 1, 0, 1]].exp()) for p in (policy, other))
@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_the_expected_reward_and_the_kl() -> None:
     options = FindOptions(kl_coef=0.3)
     recipe = options.build()
     rows: Any = recipe.rows(trajectories, policy, None, None)
-    rows.hold_to(NoisePolicy(base, ["x"], "nowhere").double())
+    rows.set_anchor(NoisePolicy(base, ["x"], "nowhere").double())
     logprob, entropy, kl = rows.score(policy)[:3]
     reward = torch.from_numpy(a * starts + b * starts**2)
     share = torch.from_numpy(weight / weight.sum())

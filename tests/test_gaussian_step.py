@@ -136,7 +136,7 @@ def test_kl_is_that_of_torch() -> None:
     torch.testing.assert_close(rows.kl(one, two), expected)
     assert (rows.kl(one, one) == 0).all() and (expected > 0.1).any()
     assert rows.score(policy).kl is None
-    rows.hold_to(other)
+    rows.set_anchor(other)
     logprob, entropy, kl = rows.score(policy)[:3]
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(logprob, rows.sampler_logprob)

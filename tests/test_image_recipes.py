@@ -180,7 +180,7 @@ def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: di
     options = LatentSamplerOptions(kind="flow_sde" if scheduler else "ddim", num_inference_steps=4)
     rows = forward_rows(rollouts(policy, options, count=3), policy, num_draws=2, beta=0.3)
     assert rows.trajectory.tolist() == [0, 0, 1, 1, 2, 2] and rows.step.tolist() == [0, 1] * 3
-    rows.hold_to(policy)
+    rows.set_anchor(policy)
     prediction = rows.x0(policy).detach().requires_grad_()
     rows.x0 = lambda model: prediction  # type: ignore[method-assign]
     scores = rows.score(policy)

@@ -31,28 +31,28 @@ class ForwardRows(LatentRows):
     Attributes:
         sample: [U, ...], what was noised.
         x0_latent, x0_output: [U], prediction of x0 from the noised latent and the output.
-        old: [U, ...], prediction of x0 by the policy that sampled; set by `hold_to`.
+        old_x0: [U, ...], prediction of x0 by the policy that sampled; set by `set_anchor`.
     """
 
     sample: torch.Tensor
     x0_latent: torch.Tensor
     x0_output: torch.Tensor
     beta: float
-    old: torch.Tensor | None = None
+    old_x0: torch.Tensor | None = None
 
     def x0(self, model: Any) -> torch.Tensor:
         """[U, ...]: the sample as the model sees it."""
         return self.x0_latent * self.latent + self.x0_output * self.predict(model)
 
     @torch.no_grad()
-    def hold_to(self, model: Any) -> None:
+    def set_anchor(self, model: Any) -> None:
         """Keep the predictions of the policy that sampled."""
-        self.old = self.x0(model)
+        self.old_x0 = self.x0(model)
 
     def score(self, model: Any) -> Scores:
-        assert self.old is not None, "hold_to the policy that sampled first"
-        move = self.beta * (self.x0(model) - self.old)
-        positive, negative = self._error(self.old + move), self._error(self.old - move)
+        assert self.old_x0 is not None, "set_anchor to the policy that sampled first"
+        move = self.beta * (self.x0(model) - self.old_x0)
+        positive, negative = self._error(self.old_x0 + move), self._error(self.old_x0 - move)
         return Scores(-positive, torch.zeros_like(positive), negative=-negative)
 
     def _error(self, prediction: torch.Tensor) -> torch.Tensor:

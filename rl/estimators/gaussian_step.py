@@ -37,7 +37,7 @@ class GaussianRows(LatentRows):
         sampler_mean: [U, ...], recorded.
         clip: of the sampler.
         scale: what a sum over entries is multiplied by: 1, or 1/D.
-        other_mean: [U, ...], means under the policy that the KL term holds to, None without one.
+        anchor_mean: [U, ...], means under the anchor of the exact KL, None without one.
     """
 
     sample: torch.Tensor
@@ -46,7 +46,7 @@ class GaussianRows(LatentRows):
     sampler_mean: torch.Tensor
     clip: float | None
     scale: float
-    other_mean: torch.Tensor | None = None
+    anchor_mean: torch.Tensor | None = None
 
     def mean(self, model: ImagePolicy) -> torch.Tensor:
         """float64 [U, ...]: mean of every step under the model's weights, with gradient."""
@@ -61,15 +61,15 @@ class GaussianRows(LatentRows):
         return gaussian_kl(mean, other, self.std) * self.scale
 
     @torch.no_grad()
-    def hold_to(self, model: ImagePolicy) -> None:
+    def set_anchor(self, model: ImagePolicy) -> None:
         """Keep the means under a frozen model; `score` then gives the KL to it."""
-        self.other_mean = self.mean(model)
+        self.anchor_mean = self.mean(model)
 
     def score(self, model: ImagePolicy) -> Scores:
-        """float64; the KL is given when there is a policy to hold to."""
+        """float64; with the KL when there is an anchor."""
         mean = self.mean(model)
         entropy = self.scale * self.latent[0].numel() * (self.std.log() + 0.5 * math.log(2 * math.pi * math.e))
-        kl = None if self.other_mean is None else self.kl(mean, self.other_mean)
+        kl = None if self.anchor_mean is None else self.kl(mean, self.anchor_mean)
         return Scores(self.logprob(mean), entropy, kl)
 
 

@@ -26,25 +26,25 @@ class InitialNoiseRows(LatentRows):
 
     Attributes:
         scale: what a sum over entries is multiplied by: 1, or 1/D.
-        other: mean and standard deviation [U, ...] under the policy that the KL term holds to, None without one.
+        anchor: mean and standard deviation [U, ...] under the anchor of the exact KL, None without one.
     """
 
     scale: float
-    other: tuple[torch.Tensor, torch.Tensor] | None = None
+    anchor: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
-    def hold_to(self, model: LearnedNoise) -> None:
+    def set_anchor(self, model: LearnedNoise) -> None:
         """Keep the Gaussians of a frozen model; `score` then gives the KL to them."""
-        self.other = model.initial_noise(self.conditioning)
+        self.anchor = model.initial_noise(self.conditioning)
 
     def score(self, model: LearnedNoise) -> Scores:
-        """float64; the KL is given when there is a policy to hold to."""
+        """float64; with the KL when there is an anchor."""
         mean, std = (values.double() for values in model.initial_noise(self.conditioning))
         entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).flatten(1).sum(1)
         logprob = diagonal_log_density(self.latent, mean, std) * self.scale
         kl = None
-        if self.other is not None:
-            center, width = (values.double() for values in self.other)
+        if self.anchor is not None:
+            center, width = (values.double() for values in self.anchor)
             ratio = (std / width).square()
             entries = 0.5 * (ratio + ((mean - center) / width).square() - 1 - ratio.log())
             kl = entries.flatten(1).sum(1) * self.scale

@@ -58,7 +58,7 @@ class DiffusionNftOptions(ImageRecipeOptions):
             rows=rows,
             loss=loss,
             redraw=True,
-            hold_to="old",
+            anchor="old",
             note=None,
             num_decisions=num_decisions,
         )

@@ -91,7 +91,7 @@ class ImageRecipeOptions(RecipeOptions):
             aggregation=self.aggregation,
             num_decisions=num_decisions,
             note=note,
-            hold_to=held,
+            anchor=held,
             splits=splits,
             memory=memory,
         )

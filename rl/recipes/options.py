@@ -42,7 +42,7 @@ class Recipe:
         needs_reference: keep a frozen copy of the starting policy.
         needs_log_ratio: give the advantage every trajectory's log-ratio to it (`Verdicts.log_ratio`); the loss gets no
             `ref_logprob` then.
-        hold_to: policy that rows are shown before the first update (`hold_to(model)`): the one that sampled, or the
+        anchor: policy that rows are shown before the first update (`set_anchor(model)`): the one that sampled, or the
             frozen reference.
         splits: index of the RL step -> where rollouts branch (`LatentEngine.splits`), None for modalities
             without branches.
@@ -67,7 +67,7 @@ class Recipe:
     note: Callable[[Any], Any] | None = None
     redraw: bool = False
     needs_log_ratio: bool = False
-    hold_to: Literal["none", "old", "reference"] = "none"
+    anchor: Literal["none", "old", "reference"] = "none"
     splits: Callable[[int], Sequence[tuple[int, int]]] | None = None
     memory: Any = None
 

@@ -385,11 +385,11 @@ class PolicyUpdater:
         if self.recipe.old_logprob == "recompute" or self.max_weight is not None:
             for batch, scored in zip(chunk, self._forward(self.learner, chunk, spare), strict=True):
                 batch.old_logprob = scored.logprob.double()
-        if self.recipe.hold_to != "none":
+        if self.recipe.anchor != "none":
             # session.model still has the weights before the first update.
-            held = self.reference if self.recipe.hold_to == "reference" else self.session.model
+            held = self.reference if self.recipe.anchor == "reference" else self.session.model
             for batch in (*chunk, spare):
-                batch.rows.hold_to(held)  # type: ignore[attr-defined]
+                batch.rows.set_anchor(held)  # type: ignore[attr-defined]
                 if batch is not spare:
                     self._count(batch)
         elif self.reference is not None and not self.recipe.needs_log_ratio:
