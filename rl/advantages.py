@@ -240,7 +240,7 @@ def mdpo_advantage(
     keeps them, so that it counts in the mean over rollouts. Its other steps weigh the same either way.
 
     Args:
-        verdicts: with the rewards of all fills, and `rl.estimators.fill_rows.StepNotes`.
+        verdicts: with the rewards of all fills, and `rl.estimators.x0_rows.StepNotes`.
         compare: "index" (same step index of the group) or "canvas" (same canvas of the group).
         mask_weight: multiply by response length over masked positions of the step.
         credit, scale, train_steps, select: see `step_values`, `step_advantage`, `select_steps`.

@@ -14,7 +14,7 @@ import torch
 from rl.advantages import mdpo_advantage
 from rl.config import load_config
 from rl.estimators.base import Verdicts
-from rl.estimators.fill_rows import StepNotes, fill_rows, num_fill_targets, step_notes
+from rl.estimators.x0_rows import StepNotes, num_x0_targets, step_notes, x0_rows
 from rl.evaluation.backslide import Backslide, backslide_of
 from rl.modalities.text import TextModality
 from rl.track.report import write_report
@@ -46,7 +46,7 @@ def test_the_learner_scores_the_recorded_fills(make_model, family: str, block_le
     model = make_model(family)
     trajectories = sampled(model, block_length=block_length)
     steps = [np.array([True, False, True, True]), *[np.array([False, i % 2 == 0, False, True]) for i in range(3)]]
-    rows = fill_rows(trajectories, model, steps, targets)
+    rows = x0_rows(trajectories, model, steps, targets)
     with torch.no_grad():
         logprob = rows.score(model).logprob
     torch.testing.assert_close(logprob, rows.sampler_logprob, rtol=0, atol=1e-9)
@@ -67,7 +67,7 @@ def test_the_learner_scores_the_recorded_fills(make_model, family: str, block_le
                 assert int(rows.position_ids[rows.row[at], rows.column[at]]) == position
                 assert float(logprob[at]) == pytest.approx(float(plain), abs=1e-9)
                 at += 1
-        assert at - before == num_fill_targets(trajectory, chosen, targets)
+        assert at - before == num_x0_targets(trajectory, chosen, targets)
     assert at == len(logprob) and logprob.std() > 0.3
 
 
@@ -78,7 +78,7 @@ def test_what_a_draw_counts(make_model) -> None:
     steps = [np.array([True, False, False, True])]
     for confidence in (False, True):
         for num_steps, divisor in ((None, 2), (3, 3), (9, 4)):
-            rows = fill_rows([trajectory], model, steps, confidence=confidence, num_steps=num_steps)
+            rows = x0_rows([trajectory], model, steps, confidence=confidence, num_steps=num_steps)
             # 8 masked positions at step 0, 2 at step 3.
             assert rows.step.tolist() == [0] * 8 + [3] * 2
             weight = rows.weight_factor / 10
@@ -93,7 +93,7 @@ def test_a_rollout_without_fills_is_refused(make_model) -> None:
     model = make_model("gpt2-full")
     plain = sampled(model, 1, record_x0=False)
     with pytest.raises(ValueError, match=r"set sampler\.record_x0=true"):
-        num_fill_targets(plain[0], np.array([True] * 4), "masked")
+        num_x0_targets(plain[0], np.array([True] * 4), "masked")
 
 
 def test_notes_of_a_trajectory(make_model) -> None:
@@ -253,7 +253,7 @@ def test_remasking_decoding_is_trained_as_it_decodes(tmp_path: Path) -> None:
     with Session.open(config) as session:
         train(session)
         rollouts = sample_step(session, 2, 0, step_rewards=True)
-        rows = fill_rows(rollouts.trajectories, session.model, None)
+        rows = x0_rows(rollouts.trajectories, session.model, None)
         with torch.no_grad():
             gap = (rows.score(session.model).logprob - rows.sampler_logprob).abs()
     run = lines(tmp_path / "run", "train")

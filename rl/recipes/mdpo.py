@@ -58,10 +58,10 @@ class MDPOOptions(RecipeOptions):
         from functools import partial
 
         from rl.advantages import mdpo_advantage
-        from rl.estimators.fill_rows import fill_rows, num_fill_targets, step_notes
+        from rl.estimators.x0_rows import num_x0_targets, step_notes, x0_rows
 
         def rows(trajectories: Any, model: Any, block: int | None = None, steps: Any = None) -> Any:
-            return fill_rows(trajectories, model, steps, self.targets, self.confidence_weight, self.train_steps)
+            return x0_rows(trajectories, model, steps, self.targets, self.confidence_weight, self.train_steps)
 
         names = ("credit", "compare", "scale", "train_steps", "select", "mask_weight")
         return Recipe(
@@ -71,7 +71,7 @@ class MDPOOptions(RecipeOptions):
             needs_reference=self.kl_to == "reference",
             old_logprob=self.old_logprob,
             aggregation=self.aggregation,
-            num_decisions=lambda t, steps: num_fill_targets(t, steps, self.targets),
+            num_decisions=lambda t, steps: num_x0_targets(t, steps, self.targets),
             needs_step_rewards=True,
             note=step_notes,
         )

@@ -52,7 +52,7 @@ def step_notes(trajectory: TokenTrajectory) -> StepNotes:
     return StepNotes(trajectory.seed, digests, total / np.maximum(count, 1), masked)
 
 
-def fill_targets(trajectory: TokenTrajectory, step: int, targets: Targets) -> np.ndarray:
+def x0_targets(trajectory: TokenTrajectory, step: int, targets: Targets) -> np.ndarray:
     """int64: the positions whose draw at a step is trained, all of them or those it committed.
 
     Raises:
@@ -65,16 +65,16 @@ def fill_targets(trajectory: TokenTrajectory, step: int, targets: Targets) -> np
     return trajectory.position[(trajectory.step == step) & trajectory.is_reveal]
 
 
-def num_fill_targets(trajectory: TokenTrajectory, steps: np.ndarray | None, targets: Targets) -> int:
+def num_x0_targets(trajectory: TokenTrajectory, steps: np.ndarray | None, targets: Targets) -> int:
     """Targets of the chosen steps, of all without a choice."""
-    return sum(len(fill_targets(trajectory, int(step), targets)) for step in _chosen(trajectory, steps))
+    return sum(len(x0_targets(trajectory, int(step), targets)) for step in _chosen(trajectory, steps))
 
 
 def _chosen(trajectory: TokenTrajectory, steps: np.ndarray | None) -> np.ndarray:
     return np.arange(trajectory.num_steps) if steps is None else np.flatnonzero(steps[: trajectory.num_steps])
 
 
-def fill_rows(
+def x0_rows(
     trajectories: Sequence[TokenTrajectory],
     model: DenoisingModel,
     steps: Sequence[np.ndarray] | None,
@@ -104,7 +104,7 @@ def fill_rows(
         assert trajectory.x0_hat is not None and trajectory.x0_logprob is not None
         assert trajectory.x0_confidence is not None
         wanted = _chosen(trajectory, chosen)
-        at = [fill_targets(trajectory, int(step), targets) for step in wanted]
+        at = [x0_targets(trajectory, int(step), targets) for step in wanted]
         sizes = np.array([len(a) for a in at])
         step, column = np.repeat(wanted, sizes), np.concatenate([*at, np.zeros(0, dtype=np.int64)])
         owners.append(np.repeat(len(documents) + np.arange(len(wanted)), sizes))
