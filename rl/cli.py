@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Copy the policy of a checkpoint to a plain folder, or convert it.", config=False)
     export.add_argument("checkpoint", help="run folder, one of its checkpoints/step_N, or a model folder")
     export.add_argument("output", help="new folder for the model and tokenizer")
-    export.add_argument("--layout", metavar="NAME", help="write a published layout: llada, dream or sdar")
+    export.add_argument("--layout", metavar="NAME", help="published layout: llada, dream, sdar or file.py:Class")
     for name, run, text in (
         ("plot", _plot, "Draw the learning curve of one run, or of several."),
         ("report", _report, "Write the HTML report of a run."),

@@ -81,6 +81,11 @@ class LoraOptions(Section):
 
 class ModelConfig(Section):
     path: str | None = Field(None, description="Folder or hub name of a model to start from; null builds a new one.")
+    family: str | None = Field(
+        None,
+        description="Layout of the model in path: llada, dream, sdar, file.py:Class or pkg.module:Class; null goes by "
+        "the model_type in its config.json.",
+    )
     tokenizer: str | None = Field(
         None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
     )

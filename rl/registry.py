@@ -107,6 +107,16 @@ MODALITIES = Table(
     {"text": "rl.modalities.text:TextModality", "images": "rl.modalities.images:ImagesModality"},
 )
 
+FAMILIES = Table(
+    "model.family",
+    "denoise_rl.families",
+    {
+        "llada": "rl.models.families.llada:Llada",
+        "dream": "rl.models.families.dream:Dream",
+        "sdar": "rl.models.families.sdar:Sdar",
+    },
+)
+
 DEFAULT = "tracerl"
 
 

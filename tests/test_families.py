@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -18,12 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from rl.cli import main
-from rl.config import Config, ModelConfig
+from rl.config import Config, ModelConfig, load_config
 from rl.modalities.text import TextModality
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.models.export import write_published
+from rl.models.families.family import SIZES, Family, Part
 from rl.models.load import load_policy, load_tokenizer
+from rl.models.weights import lay_out, write_weights
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
+from rl.train.plan import check_run
 from rl.train.policy import Policy
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -231,8 +237,6 @@ def test_a_model_that_was_never_published_is_written_and_read_back(family: str, 
         logit_shift=int(family == "dream"),
     )
     model = load_policy(config, TOKENIZER, seed=3)
-    from rl.models.export import write_published
-
     write_published(model, TOKENIZER, tmp_path / "out", family, shard_size=4000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     again = load(tmp_path / "out")
@@ -242,17 +246,116 @@ def test_a_model_that_was_never_published_is_written_and_read_back(family: str, 
     other = next(f for f in FAMILIES if f != family)
     with pytest.raises(ValueError, match=f"--layout {other} needs backbone"):
         write_published(model, TOKENIZER, tmp_path / "other", other)
-    with pytest.raises(ValueError, match="--layout 'gpt' is unknown: there are llada, dream, sdar"):
+    with pytest.raises(ValueError, match="--layout 'gpt' does not exist: known: llada, dream, sdar"):
         write_published(model, TOKENIZER, tmp_path / "other", "gpt")
 
 
 def test_what_a_layout_cannot_say_is_refused(tmp_path: Path) -> None:
-    from rl.models.export import write_published
-
     backbone = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "mlp_bias": True}
     config = DiffusionLMConfig(backbone={**backbone, "num_hidden_layers": 1, "num_attention_heads": 1}, mask_token_id=8)
     with pytest.raises(ValueError, match="--layout llada has no place for the backbone's mlp_bias True"):
         write_published(DiffusionLM(config), TOKENIZER, tmp_path, "llada")
+
+
+class Experts(Family):
+    """Qwen3-MoE as published: two or three matrices for each expert, which transformers 5 stacks in memory."""
+
+    model_type, architecture, backbone = "qwen3_moe", "Qwen3MoeForCausalLM", "qwen3_moe"
+    keys: ClassVar[Mapping[str, str]] = SIZES | {
+        key: key for key in ("head_dim", "moe_intermediate_size", "num_local_experts", "num_experts_per_tok")
+    }
+
+    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        above, experts, stacked = name.replace("backbone", "model").partition(".experts.")
+        if not experts:
+            return super().places(name, shape)
+        file, half = f"{above}.experts.{{}}.{{}}_proj.weight", shape[1] // 2
+        if stacked == "down_proj":
+            return {file.format(i, "down"): Part(i) for i in range(shape[0])}
+        return {file.format(i, "gate"): Part((i, slice(0, half))) for i in range(shape[0])} | {
+            file.format(i, "up"): Part((i, slice(half, None))) for i in range(shape[0])
+        }
+
+
+def test_experts_that_memory_stacks_and_the_file_splits(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=INNER, num_hidden_layers=2, num_attention_heads=HEADS,
+        num_key_value_heads=KV, head_dim=8, max_position_embeddings=64, moe_intermediate_size=12, num_experts=3,
+        num_experts_per_tok=2, mask_token_id=MASK, is_causal=False, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    theirs = Qwen3MoeForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "published")
+    TOKENIZER.save_pretrained(tmp_path / "published")
+    files = load_file(tmp_path / "published" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in files  # the file does split them
+    address = f"{__name__}:Experts"
+    model = load(tmp_path / "published", family=address)
+    assert model.backbone.layers[1].mlp.experts.gate_up_proj.shape == (3, 24, D)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([IDS])).logits[..., :MASK]
+        torch.testing.assert_close(model(torch.tensor([IDS]))[..., :MASK], expected, rtol=0, atol=1e-5)
+    assert main(["export", str(tmp_path / "published"), str(tmp_path / "x"), "--layout", "llada"]) == 2
+    write_published(model, TOKENIZER, tmp_path / "out", address, shard_size=9000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    written = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert written.keys() == files.keys() and all(torch.equal(written[n], t) for n, t in files.items())
+    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in theirs.state_dict().items())
+    # A damaged expert is named as the file names it.
+    del files["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(files, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
+    missing = "1 weights are missing, model.layers.1.mlp.experts.2.up_proj.weight first"
+    assert missing in refusal(tmp_path / "published", family=address)
+
+
+class Odd(Family):
+    """Places that a test sets."""
+
+    given: ClassVar[dict[str, Part]] = {}
+
+    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({}, "has no place for w"),
+        ({"a": Part(slice(0, 3))}, r"has no place for all of w \[4, 2\]"),
+        ({"a": Part(slice(0, 2)), "b": Part(slice(0, 2))}, r"has no place for all of w \[4, 2\]"),
+        ({"a": Part(slice(0, 3)), "b": Part(slice(2, 4))}, r"has no place for all of w \[4, 2\]"),
+        ({"a": Part(piece=1)}, r"the layout of a has pieces \[1\]"),
+    ],
+)
+def test_places_that_do_not_cover_a_tensor_are_refused(
+    places: dict[str, Part], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Odd, "given", places)
+    with pytest.raises(ValueError, match=message):
+        lay_out({"w": torch.zeros(4, 2)}, Odd())
+
+
+def test_at_most_one_shard_of_computed_weights_is_alive(tmp_path: Path) -> None:
+    """As adapters are merged: each tensor exists from the time it is asked for until its shard is written."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    class Computed(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            nonlocal most
+            tensor = super().__getitem__(name) + 1
+            alive.add(tensor)
+            most = max(most, len(alive))
+            return tensor
+
+    weights = Computed({f"w{i}": torch.full((8,), float(i)) for i in range(6)})
+    write_weights(weights, lay_out(dict(weights.items()), None), tmp_path, shard_size=64)
+    written = {n: t for file in tmp_path.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert all(torch.equal(written[f"w{i}"], torch.full((8,), i + 1.0)) for i in range(6)) and len(written) == 6
+    assert most <= 2
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -336,6 +439,19 @@ def test_the_block_size_can_be_chosen(tmp_path: Path) -> None:
     assert load(write(tmp_path / "b", "sdar", block_size="absent"), block_length=2).block_length == 2
     with pytest.raises(ValueError, match="block_length must be set for attention block_causal, and only for it"):
         load_policy(ModelConfig(path=str(write(tmp_path / "c", "dream")), block_length=2), TOKENIZER, 0)
+
+
+def test_a_family_by_a_wrong_name_is_one_line(tmp_path: Path) -> None:
+    arguments = runs.tiny_config(tmp_path)
+    for key in ("model.family", "rollout.server.layout"):
+        with pytest.raises(ValueError, match=f"{key} 'lada' does not exist: did you mean 'llada'?"):
+            check_run(load_config(arguments[1], [f"{key}=lada"]))
+        with pytest.raises(ValueError, match=f"{key} 'rl.config:Config' is no subclass of rl.models.families"):
+            check_run(load_config(arguments[1], [f"{key}=rl.config:Config"]))
+    with pytest.raises(ValueError, match=r"model\.family 'sdar' is the layout of a trained model: set model\.path"):
+        load_policy(ModelConfig(family="sdar"), TOKENIZER, 0)
+    path = write(tmp_path / "llada", "llada")
+    assert "config.json says model_type 'llada', which is not the sdar layout" in refusal(path, family="sdar")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

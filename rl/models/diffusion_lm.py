@@ -37,6 +37,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         logit_shift: int = 0,
         excluded_token_ids: Ranges = (),
         published: dict[str, Any] | None = None,
+        family: str | None = None,
         conditions: dict[str, str] | None = None,
         **kwargs: Any,
     ):
@@ -44,6 +45,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.excluded_token_ids = [list(r) for r in excluded_token_ids]
         # The config.json of the published checkpoint this model was loaded from, to export it again.
         self.published = published
+        # What `model.family` said when it was loaded: adapters are loaded through it again.
+        self.family = family
         # Prompt tokens added to the vocabulary, see `rl/models/conditions.py`.
         self.conditions = conditions or {}
         self.mask_token_id = mask_token_id

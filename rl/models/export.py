@@ -9,61 +9,60 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import ModelConfig
-from rl.models.families import FAMILIES
-from rl.models.families.family import rename
+from rl.models.families import open_family
 from rl.models.load import load_policy, read_tokenizer, save_policy
-from rl.models.lora import has_adapters, merge_adapters
-from rl.models.weights import write_weights
+from rl.models.lora import MergedWeights, has_adapters, merge_adapters
+from rl.models.weights import lay_out, write_weights
 
 
 def write_published(
-    model: Any, tokenizer: Any, path: str | os.PathLike[str], layout: str, shard_size: str | int = "5GB"
+    model: Any, tokenizer: Any, path: str | os.PathLike[str], layout: str | None, shard_size: str | int = "5GB"
 ) -> None:
-    """A folder with the family's config.json and tensor names; `load_policy` reads it back bit for bit.
+    """A folder in a published layout or ours, adapters merged; `load_policy` reads it back bit for bit.
 
-    Remote code is not written: a tool that wants it takes the publisher's .py files into the folder.
+    Weights are computed and written shard by shard. Remote code is not written: a tool that wants it takes the
+    publisher's .py files into the folder.
 
     Args:
         model: a `DiffusionLM`.
-        layout: a name in `FAMILIES`.
+        layout: name or address of a family; None is our own layout.
         shard_size: bytes of a file, or like "5GB".
 
     Raises:
         ValueError: no such layout, or the model is of another family.
     """
-    if layout not in FAMILIES:
-        raise ValueError(f"--layout {layout!r} is unknown: there are {', '.join(FAMILIES)}")
-    family = FAMILIES[layout]
+    family = None if layout is None else open_family(layout, "--layout")
     if not hasattr(model, "lm_head"):
         raise ValueError(f"--layout {layout} is for diffusion LMs: a masked LM is in its own layout already")
-    described = family.describe(model.config, model.backbone.config, str(model.dtype).removeprefix("torch."))
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        theirs = rename(name, family.names, to_ours=False)
-        if theirs is None:
-            raise ValueError(f"--layout {layout} has no place for {name}")
-        weights[theirs] = tensor
+    dtype = str(model.dtype).removeprefix("torch.")
+    if family is None:
+        described = model.config.to_diff_dict() | {"architectures": [type(model).__name__], "dtype": dtype}
+    else:
+        described = family.describe(model.config, model.backbone.config, dtype)
+    weights = MergedWeights(model)
+    if model.config.tie_word_embeddings:
+        del weights.plain["lm_head.weight"]
+    files = lay_out(weights.plain, family)
     Path(path).mkdir(parents=True, exist_ok=True)
     (Path(path) / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    write_weights(weights, path, shard_size)
+    write_weights(weights, files, path, shard_size)
     tokenizer.save_pretrained(path)
 
 
 def write_whole(model: Any, tokenizer: Any, path: str | os.PathLike[str], layout: str | None) -> None:
-    """Whole weights, adapters merged into a copy, in a published layout or (None) in ours.
+    """Whole weights, adapters merged, in a published layout or (None) in ours.
 
     Raises:
         ValueError: see `write_published`.
     """
+    if layout is not None or (has_adapters(model) and hasattr(model, "lm_head")):
+        write_published(model, tokenizer, path, layout)
+        return
     if has_adapters(model):
+        # A masked LM, which transformers writes from the module itself.
         model = copy.deepcopy(model)
         merge_adapters(model)
-    if layout is None:
-        save_policy(model, tokenizer, path)
-    else:
-        write_published(model, tokenizer, path, layout)
+    save_policy(model, tokenizer, path)
 
 
 def convert_folder(source: Path, target: Path, layout: str | None) -> None:

@@ -12,9 +12,9 @@ import torch
 
 from rl.config import ModelConfig, PipelineConfig
 from rl.models import lora
-from rl.models.families import FAMILIES, family_of
-from rl.models.families.family import rename
+from rl.models.families import family_of, open_family
 from rl.models.vocabulary import as_ranges, excluded_ranges
+from rl.registry import FAMILIES
 from rl.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Any:
         OSError, ValueError: there is none, or it needs code of its publisher's.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in a model folder)
 
@@ -70,7 +71,7 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Any:
         described = read_config(str(source))
     except OSError:
         described = {}
-    if family_of(described) is None:
+    if family_of(described) is None and described.get("model_type", "diffusion_lm") in CONFIG_MAPPING:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # These folders name code of the publisher's for what is an ordinary tokenizer: one file, or Qwen's two.
     folder = local_folder(str(source))
@@ -103,6 +104,8 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
                 lora.add_adapters(model, config.lora, config.path, seed)
         else:
             model = _with_adapters(config, base, tokenizer)
+    elif config.family is not None:
+        raise ValueError(f"model.family {config.family!r} is the layout of a trained model: set model.path")
     elif config.lora.rank:
         raise ValueError(f"model.lora.rank is {config.lora.rank}: adapters need a model to adapt, set model.path")
     else:
@@ -159,7 +162,7 @@ def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
     _quiet()
     try:
         described = read_config(config.path)
-        if described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        if config.family is None and described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             from rl.models.masked_lm import load_masked_lm
 
             return load_masked_lm(config.path, tokenizer, config.wrap)
@@ -173,10 +176,12 @@ def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
     assert config.path is not None
     try:
         check_model_folder(base)
-        model = _from_path(config.model_copy(update={"path": base}), tokenizer or read_tokenizer(config.path))
+        saved = read_config(config.path)
+        settings = config.model_copy(update={"path": base, "family": config.family or saved.get("family")})
+        model = _from_path(settings, tokenizer or read_tokenizer(config.path))
     except ValueError as error:
         raise ValueError(f"model.path {config.path!r}, adapters of another model: {error}") from error
-    model.adopt(read_config(config.path))
+    model.adopt(saved)
     if config.block_length is not None:
         model.config.block_length = config.block_length
     lora.load_adapters(model, config.path, config.lora)
@@ -191,29 +196,41 @@ def read_config(path: str) -> dict[str, Any]:
     return dict(described)
 
 
-def model_fields(described: Mapping[str, Any], block_length: int | None = None) -> dict[str, Any]:
+def model_fields(
+    described: Mapping[str, Any], block_length: int | None = None, family: str | None = None
+) -> dict[str, Any]:
     """Arguments of `DiffusionLMConfig` from a config.json in our own layout or a published one.
+
+    Args:
+        block_length: overrides the file's.
+        family: `model.family`.
 
     Raises:
         ValueError: it is neither, or a published one that this code does not know how to read.
     """
-    family = family_of(described)
-    if family is not None:
-        return family.fields(described, block_length)
+    found = family_of(described, family)
+    if found is not None:
+        return found.fields(described, block_length) | ({"family": _from_anywhere(family)} if family else {})
     if described.get("model_type") != "diffusion_lm":
-        known = ", ".join(f.model_type for f in FAMILIES.values())
+        known = ", ".join(open_family(name).model_type for name in FAMILIES.names())
         raise ValueError(
             f"config.json says model_type {described.get('model_type')!r}: known are diffusion_lm, {known}, and masked "
-            "LMs of transformers"
+            "LMs of transformers; model.family names a family of your own"
         )
     return dict(described) | ({"block_length": block_length} if block_length else {})
 
 
-def backbone_of(described: Mapping[str, Any]) -> dict[str, Any]:
+def _from_anywhere(address: str) -> str:
+    """The address with a file's full path, so that a saved model finds it wherever it is loaded."""
+    file, _, name = address.rpartition(":")
+    return f"{Path(file).resolve()}:{name}" if file.endswith(".py") else address
+
+
+def backbone_of(described: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
     """The transformers config of the backbone a config.json describes; empty for a masked LM, which has none."""
-    family = family_of(described)
-    if family is not None:
-        return dict(family.fields(described, described.get("block_size") or 1)["backbone"])
+    found = family_of(described, family)
+    if found is not None:
+        return dict(found.fields(described, described.get("block_size") or 1)["backbone"])
     return dict(described.get("backbone", {}))
 
 
@@ -221,18 +238,18 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM
     from transformers.initialization import no_init_weights
 
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
-    from rl.models.weights import Folder, check_weights
+    from rl.models.weights import Folder, check_weights, lay_out, shapes_in_file
 
     assert config.path is not None
     where = f"model.path {config.path!r}"
     try:
-        fields = model_fields(described, config.block_length)
-        weights = Folder(local_folder(config.path))
+        fields = model_fields(described, config.block_length, config.family)
+        files = Folder(local_folder(config.path))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     # Built where it stays and not on the meta device: buffers that no file holds (rotary frequencies) are then right.
     before = torch.get_default_dtype()
-    torch.set_default_dtype(weights.dtype)
+    torch.set_default_dtype(files.dtype)
     try:
         with no_init_weights():
             settings = DiffusionLMConfig.from_dict(fields)
@@ -240,17 +257,24 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM
             model = DiffusionLM(settings)
     finally:
         torch.set_default_dtype(before)
-    family = family_of(described)
-    names = None if family is None else family.names
-    # Messages name weights as the files do.
-    theirs = {str(name if names is None else rename(name, names, to_ours=False)): name for name in model.state_dict()}
-    wanted = {file: tuple(model.state_dict()[name].shape) for file, name in theirs.items()}
-    # A tied head is the embedding: whatever a file holds beside it is not read.
-    spare = {file for file, name in theirs.items() if settings.tie_word_embeddings and name == "lm_head.weight"}
+    try:
+        layout = lay_out(model.state_dict(), family_of(described, config.family))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    # A tied head is the embedding: a second one in the file is not read.
+    spare = {
+        file for file, pieces in layout.items() if settings.tie_word_embeddings and pieces[0].name == "lm_head.weight"
+    }
     for file in spare:
-        del theirs[file], wanted[file]
-    check_weights(wanted, weights.shapes, where, ignored=lambda n: n in spare or n.endswith("rotary_emb.inv_freq"))
-    weights.copy_into(model, theirs)
+        del layout[file]
+    # Messages name weights as the files do.
+    check_weights(
+        shapes_in_file(layout),
+        files.shapes,
+        where,
+        ignored=lambda name: name in spare or name.endswith("rotary_emb.inv_freq"),
+    )
+    files.copy_into(model, layout)
     return model.eval()
 
 

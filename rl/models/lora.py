@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +156,48 @@ def load_adapters(policy: Any, path: str | os.PathLike[str], options: LoraOption
 
 def merge_adapters(policy: Any) -> None:
     """Add the adapters to the weights they adapt: a policy without adapters, each weight rounded once to its dtype."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     below = backbone(policy)
-    adapted: list[tuple[str, Any]] = [(n, m) for n, m in below.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, module in adapted:
-        dtype = module.get_base_layer().weight.dtype
-        module.to(torch.promote_types(dtype, torch.float32)).merge()
+    for name, module in _adapted(below).items():
         owner, _, leaf = name.rpartition(".")
-        setattr(below.get_submodule(owner), leaf, module.get_base_layer().to(dtype))
+        setattr(below.get_submodule(owner), leaf, _merge(module))
     del below.peft_config
     policy.requires_grad_(True)
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers with adapters, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _merge(module: Any) -> nn.Module:
+    """The layer that an adapted one becomes, which is changed."""
+    dtype = module.get_base_layer().weight.dtype
+    module.to(torch.promote_types(dtype, torch.float32)).merge()
+    return module.get_base_layer().to(dtype)
+
+
+class MergedWeights(Mapping[str, torch.Tensor]):
+    """The weights that `merge_adapters` would give, each computed when it is asked for; the policy stays as it is."""
+
+    def __init__(self, policy: Any):
+        """
+        Attributes:
+            plain: the same without the adapters.
+        """
+        state = policy.state_dict()
+        self.plain = {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
+        self._adapted = {f"{name}.weight": module for name, module in _adapted(policy).items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._adapted:
+            return self.plain[name]
+        merged: Any = _merge(copy.deepcopy(self._adapted[name]))
+        return merged.weight.detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plain)
+
+    def __len__(self) -> int:
+        return len(self.plain)

@@ -357,7 +357,7 @@ def _backbone(config: Config) -> dict[str, Any]:
     if not described and config.model.path and file.is_file():
         from rl.models.load import backbone_of
 
-        described = backbone_of(json.loads(file.read_text()))
+        described = backbone_of(json.loads(file.read_text()), config.model.family)
     if "model_type" not in described or "vocab_size" not in described:
         raise ValueError(
             "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with model.path "

@@ -82,6 +82,7 @@ def check_run(config: Config, new: bool = True) -> None:
     Raises:
         ValueError: one line naming the field and the fix.
     """
+    from rl.models.families import open_family
     from rl.tasks.load import load_task
     from rl.train.distributed import pick_device
     from rl.train.engines import check_engine
@@ -105,6 +106,9 @@ def check_run(config: Config, new: bool = True) -> None:
             raise ValueError(f"algorithm.name {options.name} needs {key}={wanted}: set it")
     if config.train.steps:
         check_engine(config)
+    for key, family in (("model.family", config.model.family), ("rollout.server.layout", config.rollout.server.layout)):
+        if family is not None:
+            open_family(family, key)
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
         raise ValueError(f"goal.steps {config.goal.steps} is not in eval.num_inference_steps: add it there")
     if config.sft.masking == "semi_ar" and config.sampler.block_length is None:
@@ -269,7 +273,7 @@ def _context(config: Config) -> int | None:
         with about(f"model.path {config.model.path!r}"):
             from rl.models.load import backbone_of
 
-            backbone = backbone_of(json.loads(file.read_text()))
+            backbone = backbone_of(json.loads(file.read_text()), config.model.family)
     return backbone.get("max_position_embeddings", backbone.get("n_positions"))
 
 

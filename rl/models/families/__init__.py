@@ -1,22 +1,45 @@
-"""Published model families, one short file each: how their config.json and tensor names translate into ours.
+"""Published model families, one short file each: how their config.json and their tensors translate into ours.
 
-A family is data and two functions on dicts. To add one: write its file, put it into `FAMILIES`, add a row to
-docs/models.md and a layout to tests/test_families.py. No torch at import.
+A family is a class with a few attributes; docs/models.md says how to add one. No torch at import.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rl.models.families.dream import DREAM
 from rl.models.families.family import Family
-from rl.models.families.llada import LLADA
-from rl.models.families.sdar import SDAR
-
-FAMILIES = {family.name: family for family in (LLADA, DREAM, SDAR)}
+from rl.registry import FAMILIES
 
 
-def family_of(described: Mapping[str, Any]) -> Family | None:
-    """The family of a published config.json, None when it is no published one."""
-    return next((f for f in FAMILIES.values() if f.model_type == described.get("model_type")), None)
+def open_family(name: Any, key: str = FAMILIES.key) -> Family:
+    """A family by its name or address.
+
+    Args:
+        key: the option that names it, for messages.
+
+    Raises:
+        ValueError: there is none, or the address leads to something else.
+    """
+    found = dataclasses.replace(FAMILIES, key=key).resolve(name)
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise ValueError(f"{key} {name!r} is no subclass of rl.models.families.family.Family")
+    return found()
+
+
+def family_of(described: Mapping[str, Any], name: Any = None) -> Family | None:
+    """The family that reads a config.json; None for a folder that we saved, and for any that no family reads.
+
+    Args:
+        name: `model.family`; None finds the family by the file's model_type.
+
+    Raises:
+        ValueError: see `open_family`.
+    """
+    kind = described.get("model_type")
+    if kind == "diffusion_lm":
+        return None
+    if name is not None:
+        return open_family(name)
+    return next((f for f in map(open_family, FAMILIES.names()) if f.model_type == kind), None)

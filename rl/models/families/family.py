@@ -1,47 +1,96 @@
-"""What a family is, and the pieces that families share."""
+"""A published checkpoint layout: how its config.json and its tensors become a `DiffusionLM`, and back."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-# Tensor names of our DiffusionLM and of a published layout; {} stands for any text, the same on both sides.
-Names = Sequence[tuple[str, str]]
-
-# transformers' own decoders differ from these layouts in the first part of the name alone.
-SAME_BUT_BACKBONE: Names = (("backbone.{}", "model.{}"), ("lm_head.weight", "lm_head.weight"))
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 
-@dataclass(frozen=True)
-class Family:
-    """A published checkpoint layout.
+class Part(NamedTuple):
+    """The part of a tensor in memory that a tensor of the file, or a piece of it, holds.
 
     Attributes:
-        name: what `denoise-rl export --layout` calls it.
+        at: index into the tensor in memory; `...` is all of it. Example: (3, slice(0, 64)) is the first 64 rows of
+            expert 3, where memory stacks experts that the file has one by one.
+        piece: number of the piece, where the file joins several along its first axis. Example: 0, 1 and 2 for the
+            query, key and value weights of a fused qkv_proj.
+    """
+
+    at: Any = ...
+    piece: int = 0
+
+
+# transformers' own names for the numbers of a decoder; most published files have the same.
+SIZES = {
+    key: key
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    )
+}
+
+
+class Family:
+    """A published layout. The defaults are those of a decoder that transformers could have published.
+
+    Attributes:
         model_type, architecture: as in its config.json.
-        backbone: the transformers decoder it is built on.
+        backbone: model_type of the transformers decoder it is built on.
         attention, logit_shift: as of `DiffusionLM`.
+        keys: key of config.json -> key of the backbone's config, where both mean the same.
         constants: keys of config.json that this reading depends on, with the only value it holds for. A key that is
             absent counts as having it.
         template: keys written into the config.json of a model that did not come from a published one.
-        names: tensor names, ours and theirs.
-        read: their config.json -> the backbone's transformers config.
-        write: the backbone's transformers config as a dict -> their keys of it.
     """
 
-    name: str
-    model_type: str
-    architecture: str
-    backbone: str
-    attention: str
-    logit_shift: int
-    constants: Mapping[str, Any]
-    template: Mapping[str, Any]
-    names: Names
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    write: Callable[[Mapping[str, Any]], dict[str, Any]]
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    backbone: ClassVar[str]
+    attention: ClassVar[str] = "full"
+    logit_shift: ClassVar[int] = 0
+    keys: ClassVar[Mapping[str, str]] = SIZES
+    constants: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False}
+    template: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": False}
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        return type(self).__name__.lower()
+
+    def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        """The backbone's transformers config from a published config.json.
+
+        Raises:
+            KeyError: a key is missing.
+        """
+        return {ours: described[theirs] for theirs, ours in self.keys.items()} | {
+            "hidden_act": "silu",
+            "rope_parameters": rotary(described),
+        }
+
+    def write(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
+        """The published keys of a backbone's transformers config."""
+        return {theirs: backbone[ours] for theirs, ours in self.keys.items()} | unrotary(backbone["rope_parameters"])
+
+    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        """The tensors of the file that hold a tensor of `DiffusionLM`, and which part of it each holds.
+
+        Args:
+            name: in memory, "backbone.layers.0.mlp.up_proj.weight".
+            shape: in memory.
+
+        Returns:
+            {name in the file: part}; empty when the layout has no place for it.
+        """
+        if name.startswith("backbone."):
+            return {name.replace("backbone.", "model.", 1): Part()}
+        return {name: Part()}
 
     def fields(self, described: Mapping[str, Any], block_length: int | None = None) -> dict[str, Any]:
         """Arguments of our `DiffusionLMConfig` from a published config.json.
@@ -52,16 +101,17 @@ class Family:
         Raises:
             ValueError: a key is missing, or has a value that this layout is not read with.
         """
+        layout = f"the {self.name} layout"
+        if described.get("model_type") != self.model_type:
+            raise ValueError(f"config.json says model_type {described.get('model_type')!r}, which is not {layout}")
         for key, value in self.constants.items():
             if described.get(key, value) != value:
-                raise ValueError(
-                    f"config.json says {key} {described[key]!r}, the {self.name} layout is read with {value!r} only"
-                )
+                raise ValueError(f"config.json says {key} {described[key]!r}, {layout} is read with {value!r} only")
         try:
             backbone = self.read(described)
             mask_token_id = described["mask_token_id"]
         except KeyError as error:
-            raise ValueError(f"config.json has no {error}, which the {self.name} layout needs") from None
+            raise ValueError(f"config.json has no {error}, which {layout} needs") from None
         if self.attention == "block_causal" and block_length is None:
             block_length = described.get("block_size")
             if block_length is None:
@@ -79,7 +129,7 @@ class Family:
         }
 
     def describe(self, config: Any, backbone: Any, dtype: str) -> dict[str, Any]:
-        """The published config.json of one of our models: what it was loaded from, brought up to date.
+        """The published config.json of one of our models: the one it was loaded from, brought up to date.
 
         Args:
             config: a `DiffusionLMConfig`.
@@ -98,17 +148,20 @@ class Family:
         if before.get("model_type") != self.model_type:
             eos = backbone.eos_token_id
             before = {**self.constants, **self.template, "eos_token_id": eos, "pad_token_id": eos}
+        ours = backbone.to_dict()
         now = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
             "mask_token_id": config.mask_token_id,
             "tie_word_embeddings": config.tie_word_embeddings,
             **({"block_size": config.block_length} if self.attention == "block_causal" else {}),
-            **self.write(backbone.to_dict()),
+            **self.write(ours),
         }
+        if "rope_parameters" in before:
+            now = {k: v for k, v in now.items() if not k.startswith("rope_")}
+            now["rope_parameters"] = ours["rope_parameters"]
         # A key that the published file leaves at its default stays left out.
         described = before | {k: v for k, v in now.items() if k in before or v not in (None, False)}
-        ours = backbone.to_dict()
         for key, value in self.read(described).items():
             if ours.get(key) != value:
                 raise ValueError(f"--layout {self.name} has no place for the backbone's {key} {ours.get(key)!r}")
@@ -118,30 +171,21 @@ class Family:
         return described
 
 
-def rename(name: str, names: Names, to_ours: bool) -> str | None:
-    """A tensor's name in the other layout; None when it has none. Example: the first pair of `SAME_BUT_BACKBONE`
-    takes "model.norm.weight" to "backbone.norm.weight"."""
-    for ours, theirs in names:
-        source, target = (theirs, ours) if to_ours else (ours, theirs)
-        match = re.fullmatch(re.escape(source).replace(r"\{\}", "(.+)"), name)
-        if match:
-            return target.format(*match.groups())
-    return None
-
-
 def rotary(described: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 has one dict where published files have `rope_theta` and `rope_scaling`.
+    """transformers 5 has one dict, `rope_parameters`, where older files have `rope_theta` and `rope_scaling`.
 
     Raises:
-        KeyError: there is no rope_theta.
+        KeyError: there is neither.
     """
+    if described.get("rope_parameters"):
+        return dict(described["rope_parameters"])
     scaling = dict(described.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
-    return {"rope_parameters": {"rope_type": kind, **scaling, "rope_theta": described["rope_theta"]}}
+    return {"rope_type": kind, **scaling, "rope_theta": described["rope_theta"]}
 
 
-def unrotary(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """The published keys of `rotary`."""
-    parameters = dict(backbone["rope_parameters"])
-    theta, kind = parameters.pop("rope_theta"), parameters.pop("rope_type", "default")
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"type": kind, **parameters}}
+def unrotary(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The older keys of `rope_parameters`."""
+    rest = dict(parameters)
+    theta, kind = rest.pop("rope_theta"), rest.pop("rope_type", "default")
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"type": kind, **rest}}

@@ -7,66 +7,42 @@ mask token (`tokenizer.mask_token` is None), the id stands in config.json; 126,4
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from rl.models.families.family import Family
+from rl.models.families.family import Family, Part
 
-_LAYER = {
+# The last part of a module's name, in memory and in the file.
+_NAMES = {
+    "embed_tokens": "wte",
+    "norm": "ln_f",
+    "lm_head": "ff_out",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ff_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "attn_out",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
-
-# Where both agree on what a key means.
-_KEYS = {
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "max_sequence_length": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "o_proj": "attn_out",
+    "gate_proj": "ff_proj",
+    "up_proj": "up_proj",
+    "down_proj": "ff_out",
 }
 
 
-def _read(described: Mapping[str, Any]) -> dict[str, Any]:
-    vocab_size = described.get("embedding_size") or described["vocab_size"]
-    inner = described.get("mlp_hidden_size") or described["mlp_ratio"] * described["d_model"]
-    return {
-        **{ours: described[theirs] for theirs, ours in _KEYS.items()},
-        "vocab_size": vocab_size,
-        "intermediate_size": inner,
-        "num_key_value_heads": described.get("n_kv_heads") or described["n_heads"],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": described["rope_theta"]},
+class Llada(Family):
+    model_type = "llada"
+    architecture = "LLaDAModelLM"
+    backbone = "llama"
+    keys: ClassVar[Mapping[str, str]] = {
+        "d_model": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "mlp_hidden_size": "intermediate_size",
+        "embedding_size": "vocab_size",
+        "max_sequence_length": "max_position_embeddings",
+        "rms_norm_eps": "rms_norm_eps",
     }
-
-
-def _write(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **{theirs: backbone[ours] for theirs, ours in _KEYS.items()},
-        "embedding_size": backbone["vocab_size"],
-        "vocab_size": backbone["vocab_size"],
-        "mlp_hidden_size": backbone["intermediate_size"],
-        "n_kv_heads": backbone["num_key_value_heads"],
-        "rope_theta": backbone["rope_parameters"]["rope_theta"],
-    }
-
-
-LLADA = Family(
-    name="llada",
-    model_type="llada",
-    architecture="LLaDAModelLM",
-    backbone="llama",
-    attention="full",
-    logit_shift=0,
-    constants={
+    constants: ClassVar[Mapping[str, Any]] = {
         "block_type": "llama",
         "block_group_size": 1,
         "activation_type": "silu",
@@ -82,17 +58,31 @@ LLADA = Family(
         "alibi": False,
         "scale_logits": False,
         "weight_tying": False,
-    },
-    template={"rope_full_precision": True, "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0},
-    names=(
-        ("backbone.embed_tokens.weight", "model.transformer.wte.weight"),
-        ("backbone.norm.weight", "model.transformer.ln_f.weight"),
-        ("lm_head.weight", "model.transformer.ff_out.weight"),
-        *(
-            (f"backbone.layers.{{}}.{ours}.weight", f"model.transformer.blocks.{{}}.{theirs}.weight")
-            for ours, theirs in _LAYER.items()
-        ),
-    ),
-    read=_read,
-    write=_write,
-)
+    }
+    template: ClassVar[Mapping[str, Any]] = {
+        "rope_full_precision": True,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+    }
+
+    def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        sizes = {
+            "n_kv_heads": described.get("n_kv_heads") or described["n_heads"],
+            "mlp_hidden_size": described.get("mlp_hidden_size") or described["mlp_ratio"] * described["d_model"],
+            "embedding_size": described.get("embedding_size") or described["vocab_size"],
+            "rope_scaling": None,
+        }
+        return super().read({**described, **sizes}) | {"attention_bias": False, "mlp_bias": False}
+
+    def write(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
+        described = super().write(backbone) | {"vocab_size": backbone["vocab_size"]}
+        del described["rope_scaling"]
+        return described
+
+    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        *above, module, kind = name.split(".")
+        if kind != "weight" or module not in _NAMES:
+            return {}
+        where = f"blocks.{above[2]}." if "layers" in above else ""
+        return {f"model.transformer.{where}{_NAMES[module]}.weight": Part()}

@@ -29,7 +29,7 @@ class ServerOptions(BaseModel):
         None, description="Folder that trainer and servers share, for new weights; null is one in run.output_dir."
     )
     layout: str | None = Field(
-        None, description="Published layout to write weights in (llada, dream, sdar); null writes this framework's own."
+        None, description="Published layout to write weights in: llada, dream, sdar or file.py:Class; null writes ours."
     )
     api_key_variable: str = Field(
         "ROLLOUT_API_KEY", description="Environment variable with the servers' key; no key is sent when it is unset."
