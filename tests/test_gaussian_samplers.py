@@ -340,3 +340,13 @@ def test_a_record_that_contradicts_itself_is_named(field: str, change: Any) -> N
     trajectory = rollouts(tiny_policy(), options(), count=1)[0]
     with pytest.raises(ValueError, match=f"field '{field}'"):
         replace(trajectory, **{field: change(trajectory)}).validate()
+
+
+def test_the_one_step_of_a_flow_sde_has_the_published_deviation() -> None:
+    """Sigmas 1 and 0: a sqrt(t / (1 - s)) with the second sigma s = 0 in the place of t = 1, so a; std = a sqrt(1)."""
+    steps = make_steps(
+        FlowMatchEulerDiscreteScheduler(), options(kind="flow_sde", noise_level=0.7, num_inference_steps=1)
+    )
+    np.testing.assert_allclose(steps.std, [0.7], rtol=1e-6)
+    # mean = x (1 - a^2 / 2) - o, with o the velocity and dt = -1.
+    np.testing.assert_allclose(steps.coefficients[0, 3:], [1 - 0.7**2 / 2, -1.0], rtol=1e-6)

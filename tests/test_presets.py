@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class Board:
     def blocks(self) -> Iterator[list[int]]:
         """The positions of every block, until an end token stands in the response when one is done."""
         for a, b in self.bounds:
+            self.block_size = b - a
             yield [p for p in range(a, b) if p >= self.first]
             if EOS in self.canvas[self.first : b]:
                 return
@@ -126,7 +128,8 @@ class Board:
             without = self.logits(blank)
             logits = without + (options.cfg_scale + 1) * (logits - without)
         model = logits.log_softmax(-1)
-        sampling = model if not options.temperature else sampling_logprobs(logits, options.temperature, options.top_p)
+        # Greedy tokens are ranked by the untempered distribution after its filter (Dream's sample_tokens).
+        sampling = sampling_logprobs(logits, options.temperature or 1.0, options.top_p)
         guesses = {}
         for p in places:
             if options.temperature:
@@ -164,14 +167,39 @@ def even(masks: int, steps: int) -> list[int]:
     return [masks // steps + (1 if i < masks % steps else 0) for i in range(steps)]
 
 
-def by_quota(board: Board, steps: int, key: Key) -> None:
-    for block in board.blocks():
-        for n in even(len(block), steps):
-            board.write(best(board.look(board.masks(block)), n, key))
+def of_block(board: Board, block: list[int], steps: int) -> list[int]:
+    """SDAR's quotas: the whole block's length over the steps; the passes end with the last mask."""
+    shares, left = [board.block_size // steps + (i < board.block_size % steps) for i in range(steps)], len(block)
+    quotas = []
+    while left:
+        quotas.append(min(shares[len(quotas)], left))
+        left -= quotas[-1]
+    return quotas
+
+
+def straight(masks: int, steps: int) -> list[int]:
+    """MDPO's quotas: masks left on a straight line, rounded down."""
+    left = [int(Fraction(masks * (steps - i), steps)) for i in range(steps + 1)]
+    return [a - b for a, b in itertools.pairwise(left)]
 
 
 def llada(board: Board, steps: int) -> None:
-    by_quota(board, steps, Guess.p)
+    for block in board.blocks():
+        for n in even(len(block), steps):
+            board.write(best(board.look(board.masks(block)), n, Guess.p))
+
+
+def sdar_static(board: Board, steps: int) -> None:
+    for block in board.blocks():
+        for n in of_block(board, block, steps):
+            board.write(best(board.look(board.masks(block)), n, lambda g: g.p("sampling")))
+
+
+def mdpo(board: Board, steps: int) -> None:
+    for block in board.blocks():
+        for n in straight(len(block), steps):
+            if board.masks(block):
+                board.write(best(board.look(board.masks(block)), n, lambda g: g.p("sampling")))
 
 
 def llada_random(board: Board, steps: int) -> None:
@@ -204,14 +232,14 @@ def dream_origin(board: Board, steps: int) -> None:
 
 def sdar_sequential(board: Board, steps: int) -> None:
     for block in board.blocks():
-        for n in even(len(block), steps):
+        for n in of_block(board, block, steps):
             seen = board.look(board.masks(block))
             board.write({p: seen[p] for p in sorted(seen)[:n]})
 
 
 def dynamic(board: Board, steps: int, threshold: float) -> None:
     for block in board.blocks():
-        for n in even(len(block), steps):
+        for n in of_block(board, block, steps):
             if not board.masks(block):
                 break
             seen = board.look(board.masks(block))
@@ -275,10 +303,12 @@ def rcr(board: Board, steps: int, keep_max: bool, of: str) -> None:
     """Fill every mask up to the block's end, then mask the least confident of all that is filled."""
     running: dict[int, float] = {}
     for block in board.blocks():
-        quotas = even(len(block), steps)
+        quotas = straight(len(block), steps)
         reach = range(board.first, block[-1] + 1)
         for i in range(len(quotas)):
             masks = board.masks(list(reach))
+            if not masks:
+                break
             assert len(masks) == sum(quotas[i:])
             seen = board.look(masks)
             for p, guess in seen.items():
@@ -323,7 +353,7 @@ REFERENCES: dict[str, Callable[[Board, int], None]] = {
     "dream_topk_margin": lambda b, s: dream(b, s, lambda g: g.top(2, "sampling")[0] - g.top(2, "sampling")[1]),
     "dream_entropy": lambda b, s: dream(b, s, lambda g: -g.entropy("sampling")),
     "sdar_sequential": sdar_sequential,
-    "sdar_static": lambda b, s: by_quota(b, s, lambda g: g.p("sampling")),
+    "sdar_static": sdar_static,
     "sdar_dynamic": lambda b, s: dynamic(b, s, 0.9),
     "sdar_entropy": lambda b, s: until_full(b, lambda seen: entropy_sum(seen, 0.1, "sampling", False)),
     "entropy_bound": lambda b, s: until_full(b, lambda seen: entropy_sum(seen, 0.1, "model", True)),
@@ -332,6 +362,7 @@ REFERENCES: dict[str, Callable[[Board, int], None]] = {
     "llada2": lambda b, s: dynamic(b, s, 0.95),
     "llada2_1_quality": lambda b, s: llada2_1(b, 0.7, 0.5),
     "llada2_1_speed": lambda b, s: llada2_1(b, 0.5, 0.0),
+    "mdpo": mdpo,
     "rcr": lambda b, s: rcr(b, s, True, "model"),
     "rcr_last": lambda b, s: rcr(b, s, False, "sampling"),
     "remdm": lambda b, s: remdm(b, s, 0.02),
@@ -383,6 +414,7 @@ def test_a_preset_is_its_published_decoder(name: str, kind: str) -> None:
         {"num_inference_steps": 12, "temperature": 1.5, "max_post_steps": 1},
         {"block_length": 4, "num_inference_steps": 8, "max_post_steps": 3},
         {"block_length": 4, "num_inference_steps": 6, "temperature": 0.0},
+        {"block_length": 4, "num_inference_steps": 4, "temperature": 0.0, "top_p": 0.6},
         {"num_inference_steps": 1, "max_post_steps": 0},
     ):
         both(model, name, **settings)
@@ -394,6 +426,7 @@ def test_block_causal_presets_with_prompts_that_share_a_block(make_model, name: 
     model = make_model("gpt2-block4", vocab_size=VOCAB)
     prompts = [[1 + (3 * i + n) % 5 for i in range(n)] for n in range(1, 10)]
     both(model, name, prompts=prompts, block_length=4, max_post_steps=3)
+    both(model, name, prompts=prompts, block_length=4, num_inference_steps=6)
 
 
 @pytest.mark.parametrize("name", ["dream_origin", "dream_entropy", "llada", "rcr"])
@@ -566,7 +599,14 @@ def test_without_post_steps_a_block_ends_with_its_last_mask() -> None:
 @pytest.mark.parametrize(
     ("kind", "masked", "steps", "quotas"),
     [
+        ("block", 16, 4, [4, 4, 4, 4]),
+        ("block", 3, 4, [2, 1, 0, 0]),  # a block of 8, of which the prompt has 5: 8 / 4 at each step (SDAR)
+        ("block", 8, 3, [3, 3, 2]),
+        ("linear", 6, 4, [2, 1, 2, 1]),  # left: 4.5, 3, 1.5, 0
+        ("linear", 5, 5, [1, 1, 1, 1, 1]),  # floor(5 x (1 - 4/5)) in floating point is 0: the published code skips one
+        ("linear", 2, 4, [1, 0, 1, 0]),
         ("cosine", 16, 4, [2, 3, 5, 6]),  # left: 16 cos(pi/8) = 14.8, 11.3, 6.1, 0
+        ("cosine", 8, 3, [2, 2, 4]),  # left: 6.9, 4, 0; in float32 8 cos(pi/3) is below 4
         ("cosine", 4, 4, [1, 1, 1, 1]),
         ("cosine", 8, 8, [1] * 8),
         ("cosine", 9, 1, [9]),
@@ -580,7 +620,8 @@ def test_without_post_steps_a_block_ends_with_its_last_mask() -> None:
 def test_quotas_by_hand(kind: str, masked: int, steps: int, quotas: list[int]) -> None:
     left, seen = masked, []
     for step in range(steps):
-        seen.append(int(step_quota(kind, *(torch.tensor([x]) for x in (masked, left, steps, step)))))
+        block = 8 if masked < 8 else masked
+        seen.append(int(step_quota(kind, *(torch.tensor([x]) for x in (masked, left, steps, step, block)))))
         left -= seen[-1]
     assert seen == quotas and left == 0
 
@@ -589,7 +630,7 @@ def test_cosine_quotas_add_up_rise_and_never_stall() -> None:
     for masked, steps in itertools.product(range(1, 70), range(1, 70)):
         if steps <= masked:
             left, total = torch.full((steps,), masked), torch.full((steps,), masked)
-            quotas = step_quota("cosine", total, left, torch.full((steps,), steps), torch.arange(steps))[:-1]
+            quotas = step_quota("cosine", total, left, torch.full((steps,), steps), torch.arange(steps), total)[:-1]
             assert (quotas >= 1).all() and int(quotas.sum()) < masked
 
 

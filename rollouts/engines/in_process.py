@@ -289,7 +289,7 @@ class InProcessEngine:
             logits = guided_logits(logits, self.model.token_logits(hidden[at]), options.cfg_scale)
         if not options.follows_time:
             steps = steps.minimum(total)
-        quota = step_quota(options.quota, total, left, steps, block_step)
+        quota = step_quota(options.quota, total, left, steps, block_step, end - start)
         before = None if running is None else running[where]
         state = StepState(tokens, candidates, eligible, quota, seed, step, steps, block_step, filled, before)
         result = denoise_step(state, logits, options, eos_token_id=self.eos_token_id)

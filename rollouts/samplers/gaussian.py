@@ -126,12 +126,13 @@ def ddpm_steps(scheduler: Any, schedule: dict[str, Any]) -> GaussianSteps:
 def flow_sde_steps(scheduler: Any, schedule: dict[str, Any], noise_level: float) -> GaussianSteps:
     """Euler-Maruyama steps of dx = [v + sigma^2 (x + (1-t) v) / 2t] dt + sigma dw, sigma = a sqrt(t / (1 - t)).
 
-    At t = 1, where sigma is infinite, the second t stands in the denominator, as in the published code.
+    At t = 1, where sigma is infinite, the second t stands in the denominator, as in the published code; a single step
+    has 0 there.
     """
     scheduler.set_timesteps(**schedule)
     sigmas = scheduler.sigmas.double().numpy()
     t, delta = sigmas[:-1], np.diff(sigmas)
-    inside = np.where(t >= 1, sigmas[1] if len(sigmas) > 2 else 0.5, t)
+    inside = np.where(t >= 1, sigmas[1], t)
     sigma = noise_level * np.sqrt(t / (1 - inside))
     mean_latent = 1 + sigma**2 * delta / (2 * t)
     mean_output = (1 + sigma**2 * (1 - t) / (2 * t)) * delta

@@ -52,8 +52,8 @@ class SamplerOptions(BaseModel):
     cfg_scale: float = Field(
         0.0, ge=0, description="Classifier-free guidance against the masked prompt (full attention); 0 is none."
     )
-    quota: Literal["even", "cosine", "dream", "doubling"] = Field(
-        "even", description="How many positions each step of a block reveals."
+    quota: Literal["even", "block", "linear", "cosine", "dream", "doubling"] = Field(
+        "even", description="How many positions each step of a block reveals (docs/decoders.md)."
     )
     score: Literal["probability", "max_probability", "margin", "neg_entropy", "random"] = Field(
         "probability",
@@ -62,7 +62,8 @@ class SamplerOptions(BaseModel):
     )
     score_from: Literal["model", "sampling"] = Field(
         "model",
-        description="Distribution the score is read from: the model's (temperature 1, unfiltered) or the sampling one.",
+        description="Distribution the score is read from: the model's (temperature 1, unfiltered) or the sampling one; "
+        "at temperature 0 that is the model's after top_p and top_k.",
     )
     order_temperature: float = Field(
         0.0, ge=0, description="Draw positions with probability softmax(score / this) instead of the best; 0 does not."
@@ -152,8 +153,8 @@ class SamplerOptions(BaseModel):
 
     @property
     def follows_time(self) -> bool:
-        """Whether the schedule is a function of time on Dream's grid: then no step is left out, even an idle one."""
-        return self.quota == "dream" or self.selector == "bernoulli"
+        """Whether the schedule counts all its steps, also where fewer are masked: a step may then reveal nothing."""
+        return self.quota in ("block", "linear", "dream") or self.selector == "bernoulli"
 
     @property
     def reach_back(self) -> bool:

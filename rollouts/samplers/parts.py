@@ -15,30 +15,46 @@ def even_quota(num_masked: torch.Tensor, num_steps: torch.Tensor, step: torch.Te
 
     Args:
         num_masked: int64 [B], masked positions when the block began.
-        num_steps: int64 [B], steps of the block, at most num_masked.
+        num_steps: int64 [B], steps of the block.
         step: int64 [B], step inside the block.
     """
     return num_masked // num_steps + (step < num_masked % num_steps).long()
 
 
 def step_quota(
-    kind: str, num_masked: torch.Tensor, left: torch.Tensor, num_steps: torch.Tensor, step: torch.Tensor
+    kind: str,
+    num_masked: torch.Tensor,
+    left: torch.Tensor,
+    num_steps: torch.Tensor,
+    step: torch.Tensor,
+    block: torch.Tensor,
 ) -> torch.Tensor:
     """int64 [B]: positions to reveal at `step`. The last step reveals all that is left.
 
+    Example: a block of 8 whose first 5 positions are the prompt's, so that 3 are masked, and 4 steps: "even" reveals
+    1, 1, 1 (it takes no more steps than there are masks); "block" reveals 2, 1.
+
     Args:
-        kind: "even" (see `even_quota`); "cosine" (MaskGIT, Chang et al. 2022: about num_masked cos(pi/2 x) are left
-            after the share x of the steps, and at least one is revealed at each); "dream" (the share 1 - s/t of
-            what is left, rounded down, also to nothing); "doubling" (1, 2, 4, ..., the ascending step sizes of
-            CJ-GRPO).
-        num_masked, num_steps, step: see `even_quota`; for "dream" num_steps may exceed num_masked.
+        kind: "even" (see `even_quota`); "block" (SDAR: the block's length spread evenly, whatever the prompt takes of
+            it); "linear" (MDPO: num_masked (1 - x) are left after the share x of the steps, rounded down); "cosine"
+            (MaskGIT, Chang et al. 2022: about num_masked cos(pi/2 x) are left, and at least one is revealed at each
+            step); "dream" (the share 1 - s/t of what is left, rounded down); "doubling" (1, 2, 4, ..., the ascending
+            step sizes of CJ-GRPO).
+        num_masked, num_steps, step: see `even_quota`; where time counts (`SamplerOptions.follows_time`) num_steps may
+            exceed num_masked, and a step may reveal nothing.
         left: int64 [B], positions that are masked now.
+        block: int64 [B], length of the block, with what the prompt takes of it.
     """
     if kind == "even":
         return even_quota(num_masked, num_steps, step)
     last = step >= num_steps - 1
     if kind == "cosine":
         before, after = (_cosine_left(num_masked, num_steps, done) for done in (step, step + 1))
+        quota = before - after
+    elif kind == "block":
+        quota = even_quota(block, num_steps, step).minimum(left)
+    elif kind == "linear":
+        before, after = (num_masked * (num_steps - done) // num_steps for done in (step, step + 1))
         quota = before - after
     elif kind == "dream":
         t, s = times(num_steps, step)
@@ -52,7 +68,7 @@ def step_quota(
 
 def _cosine_left(num_masked: torch.Tensor, num_steps: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
     """Masks left after `done` steps. The cosine is flat at first: a step reveals one position at least."""
-    curve = (num_masked * torch.cos(math.pi / 2 * done / num_steps)).floor().long()
+    curve = (num_masked * torch.cos(math.pi / 2 * done.double() / num_steps)).floor().long()
     return curve.minimum(num_masked - done)
 
 

@@ -19,9 +19,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dream_topk_margin": {"quota": "dream", "score": "margin", "score_from": "sampling"},
     "dream_entropy": {"quota": "dream", "score": "neg_entropy", "score_from": "sampling"},
     # SDAR (Cheng et al. 2025, arXiv 2510.06303). The entropy bound has no published default.
-    "sdar_sequential": {"selector": "left_most"},
-    "sdar_static": {"score_from": "sampling"},
-    "sdar_dynamic": {"score_from": "sampling", "selector": "dynamic", "threshold": 0.9},
+    "sdar_sequential": {"quota": "block", "selector": "left_most"},
+    "sdar_static": {"quota": "block", "score_from": "sampling"},
+    "sdar_dynamic": {"quota": "block", "score_from": "sampling", "selector": "dynamic", "threshold": 0.9},
     "sdar_entropy": {"score": "neg_entropy", "score_from": "sampling", "selector": "entropy_sum"},
     # EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857).
     "entropy_bound": {"score": "neg_entropy", "selector": "entropy_bound", "entropy_bound": 0.1},
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast_dllm_threshold": {"selector": "threshold", "threshold": 0.9},
     "fast_dllm_factor": {"selector": "factor", "factor": 1.0},
     # LLaDA2.0 (block 32), and LLaDA2.1's quality and speed modes of joint threshold decoding (arXiv 2602.08676).
-    "llada2": {"score_from": "sampling", "selector": "dynamic", "threshold": 0.95},
+    "llada2": {"quota": "block", "score_from": "sampling", "selector": "dynamic", "threshold": 0.95},
     "llada2_1_quality": {
         "score_from": "sampling", "selector": "threshold", "threshold": 0.7,
         "reviser": "edit", "edit_threshold": 0.5, "max_post_steps": 16,
@@ -38,10 +38,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_from": "sampling", "selector": "threshold", "threshold": 0.5,
         "reviser": "edit", "edit_threshold": 0.0, "max_post_steps": 16,
     },
-    # Running-confidence remasking (He et al. 2025, arXiv 2508.13148), as in the paper and as in its code.
-    "rcr": {"reviser": "rcr", "running_confidence": "max", "revise_scope": "all_previous"},
+    # MDPO (He et al. 2025, arXiv 2508.13148): its rollouts, and running-confidence remasking of the paper and its code.
+    "mdpo": {"quota": "linear", "score_from": "sampling"},
+    "rcr": {"quota": "linear", "reviser": "rcr", "running_confidence": "max", "revise_scope": "all_previous"},
     "rcr_last": {
-        "score_from": "sampling", "reviser": "rcr", "running_confidence": "last", "revise_scope": "all_previous",
+        "quota": "linear", "score_from": "sampling", "reviser": "rcr", "running_confidence": "last",
+        "revise_scope": "all_previous",
     },
     # ReMDM with a capped remasking probability (Wang et al. 2025, arXiv 2503.00307).
     "remdm": {"selector": "bernoulli", "reviser": "remdm"},

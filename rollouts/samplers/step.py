@@ -97,8 +97,10 @@ def denoise_step(
         token = draw(source, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
         logprob = sampling.gather(-1, token[:, None]).squeeze(-1).double()
     untouched = options.temperature == 1.0 and options.top_p >= 1.0 and options.top_k == 0
-    if sampling is None or (options.score_from == "model" and not untouched):
+    if options.score_from == "model" and not (untouched and sampling is not None):
         sampling = torch.log_softmax(logits, dim=-1)
+    elif sampling is None:
+        sampling = sampling_logprobs(logits, 1.0, options.top_p, options.top_k)
     confidence = sampling.gather(-1, token[:, None]).squeeze(-1).double().exp()
     random = noise.uniform(seed, step, position, noise.ORDER_STREAM) if options.random_order else None
     score = position_scores(options.score, sampling, token, random)

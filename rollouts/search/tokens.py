@@ -338,7 +338,7 @@ class TokenSampler:
         steps = self._put(self._steps[part.row])
         if not options.follows_time:
             steps = steps.minimum(total)
-        quota = step_quota(options.quota, total, eligible.sum(-1), steps, block_step)
+        quota = step_quota(options.quota, total, eligible.sum(-1), steps, block_step, self._put(part.end - part.start))
         state = StepState(part.canvas, where, eligible, quota, seeds, self._put(part.step), steps, block_step)
         return denoise_step(state, logits, options, proposal, self.engine.eos_token_id)
 
