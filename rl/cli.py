@@ -208,22 +208,22 @@ def _train(args: argparse.Namespace) -> int:
     from rl.train import distributed
     from rl.train.finish import finish
     from rl.train.plan import check_run
-    from rl.train.session import Session
+    from rl.train.run import Run
 
     check_run(config)
-    with Session.open(config) as session:
+    with Run.open(config) as run:
         from rl.train.interrupt import EXIT_CODE, Stopped
         from rl.train.loop import train
 
         for line in plan_lines(config):
-            session.progress.message(line)
+            run.progress.message(line)
         try:
-            train(session)
+            train(run)
         except Stopped:
             distributed.stop()
             return EXIT_CODE
     if distributed.rank() == 0:
-        finish(session.run_dir)
+        finish(run.folder)
     distributed.stop()
     return 0
 
@@ -234,18 +234,18 @@ def _sft(args: argparse.Namespace) -> int:
         raise ValueError("sft.steps is 0: set it to the number of supervised updates")
     from rl.train import distributed
     from rl.train.plan import check_run
-    from rl.train.session import Session
+    from rl.train.run import Run
     from rl.train.sft import supervised
 
     check_run(config)
-    with Session.open(config) as session:
-        summary = supervised(session)
+    with Run.open(config) as run:
+        summary = supervised(run)
         if distributed.rank() == 0:
-            model = session.run_dir / "model"
+            model = run.folder / "model"
             # A comparison takes a folder of this name for a finished stage.
             partial = model.with_name("model.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            session.save_model(partial)
+            run.save_model(partial)
             shutil.rmtree(model, ignore_errors=True)
             os.replace(partial, model)
             print(f"model: {model}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
@@ -265,19 +265,17 @@ def _rollout(args: argparse.Namespace) -> int:
         return _search(args, config, folder)
     if args.search_params is not None:
         raise ValueError("--search-params belongs to --search NAME")
-    from rl.train.session import Session
+    from rl.train.rollouts import rollout
+    from rl.train.run import Run
 
-    with Session.open(config, write=False) as session:
-        rows = session.task.heldout_rows(args.num_prompts)
-        scored = session.rollout(session.engine(session.model), rows, args.group_size, seed=config.run.seed)
+    with Run.open(config, write=False) as run:
+        rows = run.task.heldout_rows(args.num_prompts)
+        scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        session.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
+        run.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
         with (folder / "rollouts.jsonl").open("w") as file:
-            for row, text, value in zip(scored.rows, scored.completions, scored.table.values, strict=True):
-                line = {"prompt": row["prompt"], "completion": session.modality.sample_line(text), "reward": value}
-                file.write(json.dumps(line) + "\n")
-    judged = [v for v in scored.table.values if v is not None]
-    mean = sum(judged) / len(judged) if judged else float("nan")
+            file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality))
+    mean = float(scored.reward.nanmean())
     print(
         f"{len(scored.trajectories)} rollouts, mean reward {mean:.3f}, {scored.stats.sequence_forwards} sequence "
         f"forwards, {scored.stats.generated_tokens / max(scored.stats.seconds, 1e-9):,.0f} tokens/s -> {folder}"
@@ -298,13 +296,13 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
         raise ValueError(f"--search-params must be a mapping like {{num_samples: 16}}, got {args.search_params!r}")
     options = parse_search(args.search, params)
     from rl.evaluation.search import search_rollouts, write_search
-    from rl.train.session import Session
+    from rl.train.run import Run
 
-    with Session.open(config, write=False) as session:
-        rows = session.task.heldout_rows(args.num_prompts)
-        found = search_rollouts(session, rows, args.search, options, args.group_size)
+    with Run.open(config, write=False) as run:
+        rows = run.task.heldout_rows(args.num_prompts)
+        found = search_rollouts(run, rows, args.search, options, args.group_size)
         folder.mkdir(parents=True, exist_ok=True)
-        write_search(folder, session, args.search, options, found)
+        write_search(folder, run, args.search, options, found)
     budget, count = found.budget, found.num_requests
     print(
         f"{args.search}: {len(found.trajectories)} samples of {count} searches, mean reward {found.mean_reward():.3f}, "
@@ -344,14 +342,12 @@ def _eval(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
     from rl.errors import about
     from rl.evaluation.accuracy import evaluate
-    from rl.train.session import Session
+    from rl.train.run import Run
 
-    with Session.open(config, write=False) as session:
+    with Run.open(config, write=False) as run:
         with about(f"--data {args.data}" if args.data else "task.params"):
-            rows = (
-                session.task.file_rows(args.data) if args.data else session.task.heldout_rows(config.eval.num_prompts)
-            )
-        results, _ = evaluate(session, session.model, rows, config.eval.num_inference_steps)
+            rows = run.task.file_rows(args.data) if args.data else run.task.heldout_rows(config.eval.num_prompts)
+        results, _ = evaluate(run, run.model, rows, config.eval.num_inference_steps)
     for steps, result in results.items():
         print(
             f"{steps:4d} steps: {result.accuracy:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "

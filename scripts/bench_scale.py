@@ -30,7 +30,7 @@ from rl.track.jsonl import read_metrics
 from rl.train import distributed
 from rl.train.learner import Learner, read_deepspeed_config
 from rl.train.loop import train
-from rl.train.session import Session
+from rl.train.run import Run
 from rollouts.engines.ray_workers import RayEngine
 
 STAGES = ("rollout", "reward", "learn", "sync")
@@ -90,8 +90,8 @@ def work(args: argparse.Namespace, folder: Path) -> None:
         "algorithm.old_logprob": "recompute", **dict(pair.split("=", 1) for pair in args.override),
     }  # fmt: skip
     config = load_config(None, [f"{key}={value}" for key, value in overrides.items()])
-    with Session.open(config) as session:
-        train(session)
+    with Run.open(config) as run:
+        train(run)
     per_step = exchanged() / args.steps
     # The first step pays for allocations.
     lines = [line for line in read_metrics(folder / "run", "train") if line["step"] > 1]

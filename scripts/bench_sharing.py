@@ -16,7 +16,8 @@ import torch
 
 from rl.config import load_config
 from rl.estimators.trace_rows import remask_rows
-from rl.train.session import Session, request_seed
+from rl.train.rollouts import request_seed
+from rl.train.run import Run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 
@@ -27,9 +28,9 @@ def main() -> int:
         return 2
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 7
     config = load_config("configs/quickstart.yaml", [f"model.path={sys.argv[1]}", "sft.steps=0"])
-    session = Session.open(config, write=False)
-    rows = session.task.train_rows(0, 0, 32)
-    prompts = session.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
+    opened = Run.open(config, write=False)
+    rows = opened.task.train_rows(0, 0, 32)
+    prompts = opened.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
     requests = [Request(ids, request_seed(1, i, g)) for i, ids in enumerate(prompts) for g in range(8)]
     times: dict[str, list[float]] = {}
 
@@ -44,15 +45,15 @@ def main() -> int:
         return engine.generate(requests), engine.stats.sequence_forwards / engine.stats.rows_asked
 
     def learn(scored_rows):  # type: ignore[no-untyped-def]
-        session.model.zero_grad()
-        logprob = scored_rows.score(session.model).logprob
+        opened.model.zero_grad()
+        logprob = scored_rows.score(opened.model).logprob
         logprob.mean().backward()
         return logprob.detach()
 
     shares = {}
     for _ in range(repeats):
-        a, run = timed("sample shared", sample, SharedForwards(session.model))
-        b, _ = timed("sample plain", sample, session.model)
+        a, run = timed("sample shared", sample, SharedForwards(opened.model))
+        b, _ = timed("sample plain", sample, opened.model)
         assert all((x.token == y.token).all() for x, y in zip(a, b, strict=True))
         plain = remask_rows(b)
         merged = plain.distinct()

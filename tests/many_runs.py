@@ -10,7 +10,7 @@ from rl.config import load_config
 from rl.train import distributed
 from rl.train.loop import train
 from rl.train.plan import check_run
-from rl.train.session import Session
+from rl.train.run import Run
 
 
 def train_all(runs: list[str]) -> None:
@@ -19,8 +19,8 @@ def train_all(runs: list[str]) -> None:
         assert flag == "--config"
         config = load_config(path, overrides)
         check_run(config)
-        with Session.open(config) as session:
-            train(session)
+        with Run.open(config) as opened:
+            train(opened)
 
 
 if __name__ == "__main__":

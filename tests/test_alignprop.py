@@ -13,7 +13,7 @@ import torch
 from rl.config import load_config
 from rl.models.class_policy import ClassPolicy
 from rl.train.reward_gradient import RewardGradientUpdater
-from rl.train.session import Session
+from rl.train.run import Run
 from rollouts.engines.latent import LatentEngine, LatentRequest
 from rollouts.samplers.gradient_latent import LatentSegment, gradient_rollout
 from rollouts.samplers.latent_options import LatentSamplerOptions
@@ -224,8 +224,8 @@ def test_updates_raise_the_reward_of_the_very_images(tmp_path: Path) -> None:
     reward = f"reward.functions=[{{name: '{tmp_path}/bright.py:Bright'}}]"
     arguments = image_config(tmp_path, *ALIGNPROP, "algorithm.alpha=0.0", "train.optimizer.warmup_steps=0", reward)
     config = load_config(arguments[1], [*arguments[2:], "train.optimizer.lr=0.01"])
-    with Session.open(config, write=False) as session:
-        updater = RewardGradientUpdater(session, config.algorithm.build(), 3)
+    with Run.open(config, write=False) as run:
+        updater = RewardGradientUpdater(run, config.algorithm.build(), 3)
         rewards = [updater.step(0).metrics["reward/mean"] for _ in range(4)]
     assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.003
 

@@ -219,7 +219,7 @@ def test_what_a_checkpoint_repeats_is_counted(tmp_path: Path) -> None:
 
 def test_metrics_are_means_over_rollouts_and_the_interval_is_over_prompts() -> None:
     """Two prompts of two rollouts in micro-batches of 3 and 1: by hand, and not by micro-batch."""
-    updater: Any = SimpleNamespace(session=SimpleNamespace(config=SimpleNamespace(train=TrainConfig(group_size=2))))
+    updater: Any = SimpleNamespace(run=SimpleNamespace(config=SimpleNamespace(train=TrainConfig(group_size=2))))
     done = [
         GradientSegment(torch.tensor([0.1, 0.2, 0.3]), 2, 39),
         GradientSegment(torch.zeros(3), 2, 39, torch.tensor([1.0, 3.0, 5.0]), "abc", {"policy/last_mask_mass": 0.2}),

@@ -14,7 +14,7 @@ from rl.config import load_config
 from rl.estimators.trace_rows import remask_rows
 from rl.train.learner import TrainingError
 from rl.train.loop import reinforce
-from rl.train.session import Session
+from rl.train.run import Run
 from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.slots import Plan, Slots
@@ -297,17 +297,17 @@ def test_training_on_approximate_rollouts_needs_consent(tmp_path: Path, cache: s
             f"train.max_logprob_gap={'null' if limit is None else limit}",
         ],
     )  # fmt: skip
-    with Session.open(config) as session:
+    with Run.open(config) as run:
         generator = torch.Generator().manual_seed(0)
-        for parameter in session.model.parameters():
+        for parameter in run.model.parameters():
             if parameter.dim() == 2:
                 # Freshly initialised models predict the same everywhere, whatever they see.
                 parameter.data.normal_(0.0, 0.4, generator=generator)
         if cache == "dual" and limit is not None:
             with pytest.raises(TrainingError, match=r"more than train\.max_logprob_gap"):
-                reinforce(session)
+                reinforce(run)
             return
-        reinforce(session)
+        reinforce(run)
         lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     gap = float(lines.split('"policy/logprob_gap_max": ')[1].split(",")[0].rstrip("}\n"))
     assert gap > 1e-2 if cache == "dual" else gap < 1e-4

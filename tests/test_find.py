@@ -123,14 +123,14 @@ def test_a_run_learns_the_noise_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["initial_noise.json", "initial_noise.safetensors"]
     # The checkpoint is a model by itself: evaluated without saying that its noise is learned.
     from rl.config import load_config
-    from rl.train.session import Session
+    from rl.train.run import Run
 
     arguments = image_config(tmp_path)[1]
     overrides = [f"model.path={folder}", "algorithm={name: find}"]
-    with Session.open(load_config(arguments, overrides), write=False) as session:
-        assert isinstance(session.model, NoisePolicy)
-        assert float(session.model.mean.detach().abs().max()) > 0.01
-        assert session.model.prompts == list("0123456789")
+    with Run.open(load_config(arguments, overrides), write=False) as run:
+        assert isinstance(run.model, NoisePolicy)
+        assert float(run.model.mean.detach().abs().max()) > 0.01
+        assert run.model.prompts == list("0123456789")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rl.evaluation.scoring import judge_of
 from rl.models.load import load_policy, load_tokenizer
 from rl.tasks.sudoku import SudokuTask, is_heldout
 from rl.train.learner import TrainingError
-from rl.train.session import Session
+from rl.train.run import Run
 from tests import runs
 
 FAMILIES = {
@@ -224,11 +224,11 @@ def test_the_verifier_takes_the_parameters_of_the_tasks_own_reward(tmp_path: Pat
     functions = "reward.functions=[{name: sudoku}, {name: length, weight: 0.1, params: {max_length: 4}}]"
     arguments = runs.tiny_config(tmp_path, "task.name=tests.test_loop:Briefly", functions)
     config = load_config(arguments[1], arguments[2:])
-    with Session.open(config, write=False) as session:
-        assert session.verifier.score(["a"], ["b"], {"completion_ids": [[7]]}).values == [-0.25]
-        own = judge_of(config.reward, session.task, None).functions[0]
+    with Run.open(config, write=False) as opened:
+        assert opened.judge.verifier.score(["a"], ["b"], {"completion_ids": [[7]]}).values == [-0.25]
+        own = judge_of(config.reward, opened.task, None).functions[0]
         assert (own.name, own.params) == ("length", {"max_length": 4})
-    assert judge_of(config.reward, session.task, "length").functions[0].params == {}
+    assert judge_of(config.reward, opened.task, "length").functions[0].params == {}
 
 
 def test_out_of_time(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from rl.track.report import write_report
 from rl.track.verdict import backslide_line
 from rl.train.loop import train
 from rl.train.plan import check_run
-from rl.train.sampling import sample_step
-from rl.train.session import Session
+from rl.train.rollouts import RolloutSource
+from rl.train.run import Run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -250,12 +250,12 @@ def test_remasking_decoding_is_trained_as_it_decodes(tmp_path: Path) -> None:
     )  # fmt: skip
     config = load_config(arguments[1], arguments[2:])
     check_run(config)
-    with Session.open(config) as session:
-        train(session)
-        rollouts = sample_step(session, 2, 0, step_rewards=True)
-        rows = x0_rows(rollouts.trajectories, session.model, None)
+    with Run.open(config) as opened:
+        train(opened)
+        rollouts = RolloutSource(opened).sample(2, 0, step_rewards=True)
+        rows = x0_rows(rollouts.trajectories, opened.model, None)
         with torch.no_grad():
-            gap = (rows.score(session.model).logprob - rows.sampler_logprob).abs()
+            gap = (rows.score(opened.model).logprob - rows.sampler_logprob).abs()
     run = lines(tmp_path / "run", "train")
     assert len(run) == 2 and all(line["policy/grad_norm"] > 0 and line["policy/decisions"] > 16 for line in run)
     assert all(line["policy/logprob_gap_max"] < 1e-4 for line in run)

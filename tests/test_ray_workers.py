@@ -22,7 +22,8 @@ from safetensors.torch import save
 from rl.config import load_config
 from rl.train import update
 from rl.train.engines import check_engine
-from rl.train.session import Session
+from rl.train.rollouts import RolloutSource, sample_lines
+from rl.train.run import Run
 from rollouts.engines.base import EngineError, StaleVersionError, WeightPushError
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.ray_workers import RayEngine
@@ -214,7 +215,7 @@ def test_asynchronous_runs_learn_from_the_last_policy_and_go_on_exactly(
     learn = update.PolicyUpdater.update
 
     def waits_for_the_next_rollouts(self: Any, rollouts: Any) -> dict[str, float]:
-        ahead = self.session.ahead
+        ahead = self.source.ahead
         ahead.wait()
         finished_before_the_update.append(ahead._result is not None)
         return learn(self, rollouts)
@@ -233,13 +234,12 @@ def test_asynchronous_runs_learn_from_the_last_policy_and_go_on_exactly(
     assert gaps[0] is not None and gaps[0] < 1e-5 and gaps[1:] == [None] * 4
     # Steps 1 and 2 were both sampled by the policy that RL started from.
     config = load_config(arguments[1], arguments[2:])
-    with Session.open(config, write=False) as session:
-        session.model = session.modality.load_model(str(run / "warm_start"))
+    with Run.open(config, write=False) as opened:
+        opened.model = opened.modality.load_model(str(run / "warm_start"))
         shown = []
         for step in (0, 1):
-            from rl.train.sampling import sample_lines, sample_step
-
-            shown += [{"step": step + 1, **s} for s in sample_lines(session, sample_step(session, step, 0))]
+            rollouts = RolloutSource(opened).sample(step, 0)
+            shown += [{"step": step + 1, **s} for s in sample_lines(opened, rollouts)]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [s for s in samples if s["step"] <= 2] == shown
     # What was sampled ahead is in the checkpoint: a run that goes on from step 2 repeats the rest.

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from rl.config import load_config
-from rl.recipes import parse_options
-from rl.train.sampling import sample_step
-from rl.train.session import Session
+from rl.train.rollouts import RolloutSource
+from rl.train.run import Run
 from rl.train.update import PolicyUpdater
 from tests import runs
 
@@ -83,13 +82,14 @@ def test_the_updater_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     """
     arguments = runs.tiny_config(tmp_path, *OPTIONS)
     config = load_config(arguments[1], arguments[2:])
-    with Session.open(config, write=False) as session:
-        plain, reference = copy.deepcopy(session.model), copy.deepcopy(session.model)
+    with Run.open(config, write=False) as run:
+        plain, reference = copy.deepcopy(run.model), copy.deepcopy(run.model)
         optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, eps=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
         assert config.train.optimizer.betas == (0.9, 0.95)
-        updater = PolicyUpdater(session, parse_options(config.algorithm).build(), total_updates=8)
+        source = RolloutSource(run)
+        updater = PolicyUpdater(source, config.algorithm.build(), total_updates=8)
         for step in range(2):
-            rollouts = sample_step(session, step, updater.learner.updates)
+            rollouts = source.sample(step, updater.learner.updates)
             flat = [len(rollouts.reward[rollouts.group == g].unique()) == 1 for g in range(8)]
             assert 0 < sum(flat) < 8
             metrics = updater.step(step).metrics
@@ -98,6 +98,6 @@ def test_the_updater_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
             assert metrics["policy/grad_norm"] == pytest.approx(sum(norms) / len(norms), rel=RTOL)
             # Both clips act.
             assert metrics["policy/clip_fraction"] > 0.05 and max(norms) > MAX_NORM
-            theirs = dict(session.model.named_parameters())
+            theirs = dict(run.model.named_parameters())
             for name, parameter in plain.named_parameters():
                 torch.testing.assert_close(theirs[name], parameter, rtol=RTOL, atol=1e-5, msg=f"{name}, step {step}")

@@ -10,7 +10,8 @@ from rl.evaluation.backslide import Backslide, backslide_of
 from rl.evaluation.intervals import wilson_interval
 from rl.tasks.base import Row
 from rl.train import distributed
-from rl.train.session import ScoredRollouts, Session
+from rl.train.rollouts import ScoredRollouts, rollout
+from rl.train.run import Run
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Accuracy:
 
 
 def evaluate(
-    session: Session, model: Any, rows: Sequence[Row], step_counts: Sequence[int], temperature: float = 0.0
+    run: Run, model: Any, rows: Sequence[Row], step_counts: Sequence[int], temperature: float = 0.0
 ) -> tuple[dict[int, Accuracy], dict[int, ScoredRollouts]]:
     """Decode every row once per step count.
 
@@ -42,17 +43,15 @@ def evaluate(
     first, mine = distributed.shard(rows)
     results: dict[int, Accuracy] = {}
     rollouts: dict[int, ScoredRollouts] = {}
-    backslide = session.config.eval.backslide
+    backslide = run.config.eval.backslide
     for steps in step_counts:
-        engine = session.engine(model, session.modality.evaluation_options(steps, temperature))
-        scored = session.rollout(
-            engine, mine, 1, seed=0, first=first, count=False, verifier=True, step_rewards=backslide
-        )
+        engine = run.engine(model, run.modality.evaluation_options(steps, temperature))
+        scored = rollout(run, engine, mine, 1, seed=0, first=first, verifier=True, step_rewards=backslide)
         values = [v for part in distributed.gather_objects(scored.reward.tolist()) for v in part]
         judged = [v for v in values if v == v]
         right = sum(v >= 1.0 for v in judged)
         low, high = wilson_interval(right, len(judged)) if judged else (0.0, 1.0)
-        work = distributed.sum_metrics(vars(engine.stats), session.device)
+        work = distributed.sum_metrics(vars(engine.stats), run.device)
         results[steps] = Accuracy(
             steps,
             right / len(judged) if judged else float("nan"),

@@ -26,7 +26,8 @@ from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqu
 from rl.files import write_json
 from rl.tasks.base import Row
 from rl.tasks.load import load_task
-from rl.train.session import Session, request_seed
+from rl.train.rollouts import request_seed
+from rl.train.run import Run
 from rollouts.search.options import parse_search
 
 
@@ -120,10 +121,10 @@ def pretrain(config: Config) -> str:
         return config.model.path
     from rl.train.sft import supervised
 
-    run = config.run.model_copy(update={"output_dir": str(folder.parent / f"{folder.name}-run")})
-    with Session.open(config.model_copy(update={"run": run})) as session:
-        supervised(session)
-        session.save_model(folder)
+    own = config.run.model_copy(update={"output_dir": str(folder.parent / f"{folder.name}-run")})
+    with Run.open(config.model_copy(update={"run": own})) as run:
+        supervised(run)
+        run.save_model(folder)
     return str(folder)
 
 
@@ -136,18 +137,18 @@ def compute_row(config: Config, row: AlignRow, pretrained: str, folder: Path) ->
         model = str(folder / "model")
         budget |= _train(config, row, pretrained, folder)
     trained = time.perf_counter()
-    with _open(config, model) as session:
-        samples = _sample(session, row)
+    with _open(config, model) as run:
+        samples = _sample(run, row)
         sampled = time.perf_counter()
         budget |= samples.budget
         seconds = {"train_seconds": trained - started, "sample_seconds": sampled - trained}
-        return {"name": row.name, **judge_samples(session, samples, pretrained), **budget, **seconds,
+        return {"name": row.name, **judge_samples(run, samples, pretrained), **budget, **seconds,
                 "texts": samples.texts}  # fmt: skip
 
 
-def _open(config: Config, model: str) -> Session:
+def _open(config: Config, model: str) -> Run:
     path = config.model.model_copy(update={"path": model})
-    return Session.open(config.model_copy(update={"model": path}), write=False)
+    return Run.open(config.model_copy(update={"model": path}), write=False)
 
 
 def _train(config: Config, row: AlignRow, pretrained: str, folder: Path) -> dict[str, float]:
@@ -155,47 +156,47 @@ def _train(config: Config, row: AlignRow, pretrained: str, folder: Path) -> dict
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    run = config.run.model_copy(update={"output_dir": str(folder)})
+    place = config.run.model_copy(update={"output_dir": str(folder)})
     model = config.model.model_copy(update={"path": pretrained})
     assert row.algorithm is not None
-    save_config(config.model_copy(update={"run": run, "model": model, "algorithm": row.algorithm}), path)
+    save_config(config.model_copy(update={"run": place, "model": model, "algorithm": row.algorithm}), path)
     own = load_config(path, row.overrides)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
-    with Session.open(own) as session:
-        reinforce(session)
-        session.save_model(folder / "model")
-        costs = session.costs
+    with Run.open(own) as run:
+        reinforce(run)
+        run.save_model(folder / "model")
+        costs = run.costs
     return {"train_denoiser": costs.sequence_forwards, "train_reward": costs.reward_queries}
 
 
-def _sample(session: Session, row: AlignRow) -> Samples:
+def _sample(run: Run, row: AlignRow) -> Samples:
     """The row's samples: as many requests as the config says, each row of the task in turn."""
-    config = session.config
+    config = run.config
     count = row.num_samples or config.align.num_samples
-    rows = session.task.heldout_rows(count)
+    rows = run.task.heldout_rows(count)
     if row.search is not None:
-        found = search_rollouts(session, rows, row.search, parse_search(row.search, row.params))
+        found = search_rollouts(run, rows, row.search, parse_search(row.search, row.params))
         trajectories, of = found.trajectories, found.rows
         spent = (found.budget.denoiser_evaluations, found.budget.reward_evaluations)
     else:
-        engine = session.engine(session.model)
+        engine = run.engine(run.model)
         seeds = [[request_seed(config.run.seed + 7_919, i, 0)] for i in range(count)]
-        trajectories, of = engine.generate(session.modality.requests(rows, seeds, None)), rows
+        trajectories, of = engine.generate(run.modality.requests(rows, seeds, None)), rows
         # As searches count it: what a sample costs must not depend on how many are drawn beside it.
         spent = (engine.stats.rows_asked, 0)
-    texts, columns = session.modality.finished(trajectories)
+    texts, columns = run.modality.finished(trajectories)
     ids = columns["completion_ids"]
     prompt_ids = [t.prompt_ids.tolist() for t in trajectories]
     per_sample = {"denoiser_per_sample": spent[0] / len(texts), "reward_per_sample": spent[1] / len(texts)}
     return Samples(texts, ids, [r["prompt"] for r in of], prompt_ids, of, per_sample)
 
 
-def judge_samples(session: Session, samples: Samples, pretrained: str) -> dict[str, float]:
+def judge_samples(run: Run, samples: Samples, pretrained: str) -> dict[str, float]:
     """Rewards under every oracle, likeness to data and pretrained model, and diversity."""
-    config = session.config
+    config = run.config
     numbers: dict[str, float] = {}
     named = {
-        "optimised": config.reward.functions or [RewardPartConfig(name=session.task.reward)],
+        "optimised": config.reward.functions or [RewardPartConfig(name=run.task.reward)],
         **{name: [part] for name, part in config.align.judges.items()},
     }
     for name, parts in named.items():
@@ -204,16 +205,16 @@ def judge_samples(session: Session, samples: Samples, pretrained: str) -> dict[s
         with runner:
             table = runner.score(samples.prompts, samples.texts, columns)
         numbers[name] = float(np.median([np.nan if v is None else v for v in table.values]))
-    reference = getattr(session.task, "reference_sequences", None)
+    reference = getattr(run.task, "reference_sequences", None)
     if reference is not None:
         numbers["3mer"] = kmer_correlation(samples.texts, reference())
-    grammar = getattr(session.task, "grammar", None)
+    grammar = getattr(run.task, "grammar", None)
     if grammar is not None:
         fitting = [text for text in samples.texts if len(text) == grammar.length]
         numbers["exact_ll"] = float(np.median(grammar.log_likelihood(fitting))) if fitting else float("nan")
-    model = session.modality.load_model(pretrained).to(session.device)
+    model = run.modality.load_model(pretrained).to(run.device)
     pairs = list(zip(samples.prompt_ids, samples.ids, strict=True))[: config.align.likelihood_samples]
-    bounds = log_likelihoods(model, pairs, num_samples=config.align.likelihood_masks, device=session.device)
+    bounds = log_likelihoods(model, pairs, num_samples=config.align.likelihood_masks, device=run.device)
     numbers["pretrained_ll"] = float(np.median([bound.logprob for bound in bounds]))
     numbers["hamming"] = mean_hamming(samples.texts)
     numbers["unique"] = uniqueness(samples.texts)

@@ -23,7 +23,8 @@ from rl.tasks.base import Row
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train import distributed
-from rl.train.session import Session, request_seed
+from rl.train.rollouts import request_seed
+from rl.train.run import Run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.samplers.presets import PRESETS
@@ -118,8 +119,8 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
     rows = load_rows(task, plan.data, plan.limit, config.eval.num_prompts)
     judge = judge_of(config.reward, task, plan.reward)
     folder = GenerationFolder(plan.output or f"{config.run.output_dir}/eval/{config.task.name.replace(':', '-')}")
-    with Session.open(config.model_copy(update={"reward": judge}), write=False) as session:
-        chat = bool(getattr(session.tokenizer, "chat_template", None))
+    with Run.open(config.model_copy(update={"reward": judge}), write=False) as run:
+        chat = bool(getattr(run.tokenizer, "chat_template", None))
         template = choose_template(task, plan.template, chat)
         rows = as_asked(rows, template)
         settings = {
@@ -133,23 +134,23 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
                 "prompts_sha256": texts_hash(row["prompt"] for row in rows),
             },
             "template": template_settings(template, chat and template.chat),
-            "model": model_settings(session.model, config.model.path, config.model.tokenizer),
+            "model": model_settings(run.model, config.model.path, config.model.tokenizer),
             "reward": reward_settings(judge),
             "rollout": config.rollout.model_dump(exclude={"max_batch_size"}),
             "seed": config.run.seed,
             "samples": plan.samples,
             "decoders": {name: option.model_dump() for name, option in options.items()},
-            "device": device_name(session.device),
+            "device": device_name(run.device),
             "versions": package_versions(),
         }
-        problems = _encode(session.tokenizer, template, rows)
+        problems = _encode(run.tokenizer, template, rows)
         main = distributed.rank() == 0
         if main:
             folder.open(settings)
         try:
             done = distributed.gather_objects({g.key for g in folder.generations()} if main else None)[0]
             for name, option in options.items():
-                _generate(session, folder if main else None, name, option, template, problems, plan.samples, done)
+                _generate(run, folder if main else None, name, option, template, problems, plan.samples, done)
             results = write_results(folder, plan.ks) if main else {}
         finally:
             folder.close()
@@ -170,7 +171,7 @@ def _encode(tokenizer: Any, template: Template, rows: Sequence[Row]) -> list[Pro
 
 
 def _generate(
-    session: Session,
+    run: Run,
     folder: GenerationFolder | None,
     name: str,
     options: SamplerOptions,
@@ -180,7 +181,7 @@ def _generate(
     done: set[tuple[str, str, int]],
 ) -> None:
     """Sample and judge what one decoder lacks, in batches shared by all ranks; rank 0 holds the folder and writes."""
-    engine = session.engine(session.model, options)
+    engine = run.engine(run.model, options)
     pending = [
         (index, sample)
         for index, problem in enumerate(problems)
@@ -188,13 +189,13 @@ def _generate(
         if (name, problem.row["prompt_id"], sample) not in done
     ]
     size = engine.max_batch_size * distributed.world_size()
-    session.progress.stage(name, total=len(problems) * samples)
+    run.progress.stage(name, total=len(problems) * samples)
     finished = len(problems) * samples - len(pending)
     if finished:
-        session.progress.message(f"{name}: {finished} completions are there already")
+        run.progress.message(f"{name}: {finished} completions are there already")
     for start in range(0, len(pending), size):
         _, mine = distributed.shard(pending[start : start + size])
-        own = _sample(session, engine, name, template, problems, mine)
+        own = _sample(run, engine, name, template, problems, mine)
         parts = distributed.gather_objects(own)
         generations = [generation for part, _ in parts for generation in part]
         batch = Batch(
@@ -207,11 +208,11 @@ def _generate(
         if folder is not None:
             folder.append(generations, batch)
         finished += len(generations)
-        session.progress.update(finished, tokens_per_s=batch.tokens / max(batch.seconds, 1e-9))
+        run.progress.update(finished, tokens_per_s=batch.tokens / max(batch.seconds, 1e-9))
 
 
 def _sample(
-    session: Session,
+    run: Run,
     engine: InProcessEngine,
     name: str,
     template: Template,
@@ -222,7 +223,7 @@ def _sample(
     generations, fitting = [], []
     for index, sample in pairs:
         problem = problems[index]
-        seed = request_seed(session.config.run.seed, index, sample)
+        seed = request_seed(run.config.run.seed, index, sample)
         reason = _too_long(engine, problem.prompt_ids)
         made = Generation(name, problem.row["prompt_id"], sample, seed, "", [], [], 0, False, None, reason)
         generations.append(made)
@@ -234,9 +235,9 @@ def _sample(
         start, stop = trajectory.prompt_length, trajectory.prompt_length + trajectory.stop_length
         made.completion_ids = trajectory.response_ids().tolist()
         made.reveal_steps = trajectory.reveal_step()[start:stop].tolist()
-        made.completion = session.tokenizer.decode(made.completion_ids, skip_special_tokens=True)
-        made.steps, made.ended = trajectory.num_steps, session.tokenizer.eos_token_id in made.completion_ids
-    score(session.rewards, template, [problem.row for _, problem in fitting], [made for made, _ in fitting])
+        made.completion = run.tokenizer.decode(made.completion_ids, skip_special_tokens=True)
+        made.steps, made.ended = trajectory.num_steps, run.tokenizer.eos_token_id in made.completion_ids
+    score(run.judge.rewards, template, [problem.row for _, problem in fitting], [made for made, _ in fitting])
     tokens = sum(len(made.completion_ids) for made in generations)
     seconds = engine.stats.seconds if fitting else 0.0
     return generations, Batch(name, len(pairs), tokens, seconds, reward_seconds=time.perf_counter() - started)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from rl.tasks.base import Row
-from rl.train.session import Session, request_seed
+from rl.train.rollouts import request_seed
+from rl.train.run import Run
 from rollouts.search.options import SearchOptions
 from rollouts.search.protocol import Budget, Problem
 from rollouts.search.run import search
@@ -54,24 +55,24 @@ class SearchedRollouts:
 
 
 def search_rollouts(
-    session: Session, rows: Sequence[Row], name: str, options: SearchOptions, searches_per_row: int = 1
+    run: Run, rows: Sequence[Row], name: str, options: SearchOptions, searches_per_row: int = 1
 ) -> SearchedRollouts:
     """Search `searches_per_row` times for every row.
 
     Raises:
         ValueError: a reward that depends on its batch, or a sampler that cannot be searched with.
     """
-    for part in session.config.reward.functions:
+    for part in run.config.reward.functions:
         if part.normalize != "none":
             raise ValueError(
                 f"reward.functions: {part.name} has normalize={part.normalize}, which makes the reward of a sample "
                 "depend on its batch: a search needs normalize=none"
             )
-    sampler = session.modality.search_sampler(session.engine(session.model), rows)
+    sampler = run.modality.search_sampler(run.engine(run.model), rows)
 
     def reward(states: Any) -> np.ndarray:
         judged = [rows[row] for row in states.row]
-        _, table = session.judge(judged, sampler.trajectories(states))
+        _, table = run.judge.score(judged, sampler.trajectories(states))
         return np.array([np.nan if value is None else value for value in table.values], dtype=np.float64)
 
     soft = None
@@ -82,16 +83,16 @@ def search_rollouts(
             )
         from rl.modalities.soft_text import SoftTextReward
 
-        of_response = SoftTextReward(session)
+        of_response = SoftTextReward(run)
 
         def soft(prediction: torch.Tensor, states: Any) -> torch.Tensor:
             return of_response(prediction, [rows[row] for row in states.row])
 
     row = np.repeat(np.arange(len(rows)), searches_per_row)
-    seed = [request_seed(session.config.run.seed, i, g) for i in range(len(rows)) for g in range(searches_per_row)]
+    seed = [request_seed(run.config.run.seed, i, g) for i in range(len(rows)) for g in range(searches_per_row)]
     found = search(name, Problem(sampler, reward, soft), row, np.array(seed, dtype=np.int64), options)
     trajectories = sampler.trajectories(found.states)
-    completions, _ = session.modality.finished(trajectories)
+    completions, _ = run.modality.finished(trajectories)
     return SearchedRollouts(
         rows=[rows[i] for i in found.states.row],
         trajectories=trajectories,
@@ -104,14 +105,14 @@ def search_rollouts(
     )
 
 
-def write_search(folder: Path, session: Session, name: str, options: SearchOptions, found: SearchedRollouts) -> None:
+def write_search(folder: Path, run: Run, name: str, options: SearchOptions, found: SearchedRollouts) -> None:
     """`trajectories.npz`, `rollouts.jsonl` with a line per sample, and `search.json`: the options and the budget."""
-    session.modality.save_trajectories(folder / "trajectories.npz", found.trajectories)
+    run.modality.save_trajectories(folder / "trajectories.npz", found.trajectories)
     with (folder / "rollouts.jsonl").open("w") as file:
         for i, (row, completion) in enumerate(zip(found.rows, found.completions, strict=True)):
             line = {
                 "prompt": row["prompt"],
-                "completion": session.modality.sample_line(completion),
+                "completion": run.modality.sample_line(completion),
                 "reward": None if np.isnan(found.reward[i]) else float(found.reward[i]),
                 "request": int(found.request[i]),
             }
@@ -121,7 +122,7 @@ def write_search(folder: Path, session: Session, name: str, options: SearchOptio
     summary = {
         "search": name,
         "params": options.model_dump(),
-        "seed": session.config.run.seed,
+        "seed": run.config.run.seed,
         "num_requests": found.num_requests,
         "num_samples": len(found.reward),
         "mean_reward": found.mean_reward(),

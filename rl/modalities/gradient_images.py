@@ -13,7 +13,7 @@ from rl.estimators.latent_input import LatentInput
 from rl.modalities.images import uint8_images
 from rl.tasks.base import Row
 from rl.train.reward_gradient import Forward, GradientSegment
-from rl.train.session import Session
+from rl.train.run import Run
 from rollouts.samplers.gradient_latent import Predict, gradient_rollout
 from rollouts.samplers.noise import CHOICE_STREAM, uniform
 
@@ -21,19 +21,19 @@ from rollouts.samplers.noise import CHOICE_STREAM, uniform
 class PixelReward:
     """The weighted sum of a config's rewards as a function of float images, with gradient."""
 
-    def __init__(self, session: Session):
+    def __init__(self, run: Run):
         """
         Raises:
             ValueError: a reward without gradient to images.
         """
-        parts = session.config.reward.functions or [RewardPartConfig(name=session.task.reward)]
+        parts = run.config.reward.functions or [RewardPartConfig(name=run.task.reward)]
         parts = [part for part in parts if part.weight]
         self.parts: list[tuple[Any, float]] = [(load_reward(part.name, part.params), part.weight) for part in parts]
         for (reward, _), part in zip(self.parts, parts, strict=True):
             if not getattr(reward, "differentiable", False) or not hasattr(reward, "on_tensors"):
                 raise ValueError(
                     f"reward {part.name!r} has no gradient to images: algorithm.name "
-                    f"{session.config.algorithm.name} needs rewards with on_tensors (docs/image_rewards.md)"
+                    f"{run.config.algorithm.name} needs rewards with on_tensors (docs/image_rewards.md)"
                 )
 
     def __call__(self, images: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
@@ -50,7 +50,7 @@ class GradientImages:
 
     def __init__(
         self,
-        session: Session,
+        run: Run,
         gradient_steps: int,
         with_reference: bool,
         truncation: str = "fixed",
@@ -63,7 +63,7 @@ class GradientImages:
         Raises:
             ValueError: more steps with gradient than steps, or a reward without gradient.
         """
-        self.session, self.engine = session, session.engine(session.model)
+        self.run, self.engine = run, run.engine(run.model)
         steps = len(self.engine.steps)
         if gradient_steps > steps:
             raise ValueError(
@@ -71,13 +71,13 @@ class GradientImages:
                 f"({steps})"
             )
         self.gradient_steps, self.truncation, self.recompute = gradient_steps, truncation, recompute
-        self.reward = PixelReward(session)
+        self.reward = PixelReward(run)
         self.num_segments = steps - gradient_steps + 1 if with_reference else 1
 
     def segments(
         self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
     ) -> Iterator[GradientSegment]:
-        engine, device = self.engine, self.session.device
+        engine, device = self.engine, self.run.device
         seed = torch.tensor(seeds, dtype=torch.int64, device=device)
         given = engine.encode([row["prompt"] for row in rows])
         guidance = engine.options.guidance_scale
@@ -101,11 +101,11 @@ class GradientImages:
             engine.options.min_std,
             self.recompute,
         ):
-            forwards = segment.evaluations * self.session.model.num_evaluations(guidance)
+            forwards = segment.evaluations * self.run.model.num_evaluations(guidance)
             if segment.sample is None:
                 yield GradientSegment(segment.kl, forwards, latent.numel())
                 continue
-            pixels = self.session.model.decode(segment.sample)
+            pixels = self.run.model.decode(segment.sample)
             reward = self.reward(pixels, rows)
             yield GradientSegment(segment.kl, forwards, latent.numel(), reward, uint8_images(pixels.detach()))
 

@@ -11,7 +11,7 @@ from rewards.soft import DifferentiableSum
 from rl.estimators.relaxed import free_canvas
 from rl.tasks.base import Row
 from rl.train.reward_gradient import Forward, GradientSegment
-from rl.train.session import Session
+from rl.train.run import Run
 from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
 
@@ -19,22 +19,22 @@ from rollouts.samplers.relaxed import relaxed_rollout
 class SoftTextReward:
     """The rewards of a config as a differentiable function of soft responses over the vocabulary."""
 
-    def __init__(self, session: Session):
+    def __init__(self, run: Run):
         """
         Raises:
             ValueError: a reward without gradient, or letters without a token.
         """
-        parts: Any = [(part.name, part.weight, part.params) for part in session.config.reward.functions]
-        self.sum = DifferentiableSum(parts or [(session.task.reward, 1.0, {})])
-        letters = [session.tokenizer.convert_tokens_to_ids(letter) for letter in self.sum.alphabet]
+        parts: Any = [(part.name, part.weight, part.params) for part in run.config.reward.functions]
+        self.sum = DifferentiableSum(parts or [(run.task.reward, 1.0, {})])
+        letters = [run.tokenizer.convert_tokens_to_ids(letter) for letter in self.sum.alphabet]
         unknown = [
             letter
             for letter, index in zip(self.sum.alphabet, letters, strict=True)
-            if index is None or index == session.tokenizer.unk_token_id
+            if index is None or index == run.tokenizer.unk_token_id
         ]
         if unknown:
             raise ValueError(f"model.tokenizer has no token for the letter {unknown[0]!r} that the rewards read")
-        self.letters = torch.tensor(letters, device=session.device)
+        self.letters = torch.tensor(letters, device=run.device)
 
     def __call__(self, one_hot: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """[B] of responses [B, L, V] to the prompts of B rows."""
@@ -45,13 +45,13 @@ class SoftTextReward:
 class RelaxedText:
     """A `rl.train.reward_gradient.GradientSampler` for fixed-length responses of full-attention models."""
 
-    def __init__(self, session: Session, options: RelaxedOptions, with_reference: bool):
+    def __init__(self, run: Run, options: RelaxedOptions, with_reference: bool):
         """
         Raises:
             ValueError: a reward without gradient, letters without a token, or a sampler that cannot be relaxed.
         """
-        config = session.config
-        self.session, self.options, self.sampler = session, options, config.sampler
+        config = run.config
+        self.run, self.options, self.sampler = run, options, config.sampler
         # The relaxed rollout is MDLM's ancestral sampler; score, quota and selector have no part in it.
         plain_options = {"block_length": None, "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0, "reviser": "none"}
         if self.sampler.temperature == 0:
@@ -67,16 +67,16 @@ class RelaxedText:
                 f"algorithm.relaxed.relaxed_steps ({options.relaxed_steps}) must not exceed "
                 f"sampler.num_inference_steps ({steps})"
             )
-        self.reward = SoftTextReward(session)
+        self.reward = SoftTextReward(run)
         self.num_segments = steps - options.relaxed_steps + 1 if with_reference else 1
 
     def segments(
         self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
     ) -> Iterator[GradientSegment]:
-        prompts = [self.session.modality.prompt_text(row) for row in rows]
-        prompt_ids = self.session.tokenizer(prompts, add_special_tokens=False).input_ids
-        canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.session.model)
-        canvas = canvas.at_temperature(self.sampler.temperature).to(self.session.device)
+        prompts = [self.run.modality.prompt_text(row) for row in rows]
+        prompt_ids = self.run.tokenizer(prompts, add_special_tokens=False).input_ids
+        canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.run.model)
+        canvas = canvas.at_temperature(self.sampler.temperature).to(self.run.device)
         tokens = int(canvas.length.sum())
         for segment in relaxed_rollout(
             lambda token: policy(canvas.holding(token)),
@@ -90,6 +90,6 @@ class RelaxedText:
                 continue
             one_hot = segment.one_hot.view(len(rows), self.sampler.gen_length, -1)
             reward = self.reward(one_hot, rows)
-            texts = self.session.tokenizer.batch_decode(segment.token.view(len(rows), -1))
+            texts = self.run.tokenizer.batch_decode(segment.token.view(len(rows), -1))
             metrics = {"policy/last_mask_mass": float(segment.mask_mass.mean())}
             yield GradientSegment(segment.kl, segment.forwards, tokens, reward, texts, metrics)

@@ -16,22 +16,26 @@ from rl.train import distributed
 from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.reward_gradient import GradientRecipe, RewardGradientUpdater
-from rl.train.session import ScoredRollouts, Session
+from rl.train.rollouts import RolloutSource, ScoredRollouts
+from rl.train.run import Run
 from rl.train.sft import supervised
 from rl.train.update import PolicyUpdater
 
 
-def train(session: Session) -> dict[str, Any]:
+def train(run: Run) -> dict[str, Any]:
     """Run every stage the config asks for; returns what `summary.json` holds."""
-    config = session.config
-    heldout = session.task.heldout_rows(config.eval.num_prompts)
+    heldout = run.task.heldout_rows(run.config.eval.num_prompts)
     if not heldout:
         raise ValueError("the task has no held-out rows: set task.params so that it has some")
-    if config.train.steps:
-        session.open_engine()
-    checkpoint, notes = find_checkpoint(session.run_dir) if config.run.resume else (None, [])
+    with RolloutSource.open(run) as source:
+        return _stages(run, source, heldout)
+
+
+def _stages(run: Run, source: RolloutSource, heldout: list[Row]) -> dict[str, Any]:
+    config = run.config
+    checkpoint, notes = find_checkpoint(run.folder) if config.run.resume else (None, [])
     for note in notes:
-        session.progress.message(note)
+        run.progress.message(note)
     summary: dict[str, Any] = {
         "task": config.task.name,
         "algorithm": config.algorithm.name,
@@ -41,59 +45,70 @@ def train(session: Session) -> dict[str, Any]:
     }
     if checkpoint is None:
         if config.run.resume:
-            session.progress.message("no complete checkpoint to resume from: starting over")
-            session.metrics.truncate_after(-1)
-            _drop_samples(session, -1)
+            run.progress.message("no complete checkpoint to resume from: starting over")
+            run.metrics.truncate_after(-1)
+            _drop_samples(run, -1)
         if config.sft.steps:
-            summary |= supervised(session)
-        summary |= _evaluated(session, "before", heldout, 0)
-        views_before = _views(session, session.model, heldout)
+            summary |= supervised(run)
+        summary |= _evaluated(run, "before", heldout, 0)
+        views_before = _views(run, run.model, heldout)
         if distributed.rank() == 0:
-            session.save_model(session.run_dir / "warm_start")
-            write_json(session.run_dir / "before.json", summary | {"views": views_before})
+            run.save_model(run.folder / "warm_start")
+            write_json(run.folder / "before.json", summary | {"views": views_before})
         distributed.barrier()
     else:
-        summary |= json.loads((session.run_dir / "before.json").read_text())
+        summary |= json.loads((run.folder / "before.json").read_text())
         views_before = summary.pop("views")
     if config.train.steps:
         with heeding_sigterm() as told_to_stop:
-            summary |= reinforce(session, checkpoint, told_to_stop)
-        summary |= _evaluated(session, "after", heldout, summary["train_steps"])
-        summary["goal"] = _goal(session, summary)
-    views = _views(session, session.model, heldout)
+            summary |= reinforce(run, source, checkpoint, told_to_stop)
+        summary |= _evaluated(run, "after", heldout, summary["train_steps"])
+        summary["goal"] = _goal(run, summary)
+    views = _views(run, run.model, heldout)
     if distributed.rank() == 0:
-        write_json(session.run_dir / "viewer.json", _viewer(session, views_before, views))
-        write_json(session.run_dir / "summary.json", summary)
+        write_json(run.folder / "viewer.json", _viewer(run, views_before, views))
+        write_json(run.folder / "summary.json", summary)
     distributed.barrier()
     return summary
 
 
 def reinforce(
-    session: Session, checkpoint: Any = None, told_to_stop: Callable[[], bool] = lambda: False
+    run: Run,
+    source: RolloutSource | None = None,
+    checkpoint: Any = None,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """The RL stage on `session.model`; the model holds the trained weights afterwards.
+    """The RL stage on `run.model`; the model holds the trained weights afterwards.
+
+    Args:
+        source: gives the rollouts; without one the model of this process samples them.
 
     Raises:
         Stopped: a rank was told to stop; the step it was in is finished and in a checkpoint.
     """
-    config = session.config
+    config = run.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
     recipe = config.algorithm.build()
-    kind = RewardGradientUpdater if isinstance(recipe, GradientRecipe) else PolicyUpdater
-    updater: Any = kind(session, recipe, total, checkpoint is not None)
+    source = source or RolloutSource(run)
+    resumed = checkpoint is not None
+    updater: Any
+    if isinstance(recipe, GradientRecipe):
+        updater = RewardGradientUpdater(run, recipe, total, resumed)
+    else:
+        updater = PolicyUpdater(source, recipe, total, resumed)
     step = 0
-    saved = dict(updater.learners) | ({"ahead": session.ahead} if session.ahead is not None else {})
+    saved = dict(updater.learners) | ({"ahead": source.ahead} if source.ahead is not None else {})
     if checkpoint is not None:
         step, state = load_checkpoint(checkpoint, saved)
-        vars(session.costs).update(state["costs"])
+        vars(run.costs).update(state["costs"])
         updater.resumed(step)
         memory = getattr(updater, "memory", None)
         if memory is not None:
             memory.restore(state["memory"])
-        session.metrics.truncate_after(step)
-        _drop_samples(session, step)
-        session.progress.message(f"resumed from {checkpoint}")
-    session.progress.stage("train", config.train.steps)
+        run.metrics.truncate_after(step)
+        _drop_samples(run, step)
+        run.progress.message(f"resumed from {checkpoint}")
+    run.progress.stage("train", config.train.steps)
     stage: Counter[str] = Counter()
     started = time.perf_counter()
     while step < config.train.steps:
@@ -105,71 +120,69 @@ def reinforce(
         metrics = outcome.metrics | {f"time/{name}": value for name, value in outcome.seconds.items()}
         metrics["speed/tokens_per_s"] = metrics.pop("rollout/tokens", 0.0) / (learned - tick)
         metrics["optimizer/lr"] = updater.learners["policy"].learning_rate()
-        session.metrics.log(step, "train", metrics | session.costs.as_metrics())
-        _log_samples(session, step, outcome.samples)
-        session.progress.update(step, reward=metrics["reward/mean"], tokens_per_s=metrics["speed/tokens_per_s"])
+        run.metrics.log(step, "train", metrics | run.costs.as_metrics())
+        _log_samples(run, step, outcome.samples)
+        run.progress.update(step, reward=metrics["reward/mean"], tokens_per_s=metrics["speed/tokens_per_s"])
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
         # Reduced, because all ranks have to end after the same step.
-        ending = distributed.reduce_number(2 if told_to_stop() else out_of_time, "max", session.device)
+        ending = distributed.reduce_number(2 if told_to_stop() else out_of_time, "max", run.device)
         # Costs are sums over all ranks already.
-        spent = session.costs.sequence_forwards >= (config.train.max_sequence_forwards or math.inf)
+        spent = run.costs.sequence_forwards >= (config.train.max_sequence_forwards or math.inf)
         last = step == config.train.steps or ending > 0 or spent
         if config.eval.every and step % config.eval.every == 0 and not last:
-            rows = validation_rows(session.task, config.eval.every_prompts)
-            _evaluated(session, "on the way", rows, step)
+            rows = validation_rows(run.task, config.eval.every_prompts)
+            _evaluated(run, "on the way", rows, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _checkpoint(session, step, updater, saved)
+            _checkpoint(run, step, updater, saved)
         if ending == 2:
-            session.progress.message(
-                f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true"
-            )
+            run.progress.message(f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true")
             raise Stopped
         if ending:
-            session.progress.message(f"train.max_seconds reached after {step} of {config.train.steps} steps")
+            run.progress.message(f"train.max_seconds reached after {step} of {config.train.steps} steps")
             break
         if spent:
-            session.progress.message(f"train.max_sequence_forwards reached after {step} of {config.train.steps} steps")
+            run.progress.message(f"train.max_sequence_forwards reached after {step} of {config.train.steps} steps")
             break
     return {
         "train_steps": step,
         "train_seconds": time.perf_counter() - started,
         "stage_seconds": dict(stage),
-        **vars(session.costs),
+        **vars(run.costs),
     }
 
 
-def _checkpoint(session: Session, step: int, updater: Any, saved: Mapping[str, Saved]) -> None:
-    state = {"costs": vars(session.costs), "world_size": distributed.world_size()}
+def _checkpoint(run: Run, step: int, updater: Any, saved: Mapping[str, Saved]) -> None:
+    state = {"costs": vars(run.costs), "world_size": distributed.world_size()}
     memory = getattr(updater, "memory", None)
     if memory is not None:
         state["memory"] = memory.state()
     save_checkpoint(
-        session.run_dir,
+        run.folder,
         step,
         saved,
-        session.save_model,
+        run.save_model,
         state,
-        session.config.checkpoint.keep,
+        run.config.checkpoint.keep,
     )
 
 
-def _evaluated(session: Session, name: str, rows: list[Row], step: int) -> dict[str, Any]:
+def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any]:
     """Evaluate the model as it is, log it, and give its part of the summary."""
-    results, rollouts = evaluate(session, session.model, rows, session.config.eval.num_inference_steps)
-    measured = {steps: _measured(session, scored) for steps, scored in rollouts.items()}
+    results, rollouts = evaluate(run, run.model, rows, run.config.eval.num_inference_steps)
+    measured = {steps: _measured(run, scored) for steps, scored in rollouts.items()}
     metrics = {f"eval/{key}@{steps}": value for steps, values in measured.items() for key, value in values.items()}
-    session.metrics.log(step, "eval", as_metrics(results) | metrics)
+    run.metrics.log(step, "eval", as_metrics(results) | metrics)
     quality = {str(steps): values for steps, values in measured.items() if values}
     return _accuracy(name, results) | ({f"{name}_quality": quality} if quality else {})
 
 
-def _measured(session: Session, scored: ScoredRollouts) -> dict[str, float]:
+def _measured(run: Run, scored: ScoredRollouts) -> dict[str, float]:
     """Numbers about the samples of all ranks as a set, where the modality has some."""
-    mine = (scored.rows, scored.completions, scored.reward.tolist())
+    mine = (scored.examples, scored.completions, scored.reward.tolist())
     rows, completions, rewards = (
         [x for part in parts for x in part] for parts in zip(*distributed.gather_objects(mine), strict=True)
     )
-    return session.modality.measure(rows, completions, rewards)
+    return run.modality.measure(rows, completions, rewards)
 
 
 def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:
@@ -181,8 +194,8 @@ def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:
     }
 
 
-def _goal(session: Session, summary: dict[str, Any]) -> dict[str, Any] | None:
-    goal = session.config.goal
+def _goal(run: Run, summary: dict[str, Any]) -> dict[str, Any] | None:
+    goal = run.config.goal
     if goal is None:
         return None
     key = str(goal.steps)
@@ -190,38 +203,38 @@ def _goal(session: Session, summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"metric": key, "before_max": goal.before_max, "after_min": goal.after_min, "met": met}
 
 
-def _views(session: Session, model: Any, heldout: list[Row]) -> list[dict[str, Any]]:
+def _views(run: Run, model: Any, heldout: list[Row]) -> list[dict[str, Any]]:
     """Step-by-step views of the first held-out prompts (rank 0 decodes them all)."""
-    rows = heldout[: session.config.eval.viewer_items]
+    rows = heldout[: run.config.eval.viewer_items]
     if not rows or distributed.rank() != 0:
         return []
-    steps = session.config.eval.viewer_steps or session.modality.options().num_inference_steps
-    engine = session.engine(model, session.modality.evaluation_options(steps))
-    trajectories = engine.generate(session.modality.requests(rows, [[i] for i in range(len(rows))], None))
-    _, table = session.judge(rows, trajectories, verifier=True)
-    views = session.modality.views(rows, trajectories, table.values)
+    steps = run.config.eval.viewer_steps or run.modality.options().num_inference_steps
+    engine = run.engine(model, run.modality.evaluation_options(steps))
+    trajectories = engine.generate(run.modality.requests(rows, [[i] for i in range(len(rows))], None))
+    _, table = run.judge.score(rows, trajectories, verifier=True)
+    views = run.modality.views(rows, trajectories, table.values)
     return [{"prompt": row["prompt"], "view": view} for row, view in zip(rows, views, strict=True)]
 
 
-def _viewer(session: Session, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+def _viewer(run: Run, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     items = [
         {"prompt": b["prompt"], "before": b["view"], "after": a["view"]} for b, a in zip(before, after, strict=False)
     ]
-    return {"grid": list(session.task.grid) if session.task.grid else None, "items": items}
+    return {"grid": list(run.task.grid) if run.task.grid else None, "items": items}
 
 
-def _log_samples(session: Session, step: int, samples: list[dict[str, Any]]) -> None:
+def _log_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:
     """Append the first samples of a step to samples.jsonl."""
     if distributed.rank() != 0:
         return
-    with (session.run_dir / "samples.jsonl").open("a") as file:
+    with (run.folder / "samples.jsonl").open("a") as file:
         for sample in samples:
             file.write(json.dumps({"step": step, **sample}) + "\n")
 
 
-def _drop_samples(session: Session, step: int) -> None:
+def _drop_samples(run: Run, step: int) -> None:
     """Drop the samples of later steps, which a resumed run draws again."""
-    path = session.run_dir / "samples.jsonl"
+    path = run.folder / "samples.jsonl"
     if distributed.rank() == 0 and path.is_file():
         # A kill in the middle of a write leaves a last line without its end.
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

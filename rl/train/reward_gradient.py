@@ -20,8 +20,8 @@ from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.learner import Learner
 from rl.train.policy import Policy
-from rl.train.sampling import prompt_interval, step_seed
-from rl.train.session import Session, request_seed
+from rl.train.rollouts import prompt_interval, request_seed, step_seed
+from rl.train.run import Run
 from rl.train.update import StepOutcome
 
 # Inputs with `score(model)` -> what they score, under one model's weights.
@@ -80,7 +80,7 @@ class GradientRecipe:
         kl_coef: weight of the path KL to the starting policy; 0 keeps no reference.
     """
 
-    sampler: Callable[[Session], GradientSampler]
+    sampler: Callable[[Run], GradientSampler]
     kl_coef: float
 
 
@@ -121,18 +121,18 @@ def check_reward_gradient(config: Config) -> None:
 class RewardGradientUpdater:
     """Maximises mean reward - kl_coef * path KL; one optimizer update per RL step. A `rl.train.update.Updater`."""
 
-    def __init__(self, session: Session, recipe: GradientRecipe, total_updates: int, resumed: bool = False):
+    def __init__(self, run: Run, recipe: GradientRecipe, total_updates: int, resumed: bool = False):
         """
         Raises:
             ValueError: the config asks for what a reward gradient has not (`check_reward_gradient`).
         """
-        check_reward_gradient(session.config)
-        config = session.config.train
-        self.session, self.recipe = session, recipe
-        self.sampler = recipe.sampler(session)
-        self.reference = Policy(session.starting_policy(resumed)) if recipe.kl_coef > 0 else None
-        self.sampling = Policy(session.model)
-        self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, session.device)
+        check_reward_gradient(run.config)
+        config = run.config.train
+        self.run, self.recipe = run, recipe
+        self.sampler = recipe.sampler(run)
+        self.reference = Policy(run.starting_policy(resumed)) if recipe.kl_coef > 0 else None
+        self.sampling = Policy(run.model)
+        self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, run.device)
         self.learner.copy_weights_into(self.sampling)
         self.learners = {"policy": self.learner}
 
@@ -141,11 +141,11 @@ class RewardGradientUpdater:
 
     def step(self, step: int) -> StepOutcome:
         """Sample, and take one optimizer update."""
-        session, train = self.session, self.session.config.train
+        run, train = self.run, self.run.config.train
         started = time.perf_counter()
-        rows = session.task.train_rows(session.config.run.seed, step, train.prompts_per_step)
+        rows = run.task.train_rows(run.config.run.seed, step, train.prompts_per_step)
         first, mine = distributed.shard(rows)
-        base = step_seed(session.config.run.seed, step)
+        base = step_seed(run.config.run.seed, step)
         repeated = [row for row in mine for _ in range(train.group_size)]
         seeds = [request_seed(base, first + i, g) for i in range(len(mine)) for g in range(train.group_size)]
         size = train.micro_batch_size
@@ -162,20 +162,20 @@ class RewardGradientUpdater:
 
         norm = self.learner.update(losses, no_padding)
         self.learner.copy_weights_into(self.sampling)
-        session.spend(
+        run.spend(
             forward_passes=sum(segment.forwards for segment in done),
             backward_passes=len(losses),
             sequence_forwards=sum(segment.forwards * len(segment.kl) for segment in done),
             tokens_forwarded=sum(segment.forwards * segment.tokens for segment in done),
             reward_queries=len(repeated),
         )
-        session.costs.updates += 1
+        run.costs.updates += 1
         metrics = self._metrics(done) | {"policy/grad_norm": norm}
         last = next(segment for segment in done if segment.reward is not None)
         assert last.reward is not None
         shown = zip(repeated[:2], last.completions, last.reward.tolist(), strict=False)
         samples = [
-            {"prompt": row["prompt"], "completion": session.modality.sample_line(completion), "reward": value}
+            {"prompt": row["prompt"], "completion": run.modality.sample_line(completion), "reward": value}
             for row, completion, value in shown
         ]
         return StepOutcome(metrics, {"learn": time.perf_counter() - started}, samples)
@@ -214,5 +214,5 @@ class RewardGradientUpdater:
         means = {name: sum(s[name] for _, s, _ in parts) / sum(c[name] for _, _, c in parts) for name in names}
         values = torch.tensor([value for theirs, _, _ in parts for value in theirs], dtype=torch.float64)
         # Ranks hold whole prompts, one after the other.
-        prompt = torch.arange(len(values)) // self.session.config.train.group_size
+        prompt = torch.arange(len(values)) // self.run.config.train.group_size
         return prompt_interval(values, prompt) | means

@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +21,7 @@ from rl.recipes.options import Recipe
 from rl.train import distributed
 from rl.train.learner import Learner, TrainingError
 from rl.train.policy import Policy
-from rl.train.sampling import rollout_metrics, sample_lines, sample_step
-from rl.train.session import ScoredRollouts, Session, padded
+from rl.train.rollouts import RolloutSource, ScoredRollouts, joined_groups, padded, rollout_metrics, sample_lines
 from rl.values.model import PolicyWithValue, ValueModel
 from rl.values.targets import explained_variance, outcome_rewards, step_targets
 from rollouts.engines.base import StaleVersionError
@@ -45,7 +44,7 @@ class StepOutcome:
 
 
 class Updater(Protocol):
-    """What the loop asks of an algorithm. `session.model` samples with the weights of the last update.
+    """What the loop asks of an algorithm. `run.model` samples with the weights of the last update.
 
     Attributes:
         learners: name -> learner; all of them are saved in checkpoints.
@@ -86,27 +85,26 @@ class MicroBatch:
 class PolicyUpdater:
     """Applies a recipe to the rollouts of a step."""
 
-    def __init__(self, session: Session, recipe: Recipe, total_updates: int, resumed: bool = False):
+    def __init__(self, source: RolloutSource, recipe: Recipe, total_updates: int, resumed: bool = False):
         """
         Args:
             total_updates: length of the learning-rate schedules.
             resumed: the run goes on from a checkpoint, which the loop loads into the learners.
         """
-        self.session, self.recipe = session, recipe
-        self.train = config = session.config.train
+        run = source.run
+        self.source, self.run, self.recipe = source, run, recipe
+        self.train = config = run.config.train
         # The frozen policy is the one RL started from, also after a resume.
-        self.reference = session.starting_policy(resumed) if recipe.needs_reference else None
-        if recipe.needs_log_ratio and session.config.filters.drop_zero_variance:
+        self.reference = run.starting_policy(resumed) if recipe.needs_reference else None
+        if recipe.needs_log_ratio and run.config.filters.drop_zero_variance:
             raise ValueError(
                 "filters.drop_zero_variance leaves prompts without their KL to the reference: set it to false for this "
                 "recipe"
             )
         value = recipe.value
-        # session.model is the copy that samples; it gets the learner's weights after every update.
-        self.sampling: nn.Module = (
-            PolicyWithValue(session.model) if value and value.share_backbone else Policy(session.model)
-        )
-        self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, session.device)
+        # run.model is the copy that samples; it gets the learner's weights after every update.
+        self.sampling: nn.Module = PolicyWithValue(run.model) if value and value.share_backbone else Policy(run.model)
+        self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, run.device)
         # Also before the first step: the learner may compute in another precision than the model was loaded in.
         self.learner.copy_weights_into(self.sampling)
         self.learners = {"policy": self.learner}
@@ -114,9 +112,9 @@ class PolicyUpdater:
         self.critic: Learner | None = None
         if value and not value.share_backbone:
             self.critic = self.learners["value"] = Learner(
-                ValueModel(session.model), config.deepspeed, value.optimizer, total_updates, session.device
+                ValueModel(run.model), config.deepspeed, value.optimizer, total_updates, run.device
             )
-        if config.block_schedule and session.model.attention != "block_causal":
+        if config.block_schedule and run.model.attention != "block_causal":
             raise ValueError("train.block_schedule needs a block-causal model: this one attends fully")
         self.sums: dict[str, float] = defaultdict(float)
         # Set during a block-size curriculum; None scores every trajectory on its own grid.
@@ -126,13 +124,13 @@ class PolicyUpdater:
         self.lag = 0
         self.memory = recipe.memory
         # A ratio to the sampler's own log-probs is corrected as it is, whatever the lag.
-        rollout = session.config.rollout
+        rollout = run.config.rollout
         self.max_weight = rollout.max_importance_weight if recipe.old_logprob != "sampler" else None
         if not rollout.asynchronous:
             self.max_weight = None
         if self.max_weight is not None:
-            smallest = session.modality.smallest_trajectory(session.model)
-            if recipe.rows([smallest], session.model, None, None).sampler_logprob is None:
+            smallest = run.modality.smallest_trajectory(run.model)
+            if recipe.rows([smallest], run.model, None, None).sampler_logprob is None:
                 raise ValueError(
                     "rollout.asynchronous corrects for older weights by the log-probs that the sampler recorded, and "
                     "this recipe scores other states: set rollout.max_importance_weight to null to go without"
@@ -143,13 +141,13 @@ class PolicyUpdater:
         tick = time.perf_counter()
         self._use_blocks(step)
         self.rl_step = step
-        pushed = self.session.push_seconds
+        pushed = self.source.push_seconds
         recipe = self.recipe
-        rollouts = sample_step(self.session, step, self.learner.updates, recipe.needs_step_rewards, recipe.splits)
-        pushed = self.session.push_seconds - pushed
+        rollouts = self.source.sample(step, self.learner.updates, recipe.needs_step_rewards, recipe.splits)
+        pushed = self.source.push_seconds - pushed
         rolled = time.perf_counter()
         waited = rolled - tick - rollouts.reward_seconds - pushed
-        metrics = rollout_metrics(rollouts, self.session.device) | self._lag(rollouts, waited) | self.update(rollouts)
+        metrics = rollout_metrics(rollouts, self.run.device) | self._lag(rollouts, waited) | self.update(rollouts)
         learned = time.perf_counter()
         self.learner.copy_weights_into(self.sampling)
         seconds = {
@@ -158,7 +156,7 @@ class PolicyUpdater:
             "learn": learned - rolled,
             "sync": time.perf_counter() - learned + pushed,
         }
-        return StepOutcome(metrics, seconds, sample_lines(self.session, rollouts))
+        return StepOutcome(metrics, seconds, sample_lines(self.run, rollouts))
 
     def _lag(self, rollouts: ScoredRollouts, waited: float) -> dict[str, float]:
         """How old the weights were that sampled; nothing when they are the learner's own.
@@ -169,12 +167,12 @@ class PolicyUpdater:
         Raises:
             StaleVersionError: they are older than `rollout.max_staleness`.
         """
-        device = self.session.device
-        if self.session.remote is None:
+        device = self.run.device
+        if self.source.remote is None:
             return {}
         lags = [self.learner.updates - t.policy_version for t in rollouts.trajectories]
         self.lag = int(distributed.reduce_number(max(lags, default=0), "max", device))
-        limit = self.session.config.staleness_limit()
+        limit = self.run.config.staleness_limit()
         if self.lag > limit:
             raise StaleVersionError(
                 f"rollouts were sampled {self.lag} updates ago, more than rollout.max_staleness ({limit})"
@@ -194,7 +192,7 @@ class PolicyUpdater:
         blocks = self.train.blocks_at(step)
         if blocks is not None:
             # The model that is saved decodes with the block length it was last sampled with.
-            self.session.modality.rollout_block = self.session.model.config.block_length = blocks.rollout
+            self.run.modality.rollout_block = self.run.model.config.block_length = blocks.rollout
             self.block_length = blocks.train
 
     def update(self, rollouts: ScoredRollouts) -> dict[str, float]:
@@ -233,33 +231,22 @@ class PolicyUpdater:
                 if first:
                     self._check_gap()
         work = ("forward_passes", "backward_passes", "sequence_forwards", "tokens_forwarded")
-        self.session.spend(**{name: self.sums.pop(name, 0.0) for name in work})
-        self.session.costs.updates += self.learner.updates - before
+        self.run.spend(**{name: self.sums.pop(name, 0.0) for name in work})
+        self.run.costs.updates += self.learner.updates - before
         return self._metrics(norms, passes[0])
 
     def _advantage(self, rollouts: ScoredRollouts) -> torch.Tensor:
         """[M] or [M, T] of this rank; statistics of the batch are taken over the rollouts of all ranks."""
-        reward: list[float] = []
-        group: list[int] = []
-        steps: list[np.ndarray] = []
-        ratio: list[float] = []
-        start = offset = 0
         own = [] if self.recipe.note is None else [self.recipe.note(t) for t in rollouts.trajectories]
-        notes: list[Any] = []
         log_ratio = self._log_ratio(rollouts) if self.recipe.needs_log_ratio else []
         mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [], own, log_ratio)
-        for rank, (values, groups, of_steps, their_notes, ratios) in enumerate(distributed.gather_objects(mine)):
-            start = len(reward) if rank == distributed.rank() else start
-            reward += values
-            group += [offset + g for g in groups]
-            steps += of_steps
-            notes += their_notes
-            ratio += ratios
-            offset = max(group, default=-1) + 1
+        parts = distributed.gather_objects(mine)
+        reward, _, steps, notes, ratio = ([x for part in column for x in part] for column in zip(*parts, strict=True))
+        start = sum(len(part[0]) for part in parts[: distributed.rank()])
         everything = self.recipe.advantage(
             Verdicts(
                 torch.tensor(reward, dtype=torch.float64),
-                torch.tensor(group, dtype=torch.int64),
+                joined_groups(part[1] for part in parts),
                 padded(steps) if self.recipe.needs_step_rewards else None,
                 notes,
                 torch.tensor(ratio, dtype=torch.float64) if self.recipe.needs_log_ratio else None,
@@ -276,8 +263,8 @@ class PolicyUpdater:
         size = self.train.micro_batch_size
         for start in range(0, len(total), size):
             part = rollouts.trajectories[start : start + size]
-            rows = self.recipe.rows(part, self.session.model, self.block_length, None).distinct()
-            rows = rows.to(self.session.device)
+            rows = self.recipe.rows(part, self.run.model, self.block_length, None).distinct()
+            rows = rows.to(self.run.device)
             assert rows.sampler_logprob is not None, "a log-ratio needs an estimator of the sampler's own decisions"
             ratio = rows.sampler_logprob - rows.score(self.reference).logprob.double()
             total.index_add_(0, rows.trajectory.cpu() + start, ratio.cpu())
@@ -293,7 +280,7 @@ class PolicyUpdater:
         Prompts are split over the updates, never a prompt's group. Weights count the trajectories of the update
         over all ranks, with those that are left out because their rewards are all equal (`ScoredRollouts.counted`).
         """
-        if any(steps is not None for steps in rollouts.table.steps) and self.recipe.value is None:
+        if any(steps is not None for steps in rollouts.process_rewards) and self.recipe.value is None:
             raise TrainingError("a reward gives per-step values, which need a value model: set algorithm.value")
         advantage = self._advantage(rollouts)
         wanted = ~torch.isnan(advantage)
@@ -311,10 +298,10 @@ class PolicyUpdater:
             # number of ranks.
             inside = rollouts.group % self.train.updates_per_step == index
             scored = inside & valid
-            device = self.session.device
+            device = self.run.device
             decisions = distributed.reduce_number(float(length[scored].sum()), "sum", device)
             trajectories = distributed.reduce_number(float(scored.sum()), "sum", device)
-            constant = self.session.modality.horizon
+            constant = self.run.modality.horizon
             weight = decision_weights(
                 self.recipe.aggregation, length, max(decisions, 1.0), max(trajectories, 1.0), constant
             )
@@ -346,20 +333,20 @@ class PolicyUpdater:
         trajectories = [rollouts.trajectories[i] for i in indices]
         steps = None if advantage.dim() == 1 else [row.numpy() for row in ~torch.isnan(advantage)]
         draw = {"iteration": iteration} if self.recipe.redraw else {}
-        rows = self.recipe.rows(trajectories, self.session.model, self.block_length, steps, **draw).distinct()
+        rows = self.recipe.rows(trajectories, self.run.model, self.block_length, steps, **draw).distinct()
         owner, step = rows.trajectory, rows.step
         decision_advantage = advantage[owner] if advantage.dim() == 1 else advantage[owner, step]
         weight = weight[owner].double()
         if rows.weight_factor is not None:
             weight = weight * rows.weight_factor
-        device = self.session.device
+        device = self.run.device
         batch = MicroBatch(
             rows=rows.to(device),
             weight=weight.to(device),
             advantage=decision_advantage.to(device, torch.float64),
         )
         if self.recipe.value is not None:
-            per_step = [rollouts.table.steps[i] if rollouts.table.steps else None for i in indices]
+            per_step = [rollouts.process_rewards[i] if rollouts.process_rewards else None for i in indices]
             if any(given is not None for given in per_step):
                 reward = torch.from_numpy(_process_rewards(trajectories, per_step))
             else:
@@ -373,7 +360,8 @@ class PolicyUpdater:
         nothing = torch.zeros(1, dtype=torch.float64)
         scored = rollouts
         if not rollouts.trajectories:
-            scored = ScoredRollouts.of_one(self.session.modality.smallest_trajectory(self.session.model), rollouts)
+            smallest = self.run.modality.smallest_trajectory(self.run.model)
+            scored = replace(rollouts, trajectories=[smallest], reward=nothing, process_rewards=[])
         spare = self._micro_batch(scored, [0], nothing, nothing)
         spare.old_value = spare.returns = torch.zeros_like(spare.weight)
         spare.old_logprob = spare.ref_logprob = torch.zeros_like(spare.weight)
@@ -386,8 +374,8 @@ class PolicyUpdater:
             for batch, scored in zip(chunk, self._forward(self.learner, chunk, spare), strict=True):
                 batch.old_logprob = scored.logprob.double()
         if self.recipe.anchor != "none":
-            # session.model still has the weights before the first update.
-            held = self.reference if self.recipe.anchor == "reference" else self.session.model
+            # run.model still has the weights before the first update.
+            held = self.reference if self.recipe.anchor == "reference" else self.run.model
             for batch in (*chunk, spare):
                 batch.rows.set_anchor(held)  # type: ignore[attr-defined]
                 if batch is not spare:
@@ -432,7 +420,7 @@ class PolicyUpdater:
 
     def _forward(self, learner: Learner, chunk: list[MicroBatch], spare: MicroBatch) -> list[Any]:
         """Forward without gradient; every rank runs the same number, since a sharded forward is collective."""
-        count = int(distributed.reduce_number(len(chunk), "max", self.session.device))
+        count = int(distributed.reduce_number(len(chunk), "max", self.run.device))
         outputs = []
         for batch in [*chunk, *[spare] * (count - len(chunk))]:
             outputs.append(learner.engine(batch.rows))
@@ -518,7 +506,7 @@ class PolicyUpdater:
 
     def _check_gap(self) -> None:
         limit = self.train.max_logprob_gap
-        gap = distributed.reduce_number(self.sums.get("gap_max", 0.0), "max", self.session.device)
+        gap = distributed.reduce_number(self.sums.get("gap_max", 0.0), "max", self.run.device)
         if limit is not None and gap > limit:
             raise TrainingError(
                 f"learner and sampler disagree on a recorded log-prob by {gap:.3g}, more than train.max_logprob_gap "
@@ -526,7 +514,7 @@ class PolicyUpdater:
             )
 
     def _metrics(self, norms: list[float], chunks: list[list[MicroBatch]]) -> dict[str, float]:
-        device = self.session.device
+        device = self.run.device
         gap_max = distributed.reduce_number(self.sums.pop("gap_max", 0.0), "max", device)
         # Ranks without a trajectory lack entries; every rank must reduce the same names.
         names = sorted({name for part in distributed.gather_objects(sorted(self.sums)) for name in part})

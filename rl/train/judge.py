@@ -1,0 +1,133 @@
+"""What rewards say about rollouts, and about the x0 predictions on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rewards.run import RewardRunner
+from rewards.table import RewardPart, ScoreTable
+from rl.config import RewardConfig
+from rl.tasks.base import Row
+
+# Reward metrics that count something; every other one is a mean over completions.
+_COUNTS = ("failures", "not_applicable", "timeouts", "retries", "cache_hits", "masked", "seconds")
+
+
+class Judge:
+    """The rewards of a run. Its methods take M examples and M trajectories, the group of a prompt together.
+
+    Attributes:
+        rewards: what is trained on: `reward.functions`, the task's own reward without them.
+        verifier: the task's own reward alone, since accuracy is no weighted or normalised sum. Its parameters are those
+            of `reward.functions`, where that names it too.
+    """
+
+    def __init__(self, options: RewardConfig, task: Any, modality: Any):
+        """Load every reward, so that a wrong name or parameter is an error before any sampling."""
+        self.modality = modality
+        parts = [RewardPart(p.name, p.weight, p.params, p.normalize) for p in options.functions]
+        own = [RewardPart(task.reward, params=options.params_of(task.reward))]
+        self.rewards, self.verifier = (
+            RewardRunner(
+                chosen,
+                mode=options.mode,
+                num_workers=options.num_workers,
+                timeout_seconds=options.timeout_seconds,
+                max_failure_share=options.max_failure_share,
+                outage_seconds=options.outage_seconds,
+            ).__enter__()
+            for chosen in (parts or own, own)
+        )
+
+    def close(self) -> None:
+        self.rewards.close()
+        self.verifier.close()
+
+    def score(
+        self, examples: Sequence[Row], trajectories: Sequence[Any], group_size: int = 1, verifier: bool = False
+    ) -> tuple[list[Any], ScoreTable]:
+        """The completion of every trajectory, and the verdicts on them.
+
+        Args:
+            verifier: ask the verifier in place of the rewards.
+        """
+        completions, columns = self.modality.finished(trajectories)
+        groups = [index // group_size for index in range(len(examples))]
+        table = self._runner(verifier).score(
+            [example["prompt"] for example in examples], completions, _columns(examples) | columns, groups=groups
+        )
+        return completions, table
+
+    def score_x0(
+        self,
+        examples: Sequence[Row],
+        trajectories: Sequence[Any],
+        completions: Sequence[Any],
+        table: ScoreTable,
+        group_size: int = 1,
+        verifier: bool = False,
+    ) -> tuple[list[np.ndarray], int]:
+        """The reward of every step's x0 prediction, and how many were asked for.
+
+        No text is asked for twice: a last prediction that is the completion has its verdict, and one that equals
+        another prediction or completion of the prompt has that one's. Rewards see predictions without the columns that
+        describe a trajectory. Failures, and all else that is counted, are added to the metrics of `table`.
+
+        Args:
+            completions, table: what `score` gave.
+
+        Returns:
+            [M] float64 [T_i], NaN where a prediction has no score, and the number of reward queries.
+        """
+        values = [np.nan if v is None else v for v in table.values]
+        place: dict[tuple[int, Any], int] = {}
+        for index, text in enumerate(completions):
+            place.setdefault((index // group_size, text), index)
+        owners: list[int] = []
+        texts: list[Any] = []
+        where = []
+        for index, trajectory in enumerate(trajectories):
+            indices = []
+            predictions = self.modality.fills(trajectory)
+            for text in predictions:
+                key = (index // group_size, text)
+                if key not in place:
+                    place[key] = len(values) + len(texts)
+                    owners.append(index)
+                    texts.append(text)
+                indices.append(place[key])
+            if predictions[-1] == completions[index]:
+                indices[-1] = index
+            where.append(indices)
+        judged = [examples[index] for index in owners]
+        prompts, groups = [example["prompt"] for example in judged], [index // group_size for index in owners]
+        fresh = self._runner(verifier).score(prompts, texts, _columns(judged), groups=groups)
+        for name, value in fresh.metrics.items():
+            if name.endswith(_COUNTS):
+                table.metrics[name] = table.metrics.get(name, 0.0) + value
+        every = np.array(values + [np.nan if v is None else v for v in fresh.values], dtype=np.float64)
+        return [every[indices] for indices in where], len(texts)
+
+    def _runner(self, verifier: bool) -> RewardRunner:
+        return self.verifier if verifier else self.rewards
+
+
+def _columns(examples: Sequence[Row]) -> dict[str, list[Any]]:
+    """The dataset columns of some examples, as rewards get them."""
+    names = examples[0] if examples else {}
+    return {name: [example.get(name) for example in examples] for name in names if name != "prompt"}
+
+
+def join_metrics(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Reward metrics of several batches (or ranks): counts add up, means are weighted by completions."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for metrics, size in parts:
+        for name, value in metrics.items():
+            counted = name.endswith(_COUNTS)
+            sums[name] = sums.get(name, 0.0) + value * (1 if counted else size)
+            weights[name] = 1 if counted else weights.get(name, 0) + size
+    return {name: value / max(weights[name], 1) for name, value in sums.items()}

@@ -1,0 +1,130 @@
+"""A run: the objects that its config describes, what it writes, and what it spends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl.config import Config, save_config
+from rl.errors import about
+from rl.modalities.base import Modality, open_modality
+from rl.tasks.load import load_task
+from rl.track.jsonl import MetricsWriter
+from rl.track.progress import Progress
+from rl.track.services import open_services
+from rl.train import distributed
+from rl.train.judge import Judge
+from rl.train.policy import share_frozen, trained_copy
+
+
+@dataclass
+class Costs:
+    """What a run has spent, over all ranks."""
+
+    forward_passes: float = 0
+    backward_passes: float = 0
+    sequence_forwards: float = 0
+    tokens_forwarded: float = 0
+    reward_queries: float = 0
+    updates: float = 0
+
+    def as_metrics(self) -> dict[str, float]:
+        return {f"cost/{name}": value for name, value in vars(self).items()}
+
+
+@dataclass
+class Run:
+    """Model, tokenizer, task, rewards and logs of one run. Use as a context manager.
+
+    Example: `with Run.open(config) as run: train(run)`.
+    """
+
+    config: Config
+    device: torch.device
+    task: Any
+    modality: Any
+    model: Any
+    judge: Judge
+    metrics: MetricsWriter
+    progress: Progress
+    costs: Costs = field(default_factory=Costs)
+
+    @classmethod
+    def open(cls, config: Config, write: bool = True) -> Run:
+        """Build everything a config names.
+
+        Args:
+            write: False leaves the disk alone (evaluation of a model, dry runs).
+
+        Raises:
+            ValueError: anything the user got wrong, in one line.
+        """
+        with about(f"run.device {config.run.device!r}"):
+            device = distributed.pick_device(config.run.device)
+        if config.run.num_threads:
+            torch.set_num_threads(config.run.num_threads)
+        with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
+            task = load_task(config.task.name, config.task.params)
+        modality: Modality = open_modality(config, task)
+        policy: Any = modality.load_model()
+        judge = Judge(config.reward, task, modality)
+        # Alone, only a learner needs a process group; it starts one of its own.
+        if distributed.launched():
+            distributed.start(device, config.run.collective_timeout_seconds)
+        folder, services = Path(config.run.output_dir), []
+        writes = write and distributed.rank() == 0
+        if writes:
+            services = open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
+            with about(f"run.output_dir {config.run.output_dir!r}"):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_config(config, folder / "config.yaml")
+        metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, services)
+        policy.to(device)
+        progress = Progress(enabled=distributed.rank() == 0)
+        return cls(config, device, task, modality, policy, judge, metrics, progress)
+
+    def __enter__(self) -> Run:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+        self.metrics.close()
+        self.judge.close()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.modality.tokenizer
+
+    def engine(self, model: Any, options: Any = None) -> Any:
+        """An engine of this process that samples with `model`; by the config's sampler without `options`."""
+        return self.modality.engine(model, options or self.modality.options(), self.device)
+
+    def save_model(self, path: str | Path) -> None:
+        """Write `model` as it is now to a folder."""
+        self.modality.save_model(self.model, path)
+
+    def starting_policy(self, resumed: bool) -> Any:
+        """A frozen copy of the policy RL started from; what is never trained is not copied.
+
+        Args:
+            resumed: take it from the run folder: `model` has moved on, or is about to.
+        """
+        if resumed:
+            start = self.modality.load_model(str(self.folder / "warm_start"))
+            share_frozen(start, self.model)
+        else:
+            start = trained_copy(self.model)
+        return start.to(self.device).eval().requires_grad_(False)
+
+    def spend(self, **amounts: float) -> None:
+        """Add this rank's work to the run's costs; every rank must call it with the same names."""
+        for name, total in distributed.sum_metrics(amounts, self.device).items():
+            setattr(self.costs, name, getattr(self.costs, name) + total)
