@@ -192,10 +192,10 @@ def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def _train(args: argparse.Namespace) -> int:
-    from rl.config import option_help
-
     config = _config(args)
     if args.options:
+        from rl.config import option_help
+
         for key, default, text in option_help(config):
             print(f"{key:34} {default:28} {text}")
         return 0

@@ -1,6 +1,5 @@
-"""Every option once: type, default and one sentence, which is also the help text.
+"""A config: a YAML file, a short diff on the defaults of `rl.sections`, plus dotted overrides (`train.steps=10`).
 
-A config is a YAML file, a short diff on the defaults below, plus dotted overrides (`train.steps=10`).
 An unknown key is an error that names the nearest valid one. Importing this module needs no torch.
 """
 
@@ -9,383 +8,37 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from rl.registry import options_class, parse_options
-from rollouts.engines.server.options import ServerOptions
+from rl.sections import (
+    AlignConfig,
+    CheckpointConfig,
+    EvalConfig,
+    FilterConfig,
+    GoalConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    SftConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from rl.tasks.load import modality_of
 from rollouts.samplers.latent_options import LatentSamplerOptions
-from rollouts.samplers.options import SamplerOptions, preset_parts
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-class RunConfig(Section):
-    output_dir: str = Field("runs/default", description="Folder of the run; everything is written below it.")
-    seed: int = Field(0, ge=0, description="Seeds data order, masks and rollouts.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads per process; null leaves torch's default.")
-    device: str = Field("auto", description="cpu, cuda, or auto for a GPU when there is one.")
-    resume: bool = Field(False, description="Continue from the newest complete checkpoint in output_dir.")
-    collective_timeout_seconds: float = Field(
-        1800.0, gt=0, description="A run of several ranks fails when one of them keeps the others waiting this long."
-    )
-    services: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Metric services to log to besides metrics.jsonl."
-    )
-
-
-class PipelineConfig(Section):
-    height: int | None = Field(None, ge=1, description="Height of the images in pixels; null takes the pipeline's.")
-    width: int | None = Field(None, ge=1, description="Width of the images in pixels; null takes the pipeline's.")
-    negative_prompt: str = Field("", description="Prompt of the unconditional half of guidance.")
-    max_sequence_length: int | None = Field(
-        None, ge=1, description="Tokens of the T5 encoder of SD3 and FLUX; null takes the pipeline's."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of the weights; the VAE stays in float32, since it overflows in half precision."
-    )
-    gradient_checkpointing: bool = Field(False, description="Recompute the denoiser's activations in the backward.")
-
-
-class LoraOptions(Section):
-    rank: int = Field(0, ge=0, description="Rank of adapters on a model that is loaded; 0 trains all its weights.")
-    alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank; null is the rank.")
-    targets: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Layers that get an adapter, by the ends of their names; null takes every linear layer below a "
-        "language model's head, and the attention projections of an image model.",
-    )
-    dropout: float = Field(0.0, description="Must be 0: the policy that is trained has to be the one that sampled.")
-
-    @field_validator("dropout")
-    @classmethod
-    def _none(cls, value: float) -> float:
-        if value != 0:
-            raise ValueError(
-                f"model.lora.dropout is {value:g}: rollout and update would see different policies, set it to 0"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _used(self) -> LoraOptions:
-        if not self.rank and (self.alpha is not None or self.targets is not None):
-            name = "targets" if self.alpha is None else "alpha"
-            raise ValueError(f"model.lora.{name} does nothing without adapters: set model.lora.rank or leave it out")
-        return self
-
-
-class ModelConfig(Section):
-    path: str | None = Field(None, description="Folder or hub name of a model to start from; null builds a new one.")
-    family: str | None = Field(
-        None,
-        description="Layout of the model in path: llada, dream, sdar, file.py:Class or pkg.module:Class; null goes by "
-        "the model_type in its config.json.",
-    )
-    tokenizer: str | None = Field(
-        None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
-    )
-    backbone: dict[str, Any] = Field(
-        {},
-        description="transformers config of a new model's backbone, with model_type; for images the built-in "
-        "mlp_denoiser's or a diffusers network's arguments.",
-    )
-    scheduler: dict[str, Any] = Field(
-        {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."
-    )
-    pipeline: PipelineConfig = PipelineConfig()
-    lora: LoraOptions = LoraOptions()
-    initial_noise: Literal["standard", "learned"] = Field(
-        "standard",
-        description="Image models: learned freezes the denoiser and learns a Gaussian over the initial noise of every "
-        "prompt of the task (recipe find).",
-    )
-    attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
-    block_length: int | None = Field(
-        None, ge=1, description="Block size of a block-causal model; null takes that of a loaded one."
-    )
-    logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
-    attn_implementation: Literal["sdpa", "flex_attention"] = Field(
-        "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute a layer's activations in the backward pass: less memory, one more forward."
-    )
-    eos_token: str | None = Field(
-        None, description="Token that ends a response, such as <|im_end|>; null takes the tokenizer's end token."
-    )
-    never_generate: list[int | str] = Field(
-        [],
-        description="Token ids or strings that are never generated, besides the mask token and ids the tokenizer does "
-        "not know; special stands for all of the tokenizer's special tokens.",
-    )
-    conditions: dict[str, str] = Field(
-        {},
-        description="New prompt tokens, and the token of the trained model whose embedding each starts with (recipe "
-        "ctrl).",
-    )
-    wrap: bool = Field(
-        True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
-    )
-
-
-class TaskConfig(Section):
-    name: str = Field("sudoku", description="Task name, or pkg.module:Class.")
-    params: dict[str, Any] = Field({}, description="Parameters of the task.")
-    chat: bool = Field(False, description="Put every prompt into the tokenizer's chat template, as one user turn.")
-
-
-class OptimizerConfig(Section):
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
-        "constant_with_warmup", description="Learning-rate schedule."
-    )
-    warmup_steps: int = Field(10, ge=0, description="Updates of linear warm-up.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
-
-
-class SftOptimizerConfig(OptimizerConfig):
-    lr: float = Field(2e-3, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
-        "linear", description="Learning-rate schedule."
-    )
-    warmup_steps: int = Field(100, ge=0, description="Updates of linear warm-up.")
-
-
-class SftConfig(Section):
-    steps: int = Field(0, ge=0, description="Supervised updates before RL; 0 skips the stage.")
-    batch_size: int = Field(128, ge=1, description="Sequences per update over all ranks.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Sequences per forward and rank; null takes all.")
-    masking: Literal["random", "semi_ar"] = Field(
-        "random",
-        description="Mask the whole answer at random, or one block of sampler.block_length with all after it masked.",
-    )
-    trajectories: str | None = Field(
-        None,
-        description="File of trajectories (denoise-rl rollout) whose exact traces are imitated instead of answers.",
-    )
-    loss_weight: Literal["elbo", "uniform"] = Field(
-        "elbo", description="Weight 1/t on a masked token (the MDLM bound), or 1."
-    )
-    drop_condition: float = Field(
-        0.1, ge=0, le=1, description="Share of images shown without their prompt, which guidance needs."
-    )
-    optimizer: SftOptimizerConfig = SftOptimizerConfig()
-    checkpoint_every: int = Field(
-        0, ge=0, description="Updates between checkpoints of this stage, for run.resume; 0 writes none."
-    )
-    max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
-
-
-class RewardPartConfig(Section):
-    name: str = Field(description="Registered name, pkg.module:function, or path/file.py:function.")
-    weight: float = Field(1.0, description="Weight in the sum of rewards.")
-    params: dict[str, Any] = Field({}, description="Keyword arguments of the reward.")
-    normalize: Literal["none", "group", "batch"] = Field("none", description="Normalise this part before the sum.")
-
-
-class RewardConfig(Section):
-    functions: list[RewardPartConfig] = Field([], description="Rewards to combine; empty takes the task's own.")
-    mode: Literal["inline", "process"] = Field("inline", description="Run rewards here, or in bounded child processes.")
-    num_workers: int = Field(1, ge=1, description="Child processes in mode process.")
-    timeout_seconds: float = Field(10.0, gt=0, description="Wall-clock limit of one scoring call in mode process.")
-    max_failure_share: float = Field(0.1, ge=0, le=1, description="Stop the run when more than this share fails.")
-    outage_seconds: float = Field(
-        0.0, ge=0, description="Wait this long for a reward server that is down before its verdicts count as failed."
-    )
-
-    def params_of(self, name: str) -> dict[str, Any]:
-        """Parameters that `functions` gives a reward; none where it does not name it."""
-        return next((part.params for part in self.functions if part.name == name), {})
-
-
-class BlockStage(Section):
-    from_step: int = Field(ge=0, description="First RL step of this stage.")
-    rollout: int = Field(ge=1, description="Block length of rollouts.")
-    train: int = Field(ge=1, description="Block length of the scored states.")
-
-
-class TrainConfig(Section):
-    steps: int = Field(100, ge=0, description="RL steps; 0 skips the stage.")
-    prompts_per_step: int = Field(32, ge=1, description="Prompts per RL step over all ranks.")
-    group_size: int = Field(8, ge=1, le=1024, description="Rollouts per prompt.")
-    micro_batch_size: int = Field(256, ge=1, description="Trajectories scored per forward and rank.")
-    micro_batch_steps: int | None = Field(
-        None, ge=1, description="Of each of them, at most this many steps per forward (images); null takes all."
-    )
-    updates_per_step: int = Field(1, ge=1, description="Optimizer updates per RL step, each on its share of prompts.")
-    epochs: int = Field(1, ge=1, description="Passes over the rollouts of a step.")
-    mixed_steps: list[int] = Field(
-        [], description="Step counts to draw a prompt's num_inference_steps from; empty always uses the sampler's."
-    )
-    block_schedule: list[BlockStage] = Field(
-        [], description="Block-size curriculum of a block-causal model; empty uses the model's block length."
-    )
-    optimizer: OptimizerConfig = OptimizerConfig()
-    max_logprob_gap: float | None = Field(
-        None,
-        gt=0,
-        description="Stop when learner and sampler disagree on a recorded log-prob by more than this; null only logs.",
-    )
-    deepspeed: str = Field(
-        "zero0",
-        description="Name of a config in configs/deepspeed (zero2, zero3_bf16, ...), or the path of a DeepSpeed JSON.",
-    )
-    max_seconds: float | None = Field(None, gt=0, description="Stop the stage after this many seconds.")
-    max_sequence_forwards: int | None = Field(
-        None, gt=0, description="Stop the stage when this many sequences went through the model, sampling and learning."
-    )
-
-    @model_validator(mode="after")
-    def _divides(self) -> TrainConfig:
-        if self.prompts_per_step % self.updates_per_step:
-            raise ValueError(
-                f"train.prompts_per_step ({self.prompts_per_step}) must be a multiple of "
-                f"train.updates_per_step ({self.updates_per_step})"
-            )
-        starts = [stage.from_step for stage in self.block_schedule]
-        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
-            raise ValueError(f"train.block_schedule must begin at from_step 0 and grow, got {starts}")
-        for stage in self.block_schedule:
-            if stage.train % stage.rollout:
-                raise ValueError(
-                    f"train.block_schedule: train ({stage.train}) must be a multiple of rollout ({stage.rollout})"
-                )
-        return self
-
-    def blocks_at(self, step: int) -> BlockStage | None:
-        """The stage of the block-size curriculum at an RL step, None without a curriculum."""
-        return next((stage for stage in reversed(self.block_schedule) if stage.from_step <= step), None)
-
-
-class FilterConfig(Section):
-    drop_zero_variance: bool = Field(
-        True,
-        description="Leave out prompts whose rollouts all got one reward (they get no KL or entropy term then either).",
-    )
-    accuracy_low: float = Field(-1e9, description="Leave out prompts whose mean reward is below this.")
-    accuracy_high: float = Field(1e9, description="Leave out prompts whose mean reward is above this.")
-    drop_overlong: bool = Field(False, description="Leave out responses that never reach the end token.")
-    refill_rounds: int = Field(
-        0, ge=0, description="Sample up to this many further batches of prompts to replace what was left out."
-    )
-
-
-class EvalConfig(Section):
-    num_inference_steps: list[int] = Field([2, 4, 8, 16], description="Step counts to evaluate at.")
-    num_prompts: int = Field(1000, ge=1, description="Held-out prompts of the before and after evaluation.")
-    every: int = Field(
-        0, ge=0, description="RL steps between evaluations on validation prompts; 0 evaluates at the ends only."
-    )
-    every_prompts: int = Field(256, ge=1, description="Validation prompts of the evaluations on the way.")
-    viewer_items: int = Field(6, ge=0, description="Prompts shown step by step in the report.")
-    viewer_steps: int | None = Field(None, ge=1, description="Step count of the viewer; null takes the sampler's.")
-    sampler: dict[str, Any] = Field({}, description="Sampler options that evaluations change, {selector: top_n}.")
-    backslide: bool = Field(
-        False, description="Also judge every step's full fill: how often an answer was right before the end was wrong."
-    )
-
-
-class GoalConfig(Section):
-    steps: int = Field(description="Number of denoising steps the goal is about.")
-    before_max: float = Field(ge=0, le=1, description="Accuracy before RL must not exceed this.")
-    after_min: float = Field(ge=0, le=1, description="Accuracy after RL must reach this.")
-
-
-class RayConfig(Section):
-    workers: int = Field(2, ge=1, description="Rollout workers of every learner rank.")
-    address: str | None = Field(
-        None, description="Ray cluster to join, such as auto; null starts one on this machine for the run."
-    )
-    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker.")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; with 0 it samples on the CPU.")
-    weights: Literal["file", "object_store"] = Field(
-        "file",
-        description="How weights reach workers: a file, or its bytes for those that do not see it; or bytes only.",
-    )
-    weights_dir: str | None = Field(
-        None,
-        description="Folder such as one in /dev/shm, in which the run makes one for its weight files (a killed run's "
-        "stays until it is resumed); null takes the run folder.",
-    )
-    max_restarts: int = Field(3, ge=0, description="The run ends when more workers than this die under one request.")
-    start_seconds: float = Field(300.0, gt=0, description="The run ends when a worker takes longer to start.")
-    timeout_seconds: float = Field(
-        1800.0, gt=0, description="A worker that takes longer over its share of a step's rollouts is replaced."
-    )
-
-
-class RolloutConfig(Section):
-    engine: Literal["in_process", "ray", "server"] = Field(
-        "in_process",
-        description="What samples the rollouts: the learner's own process, workers under Ray, or servers "
-        "(docs/engines.md).",
-    )
-    ray: RayConfig = RayConfig()
-    server: ServerOptions = ServerOptions()
-    max_batch_size: int = Field(256, ge=1, description="Requests decoded together (for images also by the VAE).")
-    asynchronous: bool = Field(
-        False, description="Sample the next step's rollouts while the learner works on this one's; needs workers."
-    )
-    max_staleness: int | None = Field(
-        None,
-        ge=0,
-        description="The run ends when rollouts were sampled more optimizer updates ago; null allows those of one RL "
-        "step when asynchronous, else none.",
-    )
-    max_importance_weight: float | None = Field(
-        2.0,
-        gt=0,
-        description="Bound on the weight that corrects asynchronous rollouts for their older policy, where the "
-        "recipe's own ratio does not (old_logprob recompute and on_policy); null does not correct.",
-    )
-    cache: Literal["none", "prefix", "dual"] = Field(
-        "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."
-    )
-
-
-class CheckpointConfig(Section):
-    every: int = Field(0, ge=0, description="RL steps between checkpoints; 0 writes one at the end.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints to keep.")
-
-
-class AlignRow(Section):
-    name: str = Field(description="Name of the row, and of its folder.")
-    search: str | None = Field(None, description="Search with the pretrained model by this name (rollouts/search).")
-    params: dict[str, Any] = Field({}, description="Options of the search.")
-    algorithm: dict[str, Any] | None = Field(None, description="Recipe that fine-tunes the pretrained model.")
-    overrides: list[str] = Field([], description="Dotted overrides of this row's training, train.steps=50.")
-    num_samples: int | None = Field(None, ge=1, description="Samples of this row; null takes align.num_samples.")
-
-
-class AlignConfig(Section):
-    """`denoise-rl align`: a table of ways to align one pretrained model with one reward."""
-
-    rows: list[AlignRow] = Field([], description="What to compare.")
-    num_samples: int = Field(128, ge=2, description="Samples per row.")
-    pretrained: str | None = Field(None, description="Folder of the pretrained model; made if missing.")
-    oracles: dict[str, int] = Field({}, description="Oracle file -> half of the labelled data; trained if missing.")
-    oracle_labels: int = Field(8000, ge=1, description="Labelled sequences of each oracle.")
-    judges: dict[str, RewardPartConfig] = Field({}, description="Column name -> reward nobody optimises.")
-    likelihood_samples: int = Field(64, ge=1, description="Samples scored under the pretrained model.")
-    likelihood_masks: int = Field(32, ge=1, description="Mask patterns per scored sample.")
+from rollouts.samplers.options import preset_parts
 
 
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
-    sampler: SamplerOptions = SamplerOptions()
-    image_sampler: LatentSamplerOptions = LatentSamplerOptions()
+    sampler: Any = Field({}, description="Options of the sampler (see the task's modality).")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     sft: SftConfig = SftConfig()
@@ -403,6 +56,17 @@ class Config(Section):
         if self.rollout.max_staleness is not None:
             return self.rollout.max_staleness
         return self.train.updates_per_step * self.train.epochs if self.rollout.asynchronous else 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_sampler(cls, raw: Any) -> Any:
+        return _without_image_sampler(raw) if isinstance(raw, dict) and "image_sampler" in raw else raw
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _of_the_modality(cls, value: Any, info: ValidationInfo) -> Any:
+        # Without a valid task there is another error already.
+        return modality_of(info.data["task"].name).Options.model_validate(value) if "task" in info.data else value
 
     @field_validator("algorithm")
     @classmethod
@@ -462,6 +126,24 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return _validate(raw)
 
 
+def _without_image_sampler(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config from the time when the sampler of images had a section of its own: it becomes `sampler`.
+
+    Raises:
+        ValueError: both sections are given, or the section of images for another modality.
+    """
+    rest = {key: value for key, value in raw.items() if key != "image_sampler"}
+    old, new, task = (raw.get(name) or {} for name in ("image_sampler", "sampler", "task"))
+    modality = modality_of(task.get("name", TaskConfig().name)).name
+    # The config that a run saved had both sections whole; the one of the other modality was never read.
+    if modality == "images" and (not new or "gen_length" in new):
+        return {**rest, "sampler": old}
+    plain = LatentSamplerOptions().model_dump()
+    if modality != "images" and {**plain, **old} == plain:
+        return rest
+    raise ValueError(f"image_sampler is now called sampler, here that of {modality}: move the options there")
+
+
 def _yaml_scalar(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
@@ -512,10 +194,12 @@ def _numbers(node: Any) -> Any:
 
 
 def _section(path: Sequence[Any], raw: dict[str, Any]) -> type[BaseModel] | None:
-    """The class that holds the keys under `path`; the recipe the config names decides for `algorithm`."""
+    """The class that holds the keys under `path`; recipe and task decide for `algorithm` and `sampler`."""
     section: Any = Config
     if path and path[0] == "algorithm":
         section, path = options_class(raw["algorithm"]), path[1:]
+    elif path and path[0] == "sampler":
+        section, path = modality_of((raw.get("task") or {}).get("name", TaskConfig().name)).Options, path[1:]
     for part in path:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
@@ -542,12 +226,13 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def option_help(config: Config) -> list[tuple[str, str, str]]:
-    """(key, default, sentence) of every option, those of the config's recipe among them."""
+    """(key, default, sentence) of every option, those of the config's recipe and modality among them."""
     lines: list[tuple[str, str, str]] = []
+    chosen = {"sampler": type(config.sampler), "algorithm": type(config.algorithm)}
 
     def visit(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
-            nested = field.annotation
+            nested = field.annotation if prefix else chosen.get(name, field.annotation)
             if isinstance(nested, type) and issubclass(nested, BaseModel):
                 visit(nested, f"{prefix}{name}.")
             else:
@@ -555,5 +240,4 @@ def option_help(config: Config) -> list[tuple[str, str, str]]:
                 lines.append((prefix + name, default, field.description or ""))
 
     visit(Config, "")
-    visit(type(config.algorithm), "algorithm.")
     return lines

@@ -104,7 +104,7 @@ TASKS = Table(
 MODALITIES = Table(
     "the task's modality",
     "denoise_rl.modalities",
-    {"text": "rl.modalities.text:TextModality", "images": "rl.modalities.images:ImagesModality"},
+    {"text": "rl.modalities.text_plan:TextPlan", "images": "rl.modalities.images_plan:ImagesPlan"},
 )
 
 FAMILIES = Table(

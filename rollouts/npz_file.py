@@ -44,3 +44,24 @@ def read_records(path: str | os.PathLike[str], kind: str, version: int) -> tuple
             raise ValueError(f"{path} has trajectory format {header.get('version')}, this code reads {version}")
         arrays = {name: data[name] for name in data.files if name != "header"}
     return header["items"], arrays
+
+
+def write_dataclasses(path: str | os.PathLike[str], kind: str, records: Sequence[Any]) -> None:
+    """Write dataclasses whose fields are arrays and plain JSON values."""
+    fields = [vars(record) for record in records]
+    items = [{k: v for k, v in own.items() if not isinstance(v, np.ndarray)} for own in fields]
+    arrays = {f"{i}/{k}": v for i, own in enumerate(fields) for k, v in own.items() if isinstance(v, np.ndarray)}
+    write_records(path, kind, 1, items, arrays)
+
+
+def read_dataclasses(path: str | os.PathLike[str], kind: str, cls: Any) -> list[Any]:
+    """The records of class `cls` that `write_dataclasses` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    items, arrays = read_records(path, kind, 1)
+    for name, array in arrays.items():
+        index, _, field = name.partition("/")
+        items[int(index)][field] = array
+    return [cls(**item) for item in items]

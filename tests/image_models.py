@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from rl.models.class_policy import ClassPolicy, new_policy
-from rollouts.engines.latent import LatentEngine, LatentRequest
+from rollouts.engines.base import SampleRequest
+from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.samplers.latent_options import LatentSamplerOptions
 
@@ -37,4 +38,4 @@ def rollouts(
     dtype = next(policy.parameters()).dtype
     sampler = LatentEngine(policy, options, dtype=dtype, splits=splits, **engine)
     prompts = [CLASSES[i % len(CLASSES)] for i in range(count)]
-    return sampler.generate([LatentRequest(p, 10 + i) for i, p in enumerate(prompts) for _ in range(sampler.leaves)])
+    return sampler.generate([SampleRequest(p, 10 + i) for i, p in enumerate(prompts) for _ in range(sampler.leaves)])

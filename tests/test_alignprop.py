@@ -14,7 +14,8 @@ from rl.config import load_config
 from rl.models.class_policy import ClassPolicy
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.run import Run
-from rollouts.engines.latent import LatentEngine, LatentRequest
+from rollouts.engines.base import SampleRequest
+from rollouts.engines.latent import LatentEngine
 from rollouts.samplers.gradient_latent import LatentSegment, gradient_rollout
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests import runs
@@ -233,13 +234,13 @@ def test_updates_raise_the_reward_of_the_very_images(tmp_path: Path) -> None:
 def test_a_run_counts_every_forward(tmp_path: Path) -> None:
     runs.train_here(image_config(tmp_path, *ALIGNPROP))
     lines = runs.lines(tmp_path / "run", "train")
-    # 6 steps; the last two add next to no noise (image_sampler.min_std) and need no reference.
+    # 6 steps; the last two add next to no noise (sampler.min_std) and need no reference.
     assert lines[0]["cost/sequence_forwards"] == 16 * (6 + 4) and lines[0]["cost/backward_passes"] == 4
     assert abs(lines[0]["policy/path_kl"]) < 1e-9 < lines[1]["policy/path_kl"]
 
 
 def test_micro_batches_and_recomputation_change_nothing(tmp_path: Path) -> None:
-    uniform = ["algorithm.truncation=uniform", "image_sampler.guidance_scale=2.0"]
+    uniform = ["algorithm.truncation=uniform", "sampler.guidance_scale=2.0"]
     runs.train_here(image_config(tmp_path / "whole", *ALIGNPROP, *uniform))
     cut = ["train.micro_batch_size=8", "algorithm.recompute=true"]
     runs.train_here(image_config(tmp_path / "cut", *ALIGNPROP, *uniform, *cut))
@@ -263,15 +264,15 @@ def test_mistakes_are_one_clear_line(override: str, message: str, tmp_path: Path
 
 def test_adapters_alone_take_the_gradient(tmp_path: Path) -> None:
     """A tiny Stable Diffusion with LoRA: decoded pixels, and only the adapters learn."""
-    from rl.config import LoraOptions, PipelineConfig
     from rl.models.diffusers_policy import load_diffusers_policy
+    from rl.sections import LoraOptions, PipelineConfig
     from tests.tiny_pipelines import save_pipeline
 
     save_pipeline(tmp_path / "sd", "sd")
     options = PipelineConfig(gradient_checkpointing=True)
     policy: Any = load_diffusers_policy(str(tmp_path / "sd"), options, LoraOptions(rank=2))
     engine = LatentEngine(policy, LatentSamplerOptions(num_inference_steps=3, guidance_scale=2.0))
-    requests = [LatentRequest("a cat", 1), LatentRequest("a dog", 2)]
+    requests = [SampleRequest("a cat", 1), SampleRequest("a dog", 2)]
     given, seed = engine.encode([r.prompt for r in requests]), torch.tensor([1, 2])
 
     def predict(index: int, latent: torch.Tensor) -> torch.Tensor:

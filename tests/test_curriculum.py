@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from rl.config import TrainConfig, load_config
+from rl.config import load_config
 from rl.estimators.trace_rows import covered, packed_rows
+from rl.sections import TrainConfig
 from rl.tasks.base import split_of
 from rl.tasks.countdown import CountdownTask
 from rl.train.plan import check_run

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from rl.config import LoraOptions, PipelineConfig
 from rl.estimators.gaussian_step import gaussian_rows
 from rl.models.diffusers_policy import DiffusersPolicy, load_diffusers_policy
-from rollouts.engines.latent import LatentEngine, LatentRequest
+from rl.sections import LoraOptions, PipelineConfig
+from rollouts.engines.base import SampleRequest
+from rollouts.engines.latent import LatentEngine
 from rollouts.model_protocol import ImagePolicy
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.tiny_pipelines import FAMILIES, SIZE, save_pipeline
@@ -301,7 +302,7 @@ def test_folders_that_do_not_fit_are_one_line(folders: dict[str, str], tmp_path:
 def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: dict[str, str]) -> None:
     policy = load(folders, "flux-schnell")
     with pytest.raises(
-        ValueError, match=r"image_sampler.guidance_scale is 2.0: this FLUX model has no guidance, set it to 1"
+        ValueError, match=r"sampler.guidance_scale is 2.0: this FLUX model has no guidance, set it to 1"
     ):
         policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 2.0)
     with pytest.raises(ValueError, match="takes text prompts, the task gave 7"):
@@ -319,7 +320,7 @@ def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likeli
 ) -> None:
     policy = load(folders, family, LoraOptions(rank=2))
     options = LatentSamplerOptions(**SAMPLERS[family], num_inference_steps=3, guidance_scale=GUIDANCE[family])
-    requests = [LatentRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    requests = [SampleRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     ran: list[int] = []
     counting = policy.denoiser.register_forward_pre_hook(
         lambda _, args, named: ran.append(len(args[0] if args else named["hidden_states"])), with_kwargs=True

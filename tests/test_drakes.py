@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from rl.advantages import group_softmax
 from rl.batch import DecisionBatch
-from rl.config import TrainConfig
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import weighted_sum
 from rl.recipes import parse_options
 from rl.recipes.drakes import DrakesOptions
+from rl.sections import TrainConfig
 from rl.train.reward_gradient import GradientSegment, RewardGradientUpdater
 from rollouts.samplers.options import SamplerOptions
 from tests import runs

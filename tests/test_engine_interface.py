@@ -7,9 +7,17 @@ from dataclasses import replace
 import pytest
 
 from rl.config import load_config
-from rl.train.engines import engine_needs
-from rollouts.engines.base import NEEDS, Capabilities, EngineStats, StaleVersionError, check_versions, require
-from rollouts.engines.in_process import CAPABILITIES, InProcessEngine, Request
+from rl.train.plan import engine_needs
+from rollouts.engines.base import (
+    IN_PROCESS,
+    NEEDS,
+    Capabilities,
+    EngineStats,
+    StaleVersionError,
+    check_versions,
+    require,
+)
+from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
 
@@ -48,7 +56,7 @@ def test_an_engine_that_cannot_is_refused_in_one_line() -> None:
 
 def test_the_model_of_this_process_gives_all_there_is(make_model) -> None:
     capabilities = InProcessEngine(make_model("gpt2-full"), SamplerOptions()).capabilities()
-    assert capabilities == CAPABILITIES
+    assert capabilities == IN_PROCESS
     require("in_process", capabilities, dict.fromkeys(set(NEEDS) - {"asynchronous"}, "everything"))
 
 

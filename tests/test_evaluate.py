@@ -17,12 +17,12 @@ import pytest
 
 from rewards.math_answer import final_answer
 from rl.cli import main
-from rl.config import ModelConfig
 from rl.evaluation.benchmark import EvalPlan, decoders
 from rl.evaluation.command import eval_config
 from rl.evaluation.generations import GenerationFolder
 from rl.evaluation.intervals import pass_at_k
 from rl.models.load import load_policy, save_policy
+from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rollouts.samplers.options import SamplerOptions
 

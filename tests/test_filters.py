@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rl.config import FilterConfig, load_config
+from rl.config import load_config
+from rl.sections import FilterConfig
 from rl.train.filters import keep_mask
 
 NAN = float("nan")

@@ -18,7 +18,8 @@ from rl.losses.aggregate import weighted_sum
 from rl.models.class_policy import new_policy
 from rl.models.noise_policy import NoisePolicy
 from rl.recipes.find import FindOptions
-from rollouts.engines.latent import LatentEngine, LatentRequest
+from rollouts.engines.base import SampleRequest
+from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import load_latents, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, normal
@@ -42,7 +43,7 @@ def noise_policy(seed: int = 5) -> NoisePolicy:
 def test_a_rollout_starts_from_the_gaussian_of_its_prompt() -> None:
     policy = noise_policy()
     engine = LatentEngine(policy, OPTIONS, dtype=torch.float64)
-    trajectories = engine.generate([LatentRequest(CLASSES[i % 3], 40 + i) for i in range(6)])
+    trajectories = engine.generate([SampleRequest(CLASSES[i % 3], 40 + i) for i in range(6)])
     plain = rollouts(tiny_policy(), OPTIONS, count=1)
     assert plain[0].initial_logprob is None
     for index, trajectory in enumerate(trajectories):
@@ -58,7 +59,7 @@ def test_a_rollout_starts_from_the_gaussian_of_its_prompt() -> None:
 def test_the_rows_are_the_closed_forms(tmp_path: Path) -> None:
     policy, other = noise_policy(5), noise_policy(6)
     engine = LatentEngine(policy, OPTIONS, dtype=torch.float64)
-    save_latents(tmp_path / "t.npz", engine.generate([LatentRequest(CLASSES[i % 2], i) for i in range(4)]))
+    save_latents(tmp_path / "t.npz", engine.generate([SampleRequest(CLASSES[i % 2], i) for i in range(4)]))
     rows = initial_noise_rows(load_latents(tmp_path / "t.npz"), reduce="sum")
     rows.set_anchor(other)
     logprob, entropy, kl = rows.score(policy)[:3]
@@ -108,7 +109,7 @@ def find_config(folder: Path, *overrides: str) -> list[str]:
     base = new_policy({"width": 24, "num_blocks": 1}, {}, "0123456789", 0)
     base.save_pretrained(folder / "base")
     fixed = ["algorithm={name: find}", "model.initial_noise=learned", f"model.path={folder / 'base'}", "sft.steps=0"]
-    small = ["train.optimizer.lr=0.05", "eval.num_prompts=20", "image_sampler.eta=0.0", "train.steps=2"]
+    small = ["train.optimizer.lr=0.05", "eval.num_prompts=20", "sampler.eta=0.0", "train.steps=2"]
     return image_config(folder, *fixed, *small, *overrides)
 
 

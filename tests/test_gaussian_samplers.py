@@ -12,7 +12,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy.stats import norm
 
-from rollouts.engines.latent import LatentEngine, LatentRequest
+from rollouts.engines.base import SampleRequest
+from rollouts.engines.latent import LatentEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import load_latents, save_latents
 from rollouts.samplers.gaussian import GaussianSteps, gaussian_step, make_steps
@@ -215,7 +216,7 @@ def test_the_flow_sde_has_the_marginals_of_the_ode(noise_level: float) -> None:
     flow = exact_flow(1.0, 0.5)
     chosen = options(kind="flow_sde", noise_level=noise_level, num_inference_steps=num_steps)
     engine = LatentEngine(flow, chosen, max_batch_size=count, dtype=torch.float64)
-    trajectories = engine.generate([LatentRequest("", seed) for seed in range(count)])
+    trajectories = engine.generate([SampleRequest("", seed) for seed in range(count)])
     latents = np.stack([t.latents.reshape(201, -1) for t in trajectories])
     sigmas = np.append(trajectories[0].timestep / 1000, 0.0)
     for index in (50, 100, 150, 190, 200):
@@ -267,7 +268,7 @@ def test_branches_share_their_prefix_and_nothing_else() -> None:
 def test_a_shared_prefix_is_computed_once() -> None:
     policy = tiny_policy()
     engine = LatentEngine(policy, options(guidance_scale=2.0), dtype=torch.float64, splits=[(3, 2), (7, 3)])
-    engine.generate([LatentRequest(prompt, 1) for prompt in ("one", "two") for _ in range(6)])
+    engine.generate([SampleRequest(prompt, 1) for prompt in ("one", "two") for _ in range(6)])
     assert engine.stats.sequence_forwards == 2 * (2 * 3 + 4 * 4 + 12 * 3)
     assert engine.stats.forwards == 10
 
@@ -290,7 +291,7 @@ def test_branches_of_two_prompts_are_refused() -> None:
     engine = LatentEngine(tiny_policy(), options(), dtype=torch.float64, splits=[(2, 2)])
     for prompts in (("one", "two"), ("one", "one", "one")):
         with pytest.raises(ValueError, match=r"train\.group_size must be a multiple"):
-            engine.generate([LatentRequest(prompt, 1) for prompt in prompts])
+            engine.generate([SampleRequest(prompt, 1) for prompt in prompts])
 
 
 def test_a_model_that_gives_nan_is_not_sampled_from() -> None:

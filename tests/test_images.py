@@ -29,7 +29,7 @@ def image_config(folder: Path, *overrides: str) -> list[str]:
         "run": {"output_dir": str(folder / "run"), "device": "cpu", "num_threads": 1},
         "model": {"backbone": {"width": 24, "num_blocks": 1}},
         "task": {"name": "digits", "params": {"label_noise": 0.5}},
-        "image_sampler": {"num_inference_steps": 6, "min_std": 0.02},
+        "sampler": {"num_inference_steps": 6, "min_std": 0.02},
         "reward": {"functions": [{"name": "digit_classifier", "params": {"value": "logprob"}}]},
         "sft": {"steps": 3, "batch_size": 16},
         "algorithm": {"name": "b2_diffurl", "num_steps": 6, "branches": 4, "first_interval": 3, "interval_steps": 3},
@@ -60,10 +60,10 @@ RUNS = {
     "flow_grpo": [
         "algorithm={name: flow_grpo, shared_noise: 4}",
         "model.scheduler={name: FlowMatchEulerDiscreteScheduler}",
-        "image_sampler.kind=flow_sde",
-        "image_sampler.guidance_scale=2.0",
+        "sampler.kind=flow_sde",
+        "sampler.guidance_scale=2.0",
     ],
-    "diffusion_nft": ["algorithm={name: diffusion_nft, num_draws: 3}", "image_sampler.eta=0.0"],
+    "diffusion_nft": ["algorithm={name: diffusion_nft, num_draws: 3}", "sampler.eta=0.0"],
     "branch_grpo": ["algorithm={name: branch_grpo, splits: [1, 3]}"],
 }
 
@@ -135,10 +135,10 @@ def test_resume_repeats_the_run_with_its_history(tmp_path: Path) -> None:
     [
         (["algorithm={name: tracerl}"], "algorithm.name 'tracerl' trains text"),
         (["task={name: sudoku}"], "algorithm.name 'b2_diffurl' trains images"),
-        (["image_sampler.num_inference_steps=8"], "algorithm.num_steps must be"),
+        (["sampler.num_inference_steps=8"], "algorithm.num_steps must be"),
         (["train.mixed_steps=[2]"], "train.mixed_steps is for text"),
         (["model.path=./nowhere"], "model.path './nowhere' is not a folder"),
-        (["algorithm={name: flow_grpo}"], "needs image_sampler.kind=flow_sde"),
+        (["algorithm={name: flow_grpo}"], "needs sampler.kind=flow_sde"),
     ],
 )
 def test_a_config_that_cannot_run_is_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from rl.config import OptimizerConfig
+from rl.sections import OptimizerConfig
 from rl.train import distributed
-from rl.train.learner import BUILT_IN, Learner, TrainingError, rate_factor, read_deepspeed_config
+from rl.train.deepspeed_json import BUILT_IN, read_deepspeed_config
+from rl.train.learner import Learner, TrainingError, rate_factor
 from tests import runs
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from rewards import RewardFailureError
 from rl.cli import main
 from rl.config import load_config
 from rl.evaluation.scoring import judge_of
-from rl.models.load import load_policy, load_tokenizer
+from rl.models.load import load_policy
+from rl.models.tokenizers import load_tokenizer
 from rl.tasks.sudoku import SudokuTask, is_heldout
 from rl.train.learner import TrainingError
 from rl.train.run import Run

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from rl.config import ModelConfig
 from rl.estimators.trace_rows import remask_rows
 from rl.models.load import load_policy, save_policy
 from rl.models.masked_lm import MaskedLM
+from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.values.model import PolicyWithValue, ValueModel
 from rollouts.engines.in_process import InProcessEngine, Request

@@ -7,12 +7,15 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from rl.config import LoraOptions, OptimizerConfig, load_config
+from rl.config import load_config
 from rl.estimators.logprob import logprob_and_entropy
+from rl.modalities.text_memory import BatchShape, activations, batch_shape
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.lora import add_adapters
-from rl.train.learner import Learner, read_deepspeed_config
-from rl.train.memory import GIB, BatchShape, activations, batch_shape, memory_lines, model_states
+from rl.sections import LoraOptions, OptimizerConfig
+from rl.train.deepspeed_json import read_deepspeed_config
+from rl.train.learner import Learner
+from rl.train.memory import GIB, memory_lines, model_states
 from tests import runs
 
 VOCAB, WIDTH = 32, 16

@@ -11,9 +11,9 @@ import torch
 
 from rewards.clip_score import ClipMatch, ClipScore
 from rl.config import load_config
+from rl.modalities.image_memory import activation_bytes, build_denoiser
 from rl.tasks.load import load_task
 from rl.tasks.prompts import PromptsTask
-from rl.train.image_memory import activation_bytes, build_denoiser
 from tests import runs
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_vision import pictures, save_clip
@@ -105,7 +105,7 @@ def test_the_shipped_config_runs_on_a_tiny_pipeline(tmp_path: Path) -> None:
         [
             *("--config", str(SD15), f"run.output_dir={tmp_path / 'run'}", "run.device=cpu", "run.num_threads=1"),
             *(f"model.path={tmp_path / 'sd'}", f"reward.functions={json.dumps(rewards)}", "train.steps=1"),
-            *("train.prompts_per_step=2", "train.updates_per_step=1", "image_sampler.num_inference_steps=4"),
+            *("train.prompts_per_step=2", "train.updates_per_step=1", "sampler.num_inference_steps=4"),
             *("algorithm.num_steps=4", "algorithm.first_interval=2", "algorithm.positive_threshold=0.0"),
             *("algorithm.negative_threshold=0.0", "eval.num_inference_steps=[4]", "eval.num_prompts=4"),
             *("eval.viewer_items=2", "train.max_logprob_gap=1e-4"),

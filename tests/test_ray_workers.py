@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from rl.config import load_config
 from rl.train import update
-from rl.train.engines import check_engine
+from rl.train.plan import check_engine
 from rl.train.rollouts import RolloutSource, sample_lines
 from rl.train.run import Run
 from rollouts.engines.base import EngineError, StaleVersionError, WeightPushError

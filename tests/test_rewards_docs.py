@@ -56,7 +56,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys, loaded_
 
 
 def test_the_config_on_the_page_is_valid():
-    from rl.config import RewardConfig
+    from rl.sections import RewardConfig
 
     (section,) = [yaml.safe_load(code)["reward"] for language, code in BLOCKS if language == "yaml"]
     config = RewardConfig(**section)

@@ -19,11 +19,12 @@ import numpy as np
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart
-from rl.config import AlignRow, Config, RewardPartConfig, load_config, save_config
+from rl.config import Config, load_config, save_config
 from rl.evaluation.likelihood import log_likelihoods
 from rl.evaluation.search import search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
 from rl.files import write_json
+from rl.sections import AlignRow, RewardPartConfig
 from rl.tasks.base import Row
 from rl.tasks.load import load_task
 from rl.train.rollouts import request_seed

@@ -9,10 +9,10 @@ import yaml
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
-from rl.config import RewardConfig, RewardPartConfig
 from rl.evaluation.figures import Figures, figures
 from rl.evaluation.generations import Generation, GenerationFolder
 from rl.evaluation.settings import file_hash, saved_template, texts_hash
+from rl.sections import RewardConfig, RewardPartConfig
 from rl.tasks.base import Row
 from rl.tasks.benchmarks import BenchmarkTask
 from rl.tasks.load import load_task

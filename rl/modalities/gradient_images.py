@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from rewards.load import load_reward
-from rl.config import RewardPartConfig
 from rl.estimators.latent_input import LatentInput
 from rl.modalities.images import uint8_images
+from rl.sections import RewardPartConfig
 from rl.tasks.base import Row
 from rl.train.reward_gradient import Forward, GradientSegment
 from rl.train.run import Run
@@ -67,8 +67,7 @@ class GradientImages:
         steps = len(self.engine.steps)
         if gradient_steps > steps:
             raise ValueError(
-                f"algorithm.gradient_steps ({gradient_steps}) must not exceed image_sampler.num_inference_steps "
-                f"({steps})"
+                f"algorithm.gradient_steps ({gradient_steps}) must not exceed sampler.num_inference_steps ({steps})"
             )
         self.gradient_steps, self.truncation, self.recompute = gradient_steps, truncation, recompute
         self.reward = PixelReward(run)

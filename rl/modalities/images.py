@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rewards.image import data_url, thumbnail
-from rl.config import Config, PipelineConfig
+from rl.config import Config
 from rl.errors import about
 from rl.estimators.denoising import DenoisingRows, denoising_rows
 from rl.evaluation.image_metrics import (
@@ -21,37 +21,28 @@ from rl.evaluation.image_metrics import (
     precision_recall,
     vendi_score,
 )
+from rl.modalities.images_plan import ImagesPlan
 from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
 from rl.models.noise_policy import INDEX as NOISE_INDEX
 from rl.models.noise_policy import NoisePolicy
-from rl.tasks.base import Row, Task
-from rollouts.engines.latent import LatentEngine, LatentRequest
+from rl.sections import PipelineConfig
+from rl.tasks.base import Row
+from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.search.latents import LatentSampler
 
 
-class ImagesModality:
+class ImagesModality(ImagesPlan):
     """See `rl.modalities.base.Modality`. A completion is a uint8 array [H, W, C].
 
     The task may have `features(images)` and `real_images()`; sets of samples are then compared with real ones.
     """
 
-    name = "images"
-    tokenizer = None
-
     def __init__(self, config: Config, task: Any):
-        self.config, self.task = config, task
+        super().__init__(config, task)
         # Decoding needs no trained weights, so any copy of the policy serves.
         self._policy: Any = None
-
-    @classmethod
-    def open(cls, config: Config, task: Task) -> ImagesModality:
-        return cls(config, task)
-
-    @property
-    def horizon(self) -> int:
-        return self.config.image_sampler.num_inference_steps
 
     def load_model(self, path: str | None = None) -> Any:
         config = self.config.model
@@ -101,25 +92,8 @@ class ImagesModality:
     def engine(self, model: Any, options: LatentSamplerOptions, device: torch.device) -> LatentEngine:
         return LatentEngine(model, options, self.config.rollout.max_batch_size, device)
 
-    def options(self) -> LatentSamplerOptions:
-        return self.config.image_sampler
-
-    def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> LatentSamplerOptions:
-        """The sampler of the rollouts at another number of steps; images have no greedy choice."""
-        return self.config.image_sampler.model_copy(update={"num_inference_steps": num_inference_steps})
-
-    def requests(
-        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
-    ) -> list[LatentRequest]:
-        if steps is not None:
-            raise ValueError("train.mixed_steps is for text: an image sampler has one number of steps")
-        return [LatentRequest(row["prompt"], seed) for row, own in zip(rows, seeds, strict=True) for seed in own]
-
-    def finished(self, trajectories: Sequence[LatentTrajectory]) -> tuple[list[np.ndarray], dict[str, list[Any]]]:
-        return self._images([t.latents[-1] for t in trajectories]), {"num_steps": [t.num_steps for t in trajectories]}
-
-    def fills(self, trajectory: LatentTrajectory) -> list[Any]:
-        raise ValueError("recipes that score every step's fill are for text: choose a recipe for images")
+    def completions(self, trajectories: Sequence[LatentTrajectory]) -> list[np.ndarray]:
+        return self._images([t.latents[-1] for t in trajectories])
 
     def search_sampler(self, engine: LatentEngine, rows: Sequence[Row]) -> Any:
         return LatentSampler(engine, [row["prompt"] for row in rows])
@@ -129,14 +103,6 @@ class ImagesModality:
 
     def load_trajectories(self, path: Path) -> list[LatentTrajectory]:
         return load_latents(path)
-
-    def ended(self, trajectories: Sequence[LatentTrajectory]) -> np.ndarray:
-        return np.ones(len(trajectories), dtype=bool)
-
-    def smallest_trajectory(self, model: Any) -> LatentTrajectory:
-        device = next(model.parameters()).device
-        prompt = self.task.heldout_rows(1)[0]["prompt"]
-        return self.engine(model, self.options(), device).generate([LatentRequest(prompt, 0)])[0]
 
     def supervised(
         self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
@@ -176,7 +142,7 @@ class ImagesModality:
         self, rows: Sequence[Row], trajectories: Sequence[LatentTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
         """The finished images as data URLs, small: a report of photographs should open."""
-        images, _ = self.finished(trajectories)
+        images = self.completions(trajectories)
         shown = [data_url(thumbnail(image)) for image in images]
         return [{"image": i, "correct": (v or 0.0) >= 1.0} for i, v in zip(shown, values, strict=True)]
 

@@ -13,10 +13,10 @@ from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows
-from rl.models.load import load_policy, load_tokenizer, save_policy
-from rl.tasks.base import Row, Task
+from rl.modalities.text_plan import TextPlan
+from rl.models.load import load_policy, save_policy
+from rl.tasks.base import Row
 from rl.tasks.templates import chat_prompt
-from rl.train.plan import tokenizer_field
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
@@ -24,23 +24,16 @@ from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 
 
-class TextModality:
+class TextModality(TextPlan):
     """See `rl.modalities.base.Modality`.
 
     Attributes:
         rollout_block: block length of rollouts during a block-size curriculum; overrides `sampler.block_length`.
     """
 
-    name = "text"
-
     def __init__(self, config: Config, tokenizer: Any, grid: tuple[int, int] | None = None):
         self.config, self.tokenizer, self.grid = config, tokenizer, grid
         self.rollout_block: int | None = None
-
-    @classmethod
-    def open(cls, config: Config, task: Task) -> TextModality:
-        with about(tokenizer_field(config)):
-            return cls(config, load_tokenizer(config.model, task), task.grid)
 
     def load_model(self, path: str | None = None) -> Any:
         model = self.config.model if path is None else self.config.model.model_copy(update={"path": path})
@@ -181,9 +174,6 @@ class TextModality:
     def horizon(self) -> int:
         return self.config.sampler.gen_length
 
-    def measure(self, rows: Sequence[Row], completions: Sequence[str], rewards: Sequence[float]) -> dict[str, float]:
-        return {}
-
     def views(
         self, rows: Sequence[Row], trajectories: Sequence[TokenTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
@@ -199,9 +189,6 @@ class TextModality:
             )
             for row, trajectory, value in zip(rows, trajectories, values, strict=True)
         ]
-
-    def sample_line(self, completion: str) -> str:
-        return completion
 
     def _givens(self, row: Row) -> list[str] | None:
         if self.grid is None or "puzzle" not in row:

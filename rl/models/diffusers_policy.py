@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rl.config import LoraOptions, PipelineConfig
+from rl.sections import LoraOptions, PipelineConfig
 from rollouts.model_protocol import Conditioning
 
 INDEX = "lora_policy.json"
@@ -385,7 +385,7 @@ class Flux(_Transformer):
         distilled = self.denoiser.config.guidance_embeds
         if not distilled and guidance_scale != 1:
             raise ValueError(
-                f"image_sampler.guidance_scale is {guidance_scale}: this FLUX model has no guidance, set it to 1"
+                f"sampler.guidance_scale is {guidance_scale}: this FLUX model has no guidance, set it to 1"
             )
         dtype = self.denoiser.dtype
         states = conditioning["prompt_embeds"].to(dtype)

@@ -3,80 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rl.config import ModelConfig, PipelineConfig
 from rl.models import lora
 from rl.models.families import family_of, open_family
+from rl.models.tokenizers import check_model_folder, first_line, local_folder, read_config, read_tokenizer
 from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.registry import FAMILIES
-from rl.tasks.base import Task
+from rl.sections import ModelConfig, PipelineConfig
 
 if TYPE_CHECKING:
     from rl.models.diffusion_lm import DiffusionLM
 
 # Set on every small model built from a config: the policy that is scored must be the one that sampled.
 _NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_dropout": 0.0}
-
-
-def load_tokenizer(config: ModelConfig, task: Task) -> Any:
-    """The tokenizer named by the config, the model folder's, or the task's character tokenizer.
-
-    Raises:
-        ValueError: none of them exists.
-    """
-    source = config.tokenizer or config.path
-    if source is None:
-        if task.alphabet is None:
-            raise ValueError("model.tokenizer is required: this task does not bring its own alphabet")
-        from rl.tasks.char_tokenizer import char_tokenizer
-
-        return char_tokenizer(task.alphabet, getattr(task, "ends", True))
-    if not Path(source).is_dir() and not is_hub_name(source):
-        raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
-    try:
-        tokenizer = read_tokenizer(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer can be loaded from {source!r}: {_first_line(error)}; set model.tokenizer"
-        ) from error
-    if config.eos_token is not None:
-        if config.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"model.eos_token {config.eos_token!r} is no token of the tokenizer")
-        tokenizer.eos_token = config.eos_token
-    if config.conditions:
-        from rl.models.conditions import add_to_tokenizer
-
-        add_to_tokenizer(tokenizer, config.conditions)
-    return tokenizer
-
-
-def read_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a folder or hub name, without remote code.
-
-    Raises:
-        OSError, ValueError: there is none, or it needs code of its publisher's.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in a model folder)
-
-    try:
-        described = read_config(str(source))
-    except OSError:
-        described = {}
-    if family_of(described) is None and described.get("model_type", "diffusion_lm") in CONFIG_MAPPING:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    # These folders name code of the publisher's for what is an ordinary tokenizer: one file, or Qwen's two.
-    folder = local_folder(str(source))
-    one_file = (folder / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if one_file else Qwen2Tokenizer).from_pretrained(folder)
 
 
 def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
@@ -168,7 +112,7 @@ def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
             return load_masked_lm(config.path, tokenizer, config.wrap)
         return _diffusion_lm(config, described)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model.path {config.path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model.path {config.path!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
@@ -186,14 +130,6 @@ def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
         model.config.block_length = config.block_length
     lora.load_adapters(model, config.path, config.lora)
     return model
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The config.json of a folder or hub name."""
-    from transformers import PreTrainedConfig
-
-    described, _ = PreTrainedConfig.get_config_dict(path)
-    return dict(described)
 
 
 def model_fields(
@@ -224,14 +160,6 @@ def _from_anywhere(address: str) -> str:
     """The address with a file's full path, so that a saved model finds it wherever it is loaded."""
     file, _, name = address.rpartition(":")
     return f"{Path(file).resolve()}:{name}" if file.endswith(".py") else address
-
-
-def backbone_of(described: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
-    """The transformers config of the backbone a config.json describes; empty for a masked LM, which has none."""
-    found = family_of(described, family)
-    if found is not None:
-        return dict(found.fields(described, described.get("block_size") or 1)["backbone"])
-    return dict(described.get("backbone", {}))
 
 
 def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM:
@@ -278,39 +206,6 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM
     return model.eval()
 
 
-def local_folder(path: str) -> Path:
-    """The folder of a model, downloaded first when `path` is a hub name.
-
-    Raises:
-        OSError: there is no such model, or no connection.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether this reads as `owner/name` or `name`, and not as a place beside a folder that exists."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and (
-        "/" not in path or not Path(path).parent.is_dir()
-    )
-
-
-def check_model_folder(path: str) -> None:
-    """Raise ValueError when a local model folder lacks its config or weights (hub names pass)."""
-    folder = Path(path)
-    if not folder.exists() and is_hub_name(path):
-        return
-    if not folder.is_dir():
-        raise ValueError(f"model.path {path!r} is not a folder")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path {path!r} is incomplete: config.json is missing")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model.path {path!r} is incomplete: it has no .safetensors weights")
-
-
 def save_policy(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
     """Write a Hugging Face folder that `load_policy` reads back with equal logits."""
     _quiet()
@@ -319,10 +214,6 @@ def save_policy(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> Non
     else:
         model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
 
 
 def _quiet() -> None:

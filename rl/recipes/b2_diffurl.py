@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 class B2DiffuRLOptions(IntervalOptions):
     name: str = Field("b2_diffurl", description="Recipe name.")
-    num_steps: int = Field(20, ge=1, description="image_sampler.num_inference_steps, where branches are placed.")
+    num_steps: int = Field(20, ge=1, description="sampler.num_inference_steps, where branches are placed.")
     branches: int = Field(5, ge=1, description="Rollouts per branch point; 1 samples without branches.")
     selection: Literal["extremes", "all"] = Field(
         "extremes", description="Train the best and the worst rollout of a branch point, or all of them."
@@ -52,7 +52,7 @@ class B2DiffuRLOptions(IntervalOptions):
 
     def check_sampler(self, num_inference_steps: int, group_size: int) -> None:
         if num_inference_steps != self.num_steps:
-            raise ValueError(f"algorithm.num_steps must be image_sampler.num_inference_steps ({num_inference_steps})")
+            raise ValueError(f"algorithm.num_steps must be sampler.num_inference_steps ({num_inference_steps})")
         if group_size % self.branches:
             raise ValueError(f"train.group_size ({group_size}) must be a multiple of algorithm.branches")
 

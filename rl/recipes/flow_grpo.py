@@ -34,7 +34,7 @@ class FlowGrpoOptions(ImageRecipeOptions):
     )
 
     def requires(self, config: Config) -> dict[str, Any]:
-        return {"image_sampler.kind": "flow_sde"}
+        return {"sampler.kind": "flow_sde"}
 
     def build(self) -> Recipe:
         group = self.group_advantage()

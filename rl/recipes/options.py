@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rl.config import Config, OptimizerConfig
+from rl.config import Config
+from rl.sections import OptimizerConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from typing import Any
 
-from rl.registry import TASKS
+from rl.registry import MODALITIES, TASKS
 from rl.tasks.base import Task
 from rl.tasks.benchmarks import BENCHMARKS, BenchmarkTask
 from rl.tasks.gym import GymTask, gym_tasks
@@ -55,3 +55,25 @@ def _class_and_name(name: str) -> tuple[Any, tuple[str, ...]]:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f", did you mean {near[0]!r}?" if near else f"; known tasks: {', '.join(known)}, reasoning_gym:NAME"
     raise ValueError(f"task.name {name!r} does not exist{hint}")
+
+
+def modality_class(task: Any) -> Any:
+    """The modality of a task, by its attribute `modality`: a name, an address, or the class; text where it has none.
+
+    Args:
+        task: a task or its class.
+
+    Raises:
+        ValueError: there is no such modality.
+    """
+    if hasattr(task, "medium") and not hasattr(task, "modality"):
+        name = getattr(task, "__name__", type(task).__name__)
+        raise ValueError(
+            f"the attribute medium of task {name} is now called modality: write modality = {task.medium!r}"
+        )
+    return MODALITIES.resolve(getattr(task, "modality", "text"))
+
+
+def modality_of(name: str) -> Any:
+    """The modality of the task that `task.name` names, without building it."""
+    return modality_class(task_class(name))

@@ -12,7 +12,6 @@ from rl.config import Config
 from rl.modalities.base import open_modality
 from rl.tasks.load import load_task
 from rl.train import distributed
-from rollouts.engines.base import require
 
 if TYPE_CHECKING:
     import torch
@@ -81,54 +80,6 @@ class WorkerModel:
         modality = open_modality(self.config, load_task(self.config.task.name, self.config.task.params))
         model = modality.load_model().to(self.device)
         return model, lambda options: modality.engine(model, options, torch.device(self.device))
-
-
-def engine_needs(config: Config) -> dict[str, str]:
-    """What the run needs of its engine (keys of `rollouts.engines.base.NEEDS`) -> the option that needs it."""
-    recipe = config.algorithm
-    needs = {name: f"algorithm.name {recipe.name}" for name in sorted(recipe.engine_needs())}
-    if config.sampler.reviser != "none":
-        needs["remasking"] = f"sampler.reviser {config.sampler.reviser}"
-    if config.sampler.record_x0:
-        needs["fills"] = "sampler.record_x0"
-    if config.train.mixed_steps:
-        needs["request_steps"] = "train.mixed_steps"
-    if config.rollout.asynchronous:
-        needs["asynchronous"] = "rollout.asynchronous"
-        if config.rollout.max_importance_weight is not None:
-            needs.setdefault("sampled_logprobs", "rollout.max_importance_weight")
-    return needs
-
-
-def check_engine(config: Config) -> None:
-    """What of the rollout engine can be found wrong before anything is started.
-
-    Raises:
-        ValueError: one line naming the field and the fix.
-    """
-    from rollouts.engines.in_process import CAPABILITIES as IN_PROCESS
-    from rollouts.engines.ray_workers import CAPABILITIES as RAY
-
-    rollout = config.rollout
-    known = {"in_process": IN_PROCESS, "ray": RAY}
-    # A server says what it can do when it is asked.
-    if rollout.engine in known:
-        require(rollout.engine, known[rollout.engine], engine_needs(config))
-    if not rollout.asynchronous:
-        return
-    if config.filters.refill_rounds:
-        raise ValueError(
-            "filters.refill_rounds depends on rewards that come after the next step's rollouts have begun: set it to "
-            "0, or rollout.asynchronous to false"
-        )
-    if config.train.block_schedule:
-        raise ValueError("train.block_schedule changes the decoder between steps: set rollout.asynchronous to false")
-    per_step = config.train.updates_per_step * config.train.epochs
-    if config.staleness_limit() < per_step:
-        raise ValueError(
-            f"rollout.max_staleness ({config.staleness_limit()}) is less than the {per_step} update(s) of an RL step, "
-            "by which asynchronous rollouts are always behind: raise it, or set rollout.asynchronous to false"
-        )
 
 
 class PolicyWeights:

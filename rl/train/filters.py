@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rl.advantages import zero_variance_groups
-from rl.config import FilterConfig
+from rl.sections import FilterConfig
 
 
 def keep_mask(

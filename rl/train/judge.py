@@ -9,7 +9,7 @@ import numpy as np
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
-from rl.config import RewardConfig
+from rl.sections import RewardConfig
 from rl.tasks.base import Row
 
 # Reward metrics that count something; every other one is a mean over completions.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from rewards.load import load_reward
 from rl.config import Config, load_config
 from rl.errors import about
-
-if TYPE_CHECKING:
-    from rl.tasks.base import Task
+from rl.models.families import open_family
+from rl.tasks.load import load_task, modality_class, modality_of
+from rl.train.deepspeed_json import read_deepspeed_config
+from rollouts.engines.base import IN_PROCESS, RAY_WORKERS, require
+from rollouts.engines.server.options import check_server
 
 
 def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
@@ -22,10 +22,9 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
         ranks: number of ranks; the launcher's when None.
 
     Raises:
-        ValueError: the batch does not divide over ranks and micro-batches.
+        ValueError: the batch does not divide over ranks and micro-batches, or a number of steps over blocks.
     """
-    if modality_of(config) == "text":
-        _check_steps(config)
+    forwards, guided = modality_of(config.task.name).forwards(config)
     world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train
     lines = [f"run {config.run.output_dir}, task {config.task.name}, seed {config.run.seed}, {world} rank(s)"]
@@ -37,13 +36,6 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
         per_update = trajectories // train.updates_per_step // world
         micro = -(-per_update // train.micro_batch_size)
         updates = train.steps * train.updates_per_step * train.epochs
-        if modality_of(config) == "images":
-            forwards: float = config.image_sampler.num_inference_steps
-            guided = config.image_sampler.guidance_scale != 1
-        else:
-            counts = train.mixed_steps or [config.sampler.num_inference_steps]
-            forwards = sum(config.sampler.steps_per_block(n) * _num_blocks(config) for n in counts) / len(counts)
-            guided = config.sampler.cfg_scale != 0
         lines += [
             f"rl: {train.steps} steps of {train.prompts_per_step} prompts x {train.group_size} rollouts = "
             f"{trajectories} trajectories per step",
@@ -82,79 +74,43 @@ def check_run(config: Config, new: bool = True) -> None:
     Raises:
         ValueError: one line naming the field and the fix.
     """
-    from rl.models.families import open_family
-    from rl.tasks.load import load_task
-    from rl.train.distributed import pick_device
-    from rl.train.engines import check_engine
-    from rl.train.learner import read_deepspeed_config
-    from rollouts.engines.server.options import check_server
-
     plan_lines(config)
-    with about(f"run.device {config.run.device!r}"):
-        pick_device(config.run.device)
+    if config.run.device not in ("auto", "cpu"):
+        # Only a GPU needs torch here, whose import takes longer than everything else.
+        from rl.train.distributed import pick_device
+
+        with about(f"run.device {config.run.device!r}"):
+            pick_device(config.run.device)
     with about(f"train.deepspeed file {config.train.deepspeed}"):
         stage = read_deepspeed_config(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"train.deepspeed file {config.train.deepspeed}: stage {stage!r} must be 0, 1, 2 or 3")
-    if config.train.steps and config.sampler.temperature == 0:
-        raise ValueError("sampler.temperature is 0: greedy rollouts carry no gradient, set it above 0 to train")
-    options = config.algorithm
-    for key, value in options.requires(config).items():
-        section, name = key.split(".")
-        if getattr(getattr(config, section), name) != value:
-            wanted = str(value).lower() if isinstance(value, bool) else value
-            raise ValueError(f"algorithm.name {options.name} needs {key}={wanted}: set it")
+    with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
+        task = load_task(config.task.name, config.task.params)
+        rows = task.heldout_rows(1) + task.train_rows(config.run.seed, 0, 1)
+    if not rows:
+        raise ValueError("the task has no rows: check task.params")
+    modality = modality_class(task)
     if config.train.steps:
+        _check_recipe(config, modality.name)
         check_engine(config)
     for key, family in (("model.family", config.model.family), ("rollout.server.layout", config.rollout.server.layout)):
         if family is not None:
             open_family(family, key)
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
         raise ValueError(f"goal.steps {config.goal.steps} is not in eval.num_inference_steps: add it there")
-    if config.sft.masking == "semi_ar" and config.sampler.block_length is None:
-        raise ValueError("sft.masking semi_ar needs sampler.block_length: set the block to mask")
-    if config.sft.trajectories is not None and not Path(config.sft.trajectories).is_file():
-        raise ValueError(f"sft.trajectories {config.sft.trajectories!r} is not a file")
-    if config.train.block_schedule and config.model.path is None and config.model.attention != "block_causal":
-        raise ValueError("train.block_schedule needs model.attention block_causal")
-    old = getattr(options, "old_logprob", None)
-    if old == "sampler" and any(stage.train != stage.rollout for stage in config.train.block_schedule):
-        raise ValueError(
-            "train.block_schedule scores other states than were sampled: set algorithm.old_logprob to recompute"
-        )
-    from rewards.load import load_reward
-
-    with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
-        task = load_task(config.task.name, config.task.params)
-        rows = task.heldout_rows(1) + task.train_rows(config.run.seed, 0, 1)
-    if not rows:
-        raise ValueError("the task has no rows: check task.params")
     for part in config.reward.functions:
         with about(f"reward.functions {part.name!r}"):
             load_reward(part.name, part.params)
-        if part.normalize != "none" and config.train.steps and getattr(options.build(), "needs_step_rewards", False):
-            raise ValueError(
-                f"reward.functions {part.name!r} has normalize {part.normalize}, but algorithm.name {options.name} "
-                "compares the rewards of steps with each other: set normalize to none"
-            )
     if not config.reward.functions:
         load_reward(task.reward, {})
-    modality = getattr(task, "modality", "text")
-    if config.train.steps and options.modality != modality:
-        raise ValueError(
-            f"algorithm.name {options.name!r} trains {options.modality}, and task.name {config.task.name!r} is about "
-            f"{modality}: choose another algorithm"
-        )
     if config.rollout.engine == "server":
-        if modality != "text":
+        if modality.name != "text":
             raise ValueError(
-                f"rollout.engine server samples text, and task.name {config.task.name!r} is about {modality}"
+                f"rollout.engine server samples text, and task.name {config.task.name!r} is about {modality.name}"
             )
         check_server(config.rollout.server, config.sampler)
-    if modality == "images":
-        _check_images(config)
-    else:
-        _check_text(config, task, [row["prompt"] for row in rows])
+    modality.check(config, task, rows)
     if new and config.run.resume:
         _check_same_run(config)
     if new and not config.run.resume and int(os.environ.get("RANK", "0")) == 0:
@@ -167,50 +123,75 @@ def check_run(config: Config, new: bool = True) -> None:
             )
 
 
-def _check_text(config: Config, task: Task, prompts: Sequence[str]) -> None:
-    from rl.models.load import check_model_folder, load_tokenizer
+def engine_needs(config: Config) -> dict[str, str]:
+    """What the run needs of its engine (keys of `rollouts.engines.base.NEEDS`) -> the option that needs it."""
+    options = config.algorithm
+    needs = {name: f"algorithm.name {options.name}" for name in sorted(options.engine_needs())}
+    needs |= modality_of(config.task.name).engine_needs(config)
+    if config.train.mixed_steps:
+        needs["request_steps"] = "train.mixed_steps"
+    if config.rollout.asynchronous:
+        needs["asynchronous"] = "rollout.asynchronous"
+        if config.rollout.max_importance_weight is not None:
+            needs.setdefault("sampled_logprobs", "rollout.max_importance_weight")
+    return needs
 
-    if config.model.path is not None:
-        check_model_folder(config.model.path)
-    elif not config.model.backbone:
-        raise ValueError("model.backbone or model.path is required: there is no model to train")
-    elif config.model.lora.rank:
-        raise ValueError(f"model.lora.rank is {config.model.lora.rank}: adapters need a model to adapt, set model.path")
-    with about(tokenizer_field(config)):
-        tokenizer = load_tokenizer(config.model, task)
-    if config.task.chat:
-        from rl.tasks.templates import chat_prompt
 
-        prompts = [chat_prompt(tokenizer, prompt) for prompt in prompts]
-    longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
-    context = _context(config)
-    if context and longest + config.sampler.gen_length > context:
+def check_engine(config: Config) -> None:
+    """What of the rollout engine can be found wrong before anything is started.
+
+    Raises:
+        ValueError: one line naming the field and the fix.
+    """
+    rollout = config.rollout
+    known = {"in_process": IN_PROCESS, "ray": RAY_WORKERS}
+    # A server says what it can do when it is asked.
+    if rollout.engine in known:
+        require(rollout.engine, known[rollout.engine], engine_needs(config))
+    if not rollout.asynchronous:
+        return
+    if config.filters.refill_rounds:
         raise ValueError(
-            f"a prompt of {longest} tokens plus sampler.gen_length {config.sampler.gen_length} does not fit the "
-            f"model's {context} positions: raise model.backbone's positions"
+            "filters.refill_rounds depends on rewards that come after the next step's rollouts have begun: set it to "
+            "0, or rollout.asynchronous to false"
+        )
+    if config.train.block_schedule:
+        raise ValueError("train.block_schedule changes the decoder between steps: set rollout.asynchronous to false")
+    per_step = config.train.updates_per_step * config.train.epochs
+    if config.staleness_limit() < per_step:
+        raise ValueError(
+            f"rollout.max_staleness ({config.staleness_limit()}) is less than the {per_step} update(s) of an RL step, "
+            "by which asynchronous rollouts are always behind: raise it, or set rollout.asynchronous to false"
         )
 
 
-def _check_images(config: Config) -> None:
-    """Raise ValueError when the options of an image run contradict themselves."""
-    if config.train.mixed_steps:
-        raise ValueError("train.mixed_steps is for text: set image_sampler.num_inference_steps")
-    if config.sft.trajectories is not None:
-        raise ValueError("sft.trajectories is for text: images are fitted to the task's own")
-    path = config.model.path
-    if path is not None and not Path(path).is_dir() and path.startswith((".", "/")):
-        raise ValueError(f"model.path {path!r} is not a folder")
-    check: Any = getattr(config.algorithm, "check_sampler", None)
-    if config.train.steps and check is not None:
-        check(config.image_sampler.num_inference_steps, config.train.group_size)
-
-
-def modality_of(config: Config) -> str:
-    """The modality of the config's task, without building it."""
-    from rl.tasks.load import task_class
-
-    with about(f"task.name {config.task.name!r}"):
-        return getattr(task_class(config.task.name), "modality", "text")
+def _check_recipe(config: Config, modality: str) -> None:
+    """Raise ValueError when the recipe cannot train this modality, or not with the other sections as they are."""
+    options = config.algorithm
+    if options.modality != modality:
+        raise ValueError(
+            f"algorithm.name {options.name!r} trains {options.modality}, and task.name {config.task.name!r} is about "
+            f"{modality}: choose another algorithm"
+        )
+    for key, value in options.requires(config).items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) != value:
+            wanted = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(f"algorithm.name {options.name} needs {key}={wanted}: set it")
+    old = getattr(options, "old_logprob", None)
+    if old == "sampler" and any(stage.train != stage.rollout for stage in config.train.block_schedule):
+        raise ValueError(
+            "train.block_schedule scores other states than were sampled: set algorithm.old_logprob to recompute"
+        )
+    for part in config.reward.functions:
+        if part.normalize != "none" and getattr(options.build(), "needs_step_rewards", False):
+            raise ValueError(
+                f"reward.functions {part.name!r} has normalize {part.normalize}, but algorithm.name {options.name} "
+                "compares the rewards of steps with each other: set normalize to none"
+            )
+    check = getattr(options, "check_sampler", None)
+    if check is not None:
+        check(config.sampler.num_inference_steps, config.train.group_size)
 
 
 def _check_same_run(config: Config) -> None:
@@ -219,7 +200,7 @@ def _check_same_run(config: Config) -> None:
     if not saved.is_file():
         return
     before = load_config(saved)
-    sampling = ("model", "task", "sampler", "image_sampler", "rollout")
+    sampling = ("model", "task", "sampler", "rollout")
     # Of the engine only what the numbers depend on: where rollouts are sampled may change.
     rollout = {"asynchronous", "cache"} | ({"max_importance_weight"} if config.rollout.asynchronous else set())
     for section in (*sampling, "reward", "sft", "train", "filters", "algorithm"):
@@ -233,49 +214,3 @@ def _check_same_run(config: Config) -> None:
             )
     if before.run.seed != config.run.seed:
         raise ValueError(f"run.resume: run.seed is {config.run.seed} and the run began with {before.run.seed}")
-
-
-def _check_steps(config: Config) -> None:
-    """Every number of denoising steps the run will use must divide over every block length it will use."""
-    own = config.sampler.block_length or (config.model.block_length if config.model.path is None else None)
-    blocks = {own, *(stage.rollout for stage in config.train.block_schedule)}
-    viewer = [config.eval.viewer_steps] if config.eval.viewer_steps else []
-    counts = {
-        "sampler.num_inference_steps": [config.sampler.num_inference_steps],
-        "eval.num_inference_steps": config.eval.num_inference_steps,
-        "eval.viewer_steps": viewer,
-        "train.mixed_steps": config.train.mixed_steps,
-    }
-    for block in blocks:
-        options = config.sampler.model_copy(update={"block_length": block})
-        for name, values in counts.items():
-            for steps in values:
-                try:
-                    options.steps_per_block(steps)
-                except ValueError as error:
-                    raise ValueError(f"{name} has {steps}: {error}") from None
-
-
-def tokenizer_field(config: Config) -> str:
-    """The option that a tokenizer comes from, for messages."""
-    return (
-        f"model.tokenizer {config.model.tokenizer!r}" if config.model.tokenizer else f"model.path {config.model.path!r}"
-    )
-
-
-def _context(config: Config) -> int | None:
-    """Positions of the model a config describes; None when only loading it will tell."""
-    backbone = config.model.backbone
-    file = Path(config.model.path or "") / "config.json"
-    if config.model.path is not None:
-        if not file.is_file():
-            return None
-        with about(f"model.path {config.model.path!r}"):
-            from rl.models.load import backbone_of
-
-            backbone = backbone_of(json.loads(file.read_text()), config.model.family)
-    return backbone.get("max_position_embeddings", backbone.get("n_positions"))
-
-
-def _num_blocks(config: Config) -> int:
-    return 1 if config.sampler.block_length is None else config.sampler.gen_length // config.sampler.block_length

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rl.config import Config, FilterConfig
+from rl.config import Config
+from rl.sections import FilterConfig
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.learner import Learner

@@ -16,9 +16,10 @@ from rl.evaluation.backslide import backslide_of
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.ahead import Ahead
-from rl.train.engines import PolicyWeights, engine_needs, open_engine
+from rl.train.engines import PolicyWeights, open_engine
 from rl.train.filters import keep_mask
 from rl.train.judge import join_metrics
+from rl.train.plan import engine_needs
 from rl.train.run import Run
 from rollouts.engines.base import Engine, EngineStats, check_versions, require
 

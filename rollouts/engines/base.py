@@ -8,7 +8,7 @@ for or not at all: a push that fails half-way leaves it without one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -101,6 +101,21 @@ class Capabilities:
     push: Literal["shared", "tensors", "folder"] = "folder"
 
 
+# What samples in the learner's own process, and in workers under Ray.
+IN_PROCESS = Capabilities(
+    step_maps=True,
+    sampled_logprobs=True,
+    remasking=True,
+    fills=True,
+    request_steps=True,
+    branches=True,
+    gradients=True,
+    policy_version=True,
+    push="shared",
+)
+RAY_WORKERS = replace(IN_PROCESS, push="tensors", gradients=False, asynchronous=True)
+
+
 def require(engine: str, capabilities: Capabilities, needs: Mapping[str, str]) -> None:
     """Refuse an engine that cannot do what a run needs.
 
@@ -144,6 +159,34 @@ class WeightSource(Protocol):
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder."""
         ...
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One rollout to sample.
+
+    Attributes:
+        prompt: what the model takes.
+        seed: the rollout depends on this and on the weights alone.
+    """
+
+    prompt: Any
+    seed: int
+
+
+class SharedModelEngine:
+    """The common part of engines that sample the caller's own module, whose weights are always today's."""
+
+    splits: tuple[tuple[int, int], ...] = ()
+
+    def capabilities(self) -> Capabilities:
+        return IN_PROCESS
+
+    def push_weights(self, version: int, source: WeightSource) -> None:
+        """Nothing to do: the module that is sampled is the caller's, and so are its weights."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class Engine(Protocol):

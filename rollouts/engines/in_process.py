@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from rollouts.engines.base import Capabilities, EngineStats, WeightSource
+from rollouts.engines.base import EngineStats, SharedModelEngine
 from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
@@ -51,20 +51,7 @@ class Request:
 
 
 # What sampling the caller's own module can do.
-CAPABILITIES = Capabilities(
-    step_maps=True,
-    sampled_logprobs=True,
-    remasking=True,
-    fills=True,
-    request_steps=True,
-    branches=True,
-    gradients=True,
-    policy_version=True,
-    push="shared",
-)
-
-
-class InProcessEngine:
+class InProcessEngine(SharedModelEngine):
     """Samples trajectories with one model on one device."""
 
     def __init__(
@@ -122,17 +109,7 @@ class InProcessEngine:
         self.max_batch_size = max_batch_size
         self.device = torch.device(device)
         self.approximate_cache = approximate_cache
-        self.splits: tuple[tuple[int, int], ...] = ()
         self.stats = EngineStats()
-
-    def capabilities(self) -> Capabilities:
-        return CAPABILITIES
-
-    def push_weights(self, version: int, source: WeightSource) -> None:
-        """Nothing to do: the module that is sampled is the caller's, and so are its weights."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:

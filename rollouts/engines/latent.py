@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from rollouts.engines.base import Capabilities, EngineStats, WeightSource
-from rollouts.engines.in_process import CAPABILITIES
+from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import Conditioning, ImagePolicy, LearnedNoise
@@ -21,20 +19,7 @@ from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
 
 
-@dataclass(frozen=True)
-class LatentRequest:
-    """One rollout to sample.
-
-    Attributes:
-        prompt: what the model's `encode` takes.
-        seed: the noise depends on this, the step and the entry only.
-    """
-
-    prompt: Any
-    seed: int
-
-
-class LatentEngine:
+class LatentEngine(SharedModelEngine):
     """Samples trajectories of one set of options.
 
     A request's noise is a function of its seed, so its rollout does not depend on what shares its batch; the
@@ -67,17 +52,8 @@ class LatentEngine:
         """Rollouts that one tree ends in."""
         return math.prod(branches for _, branches in self.splits)
 
-    def capabilities(self) -> Capabilities:
-        return CAPABILITIES
-
-    def push_weights(self, version: int, source: WeightSource) -> None:
-        """Nothing to do: the module that is sampled is the caller's, and so are its weights."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
     @torch.no_grad()
-    def generate(self, requests: Sequence[LatentRequest], policy_version: int = 0) -> list[LatentTrajectory]:
+    def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[LatentTrajectory]:
         """Denoise every request.
 
         With splits, every `leaves` requests in a row are the leaves of one tree: they must share their prompt, and the

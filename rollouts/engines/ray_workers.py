@@ -25,7 +25,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
 from rollouts.engines.base import (
+    RAY_WORKERS,
     Capabilities,
     EngineError,
     EngineStats,
@@ -42,10 +42,7 @@ from rollouts.engines.base import (
     WeightPushError,
     WeightSource,
 )
-from rollouts.engines.in_process import CAPABILITIES as IN_PROCESS
 from rollouts.engines.record import NonFiniteError
-
-CAPABILITIES = replace(IN_PROCESS, push="tensors", gradients=False, asynchronous=True)
 
 # Builds what a worker holds, inside the worker: a model, and options -> the engine that samples it. It is pickled.
 MakeSampler = Callable[[], tuple[nn.Module, Callable[[Any], Any]]]
@@ -157,7 +154,7 @@ class RayEngine:
             raise
 
     def capabilities(self) -> Capabilities:
-        return CAPABILITIES
+        return RAY_WORKERS
 
     def generate(self, requests: Sequence[Any], policy_version: int = 0) -> list[Any]:
         """See `Engine.generate`. The work done in workers that died is not in `stats`."""

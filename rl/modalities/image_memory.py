@@ -1,8 +1,8 @@
-"""What an image run will need of memory, per rank: `denoise-rl check --plan` on a config with an image task.
+"""What an image model needs of memory; `rl.train.memory` has the states, and the lines.
 
-States are counted as in `memory.py`. Activations are counted on the meta device too: the denoiser that
-`model.backbone` describes, with its adapters, predicts a micro-batch, and autograd is asked what it keeps. Text
-encoders, the VAE and the forwards of sampling, which keep nothing, come on top.
+Activations are counted on the meta device: the denoiser that `model.backbone` describes, with its adapters, predicts
+a micro-batch, and autograd is asked what it keeps. Text encoders, the VAE and the forwards of sampling, which keep
+nothing, come on top.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from rl.config import Config
+from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models.class_policy import network_class
-from rl.train.learner import read_deepspeed_config
-from rl.train.memory import GIB, learner_line, model_states, saved_bytes
 
 CLIP_TOKENS = 77
 
@@ -65,41 +64,23 @@ def activation_bytes(model: Any, rows: int) -> int:
         given = {"class_labels": torch.zeros(rows, dtype=torch.int64, device=device)}
     else:
         raise ValueError("--plan knows class-conditional networks and UNet2DConditionModel: model.backbone is neither")
-    return saved_bytes(
-        lambda: model(latents, timestep, **given).sample, {p.untyped_storage()._cdata for p in model.parameters()}
-    )
+    return saved_bytes(lambda: model(latents, timestep, **given).sample, model)
 
 
-def image_memory_lines(config: Config, ranks: int, limit_gib: float | None = None) -> list[str]:
-    """The plan, one line each; see `rl.train.memory.memory_lines`."""
-    train, sampler = config.train, config.image_sampler
-    deepspeed = read_deepspeed_config(train.deepspeed)
-    half = any(deepspeed.get(kind, {}).get("enabled", False) for kind in ("bf16", "fp16"))
+def image_memory(config: Config, ranks: int, half: bool) -> ModelMemory:
+    """See `rl.modalities.base.Modality.memory`."""
+    train, sampler = config.train, config.sampler
     model = build_denoiser(config).to(torch.bfloat16 if half else torch.float32)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trained = num_parameters(model)
     per_update = train.prompts_per_step * train.group_size // train.updates_per_step // ranks
     steps = min(train.micro_batch_steps or sampler.num_inference_steps, sampler.num_inference_steps)
     rows = min(train.micro_batch_size, per_update) * steps * (1 if sampler.guidance_scale == 1 else 2)
-    micro = activation_bytes(model, rows)
-    # As in `memory.py`: what is frozen exists once.
-    own = total if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 else trained
-    states = model_states(own, trained, deepspeed, ranks)
-    reference = getattr(config.algorithm.build(), "needs_reference", False)
-    copies = (2 if half else 4) * (total + trained * reference)
-    peak = states.device + copies + micro
-    lines = [
-        f"memory: {total / 1e9:.3g} B parameters of the denoiser, {trained / 1e6:.3g} M trained, {ranks} rank(s), "
-        f"{train.deepspeed}, per rank in GiB",
-        f"memory: {learner_line('policy', states)}",
-        f"memory: copy that samples{' and frozen reference' if reference else ''} {copies / GIB:.2f}",
-        f"memory: learning: activations {micro / GIB:.2f} ({rows} denoiser row(s) in a forward, guidance included, not "
-        "recomputed)",
-        f"memory: peak {peak / GIB:.1f} while learning, without text encoders and VAE",
-    ]
-    if limit_gib is not None and peak > limit_gib * GIB:
-        raise ValueError(
-            f"the plan needs {peak / GIB:.1f} GiB per rank and --memory is {limit_gib:g}: lower train.micro_batch_size "
-            "or train.micro_batch_steps, or take adapters (model.lora.rank)"
-        )
-    return lines
+    return ModelMemory(
+        total,
+        trained,
+        activation_bytes(model, rows),
+        f"{rows} denoiser row(s) in a forward, guidance included, not recomputed",
+        what="parameters of the denoiser",
+        without=", without text encoders and VAE",
+        cure="lower train.micro_batch_size or train.micro_batch_steps, or take adapters (model.lora.rank)",
+    )

@@ -1,0 +1,211 @@
+"""What a text model needs of memory; `rl.train.memory` has the states, and the lines.
+
+Activations are not estimated but counted: the model is built on the meta device, scores a micro-batch of the
+shapes that the config implies, and autograd is asked what it keeps. What no config tells is the allocator's loss
+to fragmentation, and the CUDA context (about 0.5 GiB).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from rl.config import Config
+from rl.estimators.logprob import logprob_and_entropy
+from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
+from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.models.lora import add_adapters
+from rl.models.tokenizers import backbone_of
+from rollouts.engines.in_process import InProcessEngine, Request
+
+if TYPE_CHECKING:
+    from rollouts.trajectory import TokenTrajectory
+
+
+@dataclass
+class Activations:
+    """Bytes of a micro-batch: one layer's, everything outside the layers, and what the backward adds at the head."""
+
+    num_layers: int
+    layer: float
+    layer_input: float
+    rest: float
+    head_backward: float
+
+    def peak(self, recompute: bool) -> float:
+        """With recomputation only a layer's input is kept, and the inside of one layer at a time."""
+        layers = self.num_layers * self.layer_input + self.layer if recompute else self.num_layers * self.layer
+        return layers + self.rest + self.head_backward
+
+
+def activations(build: Callable[[int], DiffusionLM], num_layers: int, shape: BatchShape) -> Activations:
+    """Count what a micro-batch keeps, on models of one and of two layers; layers are alike.
+
+    Args:
+        build: number of layers -> model on the meta device, in the dtype it computes in.
+    """
+
+    def kept(layers: int) -> tuple[int, DiffusionLM]:
+        model = build(layers)
+        device = next(model.parameters()).device
+        ids = torch.zeros(shape.rows, shape.width, dtype=torch.int64, device=device)
+        visible = torch.ones(
+            shape.rows, shape.width if shape.masked else 1, shape.width, dtype=torch.bool, device=device
+        )
+        place = torch.zeros(shape.decisions, dtype=torch.int64, device=device)
+
+        def score() -> object:
+            hidden = model.hidden_states(ids, visible=visible, position_ids=torch.zeros_like(ids))
+            return logprob_and_entropy(model.token_logits(hidden[place, place]), place, 1.0)
+
+        return saved_bytes(score, model), model
+
+    one, model = kept(1)
+    two, _ = kept(2)
+    size = next(model.parameters()).element_size()
+    # Built once for all layers, and again in the kernel's own form.
+    mask = shape.rows * shape.width**2 * (1 + size) if shape.masked else 0
+    width, vocab = model.lm_head.in_features, model.lm_head.out_features
+    return Activations(
+        num_layers=num_layers,
+        layer=two - one,
+        layer_input=size * shape.rows * shape.width * width,
+        rest=2 * one - two + mask,
+        # The logits' gradient, in float32 and in the model's precision.
+        head_backward=shape.decisions * vocab * (4 + size),
+    )
+
+
+@dataclass
+class BatchShape:
+    """A micro-batch: rows x width tokens, token decisions, and whether every query has a mask of its own."""
+
+    rows: int
+    width: int
+    decisions: int
+    masked: bool
+
+
+def batch_shape(config: Config, prompt_length: int) -> BatchShape:
+    """What the recipe's estimator builds from the trajectories of a micro-batch.
+
+    The trajectories are real ones, of the config's own sampler.
+    """
+    train = config.train
+    per_update = train.prompts_per_step * train.group_size // train.updates_per_step
+    count = min(train.micro_batch_size, per_update)
+    model, trajectories = _rollouts(config, prompt_length, min(count, 2))
+    rows = config.algorithm.build().rows(trajectories, model, None, None)
+    per_trajectory = rows.num_rows / len(trajectories)
+    width = -(-rows.num_tokens // rows.num_rows)
+    tokens = len(rows.row) if hasattr(rows, "row") else rows.num_rows * config.sampler.gen_length
+    return BatchShape(
+        rows=int(np.ceil(per_trajectory * count)),
+        width=width,
+        decisions=int(tokens / len(trajectories) * count),
+        masked=model.attention == "block_causal",
+    )
+
+
+class _Undecided:
+    """A `DenoisingModel` to which all tokens are equally likely: rollouts take as many steps as the config allows."""
+
+    mask_token_id = 15
+
+    def __init__(self, config: Config, max_length: int):
+        self.attention, self.block_length = config.model.attention, config.model.block_length
+        self.logit_shift, self.max_length = config.model.logit_shift, max_length
+
+    def hidden_states(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.zeros(*input_ids.shape, 1)
+
+    def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*hidden.shape[:-1], self.mask_token_id + 1)
+        logits[..., self.mask_token_id] = -1e9
+        return logits
+
+
+def _rollouts(config: Config, prompt_length: int, count: int) -> tuple[Any, list[TokenTrajectory]]:
+    model: Any = _Undecided(config, prompt_length + 2 * config.sampler.gen_length)
+    # No end token: a response of the full length is the one that memory has to hold.
+    engine = InProcessEngine(model, config.sampler, eos_token_id=None, approximate_cache=config.rollout.cache)
+    return model, engine.generate([Request([0] * prompt_length, seed=i) for i in range(count)])
+
+
+def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> ModelMemory:
+    """See `rl.modalities.base.Modality.memory`."""
+    shape_of = _backbone(config)
+    dtype = torch.bfloat16 if half else torch.float32
+
+    def build(layers: int) -> DiffusionLM:
+        backbone = AutoConfig.for_model(**shape_of)
+        backbone.num_hidden_layers = layers
+        described = {**backbone.to_dict(), "layer_types": None}
+        with torch.device("meta"):
+            model: Any = DiffusionLM(
+                DiffusionLMConfig(
+                    backbone=described,
+                    mask_token_id=0,
+                    attention=config.model.attention,
+                    block_length=config.model.block_length,
+                )
+            )
+            if config.model.lora.rank:
+                add_adapters(model, config.model.lora, "", 0)
+        return model.to(dtype)
+
+    backbone = AutoConfig.for_model(**shape_of)
+    layers = backbone.num_hidden_layers
+    total, trained = num_parameters(build(layers))
+    shape = batch_shape(config, prompt_length)
+    recompute = config.model.gradient_checkpointing
+    cache, logits = _rollout_bytes(config, backbone, 2 if half else 4, ranks, prompt_length)
+    return ModelMemory(
+        total,
+        trained,
+        activations(build, layers, shape).peak(recompute),
+        f"{shape.rows} row(s) of {shape.width} tokens with {shape.decisions} decisions, prompts of {prompt_length}, "
+        f"{'re' if recompute else 'not re'}computed",
+        sampling={"rollout cache": cache, "logits": logits},
+        cure="take more ranks, a higher ZeRO stage or offloading (train.deepspeed), model.gradient_checkpointing, or a "
+        "smaller train.micro_batch_size or rollout.max_batch_size",
+    )
+
+
+def _backbone(config: Config) -> dict[str, Any]:
+    """The model's dimensions, from the config or from the folder it names.
+
+    Raises:
+        ValueError: neither says.
+    """
+    described = dict(config.model.backbone)
+    file = Path(config.model.path or "") / "config.json"
+    if not described and config.model.path and file.is_file():
+        described = backbone_of(json.loads(file.read_text()), config.model.family)
+    if "model_type" not in described or "vocab_size" not in described:
+        raise ValueError(
+            "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with model.path "
+            "set they describe the checkpoint and build nothing"
+        )
+    return described
+
+
+def _rollout_bytes(config: Config, backbone: Any, size: int, ranks: int, prompt_length: int) -> tuple[float, float]:
+    """Key-value store of the requests decoded together, and the sampler's logits of a denoising step."""
+    train, sampler = config.train, config.sampler
+    together = min(config.rollout.max_batch_size, -(-train.prompts_per_step * train.group_size // ranks))
+    cached = config.model.attention == "block_causal" or config.rollout.cache != "none"
+    heads = getattr(backbone, "num_key_value_heads", None) or backbone.num_attention_heads
+    head = getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+    states = 2 * backbone.num_hidden_layers * heads * head * size
+    length = prompt_length + sampler.gen_length
+    masked = together * (sampler.gen_length if sampler.record_x0 else sampler.block_length or sampler.gen_length)
+    # Logits in the model's precision and in float32, tempered, as log-probs, and their cumulative sum in float64.
+    return cached * together * (length + 1) * states, masked * backbone.vocab_size * (size + 4 + 4 + 4 + 8 + 8)

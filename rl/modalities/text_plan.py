@@ -1,0 +1,123 @@
+"""Text before a run: what is checked, how many forwards a rollout takes, what memory it needs. No torch at import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl.errors import about
+from rl.modalities.base import Modality
+from rollouts.samplers.options import SamplerOptions
+
+if TYPE_CHECKING:
+    from rl.config import Config
+    from rl.modalities.memory import ModelMemory
+    from rl.tasks.base import Row, Task
+
+
+class TextPlan(Modality):
+    """What is known of a text run without a model; `rl.modalities.text.TextModality` runs it."""
+
+    name = "text"
+    Options = SamplerOptions
+
+    @classmethod
+    def open(cls, config: Config, task: Task) -> Modality:
+        from rl.modalities.text import TextModality
+
+        return TextModality(config, open_tokenizer(config, task), task.grid)
+
+    @classmethod
+    def check(cls, config: Config, task: Task, rows: Sequence[Row]) -> None:
+        from rl.models.tokenizers import check_model_folder
+        from rl.tasks.templates import chat_prompt
+
+        model, sampler = config.model, config.sampler
+        if config.train.steps and sampler.temperature == 0:
+            raise ValueError("sampler.temperature is 0: greedy rollouts carry no gradient, set it above 0 to train")
+        if config.sft.masking == "semi_ar" and sampler.block_length is None:
+            raise ValueError("sft.masking semi_ar needs sampler.block_length: set the block to mask")
+        if config.sft.trajectories is not None and not Path(config.sft.trajectories).is_file():
+            raise ValueError(f"sft.trajectories {config.sft.trajectories!r} is not a file")
+        if config.train.block_schedule and model.path is None and model.attention != "block_causal":
+            raise ValueError("train.block_schedule needs model.attention block_causal")
+        if model.path is not None:
+            check_model_folder(model.path)
+        elif not model.backbone:
+            raise ValueError("model.backbone or model.path is required: there is no model to train")
+        elif model.lora.rank:
+            raise ValueError(f"model.lora.rank is {model.lora.rank}: adapters need a model to adapt, set model.path")
+        tokenizer = open_tokenizer(config, task)
+        prompts = [row["prompt"] for row in rows]
+        if config.task.chat:
+            prompts = [chat_prompt(tokenizer, prompt) for prompt in prompts]
+        longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
+        context = _context(config)
+        if context and longest + sampler.gen_length > context:
+            raise ValueError(
+                f"a prompt of {longest} tokens plus sampler.gen_length {sampler.gen_length} does not fit the model's "
+                f"{context} positions: raise model.backbone's positions"
+            )
+
+    @classmethod
+    def forwards(cls, config: Config) -> tuple[float, bool]:
+        """Every number of denoising steps the run will use must divide over every block length it will use."""
+        sampler, train = config.sampler, config.train
+        own = sampler.block_length or (config.model.block_length if config.model.path is None else None)
+        counts = {
+            "sampler.num_inference_steps": [sampler.num_inference_steps],
+            "eval.num_inference_steps": config.eval.num_inference_steps,
+            "eval.viewer_steps": [config.eval.viewer_steps] if config.eval.viewer_steps else [],
+            "train.mixed_steps": train.mixed_steps,
+        }
+        for block in {own, *(stage.rollout for stage in train.block_schedule)}:
+            options = sampler.model_copy(update={"block_length": block})
+            for name, values in counts.items():
+                for steps in values:
+                    try:
+                        options.steps_per_block(steps)
+                    except ValueError as error:
+                        raise ValueError(f"{name} has {steps}: {error}") from None
+        # A step count that divides is taken as it is: blocks x steps of a block.
+        drawn = train.mixed_steps or [sampler.num_inference_steps]
+        return sum(drawn) / len(drawn), sampler.cfg_scale != 0
+
+    @classmethod
+    def engine_needs(cls, config: Config) -> dict[str, str]:
+        needs = {}
+        if config.sampler.reviser != "none":
+            needs["remasking"] = f"sampler.reviser {config.sampler.reviser}"
+        if config.sampler.record_x0:
+            needs["fills"] = "sampler.record_x0"
+        return needs
+
+    @classmethod
+    def memory(cls, config: Config, ranks: int, prompt_length: int, half: bool) -> ModelMemory:
+        from rl.modalities.text_memory import text_memory
+
+        return text_memory(config, ranks, prompt_length, half)
+
+
+def open_tokenizer(config: Config, task: Task) -> Any:
+    """The tokenizer of a run, see `load_tokenizer`; what is wrong with it is said of the option it comes from."""
+    from rl.models.tokenizers import load_tokenizer
+
+    model = config.model
+    with about(f"model.tokenizer {model.tokenizer!r}" if model.tokenizer else f"model.path {model.path!r}"):
+        return load_tokenizer(model, task)
+
+
+def _context(config: Config) -> int | None:
+    """Positions of the model a config describes; None when only loading it will tell."""
+    backbone = config.model.backbone
+    file = Path(config.model.path or "") / "config.json"
+    if config.model.path is not None:
+        if not file.is_file():
+            return None
+        with about(f"model.path {config.model.path!r}"):
+            from rl.models.tokenizers import backbone_of
+
+            backbone = backbone_of(json.loads(file.read_text()), config.model.family)
+    return backbone.get("max_position_embeddings", backbone.get("n_positions"))

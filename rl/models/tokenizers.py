@@ -1,0 +1,122 @@
+"""Tokenizers, and what a model folder says about itself before its weights are loaded. No torch at import."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rl.models.families import family_of
+from rl.sections import ModelConfig
+from rl.tasks.base import Task
+
+
+def load_tokenizer(config: ModelConfig, task: Task) -> Any:
+    """The tokenizer named by the config, the model folder's, or the task's character tokenizer.
+
+    Raises:
+        ValueError: none of them exists.
+    """
+    source = config.tokenizer or config.path
+    if source is None:
+        if task.alphabet is None:
+            raise ValueError("model.tokenizer is required: this task does not bring its own alphabet")
+        from rl.tasks.char_tokenizer import char_tokenizer
+
+        return char_tokenizer(task.alphabet, getattr(task, "ends", True))
+    if not Path(source).is_dir() and not is_hub_name(source):
+        raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
+    try:
+        tokenizer = read_tokenizer(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from {source!r}: {first_line(error)}; set model.tokenizer"
+        ) from error
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"model.eos_token {config.eos_token!r} is no token of the tokenizer")
+        tokenizer.eos_token = config.eos_token
+    if config.conditions:
+        from rl.models.conditions import add_to_tokenizer
+
+        add_to_tokenizer(tokenizer, config.conditions)
+    return tokenizer
+
+
+def read_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder or hub name, without remote code.
+
+    Raises:
+        OSError, ValueError: there is none, or it needs code of its publisher's.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        described = read_config(str(source))
+    except OSError:
+        described = {}
+    if described.get("model_type") == "diffusion_lm":
+        import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in the folder)
+
+    if family_of(described) is None and described.get("model_type", "diffusion_lm") in CONFIG_MAPPING:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # These folders name code of the publisher's for what is an ordinary tokenizer: one file, or Qwen's two.
+    folder = local_folder(str(source))
+    one_file = (folder / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if one_file else Qwen2Tokenizer).from_pretrained(folder)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The config.json of a folder or hub name."""
+    from transformers import PreTrainedConfig
+
+    described, _ = PreTrainedConfig.get_config_dict(path)
+    return dict(described)
+
+
+def backbone_of(described: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
+    """The transformers config of the backbone a config.json describes; empty for a masked LM, which has none."""
+    found = family_of(described, family)
+    if found is not None:
+        return dict(found.fields(described, described.get("block_size") or 1)["backbone"])
+    return dict(described.get("backbone", {}))
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model, downloaded first when `path` is a hub name.
+
+    Raises:
+        OSError: there is no such model, or no connection.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this reads as `owner/name` or `name`, and not as a place beside a folder that exists."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and (
+        "/" not in path or not Path(path).parent.is_dir()
+    )
+
+
+def check_model_folder(path: str) -> None:
+    """Raise ValueError when a local model folder lacks its config or weights (hub names pass)."""
+    folder = Path(path)
+    if not folder.exists() and is_hub_name(path):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"model.path {path!r} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.path {path!r} is incomplete: config.json is missing")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path {path!r} is incomplete: it has no .safetensors weights")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
