@@ -133,8 +133,7 @@ def _without_image_sampler(raw: dict[str, Any]) -> dict[str, Any]:
         ValueError: both sections are given, or the section of images for another modality.
     """
     rest = {key: value for key, value in raw.items() if key != "image_sampler"}
-    old, new, task = (raw.get(name) or {} for name in ("image_sampler", "sampler", "task"))
-    modality = modality_of(task.get("name", TaskConfig().name)).name
+    old, new, modality = raw["image_sampler"] or {}, raw.get("sampler") or {}, _modality(raw).name
     # The config that a run saved had both sections whole; the one of the other modality was never read.
     if modality == "images" and (not new or "gen_length" in new):
         return {**rest, "sampler": old}
@@ -142,6 +141,10 @@ def _without_image_sampler(raw: dict[str, Any]) -> dict[str, Any]:
     if modality != "images" and {**plain, **old} == plain:
         return rest
     raise ValueError(f"image_sampler is now called sampler, here that of {modality}: move the options there")
+
+
+def _modality(raw: dict[str, Any]) -> Any:
+    return modality_of((raw.get("task") or {}).get("name", TaskConfig().name))
 
 
 def _yaml_scalar(text: str) -> Any:
@@ -169,6 +172,7 @@ def _validate(raw: dict[str, Any]) -> Config:
             names = _section_keys(path[:-1], raw)
             near = difflib.get_close_matches(str(path[-1]), names, n=1)
             where = ".".join(str(part) for part in path[:-1]) or "the top level"
+            where += f" for {_modality(raw).name}" if where == "sampler" else ""
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
             raise ValueError(f"unknown config key {key!r}: {hint} (keys of {where})") from None
         if first["type"] == "missing":
@@ -199,7 +203,7 @@ def _section(path: Sequence[Any], raw: dict[str, Any]) -> type[BaseModel] | None
     if path and path[0] == "algorithm":
         section, path = options_class(raw["algorithm"]), path[1:]
     elif path and path[0] == "sampler":
-        section, path = modality_of((raw.get("task") or {}).get("name", TaskConfig().name)).Options, path[1:]
+        section, path = _modality(raw).Options, path[1:]
     for part in path:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]

@@ -13,6 +13,7 @@ from rl.config import Config, load_config, option_help, save_config
 from rl.recipes import RECIPES
 from rl.train.memory import memory_lines
 from rl.train.plan import check_run, plan_lines
+from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import SamplerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +81,10 @@ def test_overriding_one_optimizer_field_keeps_the_others() -> None:
         ("algorithm.shrnk=2", "unknown config key 'algorithm.shrnk': did you mean 'shrink'?"),
         ("algorithm=mdpo", "algorithm is 'mdpo': it holds options, set the recipe's name in algorithm.name"),
         ("algorithm.name=tracrl", "algorithm.name 'tracrl' does not exist: did you mean 'tracerl'?"),
+        ("sampler.eta=1", "unknown config key 'sampler.eta': known keys: preset"),
+        ("sampler.eta=1", "(keys of sampler for text)"),
+        ("task.name=sudokoo", "task.name 'sudokoo' does not exist, did you mean 'sudoku'?"),
+        ("image_sampler.eta=0.5", "image_sampler is now called sampler, here that of text: move the options there"),
         ("goal.steps=4", "config key 'goal.before_max' is required"),
         ("train.steps=many", "train.steps"),
         ("sampler.block_length=5", "sampler.gen_length (16) must be a multiple of sampler.block_length (5)"),
@@ -110,6 +115,23 @@ def test_a_preset_is_resolved_and_the_command_line_outranks_the_file(tmp_path: P
         assert changed == SamplerOptions(preset="rcr", score="margin", temperature=0.5)
     with pytest.raises(ValueError, match=r"sampler\.preset 'rrc' does not exist: choose from llada"):
         load_config(None, ["sampler.preset=rrc"])
+
+
+def test_the_sampler_is_that_of_the_tasks_modality(tmp_path: Path) -> None:
+    """A config from the time of `image_sampler` loads, as does what a run then saved: both sections, whole."""
+    path = tmp_path / "c.yaml"
+    images, text = LatentSamplerOptions(eta=0.5).model_dump(), SamplerOptions().model_dump()
+    for raw in (
+        {"sampler": {"eta": 0.5}},
+        {"image_sampler": {"eta": 0.5}},
+        {"sampler": text, "image_sampler": images},
+    ):
+        path.write_text(yaml.safe_dump({"task": {"name": "digits"}, **raw}))
+        assert load_config(path).sampler == LatentSamplerOptions(eta=0.5)
+    with pytest.raises(ValueError, match=r"image_sampler is now called sampler, here that of images"):
+        load_config(None, ["task.name=digits", "sampler.eta=1", "image_sampler.eta=0.5"])
+    path.write_text(yaml.safe_dump({"sampler": text, "image_sampler": LatentSamplerOptions().model_dump()}))
+    assert load_config(path).sampler == SamplerOptions()
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:

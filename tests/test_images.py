@@ -134,7 +134,7 @@ def test_resume_repeats_the_run_with_its_history(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["algorithm={name: tracerl}"], "algorithm.name 'tracerl' trains text"),
-        (["task={name: sudoku}"], "algorithm.name 'b2_diffurl' trains images"),
+        (["task={name: sudoku}", "sampler={}"], "algorithm.name 'b2_diffurl' trains images"),
         (["sampler.num_inference_steps=8"], "algorithm.num_steps must be"),
         (["train.mixed_steps=[2]"], "train.mixed_steps is for text"),
         (["model.path=./nowhere"], "model.path './nowhere' is not a folder"),
