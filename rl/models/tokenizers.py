@@ -58,10 +58,11 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Any:
         described = read_config(str(source))
     except OSError:
         described = {}
-    if described.get("model_type") == "diffusion_lm":
+    model_type = described.get("model_type")
+    if model_type == "diffusion_lm":
         import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in the folder)
 
-    if family_of(described) is None and described.get("model_type", "diffusion_lm") in CONFIG_MAPPING:
+    if family_of(described) is None and (model_type is None or model_type in CONFIG_MAPPING):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # These folders name code of the publisher's for what is an ordinary tokenizer: one file, or Qwen's two.
     folder = local_folder(str(source))
