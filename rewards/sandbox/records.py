@@ -137,12 +137,12 @@ class RunResult:
 class SandboxReport:
     """Which isolation is in force, for the log.
 
-    Example: `SandboxReport("namespaces", layers=("own pid, mount ... namespaces", "seccomp"), missing=())`.
+    Example: `SandboxReport("process", layers=("seccomp", "Landlock", "resource limits"), missing=("no bubblewrap",))`.
 
     Attributes:
-        isolation: "namespaces", "bubblewrap", "process" or "remote".
+        isolation: "bubblewrap", "process", "none" or "remote".
         layers: what holds a program, strongest first.
-        missing: one line per protection that is not there, and why.
+        missing: one entry per protection that is not there, and why.
     """
 
     isolation: str
@@ -150,5 +150,5 @@ class SandboxReport:
     missing: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        lines = [f"code sandbox: {self.isolation}: {', '.join(self.layers)}"]
-        return "\n".join(lines + [f"code sandbox, weaker: {line}" for line in self.missing])
+        weaker = f"; weaker: {'; '.join(self.missing)}" if self.missing else ""
+        return f"code sandbox: {self.isolation}: {', '.join(self.layers)}{weaker}"

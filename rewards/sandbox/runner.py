@@ -6,23 +6,18 @@ never held another program's output, and never holds the tests: those are read b
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import functools
 import gc
 import os
 import random
-import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-from rewards.sandbox import checker, frames, linux, program
-from rewards.sandbox.confine import FIRST_UID, NUM_UIDS, confine
-from rewards.sandbox.protect import Protection, attempt
+from rewards.sandbox import checker, folders, frames, program
+from rewards.sandbox.isolation import FIRST_UID, NUM_UIDS, Protection
 from rewards.sandbox.records import Limits
 from rewards.sandbox.supervise import Child, Sink, watch
 
@@ -46,7 +41,6 @@ class Runner:
         self.uids = [FIRST_UID + (2 * os.getpid() + which) % NUM_UIDS for which in range(2)]
         self.open: list[int] = []
         self.children: list[Child] = []
-        self.folders: list[str] = []
         self.wakeup, wakeup_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(wakeup_end, warn_on_full_buffer=False)
@@ -75,13 +69,10 @@ class Runner:
         """End every process of this run and give everything back."""
         for child in self.children:
             child.kill()
-        if not self.found.layers.private_root and not self.found.layers.seccomp:
-            self._end_stragglers()
         for fd in self.open:
             os.close(fd)
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.children, self.open, self.folders = [], [], []
+        folders.empty(self.found.folder)
+        self.children, self.open = [], []
 
     # -- the two kinds of run -----------------------------------------------------------------------------------
 
@@ -157,10 +148,11 @@ class Runner:
         Returns the process, and a sink that holds `READY` once it was confined, or else the reason why not.
         """
         ready_read, ready = self._pipe()
-        layers = self.found.layers
-        uid = self.uids[len(self.children)] if layers.own_uid else os.getuid()
-        folder = "/tmp" if layers.private_root else self._folder(uid)
-        pid = linux.fork_into(layers.namespaces)
+        uid = self.uids[len(self.children)] if self.found.own_uid else os.getuid()
+        folder = tempfile.mkdtemp(dir=self.found.folder)
+        if self.found.own_uid:
+            os.chown(folder, uid, uid)
+        pid = os.fork()
         if pid:
             self._close(ready)
             self.children.append(Child(pid))
@@ -168,7 +160,7 @@ class Runner:
         code = 1
         try:
             ready = _become([*descriptors, ready])
-            confine(layers, limits, folder, uid)
+            self.found.confine(limits, folder, uid)
             os.environ.update(HOME=folder, TMPDIR=folder)
             tempfile.tempdir = None
             random.seed(0)  # a verdict should be the same tomorrow
@@ -195,7 +187,7 @@ class Runner:
             finished,
             cpu_limit=limits.cpu_seconds,
             wall_limit=limits.wall,
-            overfull=lambda: sum(map(_size, self.folders)) > limits.tmp_mb << 20,
+            overfull=lambda: folders.holds_too_much(self.found.folder, limits.tmp_mb << 20),
             wakeup=self.wakeup,
             control=self.control,
             proc=self.found.proc,
@@ -207,18 +199,7 @@ class Runner:
             sink.drain()
         return stopped or ("output" if any(sink.overflow and sink.stop_at_limit for sink in sinks) else "")
 
-    def _end_stragglers(self) -> None:
-        """End what left its process group. Needed only without namespaces and without a system call filter."""
-        if self.found.layers.own_uid:
-            for uid in self.uids:
-                attempt(functools.partial(_kill_all_of, uid))
-        children = Path(f"/proc/self/task/{os.getpid()}/children")
-        deadline = time.monotonic() + 5
-        while children.exists() and (left := children.read_text().split()) and time.monotonic() < deadline:
-            for pid in map(int, left):
-                Child(pid).kill()
-
-    # -- descriptors and folders, given back by clean_up --------------------------------------------------------
+    # -- descriptors, given back by clean_up --------------------------------------------------------
 
     def _keep(self, fd: int) -> int:
         self.open.append(fd)
@@ -239,18 +220,6 @@ class Runner:
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
-    def _folder(self, uid: int) -> str:
-        folder = tempfile.mkdtemp(dir=self.found.folder)
-        if self.found.layers.own_uid:
-            os.chown(folder, uid, uid)
-        self.folders.append(folder)
-        return folder
-
-
-def _kill_all_of(uid: int) -> None:
-    os.setresuid(uid, uid, uid)
-    os.kill(-1, signal.SIGKILL)
-
 
 def _become(descriptors: list[int]) -> int:
     """In a new process: forget the runner's signals, make `descriptors` 0, 1, 2 ... and close all others."""
@@ -261,16 +230,6 @@ def _become(descriptors: list[int]) -> int:
         os.dup2(fd, number)
     os.closerange(len(descriptors), 1 << 16)
     return len(descriptors) - 1
-
-
-def _size(folder: str) -> int:
-    """Bytes in a folder; a file that vanishes meanwhile does not count."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(path, name)).st_blocks * 512
-    return total
 
 
 def _leave(code: int) -> NoReturn:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from rewards.sandbox import linux
 
-LONGEST_WAIT = 0.5  # seconds
+LOOK_SECONDS = 0.02  # between two looks into the temporary folder, or ten times as long as a look takes
 LONGEST_RUN = 5  # times the wall limit, however busy the machine is
 
 
@@ -131,7 +131,7 @@ def watch(
         finished: asked whenever something happened; reaps.
         cpu_limit: seconds of each child.
         wall_limit: seconds, not counting those in which a child waited for a processor.
-        overfull: asked twice a second: whether the programs keep too much on disk.
+        overfull: asked every `LOOK_SECONDS`: whether the programs keep too much on disk.
         wakeup: descriptor that becomes readable when a child ends.
         control: pipe from whoever asked; that its other end was closed ends the run.
         proc: descriptor of the /proc folder.
@@ -141,7 +141,7 @@ def watch(
     """
     start = time.monotonic()
     starved = 0.0
-    next_look = time.monotonic() + LONGEST_WAIT
+    next_look = start + LOOK_SECONDS
     poll = select.poll()
     poll.register(wakeup, select.POLLIN)
     poll.register(control, 0)  # only its hang-up: a message for the checker may be waiting there
@@ -156,11 +156,13 @@ def watch(
         left = min(left, *(cpu_limit - child.cpu_seconds for child in children))
         if left <= 0:
             return "timeout"
-        events = poll.poll(min(left, LONGEST_WAIT) * 1000 + 1)
-        if time.monotonic() > next_look:
-            next_look = time.monotonic() + LONGEST_WAIT
+        now = time.monotonic()
+        if now >= next_look:
             if overfull():
                 return "output"
+            took = time.monotonic() - now
+            next_look = now + max(LOOK_SECONDS, 10 * took)
+        events = poll.poll(max(0.0, min(left, next_look - now)) * 1000 + 1)
         for fd, _ in events:
             if fd == control:
                 raise ParentGone

