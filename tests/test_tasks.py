@@ -145,12 +145,12 @@ def test_puzzles_come_from_a_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "CSV with a column Puzzle and at least one row"),
-        ("Puzzle\n", "CSV with a column Puzzle and at least one row"),
-        ("puzzle\n0300102001020000\n", "CSV with a column Puzzle"),
-        ("Puzzle\n0300102001020000\n030010200102000\n", r"puzzles\.csv:3: column Puzzle must be 16 digits"),
-        ("Puzzle\n0300102001020005\n", r"puzzles\.csv:2: column Puzzle must be 16 digits 0 to 4"),
-        ("Solution,Puzzle\n1\n", r"puzzles\.csv:2: column Puzzle must be 16 digits"),
+        ("", "must hold rows with named columns"),
+        ("Puzzle\n", "must hold rows with named columns"),
+        ("puzzle\n0300102001020000\n", "a Sudoku file has a column Puzzle; this one has puzzle"),
+        ("Puzzle\n0300102001020000\n030010200102000\n", r"puzzles\.csv: row 2: column Puzzle must be 16 digits"),
+        ("Puzzle\n0300102001020005\n", r"puzzles\.csv: row 1: column Puzzle must be 16 digits 0 to 4"),
+        ("Solution,Puzzle\n1\n", r"puzzles\.csv:2: row 1 has 1 fields, the header names 2"),
     ],
 )
 def test_a_file_that_is_no_sudoku_file_is_refused(tmp_path, text: str, message: str) -> None:
@@ -206,8 +206,8 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(tmp_path) -> None:
         (tmp_path / "none.jsonl", r"none\.jsonl does not exist"),
         (tmp_path / "empty.jsonl", r"empty\.jsonl must hold rows .* at least one"),
         (tmp_path / "broken.jsonl", r"broken\.jsonl:2: not JSON"),
-        (tmp_path / "ragged.jsonl", r"ragged\.jsonl: row 2 has no column 'prompt'; it has prompts"),
-        (train, r"row 1 has no column 'prompt'; it has q, a, level"),
+        (tmp_path / "ragged.jsonl", r"ragged\.jsonl: row 2 has no 'prompt': fill it in"),
+        (train, r"has no column 'prompt'; it has q, a, level"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             JsonlTask(str(path))

@@ -16,7 +16,7 @@ from rl.estimators.rows import TokenRows
 from rl.modalities.text_plan import TextPlan
 from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Row
-from rl.tasks.templates import chat_prompt
+from rl.tasks.chat import answer_text, prompt_text
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
@@ -72,8 +72,7 @@ class TextModality(TextPlan):
 
     def prompt_text(self, row: Row) -> str:
         """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""
-        prompt = str(row["prompt"])
-        return chat_prompt(self.tokenizer, prompt) if self.config.task.chat else prompt
+        return prompt_text(self.tokenizer, row, self.config.task.chat)
 
     def requests(
         self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
@@ -205,10 +204,12 @@ class TextModality(TextPlan):
         block = model.block_length if model.attention == "block_causal" else 1
         sequences, prompt_lengths = [], []
         for row in rows:
-            if "answer" not in row:
+            if row.get("answer") is None:
                 raise ValueError("sft needs rows with an answer: set task.params.answer_column")
             prompt = self.tokenizer(self.prompt_text(row), add_special_tokens=False).input_ids
-            answer = self.tokenizer(row["answer"], add_special_tokens=False).input_ids
+            answer = self.tokenizer(
+                answer_text(self.tokenizer, row, self.config.task.chat), add_special_tokens=False
+            ).input_ids
             if len(answer) > length:
                 raise ValueError(f"an answer has {len(answer)} tokens, sampler.gen_length is {length}: raise it")
             # A block-causal canvas ends where a block does.

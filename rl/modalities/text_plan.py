@@ -32,7 +32,7 @@ class TextPlan(Modality):
     @classmethod
     def check(cls, config: Config, task: Task, rows: Sequence[Row]) -> None:
         from rl.models.tokenizers import check_model_folder
-        from rl.tasks.templates import chat_prompt
+        from rl.tasks.chat import prompt_text
 
         model, sampler = config.model, config.sampler
         if config.train.steps and sampler.temperature == 0:
@@ -50,9 +50,7 @@ class TextPlan(Modality):
         elif model.lora.rank:
             raise ValueError(f"model.lora.rank is {model.lora.rank}: adapters need a model to adapt, set model.path")
         tokenizer = open_tokenizer(config, task)
-        prompts = [row["prompt"] for row in rows]
-        if config.task.chat:
-            prompts = [chat_prompt(tokenizer, prompt) for prompt in prompts]
+        prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
         longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
         context = _context(config)
         if context and longest + sampler.gen_length > context:

@@ -33,9 +33,9 @@ def math_rows(records: Sequence[Record]) -> list[Row]:
     """`problem` and `answer`, with a `unique_id` (MATH-500) or `id` (AIME)."""
     return [
         {
-            "prompt_id": str(record.get("unique_id", record.get("id", index))),
+            "prompt_id": str(next((record[k] for k in ("unique_id", "id") if record.get(k) is not None), index)),
             "problem": record["problem"],
-            "answer": str(record["answer"]),
+            "answer": None if record["answer"] is None else str(record["answer"]),
         }
         for index, record in enumerate(records)
     ]

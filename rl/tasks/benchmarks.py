@@ -115,7 +115,13 @@ class BenchmarkTask:
         except KeyError as error:
             columns = ", ".join(records[0])
             raise ValueError(f"{where} is not a {self.name} file: no column {error}; it has {columns}") from None
+        # A cell that is empty or of another kind.
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{where} is not a {self.name} file: {error}") from None
         if not rows:
             raise ValueError(f"{where} holds no problem of {self.name}")
+        empty = next((row["prompt_id"] for row in rows if not row["problem"]), None)
+        if empty is not None:
+            raise ValueError(f"{where}: problem {empty} is empty: fill it in, or leave it out")
         # The last template shows nothing but the problem, so every file has what it needs.
         return [row | {"prompt": self.templates[-1].render(row)} for row in rows]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from fractions import Fraction
 
 from rl.tasks import templates
 from rl.tasks.base import Row
 from rl.tasks.drawn import DrawnTask
+from rl.tasks.records import read_records
 
 
 class CountdownTask(DrawnTask):
@@ -47,20 +47,15 @@ class CountdownTask(DrawnTask):
     def file_rows(self, path: str) -> list[Row]:
         """Problems of a JSON-lines file with `input` ("30,100,93") and `output` (the target)."""
         rows = []
-        with open(path) as file:
-            for line, text in enumerate(file, start=1):
-                try:
-                    record = json.loads(text)
-                    numbers, target = [int(n) for n in str(record["input"]).split(",")], int(record["output"])
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{path}:{line}: expected input (numbers with commas) and output") from None
-                if self.fixed_width and (max(numbers) > self.max_number or target > self.max_target):
-                    raise ValueError(
-                        f"{path}:{line}: larger than task.params.fixed_width has room for: set it to false"
-                    )
-                rows.append(self._row(numbers, target))
-        if not rows:
-            raise ValueError(f"{path} has no rows")
+        for number, record in enumerate(read_records(path), start=1):
+            where = f"{path}: row {number}"
+            try:
+                numbers, target = [int(n) for n in str(record["input"]).split(",")], int(record["output"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{where}: expected input (numbers with commas) and output") from None
+            if self.fixed_width and (max(numbers) > self.max_number or target > self.max_target):
+                raise ValueError(f"{where}: larger than task.params.fixed_width has room for: set it to false")
+            rows.append(self._row(numbers, target))
         return rows
 
     def _row(self, numbers: list[int], target: int) -> Row:

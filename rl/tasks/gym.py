@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rl.tasks.base import Row, split_of
+from rl.tasks.records import read_records
 from rl.tasks.templates import Template
 
 
@@ -65,13 +66,14 @@ class GymTask:
 
     def file_rows(self, path: str) -> list[Row]:
         """Items in reasoning-gym's own form: `question`, `answer`, `metadata`."""
-        from rl.tasks.records import read_records
-
         items = read_records(path)
         if not {"question", "answer", "metadata"} <= items[0].keys():
             raise ValueError(
                 f"{path} must have the columns question, answer and metadata; it has {', '.join(items[0])}"
             )
+        for number, item in enumerate(items, start=1):
+            if not isinstance(item["question"], str) or not isinstance(item["metadata"], dict):
+                raise ValueError(f"{path}: row {number} has no question or no metadata")
         return [self._row(item, index) for index, item in enumerate(items)]
 
     def _draw(self, seed: int, first: int, count: int, split: str) -> list[Row]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from rl.tasks.base import Row
-from rl.tasks.records import read_records
+from rl.tasks.chat import Message, checked_chat
+from rl.tasks.fit import FileExamples
+from rl.tasks.records import Record, read_records
 
 
 class JsonlTask:
@@ -29,44 +32,73 @@ class JsonlTask:
             train: file of training rows.
             heldout: file of rows for the evaluations before and after training.
             validation: file of rows for the evaluations on the way; those of `heldout` when None.
-            prompt_column, answer_column: which columns are the prompt and the text to imitate.
+            prompt_column, answer_column: which columns are the prompt and what supervised training imitates; text, or
+                messages (`rl.tasks.chat`). The same column for both is a conversation whose last turn is the answer.
             template: text around a prompt; `{prompt}` stands for it.
         """
         self.reward = reward
         self._template, self._prompt, self._answer = template, prompt_column, answer_column
-        self._train = self.file_rows(train)
-        self._shuffled: tuple[tuple[int, int], list[int]] | None = None
-        self._heldout = self.file_rows(heldout) if heldout else []
-        self._validation = self.file_rows(validation) if validation else self._heldout
+        self._train = FileExamples(train, self.file_rows(train))
+        self._heldout = FileExamples(heldout, self.file_rows(heldout)) if heldout else None
+        self._validation = FileExamples(validation, self.file_rows(validation)) if validation else self._heldout
+
+    @property
+    def files(self) -> list[FileExamples]:
+        """The files there are, each once; see `rl.tasks.fit`."""
+        return list({id(file): file for file in (self._train, self._validation, self._heldout) if file}.values())
 
     def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
         rows: list[Row] = []
         orders: dict[int, list[int]] = {}
+        examples = self._train.examples
         for index in range(step * count, (step + 1) * count):
-            epoch, place = divmod(index, len(self._train))
+            epoch, place = divmod(index, len(examples))
             if epoch not in orders:
-                orders[epoch] = list(range(len(self._train)))
+                orders[epoch] = list(range(len(examples)))
                 random.Random(f"{seed} {epoch}").shuffle(orders[epoch])
-            rows.append(self._train[orders[epoch][place]])
+            rows.append(examples[orders[epoch][place]])
         return rows
 
     def validation_rows(self, count: int) -> list[Row]:
-        return self._validation[:count]
+        return self._validation.examples[:count] if self._validation else []
 
     def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
         if not self._heldout:
             raise ValueError("task.params.heldout is not set: name a file of held-out rows")
-        return self._heldout[:count]
+        return self._heldout.examples[:count]
 
     def file_rows(self, path: str) -> list[Row]:
-        rows = []
-        for number, record in enumerate(read_records(path), start=1):
-            for column in (self._prompt, self._answer):
-                if column is not None and column not in record:
-                    raise ValueError(f"{path}: row {number} has no column {column!r}; it has {', '.join(record)}")
-            row = dict(record)
-            row["prompt"] = self._template.replace("{prompt}", str(record[self._prompt]))
-            if self._answer:
-                row["answer"] = str(record[self._answer])
-            rows.append(row)
-        return rows
+        records = read_records(path)
+        for column in (self._prompt, self._answer):
+            if column is not None and column not in records[0]:
+                raise ValueError(f"{path} has no column {column!r}; it has {', '.join(records[0])}")
+        return [self._example(record, f"{path}: row {number}") for number, record in enumerate(records, start=1)]
+
+    def _example(self, record: Record, where: str) -> Row:
+        prompt = _cell(record[self._prompt], f"{where}: column {self._prompt!r}")
+        if prompt is None:
+            raise ValueError(f"{where} has no {self._prompt!r}: fill it in, or leave the row out")
+        example = dict(record)
+        if self._answer == self._prompt:
+            # A whole conversation: its last turn is the answer.
+            if isinstance(prompt, str) or len(prompt) < 2 or prompt[-1]["role"] != "assistant":
+                raise ValueError(f"{where}: column {self._prompt!r} must be messages that end with the assistant's")
+            prompt, example["answer"] = prompt[:-1], prompt[-1:]
+        elif self._answer:
+            example["answer"] = _cell(record[self._answer], f"{where}: column {self._answer!r}")
+        if isinstance(prompt, str):
+            prompt = self._template.replace("{prompt}", prompt)
+        elif self._template != "{prompt}":
+            raise ValueError(f"{where}: task.params.template is for prompts of text, and this one is a chat")
+        return example | {"prompt": prompt}
+
+
+def _cell(value: Any, where: str) -> str | list[Message] | None:
+    """Text (also of a number), messages, or None for a missing one."""
+    if isinstance(value, list):
+        return checked_chat(value, where)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | dict):
+        raise ValueError(f"{where} must be text or messages, not {type(value).__name__}")
+    return str(value)

@@ -6,15 +6,14 @@ independently mixes completions; that is what RL on the denoising trajectory rep
 
 from __future__ import annotations
 
-import csv
 import itertools
 import random
 from functools import cache
-from pathlib import Path
 
 from rl.tasks import templates
 from rl.tasks.base import Row, split_of
 from rl.tasks.drawn import DrawnTask
+from rl.tasks.records import read_records
 
 
 @cache
@@ -55,16 +54,13 @@ class SudokuTask(DrawnTask):
 
     def file_rows(self, path: str) -> list[Row]:
         """Puzzles of a CSV file with a column `Puzzle` (16 digits, 0 = empty)."""
-        if not Path(path).is_file():
-            raise ValueError(f"data file {path} does not exist")
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or "Puzzle" not in rows[0]:
-            raise ValueError(f"{path}: a Sudoku file is a CSV with a column Puzzle and at least one row")
-        puzzles = [(row["Puzzle"] or "").strip() for row in rows]
-        for line, puzzle in enumerate(puzzles, start=2):
+        records = read_records(path)
+        if "Puzzle" not in records[0]:
+            raise ValueError(f"{path}: a Sudoku file has a column Puzzle; this one has {', '.join(records[0])}")
+        puzzles = [str(record["Puzzle"]).strip() for record in records]
+        for number, puzzle in enumerate(puzzles, start=1):
             if len(puzzle) != 16 or set(puzzle) - set("01234"):
-                raise ValueError(f"{path}:{line}: column Puzzle must be 16 digits 0 to 4, got {puzzle!r}")
+                raise ValueError(f"{path}: row {number}: column Puzzle must be 16 digits 0 to 4, got {puzzle!r}")
         return [{"prompt": puzzle + "=", "puzzle": puzzle} for puzzle in puzzles]
 
     def _propose(self, rng: random.Random) -> tuple[str, tuple[str, str]]:

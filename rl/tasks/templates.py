@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rl.tasks.chat import chat_prompt, user_turn
+
 FIELD = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -150,17 +152,4 @@ def with_chat(tokenizer: Any, template: Template, prompt: str) -> str:
     """The prompt as a chat of one user turn, where template and tokenizer both know chats; else as it is."""
     if not template.chat or not getattr(tokenizer, "chat_template", None):
         return f"{template.system}\n{prompt}" if template.system else prompt
-    return chat_prompt(tokenizer, prompt, template.system)
-
-
-def chat_prompt(tokenizer: Any, prompt: str, system: str = "") -> str:
-    """A user turn in the tokenizer's chat template, up to where the assistant begins.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("task.chat needs a tokenizer with a chat template: set model.tokenizer, or task.chat to false")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return chat_prompt(tokenizer, user_turn(prompt, template.system))

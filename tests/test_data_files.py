@@ -1,0 +1,224 @@
+"""Data files that a task reads: every cell arrives as it is, or one line names the file and the row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl.errors import is_message
+from rl.tasks.char_tokenizer import char_tokenizer
+from rl.tasks.chat import answer_text, prompt_text
+from rl.tasks.fit import FileExamples, unfit_reasons
+from rl.tasks.jsonl import JsonlTask
+from rl.tasks.records import read_records
+
+# A template as published ones are: a head and an end token for each turn, and a line break behind it.
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HI = {"role": "user", "content": "hi"}
+
+
+def tokenizer(template: str | None = TEMPLATE) -> Any:
+    found = char_tokenizer("abcdefghijklmnopqrstuvwxyz<>0123456789+=? \n")
+    found.chat_template = template
+    return found
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def lines(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def as_file(folder: Path, kind: str, records: list[dict[str, Any]]) -> str:
+    path = folder / f"data.{kind}"
+    if kind == "jsonl":
+        return write(path, lines(*records))
+    if kind == "jsonl.gz":
+        return write(path, gzip.compress(lines(*records).encode()))
+    if kind == "json":
+        return write(path, json.dumps(records))
+    import datasets
+
+    columns = {name: [record.get(name) for record in records] for record in records for name in record}
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    return str(path)
+
+
+FORMATS = ["jsonl", "jsonl.gz", "json", "parquet"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_columns_are_the_union_and_a_missing_cell_is_none(tmp_path: Path, kind: str) -> None:
+    """Whatever the order of the rows: a verdict must not depend on which row is the first of its batch."""
+    rows = [{"prompt": "a"}, {"prompt": "b", "hint": "x"}, {"prompt": "c", "level": 2}]
+    for order in (rows, rows[::-1]):
+        found = read_records(as_file(tmp_path, kind, order))
+        assert all(record.keys() == {"prompt", "hint", "level"} for record in found)
+        assert {r["prompt"]: (r["hint"], r["level"]) for r in found} == {
+            "a": (None, None),
+            "b": ("x", None),
+            "c": (None, 2),
+        }
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_null_is_no_text(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}]
+    task = JsonlTask(as_file(tmp_path, kind, rows), answer_column="answer")
+    assert [example["answer"] for example in task.train_rows(0, 0, 2)].count(None) == 1
+    path = as_file(tmp_path, kind, [{"prompt": "a"}, {"prompt": None}])
+    with pytest.raises(ValueError, match=r"row 2 has no 'prompt': fill it in"):
+        JsonlTask(path)
+
+
+def test_numbers_are_text_and_other_cells_are_refused_by_row(tmp_path: Path) -> None:
+    assert JsonlTask(write(tmp_path / "a.jsonl", lines({"prompt": 7}))).train_rows(0, 0, 1)[0]["prompt"] == "7"
+    for cell, says in (
+        (True, "must be text or messages, not bool"),
+        ({"text": "a"}, "must be text or messages, not dict"),
+        (["a"], "is a list, and not of messages"),
+        ([], "is an empty list"),
+        ([HI, {"role": "assistant", "content": None, "tool_calls": [1]}], "tool calls"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "must be text, not list"),
+    ):
+        with pytest.raises(ValueError, match="row 2: column 'prompt'") as error:
+            JsonlTask(write(tmp_path / "b.jsonl", lines({"prompt": "a"}, {"prompt": cell})))
+        assert says in str(error.value) and is_message(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "prompt,answer\na,1\nb,2,3\n", "a.csv:3: row 2 has 3 fields, the header names 2"),
+        ("a.csv", "prompt,answer\na\n", "a.csv:2: row 1 has 1 fields, the header names 2"),
+        ("a.csv", "prompt,prompt\na,1\n", "the column 'prompt' is there twice"),
+        ("a.csv", b"prompt\n\xe9t\xe9\n", "a.csv:2: not UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "a.jsonl:2: not UTF-8"),
+        ("a.json", b"\xff\xfe", "a.json:1: not UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', "a.jsonl:2: the key 'prompt' is there twice"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud83d"}\n', "row 2: column 'prompt' holds half of a surrogate"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "\\ude00"}]}\n', "row 1: column 'prompt' holds half"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl:2: not JSON"),
+        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: BadGzipFile"),
+        ("a.parquet", b"not parquet", "data file"),
+        ("a.txt", "a", "the ending must be"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line_with_its_row(
+    tmp_path: Path, name: str, content: str | bytes, says: str
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError) as error:
+        read_records(path)
+    assert says in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_marks_and_breaks_that_are_part_of_text_stay(tmp_path: Path) -> None:
+    """A byte-order mark is no part of the first column's name; U+2028 inside a JSON string ends no line."""
+    for name, content in (
+        ("a.csv", '\ufeffprompt,answer\r\n"a, b",1\r\n'),
+        ("a.jsonl", "\ufeff" + lines({"prompt": "a, b", "answer": "1"})),
+        ("a.json", "\ufeff" + json.dumps([{"prompt": "a, b", "answer": "1"}])),
+    ):
+        assert read_records(write(tmp_path / name, content)) == [{"prompt": "a, b", "answer": "1"}]
+    text = json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n"
+    assert read_records(write(tmp_path / "b.jsonl", text)) == [{"prompt": "a\u2028b"}]
+
+
+def test_a_chat_is_rendered_by_the_template_and_kept_for_rewards(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "be brief"}, HI]
+    task = JsonlTask(write(tmp_path / "a.jsonl", lines({"prompt": messages})))
+    example = task.train_rows(0, 0, 1)[0]
+    assert example["prompt"] == messages
+    for chat in (True, False):
+        assert prompt_text(tokenizer(), example, chat) == "<system>be brief<eos>\n<user>hi<eos>\n<assistant>"
+    assert prompt_text(tokenizer(), {"prompt": "hi"}, True) == "<user>hi<eos>\n<assistant>"
+    assert prompt_text(tokenizer(), {"prompt": "hi"}, False) == "hi"
+    # An assistant's turn at the end is gone on with.
+    begun = {"prompt": [HI, {"role": "assistant", "content": "i think"}]}
+    assert prompt_text(tokenizer(), begun, False) == "<user>hi<eos>\n<assistant>i think"
+
+
+def test_an_answer_is_text_or_the_rest_of_the_conversation(tmp_path: Path) -> None:
+    answer = [{"role": "assistant", "content": "hello"}]
+    path = write(tmp_path / "a.jsonl", lines({"messages": [HI, *answer]}))
+    example = JsonlTask(path, prompt_column="messages", answer_column="messages").train_rows(0, 0, 1)[0]
+    assert (example["prompt"], example["answer"]) == ([HI], answer)
+    assert answer_text(tokenizer(), example, False) == "hello<eos>"
+    assert answer_text(tokenizer(), {"prompt": "hi", "answer": answer}, True) == "hello<eos>"
+    assert answer_text(tokenizer(), {"prompt": [HI], "answer": "hello"}, False) == "hello"
+    with pytest.raises(ValueError, match=r"set task\.chat=true"):
+        answer_text(tokenizer(), {"prompt": "hi", "answer": answer}, False)
+    with pytest.raises(ValueError, match="must be messages that end with the assistant's"):
+        path = write(tmp_path / "b.jsonl", lines({"messages": [HI]}))
+        JsonlTask(path, prompt_column="messages", answer_column="messages")
+
+
+def test_a_chat_that_cannot_be_rendered_says_why() -> None:
+    with pytest.raises(ValueError, match=r"a chat needs a tokenizer with a chat template: set model\.tokenizer"):
+        prompt_text(tokenizer(None), {"prompt": [HI]}, False)
+    with pytest.raises(ValueError, match="chat template refuses the messages: roles must alternate"):
+        refusing = tokenizer("{{ raise_exception('roles must alternate') }}")
+        prompt_text(refusing, {"prompt": [HI]}, False)
+
+
+def reasons(examples: list[dict[str, Any]], **changed: Any) -> list[str | None]:
+    given: dict[str, Any] = {
+        "chat": False,
+        "mask_token_id": tokenizer().mask_token_id,
+        "gen_length": 4,
+        "max_length": 12,
+        "block_length": None,
+        "with_answers": False,
+    }
+    return unfit_reasons(examples, tokenizer(), **{**given, **changed})
+
+
+def test_which_examples_do_not_fit() -> None:
+    """12 positions, 4 of them generated: 8 prompt tokens fit; in blocks of 8, 4 + 4 fit and 5 + 4 need 16."""
+    eight = {"prompt": "aaaaaaaa"}
+    assert reasons([eight, {"prompt": "a" * 9}]) == [
+        None,
+        "a prompt of 9 tokens plus sampler.gen_length 4 needs 13 positions, the model has 12",
+    ]
+    assert reasons([{"prompt": "aaaa"}, {"prompt": "aaaaa"}], block_length=8) == [
+        None,
+        "a prompt of 5 tokens plus sampler.gen_length 4 needs 16 positions in blocks of 8, the model has 12",
+    ]
+    assert reasons([eight], max_length=None, gen_length=1000) == [None]
+    assert reasons([{"prompt": ""}, {"prompt": "a<mask>"}]) == [
+        "the prompt is empty",
+        "the prompt holds the mask token <mask>",
+    ]
+    masked = {"prompt": "a", "answer": "b<mask>"}
+    assert reasons([masked]) == [None], "an answer that nobody imitates may hold anything"
+    assert reasons(
+        [masked, {"prompt": "a", "answer": None}, {"prompt": "a", "answer": "12345"}], with_answers=True
+    ) == [
+        "the answer holds the mask token <mask>",
+        "it has no answer to imitate",
+        "an answer of 5 tokens is longer than sampler.gen_length 4",
+    ]
+
+
+def test_a_review_refuses_by_row_or_leaves_out_and_counts() -> None:
+    examples = [{"prompt": name} for name in "abc"]
+    with pytest.raises(
+        ValueError, match=r"^f\.jsonl: row 2 \(and 1 other rows\): too long: mend it, or set task\.unfit to drop"
+    ):
+        FileExamples("f.jsonl", examples).review([None, "too long", "empty"], drop=False)
+    file = FileExamples("f.jsonl", examples)
+    file.review([None, "too long", None], drop=True)
+    assert [example["prompt"] for example in file.examples] == ["a", "c"] and file.left_out == 1
+    with pytest.raises(ValueError, match="no row can be used; row 1: empty"):
+        FileExamples("f.jsonl", examples).review(["empty"] * 3, drop=True)
