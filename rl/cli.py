@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -327,43 +326,10 @@ def _align(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    names = ("task", "template", "decoding", "samples", "temperature", "limit", "pass_k", "reward", "export", "rescore")
-    if any(getattr(args, name) is not None for name in names) or not (args.output or ".json").endswith(".json"):
-        from rl.evaluation.command import eval_command
+    from rl.evaluation.command import eval_command
 
-        for line in eval_command(args):
-            print(line)
-        return 0
-    config = _config(args)
-    if config.model.path is None:
-        raise ValueError("model.path is required: name the folder of the model to evaluate")
-    if args.output and not Path(args.output).parent.is_dir():
-        # Found out now and not when the evaluation is done.
-        raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
-    from rl.errors import about
-    from rl.evaluation.accuracy import evaluate
-    from rl.train.run import Run
-
-    with Run.open(config, write=False) as run:
-        with about(f"--data {args.data}" if args.data else "task.params"):
-            rows = run.task.file_rows(args.data) if args.data else run.task.heldout_rows(config.eval.num_prompts)
-        results, _ = evaluate(run, run.model, rows, config.eval.num_inference_steps)
-    for steps, result in results.items():
-        print(
-            f"{steps:4d} steps: {result.accuracy:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
-            f"n={result.num_prompts}  unscored={result.unscored}  tokens/forward={result.tokens_per_forward:.2f}"
-        )
-        if result.backslide is not None:
-            print(f"            {result.backslide.line()}")
-    if args.output:
-        payload = {
-            "task": config.task.name,
-            "model": config.model.path,
-            "data": args.data,
-            "sampler": config.sampler.model_dump(),
-            "results": {str(steps): asdict(result) for steps, result in results.items()},
-        }
-        Path(args.output).write_text(json.dumps(payload, indent=1))
+    for line in eval_command(args):
+        print(line)
     return 0
 
 

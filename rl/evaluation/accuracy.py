@@ -1,16 +1,16 @@
-"""Greedy accuracy on held-out prompts at several numbers of denoising steps."""
+"""Greedy accuracy on held-out examples at several numbers of denoising steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from rl.evaluation.answers import Evaluator, Problem
 from rl.evaluation.backslide import Backslide, backslide_of
-from rl.evaluation.intervals import wilson_interval
+from rl.evaluation.figures import figures
+from rl.evaluation.generations import Generation
 from rl.tasks.base import Row
 from rl.train import distributed
-from rl.train.rollouts import ScoredRollouts, rollout
 from rl.train.run import Run
 
 
@@ -33,41 +33,40 @@ class Accuracy:
 
 
 def evaluate(
-    run: Run, model: Any, rows: Sequence[Row], step_counts: Sequence[int], temperature: float = 0.0
-) -> tuple[dict[int, Accuracy], dict[int, ScoredRollouts]]:
-    """Decode every row once per step count.
+    run: Run, examples: Sequence[Row], step_counts: Sequence[int]
+) -> tuple[dict[int, Accuracy], dict[int, list[Generation]]]:
+    """Decode every example once for each step count, on all ranks together.
 
     Returns:
-        step count -> accuracy over all ranks, and step count -> this rank's rollouts.
+        step count -> accuracy, and step count -> the completions, in the order of the examples.
     """
-    first, mine = distributed.shard(rows)
-    results: dict[int, Accuracy] = {}
-    rollouts: dict[int, ScoredRollouts] = {}
+    requests = run.modality.requests(examples, [[0]] * len(examples), None)
+    problems = [Problem(str(i), *pair) for i, pair in enumerate(zip(examples, requests, strict=True))]
     backslide = run.config.eval.backslide
+    evaluator = Evaluator(run, problems, run.judge.verifier, seed=0, every_step=backslide)
+    results: dict[int, Accuracy] = {}
+    completions: dict[int, list[Generation]] = {}
     for steps in step_counts:
-        engine = run.engine(model, run.modality.evaluation_options(steps, temperature))
-        scored = rollout(run, engine, mine, 1, seed=0, first=first, verifier=True, step_rewards=backslide)
-        values = [v for part in distributed.gather_objects(scored.reward.tolist()) for v in part]
-        judged = [v for v in values if v == v]
-        right = sum(v >= 1.0 for v in judged)
-        low, high = wilson_interval(right, len(judged)) if judged else (0.0, 1.0)
-        work = distributed.sum_metrics(vars(engine.stats), run.device)
+        engine = run.engine(run.model, run.modality.evaluation_options(steps))
+        _, mine = distributed.shard([(index, 0) for index in range(len(problems))])
+        answers = evaluator.ask(engine, str(steps), mine)
+        parts = distributed.gather_objects((answers.generations, answers.step_reward))
+        completions[steps] = [generation for part, _ in parts for generation in part]
+        figure = figures(completions[steps], [])
+        work = distributed.sum_metrics(answers.stats, run.device)
         results[steps] = Accuracy(
             steps,
-            right / len(judged) if judged else float("nan"),
-            low,
-            high,
-            len(judged),
-            len(values) - len(judged),
+            figure.avg,
+            figure.low,
+            figure.high,
+            figure.num_problems,
+            figure.unscored,
             work["sequence_forwards"],
             # Sharing a forward with an equal canvas is no property of the decoder.
             work["generated_tokens"] / max(work["rows_asked"], 1),
-            backslide_of([s for part in distributed.gather_objects(scored.step_reward) for s in part])
-            if backslide
-            else None,
+            backslide_of([reward for _, part in parts for reward in part]) if backslide else None,
         )
-        rollouts[steps] = scored
-    return results, rollouts
+    return results, completions
 
 
 def as_metrics(results: dict[int, Accuracy]) -> dict[str, float]:

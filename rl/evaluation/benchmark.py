@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rl.config import Config
+from rl.evaluation.answers import Evaluator, Problem
 from rl.evaluation.figures import Figures
-from rl.evaluation.generations import Batch, Generation, GenerationFolder
-from rl.evaluation.scoring import as_asked, judge_of, load_rows, reward_settings, score, write_results
+from rl.evaluation.generations import Batch, GenerationFolder
+from rl.evaluation.scoring import as_asked, judge_of, load_examples, reward_settings, write_results
 from rl.evaluation.settings import (
     device_name,
     file_hash,
@@ -23,7 +23,6 @@ from rl.tasks.base import Row
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train import distributed
-from rl.train.rollouts import request_seed
 from rl.train.run import Run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions, with_changes
@@ -59,14 +58,6 @@ class EvalPlan:
     output: str | None = None
     ks: Sequence[int] = ()
     reward: str | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A row and its prompt's tokens, chat markup included."""
-
-    row: Row
-    prompt_ids: list[int]
 
 
 def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]) -> dict[str, SamplerOptions]:
@@ -107,7 +98,7 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
     """Generate what the folder lacks, judge it, and write the figures.
 
     Returns:
-        the folder, figures by decoder, and the template and rows the generations belong to.
+        the folder, figures by decoder, and the template and examples the generations belong to.
 
     Raises:
         ValueError: anything the user got wrong, in one line.
@@ -116,13 +107,13 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
         raise ValueError("model.path is required: name the folder of the model to evaluate")
     task = load_task(config.task.name, config.task.params)
     options = decoders(plan, config.sampler, config.eval.num_inference_steps)
-    rows = load_rows(task, plan.data, plan.limit, config.eval.num_prompts)
+    examples = load_examples(task, plan.data, plan.limit, config.eval.num_prompts)
     judge = judge_of(config.reward, task, plan.reward)
     folder = GenerationFolder(plan.output or f"{config.run.output_dir}/eval/{config.task.name.replace(':', '-')}")
     with Run.open(config.model_copy(update={"reward": judge}), write=False) as run:
         chat = bool(getattr(run.tokenizer, "chat_template", None))
         template = choose_template(task, plan.template, chat)
-        rows = as_asked(rows, template)
+        examples = as_asked(examples, template)
         settings = {
             "task": {"name": config.task.name, "params": config.task.params},
             "data": {
@@ -130,8 +121,8 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
                 "file": plan.data,
                 "sha256": file_hash(plan.data) if plan.data else None,
                 "limit": plan.limit,
-                "num_problems": len(rows),
-                "prompts_sha256": texts_hash(row["prompt"] for row in rows),
+                "num_problems": len(examples),
+                "prompts_sha256": texts_hash(example["prompt"] for example in examples),
             },
             "template": template_settings(template, chat and template.chat),
             "model": model_settings(run.model, config.model.path, config.model.tokenizer),
@@ -143,50 +134,56 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
             "device": device_name(run.device),
             "versions": package_versions(),
         }
-        problems = _encode(run.tokenizer, template, rows)
+        evaluator = Evaluator(
+            run,
+            _problems(run.tokenizer, template, examples),
+            run.judge.rewards,
+            config.run.seed,
+            cut=template.cut,
+            unfit=_too_long,
+        )
         main = distributed.rank() == 0
         if main:
             folder.open(settings)
         try:
             done = distributed.gather_objects({g.key for g in folder.generations()} if main else None)[0]
             for name, option in options.items():
-                _generate(run, folder if main else None, name, option, template, problems, plan.samples, done)
+                _generate(evaluator, folder if main else None, name, option, plan.samples, done)
             results = write_results(folder, plan.ks) if main else {}
         finally:
             folder.close()
-    return folder, results, template, rows
+    return folder, results, template, examples
 
 
-def _encode(tokenizer: Any, template: Template, rows: Sequence[Row]) -> list[Problem]:
+def _problems(tokenizer: Any, template: Template, examples: Sequence[Row]) -> list[Problem]:
     problems = []
-    for row in rows:
-        prompt = with_chat(tokenizer, template, row["prompt"])
+    for example in examples:
+        prompt = with_chat(tokenizer, template, example["prompt"])
         try:
             ids = tokenizer(prompt, add_special_tokens=False).input_ids
         # A character tokenizer meets a character it does not have; tokenizers raises a bare Exception.
         except Exception as error:
-            raise ValueError(f"model.tokenizer cannot encode the prompt of {row['prompt_id']}: {error}") from None
-        problems.append(Problem(row, ids))
+            raise ValueError(f"model.tokenizer cannot encode the prompt of {example['prompt_id']}: {error}") from None
+        problems.append(Problem(example["prompt_id"], example, Request(ids, 0)))
     return problems
 
 
 def _generate(
-    run: Run,
+    evaluator: Evaluator,
     folder: GenerationFolder | None,
     name: str,
     options: SamplerOptions,
-    template: Template,
-    problems: Sequence[Problem],
     samples: int,
     done: set[tuple[str, str, int]],
 ) -> None:
-    """Sample and judge what one decoder lacks, in batches shared by all ranks; rank 0 holds the folder and writes."""
+    """Get what one decoder lacks, in batches shared by all ranks; rank 0 holds the folder and writes."""
+    run, problems = evaluator.run, evaluator.problems
     engine = run.engine(run.model, options)
     pending = [
         (index, sample)
         for index, problem in enumerate(problems)
         for sample in range(samples)
-        if (name, problem.row["prompt_id"], sample) not in done
+        if (name, problem.prompt_id, sample) not in done
     ]
     size = engine.max_batch_size * distributed.world_size()
     run.progress.stage(name, total=len(problems) * samples)
@@ -195,8 +192,8 @@ def _generate(
         run.progress.message(f"{name}: {finished} completions are there already")
     for start in range(0, len(pending), size):
         _, mine = distributed.shard(pending[start : start + size])
-        own = _sample(run, engine, name, template, problems, mine)
-        parts = distributed.gather_objects(own)
+        own = evaluator.ask(engine, name, mine)
+        parts = distributed.gather_objects((own.generations, own.batch))
         generations = [generation for part, _ in parts for generation in part]
         batch = Batch(
             name,
@@ -211,40 +208,9 @@ def _generate(
         run.progress.update(finished, tokens_per_s=batch.tokens / max(batch.seconds, 1e-9))
 
 
-def _sample(
-    run: Run,
-    engine: InProcessEngine,
-    name: str,
-    template: Template,
-    problems: Sequence[Problem],
-    pairs: Sequence[tuple[int, int]],
-) -> tuple[list[Generation], Batch]:
-    """This rank's part of a batch, in the order of `pairs` (problem, sample)."""
-    generations, fitting = [], []
-    for index, sample in pairs:
-        problem = problems[index]
-        seed = request_seed(run.config.run.seed, index, sample)
-        reason = _too_long(engine, problem.prompt_ids)
-        made = Generation(name, problem.row["prompt_id"], sample, seed, "", [], [], 0, False, None, reason)
-        generations.append(made)
-        if reason is None:
-            fitting.append((made, problem))
-    trajectories = engine.generate([Request(problem.prompt_ids, made.seed) for made, problem in fitting])
-    started = time.perf_counter()
-    for (made, _), trajectory in zip(fitting, trajectories, strict=True):
-        start, stop = trajectory.prompt_length, trajectory.prompt_length + trajectory.stop_length
-        made.completion_ids = trajectory.response_ids().tolist()
-        made.reveal_steps = trajectory.reveal_step()[start:stop].tolist()
-        made.completion = run.tokenizer.decode(made.completion_ids, skip_special_tokens=True)
-        made.steps, made.ended = trajectory.num_steps, run.tokenizer.eos_token_id in made.completion_ids
-    score(run.judge.rewards, template, [problem.row for _, problem in fitting], [made for made, _ in fitting])
-    tokens = sum(len(made.completion_ids) for made in generations)
-    seconds = engine.stats.seconds if fitting else 0.0
-    return generations, Batch(name, len(pairs), tokens, seconds, reward_seconds=time.perf_counter() - started)
-
-
-def _too_long(engine: InProcessEngine, prompt_ids: Sequence[int]) -> str | None:
-    """Why a prompt cannot be answered: it does not fit, or has no token; None when it can."""
+def _too_long(engine: InProcessEngine, request: Request) -> str | None:
+    """Why a request cannot be answered: its prompt does not fit, or has no token; None when it can."""
+    prompt_ids = request.prompt_ids
     if not prompt_ids:
         return "the prompt has no token"
     length = len(prompt_ids) + engine.options.gen_length

@@ -1,11 +1,16 @@
-"""The library behind `denoise-rl eval` with kept generations: run or re-score, export, and say what came out."""
+"""`denoise-rl eval`: count answers or keep them, judge kept ones again, export them, and say what came out."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from rl.config import Config, load_config
+from rl.errors import about
+from rl.evaluation.accuracy import evaluate
 from rl.evaluation.benchmark import EvalPlan, run_benchmark
 from rl.evaluation.export_samples import check_format, export_samples
 from rl.evaluation.figures import Figures, table
@@ -13,6 +18,7 @@ from rl.evaluation.generations import GenerationFolder
 from rl.evaluation.scoring import rescore
 from rl.tasks.base import Row
 from rl.tasks.templates import Template
+from rl.train.run import Run
 
 NOT_WITH_RESCORE = ("task", "template", "decoding", "samples", "temperature", "limit", "output")
 
@@ -26,11 +32,51 @@ def eval_config(path: str | None, overrides: Sequence[str], task: str | None) ->
 
 
 def eval_command(args: argparse.Namespace) -> list[str]:
-    """`denoise-rl eval` with any of its options that keep generations; returns the lines to print.
+    """`denoise-rl eval`; returns the lines to print.
 
     Raises:
         ValueError: anything the user got wrong, in one line.
     """
+    names = (*NOT_WITH_RESCORE, "pass_k", "reward", "export", "rescore")
+    asked = any(getattr(args, name) is not None for name in names if name != "output")
+    return _kept(args) if asked or not (args.output or ".json").endswith(".json") else _counted(args)
+
+
+def _counted(args: argparse.Namespace) -> list[str]:
+    """Greedy accuracy at every number of steps, kept in a JSON file or nowhere."""
+    config = load_config(args.config, args.overrides)
+    if config.model.path is None:
+        raise ValueError("model.path is required: name the folder of the model to evaluate")
+    if args.output and not Path(args.output).parent.is_dir():
+        # Found out now and not when the evaluation is done.
+        raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
+    with Run.open(config, write=False) as run:
+        with about(f"--data {args.data}" if args.data else "task.params"):
+            task = run.task
+            examples = task.file_rows(args.data) if args.data else task.heldout_rows(config.eval.num_prompts)
+        results, _ = evaluate(run, examples, config.eval.num_inference_steps)
+    lines = []
+    for steps, result in results.items():
+        lines.append(
+            f"{steps:4d} steps: {result.accuracy:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
+            f"n={result.num_prompts}  unscored={result.unscored}  tokens/forward={result.tokens_per_forward:.2f}"
+        )
+        if result.backslide is not None:
+            lines.append(f"            {result.backslide.line()}")
+    if args.output:
+        payload = {
+            "task": config.task.name,
+            "model": config.model.path,
+            "data": args.data,
+            "sampler": config.sampler.model_dump(),
+            "results": {str(steps): asdict(result) for steps, result in results.items()},
+        }
+        Path(args.output).write_text(json.dumps(payload, indent=1))
+    return lines
+
+
+def _kept(args: argparse.Namespace) -> list[str]:
+    """With any of the options that keep generations."""
     if args.export and not args.rescore:
         check_format(args.export, args.task or load_config(args.config, args.overrides).task.name)
     config = eval_config(args.config, args.overrides, args.task)
@@ -68,7 +114,7 @@ def report(
     folder: GenerationFolder,
     results: dict[str, Figures],
     template: Template,
-    rows: Sequence[Row],
+    examples: Sequence[Row],
     export: str | None = None,
 ) -> list[str]:
     """What an evaluation prints: the conventions it followed, the table, and where everything is."""
@@ -76,18 +122,19 @@ def report(
         return []
     settings = folder.settings
     asked = "chat" if settings["template"]["chat"] else "plain"
+    source = settings["data"]["file"] or settings["data"]["origin"]
     name, params = settings["reward"]["name"], settings["reward"]["params"]
     lines = [
-        f"{settings['task']['name']}: {len(rows)} problems, {settings['data']['file'] or settings['data']['origin']}",
+        f"{settings['task']['name']}: {len(examples)} problems, {source}",
         f"template {template.name} ({template.source}; {asked}), reward {name}{params or ''}, seed {settings['seed']}",
         *table(results),
     ]
-    wanted = len(rows) * settings["samples"]
+    wanted = len(examples) * settings["samples"]
     lines += [
         f"not generated yet, {name}: {wanted - figure.num_completions} of {wanted} completions"
         for name, figure in results.items()
         if figure.num_completions < wanted
     ]
     if export:
-        lines += [f"{export}: {path}" for path in export_samples(folder, export, template, rows)]
+        lines += [f"{export}: {path}" for path in export_samples(folder, export, template, examples)]
     return [*lines, f"generations, settings and results: {folder.path}"]

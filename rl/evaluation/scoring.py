@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -58,10 +58,10 @@ def open_judge(config: RewardConfig) -> RewardRunner:
     )
 
 
-def load_rows(task: Any, file: str | None, limit: int | None, num_prompts: int) -> list[Row]:
+def load_examples(task: Any, file: str | None, limit: int | None, num_prompts: int) -> list[Row]:
     """The problems: of a file, of the benchmark, or the first `num_prompts` held-out ones of a task that draws them.
 
-    Every row gets a `prompt_id` (its index) if it has none.
+    Every example gets a `prompt_id` (its index) if it has none.
 
     Raises:
         ValueError: there are none, or two share an id.
@@ -69,44 +69,59 @@ def load_rows(task: Any, file: str | None, limit: int | None, num_prompts: int) 
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}")
     if file:
-        rows = task.file_rows(file)
+        examples = task.file_rows(file)
     elif isinstance(task, BenchmarkTask):
-        rows = task.all_rows()
+        examples = task.all_rows()
     else:
-        rows = task.heldout_rows(num_prompts)
-    rows = [{"prompt_id": str(index), **row} for index, row in enumerate(rows[:limit])]
-    if not rows:
+        examples = task.heldout_rows(num_prompts)
+    examples = [{"prompt_id": str(index), **example} for index, example in enumerate(examples[:limit])]
+    if not examples:
         raise ValueError("there is no problem to evaluate on: raise eval.num_prompts")
     seen: set[str] = set()
-    for row in rows:
-        if row["prompt_id"] in seen:
-            raise ValueError(f"two problems have the id {row['prompt_id']!r}")
-        seen.add(row["prompt_id"])
-    return rows
+    for example in examples:
+        if example["prompt_id"] in seen:
+            raise ValueError(f"two problems have the id {example['prompt_id']!r}")
+        seen.add(example["prompt_id"])
+    return examples
 
 
-def as_asked(rows: Sequence[Row], template: Template) -> list[Row]:
-    """The rows with the template's text as their prompt: what rewards are told, without chat markup."""
-    return [row | {"prompt": template.render(row)} for row in rows]
+def as_asked(examples: Sequence[Row], template: Template) -> list[Row]:
+    """The examples with the template's text as their prompt: what rewards are told, without chat markup."""
+    return [example | {"prompt": template.render(example)} for example in examples]
 
 
-def score(rewards: RewardRunner, template: Template, rows: Sequence[Row], generations: Sequence[Generation]) -> None:
-    """Give every generation its reward, or the reason why it has none; row i is the problem of generation i."""
-    if not rows:
-        return
-    columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
+def score(
+    rewards: RewardRunner,
+    cut: Callable[[str], str] | None,
+    examples: Sequence[Row],
+    generations: Sequence[Generation],
+    columns: Mapping[str, list[Any]],
+) -> ScoreTable:
+    """Give every generation its reward, or the reason why it has none.
+
+    Args:
+        cut: the part of a completion that is judged; None judges all of it.
+        examples: example i is the problem of generation i.
+        columns: [M] values each, that rewards are told beside the examples' own.
+    """
+    own: dict[str, list[Any]] = {key: [row.get(key) for row in examples] for key in examples[0] if key != "prompt"}
+    judged = [cut(generation.completion) if cut else generation.completion for generation in generations]
+    table = rewards.score([example["prompt"] for example in examples], judged, own | dict(columns))
+    for index, (generation, value) in enumerate(zip(generations, table.values, strict=True)):
+        generation.reward = value
+        generation.reason = None if value is not None else _reason(table, index)
+    return table
+
+
+def _columns(generations: Sequence[Generation]) -> dict[str, list[Any]]:
+    """What the modality told rewards when these were sampled."""
     steps = [generation.steps for generation in generations]
-    columns |= {
+    return {
         "completion_ids": [generation.completion_ids for generation in generations],
         "num_forwards": steps,
         "num_steps": steps,
         "reveal_steps": [generation.reveal_steps for generation in generations],
     }
-    judged = [template.cut(generation.completion) for generation in generations]
-    table = rewards.score([row["prompt"] for row in rows], judged, columns)
-    for index, (generation, value) in enumerate(zip(generations, table.values, strict=True)):
-        generation.reward = value
-        generation.reason = None if value is not None else _reason(table, index)
 
 
 def _reason(table: ScoreTable, index: int) -> str:
@@ -138,23 +153,25 @@ def rescore(
     task = load_task(settings["task"]["name"], settings["task"]["params"])
     source, template = settings["data"], saved_template(settings["template"])
     file = data or source["file"]
-    rows = as_asked(load_rows(task, file, source["limit"], source["num_problems"]), template)
-    if texts_hash(row["prompt"] for row in rows) != source["prompts_sha256"]:
+    examples = as_asked(load_examples(task, file, source["limit"], source["num_problems"]), template)
+    if texts_hash(example["prompt"] for example in examples) != source["prompts_sha256"]:
         raise ValueError(f"{file or source['origin']} does not hold the problems that {folder.path} was made with")
     judge = judge_of(config, task, reward or settings["reward"])
     folder.open(settings)
     try:
         generations = folder.generations()
-        by_id = {row["prompt_id"]: row for row in rows}
+        by_id = {example["prompt_id"]: example for example in examples}
         # What was never generated (a prompt that is too long) keeps its reason.
         sampled = [generation for generation in generations if generation.steps]
         with open_judge(judge) as rewards:
-            score(rewards, template, [by_id[generation.prompt_id] for generation in sampled], sampled)
+            if sampled:
+                problems = [by_id[generation.prompt_id] for generation in sampled]
+                score(rewards, template.cut, problems, sampled, _columns(sampled))
         folder.replace(generations)
         settings["reward"] = reward_settings(judge)
         settings["data"] |= {"file": file, "sha256": file_hash(file) if file else None}
         folder.write("settings.json", settings)
-        return folder, write_results(folder, ks), template, rows
+        return folder, write_results(folder, ks), template, examples
     finally:
         folder.close()
 

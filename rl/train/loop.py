@@ -16,7 +16,7 @@ from rl.train import distributed
 from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.reward_gradient import GradientRecipe, RewardGradientUpdater
-from rl.train.rollouts import RolloutSource, ScoredRollouts
+from rl.train.rollouts import RolloutSource
 from rl.train.run import Run
 from rl.train.sft import supervised
 from rl.train.update import PolicyUpdater
@@ -168,21 +168,17 @@ def _checkpoint(run: Run, step: int, updater: Any, saved: Mapping[str, Saved]) -
 
 def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any]:
     """Evaluate the model as it is, log it, and give its part of the summary."""
-    results, rollouts = evaluate(run, run.model, rows, run.config.eval.num_inference_steps)
-    measured = {steps: _measured(run, scored) for steps, scored in rollouts.items()}
+    results, completions = evaluate(run, rows, run.config.eval.num_inference_steps)
+    measured = {
+        steps: run.modality.measure(
+            rows, [g.completion for g in made], [math.nan if g.reward is None else g.reward for g in made]
+        )
+        for steps, made in completions.items()
+    }
     metrics = {f"eval/{key}@{steps}": value for steps, values in measured.items() for key, value in values.items()}
     run.metrics.log(step, "eval", as_metrics(results) | metrics)
     quality = {str(steps): values for steps, values in measured.items() if values}
     return _accuracy(name, results) | ({f"{name}_quality": quality} if quality else {})
-
-
-def _measured(run: Run, scored: ScoredRollouts) -> dict[str, float]:
-    """Numbers about the samples of all ranks as a set, where the modality has some."""
-    mine = (scored.examples, scored.completions, scored.reward.tolist())
-    rows, completions, rewards = (
-        [x for part in parts for x in part] for parts in zip(*distributed.gather_objects(mine), strict=True)
-    )
-    return run.modality.measure(rows, completions, rewards)
 
 
 def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:
