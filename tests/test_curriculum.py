@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rl.config import load_config
-from rl.estimators.trace_rows import covered, packed_rows
+from rl.estimators.rows import whole_blocks
+from rl.estimators.trace_rows import packed_rows
 from rl.sections import TrainConfig
 from rl.tasks.base import split_of
 from rl.tasks.countdown import CountdownTask
@@ -89,7 +90,7 @@ def test_covered_adds_only_positions_that_were_never_revealed(make_model: Callab
     engine = InProcessEngine(model, SamplerOptions(gen_length=4, num_inference_steps=2, block_length=4))
     trajectories = engine.generate([Request([1, 2, 3], seed=0)])
     assert trajectories[0].length == 8
-    wider = covered(trajectories, 16)
+    wider = whole_blocks(trajectories, 16)
     assert wider[0].length == 16 and trajectories[0].length == 8
     rows = packed_rows(wider, 1, 16)
     assert len(rows.target) == len(trajectories[0].token)

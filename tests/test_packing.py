@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from torch.nn.functional import scaled_dot_product_attention
 
 from rl.estimators.logprob import logprob_and_entropy
-from rl.estimators.rows import TokenRows
-from rl.estimators.trace_rows import first_fit, packed_rows, remask_rows
+from rl.estimators.rows import TokenRows, first_fit
+from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.recipes import parse_options
 from rollouts.engines.in_process import InProcessEngine, Request

@@ -53,18 +53,20 @@ def test_only_answers_are_masked_and_all_masks_are_targets(seed: int) -> None:
 def test_block_causal_rows_are_a_clean_and_a_noisy_half(seed: int) -> None:
     tokens, rows, weight = draw(block_length=4, seed=seed)
     assert rows.input_ids.shape == (4, 24)
-    assert (rows.column >= 12).all() and len(rows.column) == len(weight)
+    assert len(rows.column) == len(weight)
     for row, (sequence, prompt) in enumerate(zip(tokens, PROMPTS, strict=True)):
         length = len(sequence)
-        clean, noisy = rows.input_ids[row, :length].numpy(), rows.input_ids[row, 12 : 12 + length].numpy()
+        clean, noisy = rows.input_ids[row, : 2 * length].view(2, length).numpy()
         assert (clean == sequence).all()
         assert (noisy[:prompt] == sequence[:prompt]).all()
         masked = np.flatnonzero(noisy == MASK)
-        assert (rows.column[rows.row == row] - 12).tolist() == masked.tolist()
+        assert (rows.column[rows.row == row] - length).tolist() == masked.tolist()
         assert rows.target[rows.row == row].tolist() == sequence[masked].tolist()
-        assert rows.position_ids[row].tolist() == [*range(12), *range(12)]
-        assert rows.segment[row].tolist() == [0] * 12 + [1] * 4 + [2] * 4 + [3] * 4
-        assert rows.block[row].tolist() == ([0] * 4 + [1] * 4 + [2] * 4) * 2
+        grid = [b for b in range(length // 4) for _ in range(4)]
+        assert rows.position_ids[row, : 2 * length].tolist() == [*range(length), *range(length)]
+        assert rows.segment[row, : 2 * length].tolist() == [0] * length + [b + 1 for b in grid]
+        assert rows.block[row, : 2 * length].tolist() == grid * 2
+        assert rows.document[row].tolist() == [0] * 2 * length + [-1] * (24 - 2 * length)
 
 
 def test_levels_are_stratified_and_the_weight_is_their_inverse() -> None:
@@ -115,7 +117,9 @@ def test_the_mask_of_a_sequence_does_not_depend_on_the_cut(block_length: int | N
     start = 0
     for part in (slice(0, 1), slice(1, 3), slice(3, 4)):
         _, rows, own_weight = draw(block_length, part=part)
-        assert torch.equal(rows.input_ids, whole.input_ids[part])
+        width = rows.input_ids.shape[1]
+        assert torch.equal(rows.input_ids, whole.input_ids[part, :width])
+        assert (whole.document[part, width:] == -1).all()
         count = len(rows.target)
         assert torch.equal(rows.target, whole.target[start : start + count])
         assert torch.equal(own_weight, weight[start : start + count])
@@ -163,11 +167,12 @@ def test_the_block_causal_loss_equals_a_loop(make_model, family: str) -> None:
         expected = torch.zeros((), dtype=torch.float64)
         for row, sequence in enumerate(tokens):
             for start in range(0, len(sequence), 4):
-                noisy = rows.input_ids[row, 12 + start : 16 + start]
+                first = len(sequence) + start
+                noisy = rows.input_ids[row, first : first + 4]
                 seen = torch.cat([torch.from_numpy(sequence[:start]), noisy])[None]
                 logits = model(seen)[0].log_softmax(-1)
                 for i in (noisy == MASK).nonzero().flatten().tolist():
-                    t = 1 / float(weight[(rows.row == row) & (rows.column == 12 + start + i)])
+                    t = 1 / float(weight[(rows.row == row) & (rows.column == first + i)])
                     expected -= logits[start + i, sequence[start + i]] / t
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
 

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from rl.estimators.combine import CombinedRows, per_token, per_trajectory
-from rl.estimators.rows import TokenRows
-from rl.estimators.trace_rows import Document, assemble, check_sampled, covered
+from rl.estimators.rows import Document, Reads, TokenRows, assemble, check_sampled, noisy_document, whole_blocks
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -92,9 +91,9 @@ def copy_rows(
             "the prompt: set it to 0"
         )
     documents: list[Document] = []
-    owners, columns, targets, steps, weights = [], [], [], [], []
+    reads, weights = [], []
     size = block or model.block_length if causal else None
-    for trajectory, padded in zip(trajectories, covered(trajectories, size), strict=True):
+    for trajectory, padded in zip(trajectories, whole_blocks(trajectories, size), strict=True):
         if scope == "canvas" and trajectory.detail == "sample":
             raise ValueError(
                 "algorithm.scope canvas scores what was decoded behind the answer, which this trajectory's engine does "
@@ -105,34 +104,20 @@ def copy_rows(
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
         response = np.arange(trajectory.prompt_length, padded.length)
         outside = np.setdiff1d(response, places)
-        read, column, owner, step = [], [], [], []
+        own = []
         for index, copy in enumerate(draw(places, rng, level)):
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
             forgotten = rng.random(trajectory.prompt_length) < prompt_mask
             noisy[: trajectory.prompt_length][forgotten] = trajectory.mask_token_id
-            owner.append(np.full(len(copy.read), len(documents)))
-            documents.append(_document(final, noisy, size))
-            read.append(copy.read)
-            column.append(copy.read + (len(final) if causal else 0))
-            step.append(np.full(len(copy.read), index))
+            document, shift = noisy_document(final, noisy, size)
+            number, step = np.full((len(copy.read), 2), [len(documents), index]).T
+            own.append((number, copy.read + shift, final[copy.read], step))
+            documents.append(document)
             weights.append(np.full(len(copy.read), copy.weight))
-        owners.append(np.concatenate(owner))
-        columns.append(np.concatenate(column))
-        steps.append(np.concatenate(step))
-        targets.append(final[np.concatenate(read)])
-    rows = assemble(trajectories, documents, owners, columns, targets, steps, None, model.logit_shift)
+        reads.append(Reads(*(np.concatenate(parts) for parts in zip(*own, strict=True))))
+    rows = assemble(documents, reads, trajectories, logit_shift=model.logit_shift)
     return rows, torch.from_numpy(np.concatenate(weights))
-
-
-def _document(final: np.ndarray, noisy: np.ndarray, block_length: int | None) -> Document:
-    positions = np.arange(len(final))
-    zeros = np.zeros_like(positions)
-    if block_length is None:
-        return noisy, positions, zeros, zeros
-    block = positions // block_length
-    pairs = ((final, noisy), (positions, positions), (zeros, block + 1), (block, block))
-    return tuple(np.concatenate(pair) for pair in pairs)
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rl.estimators.rows import TokenRows
+from rl.estimators.rows import Document, Reads, TokenRows, assemble, noisy_document
 
 
 def random_mask_rows(
@@ -48,20 +48,16 @@ def random_mask_rows(
     count = len(sequences)
     width = max(len(sequence) for sequence in sequences)
     ids = np.zeros((count, width), dtype=np.int64)
-    document = np.full((count, width), -1, dtype=np.int64)
     answer = np.zeros((count, width), dtype=bool)
     for i, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         ids[i, : len(sequence)] = sequence
-        document[i, : len(sequence)] = 0
         answer[i, prompt_length : len(sequence)] = True
     positions = np.broadcast_to(np.arange(width), ids.shape)
     if block_length is None:
-        block = np.zeros_like(ids)
         level = _stratified(count, rng)[:, None]
     else:
         if any(len(sequence) % block_length for sequence in sequences):
             raise ValueError(f"sequences must be multiples of the block length {block_length}")
-        block = positions // block_length
         num_blocks = width // block_length
         level = np.repeat(_stratified(count * num_blocks, rng).reshape(count, num_blocks), block_length, axis=1)
     masked = answer & (rng.random(ids.shape) < level)
@@ -78,35 +74,16 @@ def random_mask_rows(
         hidden = masked | (answer & (own > chosen))
         weight = weight * num_blocks
     noisy = np.where(hidden, mask_token_id, ids)
-    noisy, ids, positions, block, document = (x[part] for x in (noisy, ids, positions, block, document))
-    masked, weight = masked[part], weight[part]
-    row, column = np.nonzero(masked)
-    target, where = ids[row, column], column
-    segment = np.zeros_like(ids)
-    if block_length is not None:
-        # The noisy half repeats positions and blocks; block b's copy is segment b + 1.
-        noisy = np.concatenate([ids, noisy], axis=1)
-        segment = np.concatenate([segment, block + 1], axis=1)
-        positions, block, document = (np.concatenate([x, x], axis=1) for x in (positions, block, document))
-        column = column + width
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, dtype=np.int64))
-
-    rows = TokenRows(
-        input_ids=tensor(noisy),
-        position_ids=tensor(positions),
-        document=tensor(document),
-        segment=tensor(segment),
-        block=tensor(block),
-        row=tensor(row),
-        column=tensor(column),
-        target=tensor(target),
-        trajectory=tensor(row),
-        step=torch.zeros(len(row), dtype=torch.int64),
-        logit_shift=logit_shift,
-    )
-    return rows, torch.from_numpy(weight[rows.row.numpy(), where].astype(np.float64))
+    documents: list[Document] = []
+    reads, weights = [], []
+    for i in range(count)[part]:
+        document, shift = noisy_document(sequences[i], noisy[i, : len(sequences[i])], block_length)
+        column = np.flatnonzero(masked[i])
+        number, step = np.full((len(column), 2), [len(documents), 0]).T
+        reads.append(Reads(number, column + shift, sequences[i][column], step))
+        documents.append(document)
+        weights.append(weight[i, column])
+    return assemble(documents, reads, logit_shift=logit_shift), torch.from_numpy(np.concatenate(weights))
 
 
 def _stratified(count: int, rng: np.random.Generator) -> np.ndarray:

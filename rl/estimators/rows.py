@@ -1,10 +1,16 @@
-"""Rows of tokens to forward, and where in them the recorded decisions are read off."""
+"""Token rows: the documents that are forwarded, and the places in them where decisions are read.
+
+This file is the only one that lays tokens out. An estimator makes documents (one state of a canvas, or
+`[clean | noisy copies of blocks]`) and says what is read of them (`Reads`); `assemble` puts them into rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from rl.estimators.base import Scores
@@ -12,6 +18,7 @@ from rl.estimators.logprob import logprob_and_entropy
 from rollouts.engines.shared import first_of_equal_rows
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.distribution import guided_logits
+from rollouts.trajectory import TokenTrajectory
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -174,3 +181,177 @@ class TokenRows:
             return (document[b, q] == document[b, k]) & ((clean_block[b, k] <= last[b, q]) | own)
 
         return may_see
+
+
+class Document(NamedTuple):
+    """Tokens that may see each other, int64 [W] each; `TokenRows` says what the fields are."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    segment: np.ndarray
+    block: np.ndarray
+
+
+class Reads(NamedTuple):
+    """The decisions of one trajectory.
+
+    Attributes:
+        document: int64 [E], index of the document in which each is read.
+        column: int64 [E], its place in that document.
+        target: int64 [E], the token that was chosen.
+        step: int64 [E].
+        sampler_logprob, weight_factor: float64 [E] or None.
+    """
+
+    document: np.ndarray
+    column: np.ndarray
+    target: np.ndarray
+    step: np.ndarray
+    sampler_logprob: np.ndarray | None = None
+    weight_factor: np.ndarray | None = None
+
+
+def canvas_document(canvas: np.ndarray, block_length: int | None = None) -> Document:
+    """One state of a canvas [L]; `block_length` is the grid of a block-causal model, None under full attention."""
+    positions = np.arange(len(canvas))
+    zeros = np.zeros_like(positions)
+    return Document(canvas, positions, zeros, positions // block_length if block_length else zeros)
+
+
+def block_document(clean: np.ndarray, copies: Sequence[tuple[int, np.ndarray]], block_length: int) -> Document:
+    """`[clean | noisy copies of blocks]`: many states of a block-causal model's canvas, scored in one forward.
+
+    A copy sees itself and the clean blocks before its own. Example with blocks of 2, mask M, two copies of block 1::
+
+        block_document([p, a, b, c], [(1, [b, M]), (1, [M, c])], 2)
+        # input_ids     p a b c  b M  M c
+        # position_ids  0 1 2 3  2 3  2 3
+        # segment       0 0 0 0  1 1  2 2
+        # block         0 0 1 1  1 1  1 1
+
+    Args:
+        clean: int64 [C], from position 0.
+        copies: (index of the block, its tokens [block_length]).
+    """
+    positions = np.arange(len(clean))
+    block = np.repeat(np.array([index for index, _ in copies], dtype=np.int64), block_length)
+    inside = np.tile(np.arange(block_length), len(copies))
+    return Document(
+        np.concatenate([clean, *(tokens for _, tokens in copies)]),
+        np.concatenate([positions, block * block_length + inside]),
+        np.concatenate([np.zeros_like(positions), np.repeat(np.arange(1, len(copies) + 1), block_length)]),
+        np.concatenate([positions // block_length, block]),
+    )
+
+
+def noisy_document(
+    clean: np.ndarray, noisy: np.ndarray, block_length: int | None, first_block: int = 0
+) -> tuple[Document, int]:
+    """A noised canvas [L] as a model sees it in supervised training.
+
+    Args:
+        clean: int64 [L], the canvas without noise.
+        block_length: None under full attention: the noisy canvas alone. Otherwise the clean canvas, and one noisy copy
+            of every block from `first_block` on.
+
+    Returns:
+        the document, and a shift: the noisy token of position p stands in column p + shift.
+    """
+    if block_length is None:
+        return canvas_document(noisy), 0
+    copies = [(b, noisy[b * block_length :][:block_length]) for b in range(first_block, len(noisy) // block_length)]
+    return block_document(clean, copies, block_length), len(clean) - first_block * block_length
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Place documents into rows: the longest first, each into the first row that has room.
+
+    Returns:
+        int64 row and offset of every document. One longer than the capacity has a row of its own.
+    """
+    row, offset = np.zeros((2, len(lengths)), dtype=np.int64)
+    used = np.zeros(0, dtype=np.int64)
+    for index in np.argsort(-np.asarray(lengths), kind="stable"):
+        fits = np.flatnonzero(used + lengths[index] <= capacity)
+        if not len(fits):
+            fits = np.array([len(used)])
+            used = np.append(used, 0)
+        row[index], offset[index] = fits[0], used[fits[0]]
+        used[fits[0]] += lengths[index]
+    return row, offset
+
+
+def assemble(
+    documents: Sequence[Document],
+    reads: Sequence[Reads],
+    trajectories: Sequence[TokenTrajectory] = (),
+    pack_to: int | None = None,
+    logit_shift: int = 0,
+) -> TokenRows:
+    """Lay documents out in rows.
+
+    Args:
+        reads: one entry per trajectory.
+        trajectories: give the sampling distribution and its guidance; without them it is the model's own.
+        pack_to: put several documents into one row while they fit into this many tokens; a longer document has a row
+            of its own. None gives every document a row, right-padded to the longest.
+    """
+
+    def flat(name: str, dtype: type = np.int64) -> Any:
+        parts = [getattr(read, name) for read in reads]
+        return None if parts[0] is None else torch.from_numpy(np.concatenate(parts).astype(dtype))
+
+    lengths = [len(document.input_ids) for document in documents]
+    row, offset = np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64)
+    if pack_to is not None:
+        row, offset = first_fit(lengths, pack_to)
+    shape = (int(row.max()) + 1, int((offset + lengths).max()))
+    # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.
+    layout: dict[str, Any] = {"document": np.full(shape, -1)}
+    layout |= {name: np.zeros(shape, dtype=np.int64) for name in Document._fields}
+    sampler = trajectories[0].sampler if trajectories else {}
+    if sampler.get("cfg_scale"):
+        layout["unprompted"] = np.zeros(shape, dtype=np.int64)
+    owner = np.zeros(len(documents), dtype=np.int64)
+    for index, read in enumerate(reads):
+        owner[read.document] = index
+    for index in np.argsort(offset, kind="stable"):
+        document = documents[index]
+        place = (row[index], slice(offset[index], offset[index] + lengths[index]))
+        layout["document"][place] = layout["document"][row[index]].max() + 1
+        for name, values in document._asdict().items():
+            layout[name][place] = values
+        if "unprompted" in layout:
+            trajectory = trajectories[owner[index]]
+            in_prompt = document.position_ids < trajectory.prompt_length
+            layout["unprompted"][place] = np.where(in_prompt, trajectory.mask_token_id, document.input_ids)
+    at, counts = flat("document"), [len(read.target) for read in reads]
+    layout = {name: torch.from_numpy(values) for name, values in layout.items()}
+    return TokenRows(
+        **layout,
+        row=torch.from_numpy(row)[at],
+        column=torch.from_numpy(offset)[at] + flat("column"),
+        target=flat("target"),
+        trajectory=torch.from_numpy(np.repeat(np.arange(len(reads)), counts)),
+        step=flat("step"),
+        sampler_logprob=flat("sampler_logprob", np.float64),
+        weight_factor=flat("weight_factor", np.float64),
+        logit_shift=logit_shift,
+        **{name: sampler[name] for name in ("temperature", "top_p", "top_k", "cfg_scale") if name in sampler},
+    )
+
+
+def check_sampled(trajectories: Sequence[TokenTrajectory]) -> None:
+    """Raise ValueError unless the trajectories were sampled, all from one kind of distribution."""
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.sampler.get("temperature", 0) == 0:
+            raise ValueError(f"trajectory {index} was decoded greedily: set sampler.temperature > 0 to train on it")
+    if len({tuple(sorted(t.sampler.items())) for t in trajectories}) > 1:
+        raise ValueError("trajectories of one batch must share their sampler settings")
+
+
+def whole_blocks(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:
+    """Trajectories whose canvas ends where a training block does; what is added was never revealed."""
+    if block is None:
+        return trajectories
+    return [replace(t, length=-(-t.length // block) * block) for t in trajectories]

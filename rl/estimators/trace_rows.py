@@ -29,17 +29,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
-import torch
 
-from rl.estimators.rows import TokenRows
+from rl.estimators.rows import (
+    Document,
+    Reads,
+    TokenRows,
+    assemble,
+    block_document,
+    canvas_document,
+    check_sampled,
+    whole_blocks,
+)
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
-
-# Token ids, absolute positions, segments and blocks of one document, int64 of one length.
-Document = tuple[np.ndarray, ...]
 
 
 def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:
@@ -56,19 +60,18 @@ def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> 
 
 
 def _states(
-    trajectory: TokenTrajectory, edits: np.ndarray, reveal: np.ndarray, shrink: int, segments: int | None
+    trajectory: TokenTrajectory, edits: np.ndarray, shrink: int, segments: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Replay some edits: for every merged step that reveals, the canvas before it and its reveals.
 
     Args:
         edits: int64, indices of the edits to replay, ascending.
-        reveal: bool [E], `trajectory.is_reveal`.
 
     Yields:
-        the canvas (the same array, edited in place) and int64 indices of reveals.
+        a copy of the canvas, and int64 indices of reveals.
     """
     canvas = trajectory.canvas_at(0)
-    reveals = edits[reveal[edits]]
+    reveals = edits[trajectory.is_reveal[edits]]
     group = merged_steps(trajectory.step[reveals], shrink, segments)
     bounds = np.searchsorted(group, np.arange(group[-1] + 2 if len(group) else 1))
     done = 0
@@ -77,16 +80,7 @@ def _states(
         new = edits[done:before]
         canvas[trajectory.position[new]] = trajectory.token[new]
         done = before
-        yield canvas, reveals[start:stop]
-
-
-def check_sampled(trajectories: Sequence[TokenTrajectory]) -> None:
-    """Raise ValueError unless the trajectories were sampled, all from one kind of distribution."""
-    for index, trajectory in enumerate(trajectories):
-        if trajectory.sampler.get("temperature", 0) == 0:
-            raise ValueError(f"trajectory {index} was decoded greedily: set sampler.temperature > 0 to train on it")
-    if len({tuple(sorted(t.sampler.items())) for t in trajectories}) > 1:
-        raise ValueError("trajectories of one batch must share their sampler settings")
+        yield canvas.copy(), reveals[start:stop]
 
 
 def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None = None) -> None:
@@ -109,13 +103,6 @@ def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int |
         raise ValueError(f"algorithm.segments {needs}: use tracerl or mdpo on these")
 
 
-def covered(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:
-    """Trajectories whose canvas ends where a training block does; what is added was never revealed."""
-    if block is None:
-        return trajectories
-    return [replace(t, length=-(-t.length // block) * block) for t in trajectories]
-
-
 def trace_rows(
     trajectories: Sequence[TokenTrajectory],
     model: DenoisingModel,
@@ -133,7 +120,7 @@ def trace_rows(
     """
     assert steps is None, "the trace trains every step"
     if model.attention == "block_causal":
-        return packed_rows(covered(trajectories, block), shrink, block, pack_to, segments)
+        return packed_rows(whole_blocks(trajectories, block), shrink, block, pack_to, segments)
     return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments)
 
 
@@ -154,20 +141,15 @@ def remask_rows(
     """
     _check(trajectories, shrink, segments)
     documents: list[Document] = []
-    places = []
+    reads = []
     for trajectory in trajectories:
-        reveal = trajectory.is_reveal
-        positions = np.arange(trajectory.length)
-        segment = np.zeros_like(positions)
-        block = positions // block_length if block_length else segment
-        document, step = np.empty((2, len(reveal)), dtype=np.int64)
-        for index, (canvas, reveals) in enumerate(
-            _states(trajectory, np.arange(len(reveal)), reveal, shrink, segments)
-        ):
+        document, step = np.empty((2, len(trajectory.step)), dtype=np.int64)
+        edits = np.arange(len(trajectory.step))
+        for index, (canvas, reveals) in enumerate(_states(trajectory, edits, shrink, segments)):
             document[reveals], step[reveals] = len(documents), index
-            documents.append((canvas.copy(), positions, segment, block))
-        places.append(np.stack([document, trajectory.position, step]))
-    return _rows_of_reveals(trajectories, documents, places, shrink, segments, pack_to, logit_shift)
+            documents.append(canvas_document(canvas, block_length))
+        reads.append(_reveals(trajectory, document, trajectory.position, step, shrink == 1 and segments is None))
+    return assemble(documents, reads, trajectories, pack_to, logit_shift)
 
 
 def packed_rows(
@@ -190,7 +172,7 @@ def packed_rows(
     """
     _check(trajectories, shrink, segments)
     documents: list[Document] = []
-    places = []
+    reads = []
     for index, trajectory in enumerate(trajectories):
         size = block_length or trajectory.block_length
         if size is None or trajectory.block_origin != 0 or trajectory.length % size:
@@ -198,143 +180,30 @@ def packed_rows(
         block = trajectory.position // size
         if np.any(np.diff(block) < 0):
             raise ValueError("the packed layout needs blocks that are finished one after the other")
-        final = trajectory.final_canvas()
-        clean = (trajectory.length // size - 1) * size
-        ids, positions = [final[:clean]], [np.arange(clean)]
-        copies, blocks = [np.zeros(clean, dtype=np.int64)], [np.arange(clean) // size]
-        column, step = np.empty((2, len(trajectory.step)), dtype=np.int64)
-        width, segment = clean, 0
-        reveal = trajectory.is_reveal
+        clean = trajectory.final_canvas()[:-size]
+        copies: list[tuple[int, np.ndarray]] = []
+        column, step = np.empty((2, len(block)), dtype=np.int64)
         for b in np.unique(block):
-            inside = np.arange(b * size, (b + 1) * size)
             # Before a block's first edit it holds what the initial canvas does: prompt and masks.
-            for canvas, reveals in _states(trajectory, np.flatnonzero(block == b), reveal, shrink, segments):
-                step[reveals] = segment
-                segment += 1
-                ids.append(canvas[inside].copy())
-                positions.append(inside)
-                copies.append(np.full(size, segment))
-                blocks.append(np.full(size, b))
-                column[reveals] = width + trajectory.position[reveals] - b * size
-                width += size
-        documents.append(tuple(np.concatenate(x) for x in (ids, positions, copies, blocks)))
-        places.append(np.stack([np.full_like(column, index), column, step]))
-    return _rows_of_reveals(trajectories, documents, places, shrink, segments, pack_to)
+            for canvas, reveals in _states(trajectory, np.flatnonzero(block == b), shrink, segments):
+                step[reveals] = len(copies)
+                column[reveals] = len(clean) + len(copies) * size + trajectory.position[reveals] - b * size
+                copies.append((b, canvas[b * size : (b + 1) * size]))
+        documents.append(block_document(clean, copies, size))
+        document = np.full(len(block), index)
+        reads.append(_reveals(trajectory, document, column, step, shrink == 1 and segments is None))
+    return assemble(documents, reads, trajectories, pack_to)
 
 
-def _rows_of_reveals(
-    trajectories: Sequence[TokenTrajectory],
-    documents: Sequence[Document],
-    places: Sequence[np.ndarray],
-    shrink: int,
-    segments: int | None,
-    pack_to: int | None,
-    logit_shift: int = 0,
-) -> TokenRows:
-    """Rows that score every token a trajectory revealed.
+def _reveals(
+    trajectory: TokenTrajectory, document: np.ndarray, column: np.ndarray, step: np.ndarray, exact: bool
+) -> Reads:
+    """The tokens that a trajectory revealed, as decisions.
 
     Args:
-        places: int64 [3, E] per trajectory: document of each edit, column in it, merged step; read at reveals alone.
-
-    Returns:
-        rows that know the sampler's log-probs, unless merged steps score other states than it sampled in, or it gave
-        none.
+        document, column, step: int64 [E], place and merged step of each edit; read at reveals alone.
+        exact: they are scored in the states in which the sampler chose them.
     """
-    reveals = [t.is_reveal for t in trajectories]
-    owners, columns, steps = (
-        [place[i][reveal] for place, reveal in zip(places, reveals, strict=True)] for i in range(3)
-    )
-    targets, recorded = (
-        [getattr(t, name)[reveal] for t, reveal in zip(trajectories, reveals, strict=True)]
-        for name in ("token", "logprob")
-    )
-    exact = shrink == 1 and segments is None and all(t.detail == "logprobs" for t in trajectories)
-    return assemble(
-        trajectories, documents, owners, columns, targets, steps, pack_to, logit_shift,
-        sampler_logprob=np.concatenate(recorded) if exact else None,
-    )  # fmt: skip
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Place documents into rows: the longest first, each into the first row that has room.
-
-    Returns:
-        int64 row and offset of every document. One longer than the capacity has a row of its own.
-    """
-    row, offset = np.zeros((2, len(lengths)), dtype=np.int64)
-    used = np.zeros(0, dtype=np.int64)
-    for index in np.argsort(-np.asarray(lengths), kind="stable"):
-        fits = np.flatnonzero(used + lengths[index] <= capacity)
-        if not len(fits):
-            fits = np.array([len(used)])
-            used = np.append(used, 0)
-        row[index], offset[index] = fits[0], used[fits[0]]
-        used[fits[0]] += lengths[index]
-    return row, offset
-
-
-def assemble(
-    trajectories: Sequence[TokenTrajectory],
-    documents: Sequence[Document],
-    owners: list[np.ndarray],
-    columns: list[np.ndarray],
-    targets: list[np.ndarray],
-    steps: list[np.ndarray],
-    pack_to: int | None,
-    logit_shift: int = 0,
-    sampler_logprob: np.ndarray | None = None,
-    weight_factor: np.ndarray | None = None,
-) -> TokenRows:
-    """Lay documents out in rows and put the per-trajectory pieces together as tensors.
-
-    Args:
-        owners, columns: document of each decision, and its place inside it.
-        sampler_logprob, weight_factor: [N], see `TokenRows`.
-    """
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-
-    lengths = [len(document[0]) for document in documents]
-    if pack_to is None:
-        row, offset = np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64)
-    else:
-        row, offset = first_fit(lengths, pack_to)
-    shape = (int(row.max()) + 1, int((offset + lengths).max()))
-    ids, positions, segment, block = layout = [np.zeros(shape, dtype=np.int64) for _ in range(4)]
-    # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.
-    document = np.full(shape, -1, dtype=np.int64)
-    prompt = np.zeros(shape, dtype=np.int64)
-    prompt_lengths = np.zeros(len(documents), dtype=np.int64)
-    for trajectory, own in zip(trajectories, owners, strict=True):
-        prompt_lengths[own] = trajectory.prompt_length
-    in_row = np.zeros(shape[0], dtype=np.int64)
-    for index in np.argsort(offset, kind="stable"):
-        place = (row[index], slice(offset[index], offset[index] + lengths[index]))
-        for into, values in zip(layout, documents[index], strict=True):
-            into[place] = values
-        document[place] = in_row[row[index]]
-        prompt[place] = prompt_lengths[index]
-        in_row[row[index]] += 1
-    owner = np.concatenate(owners)
-    counts = [len(target) for target in targets]
-    cfg_scale = trajectories[0].sampler.get("cfg_scale", 0.0)
-    unprompted = np.where(positions < prompt, trajectories[0].mask_token_id, ids) if cfg_scale else None
-    return TokenRows(
-        input_ids=tensor(ids),
-        position_ids=tensor(positions),
-        document=tensor(document),
-        segment=tensor(segment),
-        block=tensor(block),
-        row=tensor(row[owner]),
-        column=tensor(offset[owner] + np.concatenate(columns)),
-        target=tensor(np.concatenate(targets)),
-        trajectory=tensor(np.repeat(np.arange(len(counts)), counts)),
-        step=tensor(np.concatenate(steps)),
-        sampler_logprob=None if sampler_logprob is None else torch.from_numpy(sampler_logprob.astype(np.float64)),
-        weight_factor=None if weight_factor is None else torch.from_numpy(weight_factor.astype(np.float64)),
-        unprompted=None if unprompted is None else tensor(unprompted),
-        cfg_scale=cfg_scale,
-        logit_shift=logit_shift,
-        **{k: trajectories[0].sampler[k] for k in ("temperature", "top_p", "top_k")},
-    )
+    reveal = trajectory.is_reveal
+    logprob = trajectory.logprob[reveal] if exact and trajectory.detail == "logprobs" else None
+    return Reads(document[reveal], column[reveal], trajectory.token[reveal], step[reveal], logprob)

@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl.estimators.rows import TokenRows
-from rl.estimators.trace_rows import Document, assemble, check_sampled
+from rl.estimators.rows import Document, Reads, TokenRows, assemble, canvas_document, check_sampled
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -99,7 +98,7 @@ def x0_rows(
     if steps is None:
         steps = [np.arange(t.num_steps) < (num_steps or t.num_steps) for t in trajectories]
     documents: list[Document] = []
-    owners, columns, values, places, recorded, shares = [], [], [], [], [], []
+    reads = []
     for trajectory, chosen in zip(trajectories, steps, strict=True):
         assert trajectory.x0_hat is not None and trajectory.x0_logprob is not None
         assert trajectory.x0_confidence is not None
@@ -107,18 +106,11 @@ def x0_rows(
         at = [x0_targets(trajectory, int(step), targets) for step in wanted]
         sizes = np.array([len(a) for a in at])
         step, column = np.repeat(wanted, sizes), np.concatenate([*at, np.zeros(0, dtype=np.int64)])
-        owners.append(np.repeat(len(documents) + np.arange(len(wanted)), sizes))
-        positions = np.arange(trajectory.length)
-        zeros = np.zeros_like(positions)
-        documents += [(trajectory.canvas_at(int(s)), positions, zeros, zeros) for s in wanted]
-        columns.append(column)
-        places.append(step)
-        values.append(trajectory.x0_hat[step, column])
-        recorded.append(trajectory.x0_logprob[step, column])
-        divisor = np.repeat(sizes, sizes) * min(num_steps or len(wanted), trajectory.num_steps)
-        share = sizes.sum() / divisor
-        shares.append(share * trajectory.x0_confidence[step, column] if confidence else share)
-    return assemble(
-        trajectories, documents, owners, columns, values, places, None, model.logit_shift,
-        sampler_logprob=np.concatenate(recorded), weight_factor=np.concatenate(shares),
-    )  # fmt: skip
+        document = np.repeat(len(documents) + np.arange(len(wanted)), sizes)
+        documents += [canvas_document(trajectory.canvas_at(int(s))) for s in wanted]
+        factor = sizes.sum() / (np.repeat(sizes, sizes) * min(num_steps or len(wanted), trajectory.num_steps))
+        if confidence:
+            factor = factor * trajectory.x0_confidence[step, column]
+        token, logprob = trajectory.x0_hat[step, column], trajectory.x0_logprob[step, column]
+        reads.append(Reads(document, column, token, step, logprob, factor))
+    return assemble(documents, reads, trajectories, logit_shift=model.logit_shift)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl.estimators.rows import TokenRows
+from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document
 from rollouts.model_protocol import DenoisingModel
 
 Ids = Sequence[int]
@@ -164,46 +164,18 @@ def _rows(
         rows, weight float64 [N], and for every decision the job and region it belongs to.
     """
     block = model.block_length if model.attention == "block_causal" else None
-    parts, decisions, owner, weight = [], [], [], []
+    documents, reads, weights, owner = [], [], [], []
     for row, (text, k) in enumerate(jobs):
+        pattern = text.patterns[k]
+        masked = np.concatenate([np.zeros(0, dtype=np.int64), *(places for places, _ in pattern)])
+        sizes = [len(places) for places, _ in pattern]
         noisy = text.canvas.copy()
-        for masked, _ in text.patterns[k]:
-            noisy[masked] = model.mask_token_id
-        positions = np.arange(len(noisy))
-        blocks = positions // block if block else np.zeros_like(positions)
-        segment = np.zeros_like(positions)
-        offset = 0
-        ids = noisy
-        if block:
-            first = text.regions[0][0] // block * block if text.regions else len(noisy)
-            offset = len(noisy) - first
-            ids = np.concatenate([text.canvas, noisy[first:]])
-            segment = np.concatenate([segment, blocks[first:] + 1])
-            positions, blocks = (np.concatenate([x, x[first:]]) for x in (positions, blocks))
-        parts.append((ids, positions, segment, blocks))
-        for region, (masked, factor) in enumerate(text.patterns[k]):
-            decisions += [(row, place + offset, text.canvas[place]) for place in masked]
-            owner += [(row, region)] * len(masked)
-            weight += [factor] * len(masked)
-    width = max(len(part[0]) for part in parts)
-    layout = np.zeros((4, len(parts), width), dtype=np.int64)
-    document = np.full((len(parts), width), -1, dtype=np.int64)
-    for row, part in enumerate(parts):
-        layout[:, row, : len(part[0])] = part
-        document[row, : len(part[0])] = 0
-    input_ids, position_ids, segments, block_ids = (torch.from_numpy(x) for x in layout)
-    row_of, column, target = torch.tensor(decisions, dtype=torch.int64).reshape(-1, 3).T
-    rows = TokenRows(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        document=torch.from_numpy(document),
-        segment=segments,
-        block=block_ids,
-        row=row_of,
-        column=column,
-        target=target,
-        trajectory=row_of,
-        step=torch.zeros_like(row_of),
-        logit_shift=model.logit_shift,
-    )
-    return rows, np.array(weight), owner
+        noisy[masked] = model.mask_token_id
+        first = text.regions[0][0] // block if block and text.regions else 0
+        document, shift = noisy_document(text.canvas, noisy, block, first)
+        documents.append(document)
+        number, step = np.full((len(masked), 2), [row, 0]).T
+        reads.append(Reads(number, masked + shift, text.canvas[masked], step))
+        weights.append(np.repeat([factor for _, factor in pattern], sizes))
+        owner += [(row, region) for region, size in enumerate(sizes) for _ in range(size)]
+    return assemble(documents, reads, logit_shift=model.logit_shift), np.concatenate(weights), owner
