@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from rl.registry import options_class, parse_options
+from rl.registry import parse_recipe, recipe_class
 from rl.sections import (
     AlignConfig,
     CheckpointConfig,
@@ -72,7 +72,7 @@ class Config(Section):
     @classmethod
     def _recipe(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return parse_options(value)
+            return parse_recipe(value)
         if not isinstance(value, BaseModel):
             raise ValueError(f"algorithm is {value!r}: it holds options, set the recipe's name in algorithm.name")
         return value
@@ -201,7 +201,7 @@ def _section(path: Sequence[Any], raw: dict[str, Any]) -> type[BaseModel] | None
     """The class that holds the keys under `path`; recipe and task decide for `algorithm` and `sampler`."""
     section: Any = Config
     if path and path[0] == "algorithm":
-        section, path = options_class(raw["algorithm"]), path[1:]
+        section, path = recipe_class(raw["algorithm"]), path[1:]
     elif path and path[0] == "sampler":
         section, path = _modality(raw).Options, path[1:]
     for part in path:

@@ -62,28 +62,28 @@ RECIPES = Table(
     "algorithm.name",
     "denoise_rl.recipes",
     {
-        "alignprop": "rl.recipes.alignprop:AlignPropOptions",
-        "b2_diffurl": "rl.recipes.b2_diffurl:B2DiffuRLOptions",
-        "branch_grpo": "rl.recipes.branch_grpo:BranchGrpoOptions",
-        "ddpo": "rl.recipes.ddpo:DdpoOptions",
-        "diffusion_nft": "rl.recipes.diffusion_nft:DiffusionNftOptions",
-        "dpok": "rl.recipes.ddpo:DpokOptions",
-        "find": "rl.recipes.find:FindOptions",
-        "flow_grpo": "rl.recipes.flow_grpo:FlowGrpoOptions",
-        "ctrl": "rl.recipes.ctrl:CtrlOptions",
-        "drakes": "rl.recipes.drakes:DrakesOptions",
-        "tracerl": "rl.recipes.tracerl:TraceRLOptions",
-        "mdpo": "rl.recipes.mdpo:MDPOOptions",
-        "diffu_grpo": "rl.recipes.diffu_grpo:DiffuGRPOOptions",
-        "coupled_grpo": "rl.recipes.coupled_grpo:CoupledGRPOOptions",
-        "unigrpo": "rl.recipes.unigrpo:UniGRPOOptions",
-        "wd1": "rl.recipes.wd1:WD1Options",
-        "spg": "rl.recipes.spg:SPGOptions",
-        "espo": "rl.recipes.espo:ESPOOptions",
-        "gdsd": "rl.recipes.gdsd:GDSDOptions",
-        "d2_stepmerge": "rl.recipes.d2_stepmerge:D2StepMergeOptions",
-        "cj_grpo": "rl.recipes.cj_grpo:CJGRPOOptions",
-        "justgrpo": "rl.recipes.justgrpo:JustGRPOOptions",
+        "alignprop": "rl.recipes.alignprop:AlignProp",
+        "b2_diffurl": "rl.recipes.b2_diffurl:B2DiffuRL",
+        "branch_grpo": "rl.recipes.branch_grpo:BranchGRPO",
+        "ddpo": "rl.recipes.ddpo:DDPO",
+        "diffusion_nft": "rl.recipes.diffusion_nft:DiffusionNFT",
+        "dpok": "rl.recipes.ddpo:DPOK",
+        "find": "rl.recipes.find:FIND",
+        "flow_grpo": "rl.recipes.flow_grpo:FlowGRPO",
+        "ctrl": "rl.recipes.ctrl:CTRL",
+        "drakes": "rl.recipes.drakes:DRAKES",
+        "tracerl": "rl.recipes.tracerl:TraceRL",
+        "mdpo": "rl.recipes.mdpo:MDPO",
+        "diffu_grpo": "rl.recipes.diffu_grpo:DiffuGRPO",
+        "coupled_grpo": "rl.recipes.coupled_grpo:CoupledGRPO",
+        "unigrpo": "rl.recipes.unigrpo:UniGRPO",
+        "wd1": "rl.recipes.wd1:WD1",
+        "spg": "rl.recipes.spg:SPG",
+        "espo": "rl.recipes.espo:ESPO",
+        "gdsd": "rl.recipes.gdsd:GDSD",
+        "d2_stepmerge": "rl.recipes.d2_stepmerge:D2StepMerge",
+        "cj_grpo": "rl.recipes.cj_grpo:CJGRPO",
+        "justgrpo": "rl.recipes.justgrpo:JustGRPO",
     },
 )
 
@@ -120,8 +120,8 @@ FAMILIES = Table(
 DEFAULT = "tracerl"
 
 
-def options_class(raw: Mapping[str, Any]) -> Any:
-    """The options of the recipe that an `algorithm` section names.
+def recipe_class(raw: Mapping[str, Any]) -> Any:
+    """The class of the recipe that an `algorithm` section names.
 
     Raises:
         ValueError: no such recipe.
@@ -129,10 +129,13 @@ def options_class(raw: Mapping[str, Any]) -> Any:
     return RECIPES.resolve(raw.get("name", DEFAULT))
 
 
-def parse_options(raw: Mapping[str, Any]) -> Any:
-    """Validate an `algorithm` section: `name` (a name of `RECIPES`, or an address) and its options.
+def parse_recipe(raw: Mapping[str, Any]) -> Any:
+    """The recipe of an `algorithm` section: `name` (a name of `RECIPES`, an address, or a class) and its options.
 
     Raises:
         ValueError: no such recipe, or an option that it does not have or that is out of range.
     """
-    return options_class(raw).model_validate({**raw, "name": raw.get("name", DEFAULT)})
+    name = raw.get("name", DEFAULT)
+    # A class knows its own name.
+    options = {**raw, "name": name} if isinstance(name, str) else {key: raw[key] for key in raw if key != "name"}
+    return recipe_class(raw).model_validate(options)

@@ -226,7 +226,7 @@ def test_updates_raise_the_reward_of_the_very_images(tmp_path: Path) -> None:
     arguments = image_config(tmp_path, *ALIGNPROP, "algorithm.alpha=0.0", "train.optimizer.warmup_steps=0", reward)
     config = load_config(arguments[1], [*arguments[2:], "train.optimizer.lr=0.01"])
     with Run.open(config, write=False) as run:
-        updater = RewardGradientUpdater(run, config.algorithm.build(), 3)
+        updater = RewardGradientUpdater(run, config.algorithm, 3)
         rewards = [updater.step(0).metrics["reward/mean"] for _ in range(4)]
     assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.003
 

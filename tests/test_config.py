@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rl.config import Config, load_config, option_help, save_config
-from rl.recipes import RECIPES
+from rl.registry import RECIPES
 from rl.train.memory import memory_lines
 from rl.train.plan import check_run, plan_lines
 from rollouts.samplers.latent_options import LatentSamplerOptions

@@ -16,8 +16,8 @@ from rl.advantages import group_softmax
 from rl.batch import DecisionBatch
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import weighted_sum
-from rl.recipes import parse_options
-from rl.recipes.drakes import DrakesOptions
+from rl.recipes.drakes import DRAKES
+from rl.registry import parse_recipe
 from rl.sections import TrainConfig
 from rl.train.reward_gradient import GradientSegment, RewardGradientUpdater
 from rollouts.samplers.options import SamplerOptions
@@ -48,7 +48,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def log_ratio_of(world: World, reference: TabularModel) -> torch.Tensor:
-    recipe = DrakesOptions(gradient="score_function").build()
+    recipe = DRAKES(gradient="score_function")
     rows = recipe.rows(world.trajectories, world.model, None, None)
     with torch.no_grad():
         ratio = rows.sampler_logprob - rows.score(reference).logprob
@@ -56,7 +56,7 @@ def log_ratio_of(world: World, reference: TabularModel) -> torch.Tensor:
 
 
 def gradient_of(world: World, advantage: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
-    recipe = DrakesOptions(**options).build()
+    recipe = DRAKES(**options)
     rows = recipe.rows(world.trajectories, world.model, None, None).distinct()
     logprob, entropy, *_ = rows.score(world.model)
     batch = DecisionBatch(
@@ -83,7 +83,7 @@ def test_the_score_function_gradient_is_the_gradient_of_the_objective(world: Wor
     torch.testing.assert_close(path.detach(), log_ratio)
     (exact,) = torch.autograd.grad((p * (reward - ALPHA * path)).sum(), [world.model.table], retain_graph=True)
     verdicts = Verdicts(reward, torch.zeros(len(reward), dtype=torch.int64), log_ratio=log_ratio)
-    advantage = DrakesOptions(gradient="score_function", alpha=ALPHA).advantage(verdicts)
+    advantage = DRAKES(gradient="score_function", alpha=ALPHA).advantage(verdicts)
     torch.testing.assert_close(advantage, (reward - ALPHA * log_ratio) - (reward - ALPHA * log_ratio).mean())
     ours = -gradient_of(world, advantage, p.detach(), gradient="score_function", alpha=ALPHA)
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
@@ -123,7 +123,7 @@ def test_the_regression_pulls_to_the_tilted_law(world: World) -> None:
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
     # On samples the same weights come from the group alone, up to a factor: a softmax at temperature alpha.
     verdicts = Verdicts(reward, torch.zeros(len(reward), dtype=torch.int64), log_ratio=log_ratio)
-    weight = DrakesOptions(**options).advantage(verdicts)
+    weight = DRAKES(**options).advantage(verdicts)
     torch.testing.assert_close(weight / weight.sum(), target / p.detach() / (target / p.detach()).sum())
     assert float(weight.mean()) == pytest.approx(1.0)
 
@@ -142,8 +142,7 @@ def test_sampled_updates_reach_the_tilted_law(gradient: str) -> None:
 
     law, reward_table = table()
     reference, policy = TabularModel(2, 3).become(law), TabularModel(2, 3).become(law)
-    options = DrakesOptions(gradient=gradient, alpha=ALPHA)  # type: ignore[arg-type]
-    recipe = options.build()
+    recipe = DRAKES(gradient=gradient, alpha=ALPHA)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=100)
     sampler = SamplerOptions(gen_length=3, num_inference_steps=3, score="random")
@@ -286,4 +285,4 @@ def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
         ({"relaxed": {"relaxed_step": 3}}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValidationError, match=message):
-            parse_options({"name": "drakes", **raw})
+            parse_recipe({"name": "drakes", **raw})

@@ -17,7 +17,7 @@ import torch
 from rl.advantages import group_advantage
 from rl.batch import DecisionBatch
 from rl.losses.aggregate import decision_weights, weighted_sum
-from rl.recipes.tracerl import TraceRLOptions
+from rl.recipes.tracerl import TraceRL
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.distribution import sampling_logprobs
@@ -140,7 +140,7 @@ def loss_of(
     model: Any, trajectories: list[TokenTrajectory], advantage: torch.Tensor, weight: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """What an update minimises: the recipe's rows and loss, then the weighted sum over decisions."""
-    recipe = TraceRLOptions(**options).build()
+    recipe = TraceRL(**options)
     rows = recipe.rows(trajectories, model, None).distinct()
     logprob, entropy, *_ = rows.score(model)
     recorded = torch.from_numpy(np.concatenate([t.logprob for t in trajectories]))

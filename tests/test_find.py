@@ -17,7 +17,7 @@ from rl.estimators.initial_noise import initial_noise_rows
 from rl.losses.aggregate import weighted_sum
 from rl.models.class_policy import new_policy
 from rl.models.noise_policy import NoisePolicy
-from rl.recipes.find import FindOptions
+from rl.recipes.find import FIND
 from rollouts.engines.base import SampleRequest
 from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import load_latents, save_latents
@@ -92,8 +92,7 @@ def test_the_gradient_is_that_of_the_expected_reward_and_the_kl() -> None:
         )
         for x, p in zip(starts, density, strict=True)
     ]
-    options = FindOptions(kl_coef=0.3)
-    recipe = options.build()
+    recipe = FIND(kl_coef=0.3)
     rows: Any = recipe.rows(trajectories, policy, None, None)
     rows.set_anchor(NoisePolicy(base, ["x"], "nowhere").double())
     logprob, entropy, kl = rows.score(policy)[:3]

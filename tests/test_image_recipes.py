@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,16 @@ import torch
 
 from rl.advantages import extremes, node_advantage
 from rl.batch import DecisionBatch
+from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.estimators.forward_process import forward_rows
 from rl.prompt_history import PromptHistory
-from rl.recipes import RECIPES, parse_options
-from rl.recipes.b2_diffurl import B2DiffuRLOptions
-from rl.recipes.ddpo import DdpoOptions
-from rl.recipes.diffusion_nft import DiffusionNftOptions
-from rl.recipes.image_options import ImageRecipeOptions, Note, branch_of, note
+from rl.recipes.b2_diffurl import B2DiffuRL
+from rl.recipes.branch_grpo import BranchGRPO
+from rl.recipes.ddpo import DDPO
+from rl.recipes.diffusion_nft import DiffusionNFT
+from rl.recipes.images import ImageRecipe, Note, branch_of
+from rl.registry import RECIPES, parse_recipe
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.image_models import FLOW, rollouts, tiny_policy
 
@@ -33,6 +36,11 @@ def verdicts(reward: Sequence[float], notes: Sequence[Note], group: Sequence[int
     return Verdicts(tensor(*reward), torch.tensor(group), notes=notes, rl_step=rl_step)
 
 
+def advantage_of(recipe: ImageRecipe, seen: Verdicts) -> torch.Tensor:
+    """Of the first step of a run."""
+    return recipe.advantage(replace(seen, memory=recipe.memory()))
+
+
 def tree(prompt: str, root: int, count: int, split: int, num_steps: int = 4, sure: int = 0) -> list[Note]:
     """Leaves of one tree that branches before step `split`; the last `sure` steps have no density."""
     decides = tuple(step < num_steps - sure for step in range(num_steps))
@@ -44,22 +52,21 @@ def tree(prompt: str, root: int, count: int, split: int, num_steps: int = 4, sur
 
 def test_the_published_interval_schedule() -> None:
     """Remaining steps of 20: 14 for stages 0-14, then 15: 15-28, 16: 29-42, 17: 43-57, 18: 58-71, 19: 72-85, 20."""
-    options = B2DiffuRLOptions(interval_steps=100)
+    options = B2DiffuRL(interval_steps=100)
     lengths = [20 - options.first_step(stage, 20) for stage in range(100)]
     assert [lengths.count(n) for n in range(14, 21)] == [15, 14, 14, 15, 14, 14, 14]
     assert lengths == sorted(lengths)
     assert 20 - options.first_step(500, 20) == 20
-    assert B2DiffuRLOptions(progressive=False).first_step(0, 20) == 0
+    assert B2DiffuRL(progressive=False).first_step(0, 20) == 0
     # Fewer steps than the first interval: all of them from the start.
     assert options.first_step(0, 10) == 0
 
 
 def test_the_branch_point_is_where_the_interval_begins() -> None:
-    recipe = B2DiffuRLOptions(interval_steps=100).build()
-    assert recipe.splits is not None
-    assert [recipe.splits(stage) for stage in (0, 15, 99)] == [[(6, 5)], [(5, 5)], [(0, 5)]]
-    plain = B2DiffuRLOptions(branches=1, selection="all").build()
-    assert plain.splits is not None and plain.splits(0) == []
+    recipe = B2DiffuRL(interval_steps=100)
+    assert [recipe.branch_points(stage) for stage in (0, 15, 99)] == [[(6, 5)], [(5, 5)], [(0, 5)]]
+    plain = B2DiffuRL(branches=1, selection="all")
+    assert plain.branch_points(0) == []
 
 
 def test_extremes() -> None:
@@ -96,11 +103,10 @@ def test_a_history_goes_on_where_it_was_saved() -> None:
 
 
 def test_b2_trains_the_extremes_of_a_branch_point_on_the_interval() -> None:
-    options = B2DiffuRLOptions(num_steps=4, branches=3, first_interval=2, interval_steps=10)
-    recipe = options.build()
+    recipe = B2DiffuRL(num_steps=4, branches=3, first_interval=2, interval_steps=10)
     notes = tree("a", 1, 3, split=2, sure=1) + tree("a", 2, 3, split=2, sure=1)
     # Mean 2, standard deviation sqrt(2): z = -1.41, 0, 1.41, then -0.71, 0.71, 0.
-    advantage = recipe.advantage(verdicts([0, 2, 4, 1, 3, 2], notes, [0, 0, 0, 1, 1, 1]))
+    advantage = advantage_of(recipe, verdicts([0, 2, 4, 1, 3, 2], notes, [0, 0, 0, 1, 1, 1]))
     z = torch.tensor([-2.0, 2.0, -1.0, 1.0], dtype=torch.float64) / 2**0.5
     expected = torch.full((6, 4), NAN, dtype=torch.float64)
     # Steps 0 and 1 are shared, step 3 is sure: step 2 alone is trained.
@@ -109,9 +115,9 @@ def test_b2_trains_the_extremes_of_a_branch_point_on_the_interval() -> None:
 
 
 def test_the_branch_advantage_compares_within_the_branch_point() -> None:
-    options = B2DiffuRLOptions(num_steps=4, branches=2, first_interval=2, advantage="branch", selection="all")
+    recipe = B2DiffuRL(num_steps=4, branches=2, first_interval=2, compare="branch", selection="all")
     notes = tree("a", 1, 2, split=2) + tree("a", 2, 2, split=2)
-    advantage = options.build().advantage(verdicts([10, 12, 0, 2], notes, [0, 0, 0, 0]))
+    advantage = advantage_of(recipe, verdicts([10, 12, 0, 2], notes, [0, 0, 0, 0]))
     assert advantage[:, :2].isnan().all()
     # Both pairs differ by 2: deviation 1 over (standard deviation 1 + 0.1), however different the pairs are.
     torch.testing.assert_close(advantage[:, 2:], tensor(-1, 1, -1, 1)[:, None].expand(4, 2) / 1.1)
@@ -120,16 +126,16 @@ def test_the_branch_advantage_compares_within_the_branch_point() -> None:
 def test_ddpo_trains_every_step_and_with_backward_progress_the_last_ones() -> None:
     notes = tree("a", 1, 2, split=0)
     both = verdicts([0, 1], notes, [0, 0])
-    everywhere = DdpoOptions(min_count=2).build().advantage(both)
+    everywhere = advantage_of(DDPO(min_count=2), both)
     torch.testing.assert_close(everywhere, tensor(-1, 1)[:, None].expand(2, 4) / 2**0.5)
-    late = DdpoOptions(min_count=2, progressive=True, first_interval=3, interval_steps=10).build().advantage(both)
+    late = advantage_of(DDPO(min_count=2, progressive=True, first_interval=3, interval_steps=10), both)
     assert late[:, 0].isnan().all()
     torch.testing.assert_close(late[:, 1:], everywhere[:, 1:])
 
 
 def test_advantages_are_clamped() -> None:
     notes = tree("a", 1, 30, split=0)
-    advantage = DdpoOptions(advantage_clip=2.0).build().advantage(verdicts([0.0] * 29 + [1.0], notes, [0] * 30))
+    advantage = advantage_of(DDPO(advantage_clip=2.0), verdicts([0.0] * 29 + [1.0], notes, [0] * 30))
     assert advantage.max() == 2
 
 
@@ -142,13 +148,13 @@ def test_node_advantage() -> None:
 
 
 def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
-    options = parse_options({"name": "branch_grpo", "splits": [1, 3]})
+    recipe = BranchGRPO(branch_steps=[1, 3])
     trajectories = rollouts(
         tiny_policy(), LatentSamplerOptions(num_inference_steps=5, min_std=0), count=1, splits=((1, 2), (3, 2))
     )
-    notes = [note(t) for t in trajectories]
-    advantage = options.build().advantage(verdicts([0, 2, 2, 8], notes, [0, 0, 0, 0]))
-    # Nothing differs before the first split. Below it two nodes, of mean 1 and 5; below the second every leaf.
+    notes = [recipe.note(t) for t in trajectories]
+    advantage = recipe.advantage(verdicts([0, 2, 2, 8], notes, [0, 0, 0, 0]))
+    # Nothing differs before the first branch point. Below it two nodes, of mean 1 and 5; below the second every leaf.
     assert advantage[:, 0].isnan().all()
     expected = tensor(-2, -2, 2, 2) / (2 + 1e-4)
     torch.testing.assert_close(advantage[:, 1:3], expected[:, None].expand(4, 2))
@@ -159,14 +165,14 @@ def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
 def test_notes_of_real_trajectories_tell_branch_points_apart() -> None:
     options = LatentSamplerOptions(num_inference_steps=5)
     trajectories = rollouts(tiny_policy(), options, count=2, splits=((2, 3),))
-    seen = verdicts([0.0] * 6, [note(t) for t in trajectories], [0] * 3 + [1] * 3)
+    seen = verdicts([0.0] * 6, [DDPO().note(t) for t in trajectories], [0] * 3 + [1] * 3)
     assert branch_of(seen, 2).tolist() == [0, 0, 0, 1, 1, 1]
     assert branch_of(seen, 3).tolist() == [0, 1, 2, 3, 4, 5]
     assert len({n.prompt for n in seen.notes}) == 2
 
 
 def test_the_exact_kl_enters_the_loss() -> None:
-    loss = DdpoOptions(kl_to="reference", kl_coef=0.5).build().loss
+    loss = DDPO(kl_to="reference", kl_coef=0.5).loss
     zeros = torch.zeros(2, dtype=torch.float64)
     batch = DecisionBatch(zeros, zeros, zeros, None, zeros, zeros + 0.5, kl=tensor(1.0, 3.0))
     torch.testing.assert_close(loss(batch).loss, tensor(0.5, 1.5))
@@ -187,7 +193,7 @@ def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: di
     positive = scores.logprob
     advantage = tensor(10, 10, 0, 0, -2, -2)  # r = 1, 1, 1/2, 1/2, 0.3, 0.3
     batch = DecisionBatch(positive, positive * 0, positive, None, advantage, positive * 0 + 1, negative=scores.negative)
-    recipe = DiffusionNftOptions(beta=0.3).build()
+    recipe = DiffusionNFT(beta=0.3)
     (gradient,) = torch.autograd.grad(recipe.loss(batch).loss.sum(), prediction)
     error = prediction.detach() - rows.sample
     factor = tensor(1, 1, 0, 0, -0.4, -0.4) * 2 / 9 / error.flatten(1).abs().mean(1)
@@ -208,11 +214,13 @@ def test_the_forward_process_draws_anew_every_pass_and_from_seeds_alone() -> Non
     [
         ({"name": "b2_diffurl", "branches": 1}, "algorithm.branches 1 leaves nothing to compare"),
         ({"name": "ddpo", "kl_coef": 0.1}, "algorithm.kl_coef does nothing"),
+        ({"name": "branch_grpo", "splits": [1]}, "algorithm.splits is called algorithm.branch_steps now"),
+        ({"name": "b2_diffurl", "advantage": "branch"}, "algorithm.advantage is called algorithm.compare now"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_options(options)
+        parse_recipe(options)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +233,12 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 )
 def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps: int, group: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_options(options).check_sampler(steps, group)  # type: ignore[attr-defined]
+        chosen = ["task.name=digits", f"sampler.num_inference_steps={steps}", f"train.group_size={group}"]
+        parse_recipe(options).check(load_config(None, chosen))
 
 
 def test_every_image_recipe_says_so() -> None:
-    images = {n for n in RECIPES.known if issubclass(type(parse_options({"name": n})), ImageRecipeOptions)}
+    images = {n for n in RECIPES.known if issubclass(type(parse_recipe({"name": n})), ImageRecipe)}
     assert images == {"b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "find", "flow_grpo"}
-    modality = {n: parse_options({"name": n}).modality for n in RECIPES.known}
+    modality = {n: parse_recipe({"name": n}).modality for n in RECIPES.known}
     assert {n for n in RECIPES.known if modality[n] == "images"} == images | {"alignprop"}

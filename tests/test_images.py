@@ -64,7 +64,7 @@ RUNS = {
         "sampler.guidance_scale=2.0",
     ],
     "diffusion_nft": ["algorithm={name: diffusion_nft, num_draws: 3}", "sampler.eta=0.0"],
-    "branch_grpo": ["algorithm={name: branch_grpo, splits: [1, 3]}"],
+    "branch_grpo": ["algorithm={name: branch_grpo, branch_steps: [1, 3]}"],
 }
 
 

@@ -252,7 +252,7 @@ def test_remasking_decoding_is_trained_as_it_decodes(tmp_path: Path) -> None:
     check_run(config)
     with Run.open(config) as opened:
         train(opened)
-        rollouts = RolloutSource(opened).sample(2, 0, step_rewards=True)
+        rollouts = RolloutSource(opened).sample(2, 0)
         rows = x0_rows(rollouts.trajectories, opened.model, None)
         with torch.no_grad():
             gap = (rows.score(opened.model).logprob - rows.sampler_logprob).abs()
@@ -270,7 +270,7 @@ def test_a_rank_without_rollouts_fills_up_with_one_draw_and_any_other_with_the_s
     """Not with every step: at 128 steps these rows would be the largest of the run."""
     model = make_model("gpt2-full")
     config = load_config(None, ["algorithm.name=mdpo", "algorithm.train_steps=3", "sampler.record_x0=true"])
-    recipe = config.algorithm.build()
+    recipe = config.algorithm
     rows = recipe.rows([TextModality(config, None).smallest_trajectory(model)], model)
     assert len(rows.target) == rows.num_rows == 1 and torch.isfinite(rows.score(model).logprob).all()
     trajectory = sampled(model, 1)[0]

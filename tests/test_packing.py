@@ -16,7 +16,7 @@ from rl.estimators.logprob import logprob_and_entropy
 from rl.estimators.rows import TokenRows, first_fit
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
-from rl.recipes import parse_options
+from rl.registry import parse_recipe
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -130,15 +130,15 @@ def test_the_recipe_packs_on_request(make_model) -> None:
     for family in ("qwen3-block4", "gpt2-full"):
         model = make_model(family)
         trajectories = rollouts(model)
-        rows = parse_options({"name": "tracerl", "pack_to": CAPACITY}).build().rows(trajectories, model, None)
+        rows = parse_recipe({"name": "tracerl", "pack_to": CAPACITY}).rows(trajectories, model, None)
         assert torch.equal(rows.input_ids, rows_for(model, trajectories, CAPACITY).input_ids)
-        twice = parse_options({"name": "tracerl", "pack_to": 48}).build().rows(trajectories * 2, model, None)
+        twice = parse_recipe({"name": "tracerl", "pack_to": 48}).rows(trajectories * 2, model, None)
         with torch.no_grad():
             logprob = twice.distinct().score(model).logprob
         recorded = np.concatenate([t.logprob for t in trajectories * 2])
         np.testing.assert_allclose(logprob.numpy(), recorded, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
-        parse_options({"name": "tracerl", "pack_to": 0})
+        parse_recipe({"name": "tracerl", "pack_to": 0})
 
 
 # --- visibility -------------------------------------------------------------------------------------------------------

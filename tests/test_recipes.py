@@ -17,7 +17,7 @@ from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.regression import regression_loss
-from rl.recipes import RECIPES, parse_options
+from rl.registry import RECIPES, parse_recipe
 from rl.train.plan import check_run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -46,17 +46,16 @@ def rollouts(model: Any, name: str, count: int = 6) -> list[TokenTrajectory]:
 
 def fixed_batch(model: Any, name: str, iteration: int = 0, **options: Any) -> tuple:
     """recipe, rows, advantage and weight of every decision, for six rollouts of two prompts."""
-    recipe = parse_options({"name": name, **options}).build()
+    recipe = parse_recipe({"name": name, **options})
     trajectories = rollouts(model, name)
     reward = torch.tensor([1, 0, 0.2, 0, 0.7, 1], dtype=torch.float64)
     table = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     table[:, -1] = reward
-    notes = [recipe.note(t) for t in trajectories] if recipe.note else []
+    notes = [recipe.note(t) for t in trajectories]
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     advantage = recipe.advantage(Verdicts(reward, group, table if recipe.needs_step_rewards else None, notes))
     steps = None if advantage.dim() == 1 else [row.numpy() for row in ~advantage.isnan()]
-    draw = {"iteration": iteration} if recipe.redraw else {}
-    rows = recipe.rows(trajectories, model, None, steps, **draw)
+    rows = recipe.rows(trajectories, model, None, steps, iteration)
     length = torch.tensor([recipe.num_decisions(t, s) for t, s in zip(trajectories, steps or [None] * 6, strict=True)])
     weight = decision_weights(recipe.aggregation, length, float(length.sum()), 6, 4)[rows.trajectory]
     weight = weight if rows.weight_factor is None else weight * rows.weight_factor
@@ -156,7 +155,7 @@ def test_the_regression_loss_by_hand() -> None:
 
 def test_the_kl_of_gdsd_is_the_published_k2() -> None:
     """With a weight of 0.5 and a log-ratio of 2 to the reference: (0 - psi A)^2 + 0.5 * 2^2 / 2."""
-    recipe = parse_options({"name": "gdsd", "kl_to": "reference", "kl_coef": 0.5, "psi": 2.0}).build()
+    recipe = parse_recipe({"name": "gdsd", "kl_to": "reference", "kl_coef": 0.5, "psi": 2.0})
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     loss = recipe.loss(DecisionBatch(zero, zero, zero, zero - 2, one, one)).loss
     assert loss.tolist() == pytest.approx([4 + 1])
@@ -187,7 +186,7 @@ def test_what_follows_the_end_token_is_left_out_on_request(make_model) -> None:
         drawn = InProcessEngine(model, options).generate([Request(p, seed=s) for s, p in enumerate(prompts)])
         cut = [replace(t, stop_length=n) for t, n in zip(drawn, (3, 1), strict=True)]
         for name in ("cj_grpo", "tracerl", "d2_stepmerge"):
-            every, answer = (parse_options({"name": name, "scope": s}).build() for s in ("canvas", "answer"))
+            every, answer = (parse_recipe({"name": name, "scope": s}) for s in ("canvas", "answer"))
             assert [answer.num_decisions(t, None) for t in cut] == [3, 1]
             whole, rows = every.rows(cut, model, None, None), answer.rows(cut, model, None, None)
             assert len(whole.target) == sum(every.num_decisions(t, None) for t in cut) >= 16
@@ -207,16 +206,14 @@ def test_every_pass_counts_the_same_whatever_it_committed(make_model) -> None:
     model = make_model("gpt2-full", vocab_size=8)
     options = SamplerOptions(gen_length=8, num_inference_steps=3, preset="ass")
     trajectories = InProcessEngine(model, options).generate([Request([1, 2], seed=s) for s in range(2)])
-    recipe = parse_options({"name": "cj_grpo"}).build()
+    recipe = parse_recipe({"name": "cj_grpo"})
     rows = recipe.rows(trajectories, model, None, None)
     assert recipe.aggregation == "trajectory_mean"
     weight = rows.weight_factor / (2 * 8)
     sizes = torch.bincount(rows.trajectory * 3 + rows.step)
     assert sizes.tolist() == [1, 2, 5] * 2
     torch.testing.assert_close(weight, (1 / 6 / sizes[rows.trajectory * 3 + rows.step]).double())
-    assert (
-        parse_options({"name": "cj_grpo", "step_mean": False}).build().rows(trajectories, model).weight_factor is None
-    )
+    assert parse_recipe({"name": "cj_grpo", "step_mean": False}).rows(trajectories, model).weight_factor is None
 
 
 def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:
@@ -266,8 +263,8 @@ def test_an_update_does_not_depend_on_its_cut(tmp_path: Path) -> None:
 def test_an_answer_that_ended_early_is_scored_up_to_its_end(make_model) -> None:
     model = make_model("gpt2-full", vocab_size=8)
     trajectories = [replace(t, stop_length=2) for t in rollouts(model, "wd1", 2)]
-    answer = parse_options({"name": "diffu_grpo"}).build()
-    canvas = parse_options({"name": "diffu_grpo", "scope": "canvas"}).build()
+    answer = parse_recipe({"name": "diffu_grpo"})
+    canvas = parse_recipe({"name": "diffu_grpo", "scope": "canvas"})
     for recipe, count in ((answer, 2), (canvas, 4)):
         rows = recipe.rows(trajectories, model, None, None, iteration=0)
         assert len(rows.trajectory) == 2 * count and recipe.num_decisions(trajectories[0], None) == count

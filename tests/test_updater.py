@@ -87,7 +87,7 @@ def test_the_updater_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
         optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, eps=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
         assert config.train.optimizer.betas == (0.9, 0.95)
         source = RolloutSource(run)
-        updater = PolicyUpdater(source, config.algorithm.build(), total_updates=8)
+        updater = PolicyUpdater(source, config.algorithm, total_updates=8)
         for step in range(2):
             rollouts = source.sample(step, updater.learner.updates)
             flat = [len(rollouts.reward[rollouts.group == g].unique()) == 1 for g in range(8)]

@@ -81,6 +81,7 @@ class Verdicts:
         log_ratio: float64 [M], sum over a trajectory's decisions of sampler log-prob - reference log-prob; its mean is
             the KL along the path. None when the recipe did not ask for it (`Recipe.needs_log_ratio`).
         rl_step: index of the RL step they were sampled in.
+        memory: what the recipe remembers of earlier steps (`Recipe.memory`).
     """
 
     reward: torch.Tensor
@@ -89,3 +90,4 @@ class Verdicts:
     notes: Sequence[Any] = ()
     log_ratio: torch.Tensor | None = None
     rl_step: int = 0
+    memory: Any = None

@@ -77,7 +77,7 @@ def align(config: Config) -> list[dict[str, Any]]:
 
 def check_rows(config: Config) -> None:
     """Everything that can be found wrong with the rows before an hour is spent on them."""
-    from rl.recipes import parse_options
+    from rl.registry import parse_recipe
 
     if not config.align.rows:
         raise ValueError("align.rows is empty: name what to compare")
@@ -90,7 +90,7 @@ def check_rows(config: Config) -> None:
             if row.algorithm is not None:
                 raise ValueError(f"align.rows {row.name}: set search or algorithm, not both")
         if row.algorithm is not None:
-            parse_options(row.algorithm)
+            parse_recipe(row.algorithm)
 
 
 def _row_settings(config: Config, row: AlignRow) -> dict[str, Any]:

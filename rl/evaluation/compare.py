@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config, load_config
-from rl.recipes import parse_options
+from rl.registry import parse_recipe
 from rl.train.plan import plan_lines
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -54,7 +54,7 @@ def recipe_overrides(config: Config, name: str) -> list[str]:
     Evaluations keep the config's own decoder where the recipe needs another one for its rollouts.
     """
     overrides = [f"algorithm={{name: {name}}}"]
-    for key, value in parse_options({"name": name}).requires(config).items():
+    for key, value in parse_recipe({"name": name}).requires(config).items():
         overrides.append(f"{key}={json.dumps(value)}")
         section, option = key.split(".")
         if section == "sampler" and option not in ("record_x0", "num_inference_steps"):

@@ -98,11 +98,13 @@ def batch_shape(config: Config, prompt_length: int) -> BatchShape:
 
     The trajectories are real ones, of the config's own sampler.
     """
+    if config.algorithm.reward_gradient:
+        raise ValueError("--plan counts no relaxed rollout: it needs another algorithm.gradient than pathwise")
     train = config.train
     per_update = train.prompts_per_step * train.group_size // train.updates_per_step
     count = min(train.micro_batch_size, per_update)
     model, trajectories = _rollouts(config, prompt_length, min(count, 2))
-    rows = config.algorithm.build().rows(trajectories, model, None, None)
+    rows = config.algorithm.rows(trajectories, model)
     per_trajectory = rows.num_rows / len(trajectories)
     width = -(-rows.num_tokens // rows.num_rows)
     tokens = len(rows.row) if hasattr(rows, "row") else rows.num_rows * config.sampler.gen_length

@@ -1,9 +1,7 @@
-"""Recipes. A recipe file says which paper it is, which choices it makes, and what it departs from.
+"""Recipes. A recipe is one class for one paper; its docstring says which choices it makes, and what it departs from.
 
-A recipe is a class of options with a `build()` that picks an estimator, an advantage and a loss. Importing this package
-needs no torch.
+A config's `algorithm` section names the class and becomes an object of it (`rl.config.Config.algorithm`), so reading a
+config imports the class. Importing torch takes a second and a half of CPU: the methods import what needs it, so that
+`denoise-rl train --options` and `--dry-run` answer in a quarter of a second. A recipe in a file of your own may import
+what it likes at the top.
 """
-
-from rl.registry import DEFAULT, RECIPES, options_class, parse_options
-
-__all__ = ["DEFAULT", "RECIPES", "options_class", "parse_options"]

@@ -11,22 +11,19 @@ reward itself (it minimises the distance to a target), and has no DRaFT-LV, whic
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rl.recipes.options import AnyRecipeOptions
+from rl.recipes.base import AnyRecipe
 
 if TYPE_CHECKING:
     from rl.config import Config
-    from rl.train.reward_gradient import GradientRecipe
 
 
-class AlignPropOptions(AnyRecipeOptions):
+class AlignProp(AnyRecipe):
     modality: ClassVar[str] = "images"
 
-    name: str = Field("alignprop", description="Recipe name.")
     gradient_steps: int = Field(
         10, ge=1, description="K, steps at the end of the chain that the gradient goes through."
     )
@@ -38,21 +35,18 @@ class AlignPropOptions(AnyRecipeOptions):
     )
     alpha: float = Field(0.0, ge=0, description="Weight of the KL along the path to the starting policy.")
 
-    def engine_needs(self) -> set[str]:
-        return {"gradients"}
-
     def requires(self, config: Config) -> dict[str, Any]:
         return {"filters.drop_zero_variance": False}
 
-    def build(self) -> GradientRecipe:
-        from rl.modalities.gradient_images import GradientImages
-        from rl.train.reward_gradient import GradientRecipe
+    @property
+    def reward_gradient(self) -> bool:
+        return True
 
-        sampler = partial(
-            GradientImages,
-            gradient_steps=self.gradient_steps,
-            with_reference=self.alpha > 0,
-            truncation=self.truncation,
-            recompute=self.recompute,
-        )
-        return GradientRecipe(sampler=sampler, kl_coef=self.alpha)
+    @property
+    def kl_weight(self) -> float:
+        return self.alpha
+
+    def gradient_sampler(self, session: Any) -> Any:
+        from rl.modalities.gradient_images import GradientImages
+
+        return GradientImages(session, self.gradient_steps, self.alpha > 0, self.truncation, self.recompute)

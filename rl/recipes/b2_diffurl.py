@@ -7,29 +7,30 @@ it; rollouts of a prompt share what comes before the interval and branch at its 
 Of every branch point the best rollout is kept if its reward's z-score (by prompt, over earlier steps too) is high
 enough and the worst if it is low enough; the rest is thrown away, and counted in the reward queries.
 
-Each part has a switch: `progressive`, `branches: 1`, `selection: all`, `advantage`. The advantage of the paper compares
-within a branch point; the code uses the z-score by prompt: `advantage: branch` or `prompt`.
+Each part has a switch: `progressive`, `branches: 1`, `selection: all`, `compare`. The advantage of the paper compares
+within a branch point; the code uses the z-score by prompt: `compare: branch` or `prompt`.
 
 Departs from the published code in its clip alone (0.1 on a mean log-prob, which never clips).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rl.recipes.image_options import IntervalOptions, branch_of, on_steps
-from rl.recipes.options import Recipe
+from rl.recipes.images import IntervalRecipe, branch_of, on_steps
 
 if TYPE_CHECKING:
     import torch
 
+    from rl.config import Config
     from rl.estimators.base import Verdicts
 
 
-class B2DiffuRLOptions(IntervalOptions):
-    name: str = Field("b2_diffurl", description="Recipe name.")
+class B2DiffuRL(IntervalRecipe):
+    renamed: ClassVar[dict[str, str]] = {"advantage": "compare"}
+
     num_steps: int = Field(20, ge=1, description="sampler.num_inference_steps, where branches are placed.")
     branches: int = Field(5, ge=1, description="Rollouts per branch point; 1 samples without branches.")
     selection: Literal["extremes", "all"] = Field(
@@ -37,42 +38,37 @@ class B2DiffuRLOptions(IntervalOptions):
     )
     positive_threshold: float = Field(0.5, description="z-score from which the best rollout is trained.")
     negative_threshold: float = Field(-0.5, description="z-score below which the worst rollout is trained.")
-    advantage: Literal["prompt", "branch"] = Field(
+    compare: Literal["prompt", "branch"] = Field(
         "prompt", description="z-score by prompt (published code), or reward minus the branch point's mean (paper)."
     )
-    history: int = Field(8, ge=0, description="Earlier RL steps whose rewards of a prompt count in its z-score.")
 
     @model_validator(mode="after")
-    def _extremes_of_branches(self) -> B2DiffuRLOptions:
-        if self.branches == 1 and (self.selection == "extremes" or self.advantage == "branch"):
+    def _extremes_of_branches(self) -> B2DiffuRL:
+        if self.branches == 1 and (self.selection == "extremes" or self.compare == "branch"):
             raise ValueError(
-                "algorithm.branches 1 leaves nothing to compare: set algorithm.selection=all and advantage=prompt"
+                "algorithm.branches 1 leaves nothing to compare: set algorithm.selection=all and compare=prompt"
             )
         return self
 
-    def check_sampler(self, num_inference_steps: int, group_size: int) -> None:
-        if num_inference_steps != self.num_steps:
-            raise ValueError(f"algorithm.num_steps must be sampler.num_inference_steps ({num_inference_steps})")
-        if group_size % self.branches:
-            raise ValueError(f"train.group_size ({group_size}) must be a multiple of algorithm.branches")
+    def check(self, config: Config) -> None:
+        steps, group = config.sampler.num_inference_steps, config.train.group_size
+        if steps != self.num_steps:
+            raise ValueError(f"algorithm.num_steps must be sampler.num_inference_steps ({steps})")
+        if group % self.branches:
+            raise ValueError(f"train.group_size ({group}) must be a multiple of algorithm.branches")
 
-    def build(self) -> Recipe:
+    def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
+        return [(self.first_step(rl_step, self.num_steps), self.branches)] if self.branches > 1 else []
+
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
         from rl.advantages import extremes, group_advantage
-        from rl.prompt_history import PromptHistory
 
-        history = PromptHistory(self.history)
-
-        def splits(rl_step: int) -> list[tuple[int, int]]:
-            return [(self.first_step(rl_step, self.num_steps), self.branches)] if self.branches > 1 else []
-
-        def advantage(verdicts: Verdicts) -> torch.Tensor:
-            first = self.first_step(verdicts.rl_step, self.num_steps)
-            z = history.z_scores(verdicts.reward, [n.prompt for n in verdicts.notes])
-            point = branch_of(verdicts, first)
-            value = z if self.advantage == "prompt" else group_advantage(verdicts.reward, point, scale="std", eps=0.1)
-            if self.selection == "extremes":
-                kept = extremes(z, point, self.positive_threshold, self.negative_threshold)
-                value = value.masked_fill(~kept, float("nan"))
-            return on_steps(value, verdicts, first)
-
-        return self.image_recipe(advantage, splits, history)
+        first = self.first_step(verdicts.rl_step, self.num_steps)
+        value = z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.notes])
+        point = branch_of(verdicts, first)
+        if self.compare == "branch":
+            value = group_advantage(verdicts.reward, point, scale="std", eps=0.1)
+        if self.selection == "extremes":
+            kept = extremes(z, point, self.positive_threshold, self.negative_threshold)
+            value = value.masked_fill(~kept, float("nan"))
+        return self.clamped(on_steps(value, verdicts, first))

@@ -1,7 +1,7 @@
 """BranchGRPO: rollouts that branch several times, with an advantage of their own at every depth.
 
 Li et al. 2025, "BranchGRPO" (arXiv 2509.06040): the value of a node is the mean reward of its leaves, and the steps
-below a split are credited with the node's value, z-scored over all nodes of that depth.
+below a branch point are credited with the node's value, z-scored over all nodes of that depth.
 
 Departs from the published code: branches draw ordinary noise (it multiplies it by 4 and keeps the density of 1), and
 nodes are compared within their prompt; no pruning.
@@ -10,41 +10,43 @@ nodes are compared within their prompt; no pruning.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from rl.recipes.image_options import ImageRecipeOptions, branch_of, on_steps
-from rl.recipes.options import Recipe
+from rl.recipes.images import ImageRecipe, branch_of, on_steps
 
 if TYPE_CHECKING:
     import torch
 
+    from rl.config import Config
     from rl.estimators.base import Verdicts
 
 
-class BranchGrpoOptions(ImageRecipeOptions):
-    name: str = Field("branch_grpo", description="Recipe name.")
-    splits: list[int] = Field([0, 3, 6, 9], description="Steps before which every rollout branches in two, ascending.")
+class BranchGRPO(ImageRecipe):
+    renamed: ClassVar[dict[str, str]] = {"splits": "branch_steps"}
 
-    def check_sampler(self, num_inference_steps: int, group_size: int) -> None:
-        if group_size % 2 ** len(self.splits):
+    branch_steps: list[int] = Field(
+        [0, 3, 6, 9], description="Steps before which every rollout branches in two, ascending."
+    )
+
+    def check(self, config: Config) -> None:
+        leaves = 2 ** len(self.branch_steps)
+        if config.train.group_size % leaves:
             raise ValueError(
-                f"train.group_size ({group_size}) must be a multiple of the {2 ** len(self.splits)} leaves of a tree"
+                f"train.group_size ({config.train.group_size}) must be a multiple of the {leaves} leaves of a tree"
             )
 
-    def build(self) -> Recipe:
+    def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
+        return [(step, 2) for step in self.branch_steps]
+
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
         from rl.advantages import node_advantage
 
-        def advantage(verdicts: Verdicts) -> torch.Tensor:
-            per_step = on_steps(verdicts.reward, verdicts)
-            # What a split decided shows in the noise of its own step: nodes are told apart one latent later.
-            bounds = [*self.splits, per_step.shape[1]]
-            for first, last in itertools.pairwise(bounds):
-                node = branch_of(verdicts, first + 1)
-                value = node_advantage(verdicts.reward, node, verdicts.group)
-                per_step[:, first:last] = per_step[:, first:last].where(per_step[:, first:last].isnan(), value[:, None])
-            per_step[:, : self.splits[0]] = float("nan")
-            return per_step
-
-        return self.image_recipe(advantage, lambda rl_step: [(step, 2) for step in self.splits])
+        per_step = on_steps(verdicts.reward, verdicts)
+        # A branch point shows in the noise of its own step: nodes are told apart one latent later.
+        for first, last in itertools.pairwise([*self.branch_steps, per_step.shape[1]]):
+            value = node_advantage(verdicts.reward, branch_of(verdicts, first + 1), verdicts.group)
+            per_step[:, first:last] = per_step[:, first:last].where(per_step[:, first:last].isnan(), value[:, None])
+        per_step[:, : self.branch_steps[0]] = float("nan")
+        return self.clamped(per_step)

@@ -8,27 +8,24 @@ same whatever it committed (`step_mean`); what follows the end token is trained 
 log-probs are the sampler's, which are exact here. The doubling schedule (ASS), which makes a full replay cheap, and the
 end-token discount (EOSER) belong to decoders, not to a recipe.
 
-Departs: no KL term by default (its published weight is not in what we read); log-probs are those of the tempered
-distribution that was sampled, the code scores the untempered one. Not built: ASS over blocks (docs/algorithms.md).
+Departs: no KL term by default (we do not know its published weight); log-probs are those of the tempered distribution
+that was sampled, the code scores the untempered one. Not built: ASS over blocks (docs/algorithms.md).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from pydantic import Field
 
-from rl.recipes.options import Recipe
-from rl.recipes.trace_options import TraceRecipeOptions
+from rl.recipes.traced import TracedRecipe
 
 
-class CJGRPOOptions(TraceRecipeOptions):
-    name: str = Field("cj_grpo", description="Recipe name.")
-    scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
-    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
-        "trajectory_mean", description="How decisions are averaged into the loss."
-    )
+class CJGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_mean"}):
     step_mean: bool = Field(True, description="Count every pass the same, and not every token.")
 
-    def build(self) -> Recipe:
-        return self.trace_recipe(equal_steps=self.step_mean)
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
+        from rl.estimators.trace_decisions import with_equal_steps
+
+        rows = super().rows(trajectories, model, block, steps)
+        return with_equal_steps(rows) if self.step_mean else rows

@@ -13,28 +13,23 @@ Departs: the ratio of a trajectory's masks is spread evenly over the passes, not
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from typing import Any
 
 from pydantic import Field
 
-from rl.recipes.masked import MaskedOptions
-from rl.recipes.options import Recipe
+from rl.recipes.masked import MaskedRecipe
 
 
-class CoupledGRPOOptions(MaskedOptions):
-    name: str = Field("coupled_grpo", description="Recipe name.")
-    baseline: Literal["mean", "leave_one_out"] = Field("leave_one_out", description="Baseline of the group advantage.")
-    clip_low: float = Field(0.5, gt=0, lt=1, description="Lower clip of the probability ratio.")
-    clip_high: float = Field(0.5, gt=0, description="Upper clip of the probability ratio.")
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds the policy to.")
-    kl_coef: float = Field(0.01, ge=0, description="Weight of the KL term.")
+class CoupledGRPO(
+    MaskedRecipe,
+    defaults={"baseline": "leave_one_out", "clip_low": 0.5, "clip_high": 0.5, "kl_to": "reference", "kl_coef": 0.01},
+):
+    per_token = True
+
     ratio_low: float = Field(0.2, gt=0, lt=1, description="Smallest mask ratio.")
     ratio_high: float = Field(0.8, gt=0, lt=1, description="Largest mask ratio.")
 
-    def build(self) -> Recipe:
-        from rl.estimators.combine import per_token
+    def copies(self, places: Any, rng: Any, level: float) -> Any:
         from rl.estimators.masked_copies import coupled
 
-        draw = partial(coupled, low=self.ratio_low, high=self.ratio_high)
-        return self.masked_recipe(draw, lambda rows, weight, _: per_token(rows, weight), per_token=True)
+        return coupled(places, rng, level, self.ratio_low, self.ratio_high)

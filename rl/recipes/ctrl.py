@@ -16,25 +16,23 @@ trained, the new rows with them; the other two estimators, which need no differe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from rl.recipes.path_objective import PathObjectiveOptions
+from rl.recipes.path_objective import PathObjective
 
 if TYPE_CHECKING:
     from rl.config import Config
 
 
-class CtrlOptions(PathObjectiveOptions):
-    name: str = Field("ctrl", description="Recipe name.")
+class CTRL(PathObjective):
     gamma: float = Field(1.0, gt=0, description="Power of the classifier in the law aimed at, p_pre(x) p(y | x)^gamma.")
 
     @property
     def kl_weight(self) -> float:
         return 1 / self.gamma
 
-    def requires(self, config: Config) -> dict[str, Any]:
+    def check(self, config: Config) -> None:
         if not config.model.conditions:
             raise ValueError("algorithm.name ctrl needs model.conditions: name a new token for every condition")
-        return super().requires(config)

@@ -5,36 +5,30 @@ denoising passes are cut into N segments of like length; one forward at the star
 tokens committed in it. N = 1 is d1's estimate without hidden prompt tokens, N >= T the exact trace.
 
 Choices (published): N = 8 (16 for Sudoku), PPO clip and KL; the ratio is between estimates of one kind, so old
-log-probs are recomputed. Clip range and KL weight are not in what we read: 0.2 and 0.01. Rewards are z-scored in the
-group.
+log-probs are recomputed. We do not know the published clip range and KL weight: 0.2 and 0.01. Rewards are z-scored in
+the group.
 
 Departs: in block-causal models every block is cut into N segments; what follows the end token is trained like the rest,
-since it was decided like the rest (`scope` leaves it out; what the authors do is not in what we read). AnyOrder, d2's
-other estimator, needs a model that is causal in any order and is left out.
+since it was decided like the rest (`scope` leaves it out; we do not know what the authors do). AnyOrder, d2's other
+estimator, needs a model that is causal in any order and is left out.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from rl.recipes.options import Recipe
-from rl.recipes.trace_options import TraceRecipeOptions
+from rl.recipes.traced import TracedRecipe
 
 
-class D2StepMergeOptions(TraceRecipeOptions):
-    name: str = Field("d2_stepmerge", description="Recipe name.")
-    scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
-    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
-        "trajectory_mean", description="How decisions are averaged into the loss."
-    )
+class D2StepMerge(
+    TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_mean", "kl_to": "reference", "kl_coef": 0.01}
+):
     old_logprob: Literal["recompute", "on_policy"] = Field(
         "recompute", description="Denominator of the ratio; the sampler's log-probs are of other states."
     )
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds the policy to.")
-    kl_coef: float = Field(0.01, ge=0, description="Weight of the KL term.")
     segments: int = Field(8, ge=1, description="Segments of the trajectory (N).")
 
-    def build(self) -> Recipe:
-        return self.trace_recipe(segments=self.segments)
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
+        return self.traced(trajectories, model, block, steps, segments=self.segments)

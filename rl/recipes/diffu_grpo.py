@@ -15,24 +15,18 @@ the sampler hold in the loss.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
-from pydantic import Field
-
-from rl.recipes.masked import MaskedOptions
-from rl.recipes.options import Recipe
+from rl.recipes.masked import MaskedRecipe
 
 
-class DiffuGRPOOptions(MaskedOptions):
-    name: str = Field("diffu_grpo", description="Recipe name.")
-    clip_low: float = Field(0.5, gt=0, lt=1, description="Lower clip of the probability ratio.")
-    clip_high: float = Field(0.5, gt=0, description="Upper clip of the probability ratio.")
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds the policy to.")
-    kl_coef: float = Field(0.04, ge=0, description="Weight of the KL term.")
-    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
+class DiffuGRPO(
+    MaskedRecipe,
+    defaults={"clip_low": 0.5, "clip_high": 0.5, "kl_to": "reference", "kl_coef": 0.04, "prompt_mask": 0.15},
+):
+    per_token = True
 
-    def build(self) -> Recipe:
-        from rl.estimators.combine import per_token
+    def copies(self, places: Any, rng: Any, level: float) -> Any:
         from rl.estimators.masked_copies import everything_hidden
 
-        return self.masked_recipe(everything_hidden, lambda rows, weight, _: per_token(rows, weight), per_token=True)
+        return everything_hidden(places, rng, level)

@@ -14,51 +14,40 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.recipes.image_options import ImageRecipeOptions
-from rl.recipes.options import Recipe
+from rl.recipes.images import ImageRecipe
 
 if TYPE_CHECKING:
     from rl.batch import DecisionBatch, LossOutput
 
 
-class DiffusionNftOptions(ImageRecipeOptions):
-    name: str = Field("diffusion_nft", description="Recipe name.")
-    scale: Literal["none", "std", "batch_std"] = Field("batch_std", description="What advantages are divided by.")
-    old_logprob: Literal["sampler", "recompute", "on_policy"] = Field("on_policy", description="There is no ratio.")
+class DiffusionNFT(ImageRecipe, defaults={"scale": "batch_std", "old_logprob": "on_policy"}):
+    redraw = True
+
     beta: float = Field(1.0, gt=0, description="How far the implicit predictions lie from the old policy's.")
     num_draws: int = Field(4, ge=1, description="Noise levels per sample and pass over the rollouts.")
 
     @model_validator(mode="after")
-    def _no_kl(self) -> DiffusionNftOptions:
+    def _no_kl(self) -> DiffusionNFT:
         if self.kl_to != "none":
             raise ValueError("algorithm.kl_to does nothing in diffusion_nft: it has no log-probs; set it to none")
         return self
 
-    def build(self) -> Recipe:
-        from dataclasses import replace
+    @property
+    def anchor(self) -> Literal["none", "old", "reference"]:
+        return "old"
 
-        from rl.batch import LossOutput
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.forward_process import forward_rows
 
-        def rows(trajectories: Any, model: Any, block: Any, steps: Any, iteration: int = 0) -> Any:
-            return forward_rows(trajectories, model, self.num_draws, self.beta, iteration)
+        return forward_rows(trajectories, model, self.num_draws, self.beta, iteration)
 
-        def num_decisions(trajectory: Any, steps: Any = None) -> int:
-            return self.num_draws
+    def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
+        return self.num_draws
 
-        def loss(batch: DecisionBatch) -> LossOutput:
-            assert batch.negative is not None
-            r = (batch.advantage / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
-            value = -(r * batch.logprob + (1 - r) * batch.negative) / self.beta
-            return LossOutput(value, {"r": r, "error": -batch.logprob.detach()})
+    def loss(self, batch: DecisionBatch) -> LossOutput:
+        from rl.batch import LossOutput
 
-        recipe = self.image_recipe(self.group_advantage())
-        return replace(
-            recipe,
-            rows=rows,
-            loss=loss,
-            redraw=True,
-            anchor="old",
-            note=None,
-            num_decisions=num_decisions,
-        )
+        assert batch.negative is not None
+        r = (batch.advantage / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
+        value = -(r * batch.logprob + (1 - r) * batch.negative) / self.beta
+        return LossOutput(value, {"r": r, "error": -batch.logprob.detach()})

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from rl.recipes.path_objective import PathObjectiveOptions
+from rl.recipes.path_objective import PathObjective
 
 
-class DrakesOptions(PathObjectiveOptions):
-    name: str = Field("drakes", description="Recipe name.")
+class DRAKES(PathObjective):
     alpha: float = Field(0.01, ge=0, description="Weight of the KL along the path to the starting policy.")
 
     @property
@@ -23,7 +22,7 @@ class DrakesOptions(PathObjectiveOptions):
         return self.alpha
 
     @model_validator(mode="after")
-    def _temperature(self) -> DrakesOptions:
+    def _temperature(self) -> DRAKES:
         if self.gradient == "weighted_regression" and self.alpha == 0:
             raise ValueError("algorithm.alpha must be above 0 for gradient weighted_regression: it is the temperature")
         return self

@@ -11,36 +11,22 @@ clip is PPO's (the code clamps the ratio on both sides); all prompts are learned
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from rl.recipes.image_options import ImageRecipeOptions
-from rl.recipes.options import Recipe
+from rl.recipes.images import ImageRecipe
 
 if TYPE_CHECKING:
     from rl.config import Config
 
 
-class FindOptions(ImageRecipeOptions):
-    name: str = Field("find", description="Recipe name.")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="Lower clip of the ratio, a D-th root with reduce mean.")
-    clip_high: float = Field(0.2, gt=0, description="Upper clip of the ratio, a D-th root with reduce mean.")
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds to.")
-    kl_coef: float = Field(0.02, ge=0, description="Weight of the KL term.")
-
+class FIND(ImageRecipe, defaults={"clip_low": 0.2, "clip_high": 0.2, "kl_to": "reference", "kl_coef": 0.02}):
     def requires(self, config: Config) -> dict[str, Any]:
         return {"model.initial_noise": "learned"}
 
-    def build(self) -> Recipe:
-        from dataclasses import replace
-
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.initial_noise import initial_noise_rows
 
-        def rows(trajectories: Any, model: Any, block: Any, steps: Any) -> Any:
-            return initial_noise_rows(trajectories, self.reduce)
+        return initial_noise_rows(trajectories, self.reduce)
 
-        def num_decisions(trajectory: Any, steps: Any = None) -> int:
-            return 1
-
-        return replace(self.image_recipe(self.group_advantage()), rows=rows, note=None, num_decisions=num_decisions)
+    def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
+        return 1

@@ -10,12 +10,11 @@ step length that the code leaves out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from rl.recipes.image_options import ImageRecipeOptions, on_steps
-from rl.recipes.options import Recipe
+from rl.recipes.images import ImageRecipe, on_steps
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +23,7 @@ if TYPE_CHECKING:
     from rl.estimators.base import Verdicts
 
 
-class FlowGrpoOptions(ImageRecipeOptions):
-    name: str = Field("flow_grpo", description="Recipe name.")
-    scale: Literal["none", "std", "batch_std"] = Field("batch_std", description="What advantages are divided by.")
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds to.")
-    kl_coef: float = Field(0.04, ge=0, description="Weight of the KL term.")
+class FlowGRPO(ImageRecipe, defaults={"scale": "batch_std", "kl_to": "reference", "kl_coef": 0.04}):
     shared_noise: int = Field(
         1, ge=1, description="Rollouts that start from one initial noise; train.group_size is DanceGRPO."
     )
@@ -36,11 +31,8 @@ class FlowGrpoOptions(ImageRecipeOptions):
     def requires(self, config: Config) -> dict[str, Any]:
         return {"sampler.kind": "flow_sde"}
 
-    def build(self) -> Recipe:
-        group = self.group_advantage()
+    def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
+        return [(0, self.shared_noise)] if self.shared_noise > 1 else []
 
-        def advantage(verdicts: Verdicts) -> torch.Tensor:
-            return on_steps(group(verdicts), verdicts)
-
-        splits = (lambda rl_step: [(0, self.shared_noise)]) if self.shared_noise > 1 else None
-        return self.image_recipe(advantage, splits)
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+        return on_steps(super().advantage(verdicts), verdicts)

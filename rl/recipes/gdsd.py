@@ -8,36 +8,40 @@ Choices (published): psi = 10, clamp log(1 -+ 4e-4), reward minus group mean, on
 answer has no gradient: with a clamp this narrow most answers learn in the first pass over the rollouts only.
 
 Departs: S is per token of the answer, and so is the clamp (published: the clamp acts on the sum, which is then
-divided by the length); no KL term by default (its published weight is not in what we read), k2 once it has a weight;
+divided by the length); no KL term by default (we do not know its published weight), k2 once it has a weight;
 the TLC variant is left out.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from rl.recipes.masked import MaskedOptions
-from rl.recipes.options import Recipe
+from rl.recipes.masked import MaskedRecipe
+
+if TYPE_CHECKING:
+    from rl.batch import DecisionBatch, LossOutput
 
 
-class GDSDOptions(MaskedOptions):
-    name: str = Field("gdsd", description="Recipe name.")
-    clip_low: float = Field(4e-4, gt=0, lt=1, description="Lower clamp of exp(S - S_old).")
-    clip_high: float = Field(4e-4, gt=0, description="Upper clamp of exp(S - S_old).")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k2", description="Estimator of the KL term.")
+class GDSD(MaskedRecipe, defaults={"clip_low": 4e-4, "clip_high": 4e-4, "kl_estimator": "k2"}):
     psi: float = Field(10.0, gt=0, description="Change of the score asked for per unit of advantage.")
     draws: int = Field(1, ge=1, description="Pairs of complementary masks per answer.")
 
-    def build(self) -> Recipe:
-        from rl.estimators.masked_copies import answer_decisions, coupled_counts
+    def copies(self, places: Any, rng: Any, level: float) -> Any:
+        from rl.estimators.masked_copies import coupled_counts
+
+        return coupled_counts(places, rng, level, self.draws, weighted=False)
+
+    def loss(self, batch: DecisionBatch) -> LossOutput:
         from rl.losses.regression import regression_loss
 
-        names = ("clip_low", "clip_high", "psi", "kl_coef", "kl_estimator", "kl_to")
-        return self.masked_recipe(
-            partial(coupled_counts, draws=self.draws, weighted=False),
-            answer_decisions,
-            loss=partial(regression_loss, **{name: getattr(self, name) for name in names}),
+        return regression_loss(
+            batch,
+            psi=self.psi,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            kl_to=self.kl_to,
+            kl_coef=self.kl_coef,
+            kl_estimator=self.kl_estimator,
         )

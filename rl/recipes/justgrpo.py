@@ -11,30 +11,18 @@ Needs sampler.selector left_most and one step per response token; the run refuse
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from rl.recipes.options import Recipe
-from rl.recipes.trace_options import TraceRecipeOptions
+from rl.recipes.traced import TracedRecipe
 
 if TYPE_CHECKING:
     from rl.config import Config
 
 
-class JustGRPOOptions(TraceRecipeOptions):
-    name: str = Field("justgrpo", description="Recipe name.")
-    scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
-    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
-        "trajectory_mean", description="How decisions are averaged into the loss."
-    )
-
+class JustGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_mean"}):
     def requires(self, config: Config) -> dict[str, Any]:
         return {
             "sampler.selector": "left_most",
             "sampler.num_inference_steps": config.sampler.gen_length,
             "train.mixed_steps": [],
         }
-
-    def build(self) -> Recipe:
-        return self.trace_recipe()

@@ -1,27 +1,29 @@
-"""What the recipes on artificial masks share: options, and the recipe around a draw of masked copies."""
+"""Recipes that score an answer in masked copies of it (`rl/estimators/masked_copies.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rl.recipes.options import Recipe, RecipeOptions
+from rl.recipes.base import Recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-    from rl.estimators.base import Rows, Verdicts
-    from rl.estimators.masked_copies import Draw
+    from rl.estimators.base import Rows
+    from rl.estimators.masked_copies import Copy
 
 
-class MaskedOptions(RecipeOptions):
-    """Options of recipes that score an answer in masked copies of it (`rl/estimators/masked_copies.py`)."""
+class MaskedRecipe(Recipe, defaults={"aggregation": "trajectory_mean"}):
+    """A subclass says which copies it draws, and what it makes of them."""
 
-    aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
-        "trajectory_mean", description="How decisions are averaged into the loss."
-    )
+    redraw = True
+    # Each answer token is a decision of its own; otherwise an answer counts once, whatever is made of it.
+    per_token: ClassVar[bool] = False
+
     old_logprob: Literal["recompute", "on_policy"] = Field(
         "recompute", description="Denominator of the ratio; the sampler visited none of these states and has none."
     )
@@ -36,37 +38,27 @@ class MaskedOptions(RecipeOptions):
         """Nothing: copies are masked anew, how the answer came about does not matter; what stands behind it may."""
         return {"step_maps"} if self.scope == "canvas" else set()
 
-    def masked_recipe(
-        self,
-        draw: Draw,
-        decide: Callable[..., Rows],
-        per_token: bool = False,
-        advantage: Callable[[Verdicts], torch.Tensor] | None = None,
-        loss: Callable[..., Any] | None = None,
-    ) -> Recipe:
-        """A recipe whose rows are the copies of `draw`.
+    def copies(self, places: np.ndarray, rng: np.random.Generator, level: float) -> list[Copy]:
+        """Masked copies of one answer, a `rl.estimators.masked_copies.Draw`."""
+        raise NotImplementedError(f"recipe {self.name} has no copies()")
 
-        Args:
-            decide: (rows, weight of every read, answer lengths) -> decisions.
-            per_token: each answer token is a decision of its own in the mean; otherwise an answer counts once, whatever
-                is made of it.
-        """
-        from rl.estimators.masked_copies import copy_rows, scope_positions
+    def decide(self, rows: Any, weight: torch.Tensor, lengths: Sequence[int]) -> Any:
+        """Decisions from the reads of all copies, the weight of every read, and the answers' lengths."""
+        from rl.estimators.combine import per_token
+        from rl.estimators.masked_copies import answer_decisions
 
-        def length(trajectory: Any, steps: Any = None) -> int:
-            return len(scope_positions(trajectory, self.scope))
+        return per_token(rows, weight) if self.per_token else answer_decisions(rows, weight, lengths)
 
-        def rows(trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Rows:
-            read, weight = copy_rows(trajectories, model, draw, self.scope, self.prompt_mask, iteration, block)
-            return decide(read, weight, [length(t) for t in trajectories])
+    def length(self, trajectory: Any) -> int:
+        from rl.estimators.masked_copies import scope_positions
 
-        return Recipe(
-            rows=rows,
-            advantage=advantage or self.group_advantage(),
-            loss=loss or self.policy_loss(),
-            needs_reference=self.kl_to == "reference",
-            old_logprob=self.old_logprob,
-            aggregation=self.aggregation,
-            num_decisions=length if per_token else lambda trajectory, steps: 1,
-            redraw=True,
-        )
+        return len(scope_positions(trajectory, self.scope))
+
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Rows:
+        from rl.estimators.masked_copies import copy_rows
+
+        rows, weight = copy_rows(trajectories, model, self.copies, self.scope, self.prompt_mask, iteration, block)
+        return self.decide(rows, weight, [self.length(t) for t in trajectories])
+
+    def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
+        return self.length(trajectory) if self.per_token else 1

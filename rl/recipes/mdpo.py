@@ -20,21 +20,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rl.recipes.options import Recipe, RecipeOptions
+from rl.recipes.base import Recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from rl.config import Config
+    from rl.estimators.base import Verdicts
 
 
-class MDPOOptions(RecipeOptions):
-    name: str = Field("mdpo", description="Recipe name.")
+class MDPO(Recipe, defaults={"kl_to": "reference", "kl_coef": 0.02, "kl_estimator": "k2"}):
+    needs_step_rewards = True
+
     scale: Literal["none", "std"] = Field("std", description="What a step's centred credit is divided by.")
     aggregation: Literal["trajectory_mean"] = Field(
         "trajectory_mean", description="Mean over targets, steps, rollouts."
     )
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds the policy to.")
-    kl_coef: float = Field(0.02, ge=0, description="Weight of the KL term.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k2", description="Estimator of the KL term.")
     credit: Literal["final", "step", "future", "delta", "delta_future"] = Field(
         "delta_future", description="What a step is credited with, from the rewards of all fills (`step_values`)."
     )
@@ -54,24 +55,24 @@ class MDPOOptions(RecipeOptions):
     def requires(self, config: Config) -> dict[str, Any]:
         return {"sampler.record_x0": True}
 
-    def build(self) -> Recipe:
-        from functools import partial
+    def note(self, trajectory: Any) -> Any:
+        from rl.estimators.x0_rows import step_notes
 
+        return step_notes(trajectory)
+
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
+        from rl.estimators.x0_rows import x0_rows
+
+        return x0_rows(trajectories, model, steps, self.targets, self.confidence_weight, self.train_steps)
+
+    def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
+        from rl.estimators.x0_rows import num_x0_targets
+
+        return num_x0_targets(trajectory, steps, self.targets)
+
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
         from rl.advantages import mdpo_advantage
-        from rl.estimators.x0_rows import num_x0_targets, step_notes, x0_rows
 
-        def rows(trajectories: Any, model: Any, block: int | None = None, steps: Any = None) -> Any:
-            return x0_rows(trajectories, model, steps, self.targets, self.confidence_weight, self.train_steps)
-
-        names = ("credit", "compare", "scale", "train_steps", "select", "mask_weight")
-        return Recipe(
-            rows=rows,
-            advantage=partial(mdpo_advantage, **{name: getattr(self, name) for name in names}),
-            loss=self.policy_loss(),
-            needs_reference=self.kl_to == "reference",
-            old_logprob=self.old_logprob,
-            aggregation=self.aggregation,
-            num_decisions=lambda t, steps: num_x0_targets(t, steps, self.targets),
-            needs_step_rewards=True,
-            note=step_notes,
+        return mdpo_advantage(
+            verdicts, self.credit, self.compare, self.scale, self.train_steps, self.select, self.mask_weight
         )

@@ -12,21 +12,20 @@ With one position per step the optimum is the law p_start(x) exp(reward / alpha)
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.recipes.options import Recipe, RecipeOptions
-from rl.recipes.tracerl import TraceRLOptions
+from rl.recipes.base import Recipe
 from rollouts.samplers.options import RelaxedOptions
 
 if TYPE_CHECKING:
     import torch
 
+    from rl.batch import DecisionBatch, LossOutput
     from rl.config import Config
     from rl.estimators.base import Verdicts
-    from rl.train.reward_gradient import GradientRecipe
 
 _GROUPS = ("baseline", "scale", "clip_low", "clip_high", "log_ratio_clamp", "old_logprob")
 # Options that an estimator has no use for.
@@ -37,19 +36,16 @@ _UNUSED = {
 }
 
 
-class PathObjectiveOptions(RecipeOptions):
+class PathObjective(Recipe):
+    """A subclass says `kl_weight`, which is alpha."""
+
     gradient: Literal["pathwise", "score_function", "weighted_regression"] = Field(
         "pathwise", description="How the gradient of the objective is estimated."
     )
     relaxed: RelaxedOptions = Field(RelaxedOptions(), description="The relaxed rollout of gradient pathwise.")
 
-    @property
-    def kl_weight(self) -> float:
-        """alpha."""
-        raise NotImplementedError(f"recipe {self.name} has no kl_weight")
-
     @model_validator(mode="after")
-    def _fits(self) -> PathObjectiveOptions:
+    def _fits(self) -> PathObjective:
         if self.kl_to != "none":
             raise ValueError(f"algorithm.kl_to is not the KL of {self.name}, which is along the path: set it to none")
         unused = [n for n in _UNUSED[self.gradient] if getattr(self, n) != type(self).model_fields[n].default]
@@ -60,39 +56,47 @@ class PathObjectiveOptions(RecipeOptions):
         return self
 
     def engine_needs(self) -> set[str]:
-        return {"gradients"} if self.gradient == "pathwise" else {"step_maps", "sampled_logprobs"}
+        return {"gradients"} if self.reward_gradient else {"step_maps", "sampled_logprobs"}
 
     def requires(self, config: Config) -> dict[str, Any]:
         """A prompt whose rewards are all equal still has a KL; the log-ratio is that of the weights that sampled."""
         return {"filters.drop_zero_variance": False, "rollout.asynchronous": False}
 
-    def build(self) -> Recipe | GradientRecipe:  # type: ignore[override]
-        alpha = self.kl_weight
-        if self.gradient == "pathwise":
-            from rl.modalities.soft_text import RelaxedText
-            from rl.train.reward_gradient import GradientRecipe
+    @property
+    def reward_gradient(self) -> bool:
+        return self.gradient == "pathwise"
 
-            sampler = partial(RelaxedText, options=self.relaxed, with_reference=alpha > 0)
-            return GradientRecipe(sampler=sampler, kl_coef=alpha)
-        trace = TraceRLOptions().build()
-        return Recipe(
-            rows=trace.rows,
-            advantage=self.advantage,
-            loss=self.policy_loss(),
-            needs_reference=alpha > 0,
-            needs_log_ratio=alpha > 0,
-            # Regression has no ratio: the gradient of -weight * logprob at every update.
-            old_logprob="on_policy" if self.gradient == "weighted_regression" else self.old_logprob,
-            aggregation=self.aggregation,
-        )
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_weight > 0
+
+    @property
+    def needs_log_ratio(self) -> bool:
+        return self.kl_weight > 0
+
+    def gradient_sampler(self, session: Any) -> Any:
+        from rl.modalities.soft_text import RelaxedText
+
+        return RelaxedText(session, self.relaxed, with_reference=self.kl_weight > 0)
+
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
+        from rl.estimators.trace_rows import trace_rows
+
+        return trace_rows(trajectories, model, block, steps)
 
     def advantage(self, verdicts: Verdicts) -> torch.Tensor:
         """[M]: reward - alpha * log-ratio, centred in its group, or its softmax weight there at temperature alpha."""
-        from rl.advantages import group_advantage, group_softmax
+        from rl.advantages import group_softmax
 
         value = verdicts.reward
         if verdicts.log_ratio is not None:
             value = value - self.kl_weight * verdicts.log_ratio
         if self.gradient == "weighted_regression":
             return group_softmax(value / self.kl_weight, verdicts.group)
-        return group_advantage(value, verdicts.group, baseline=self.baseline, scale=self.scale)
+        return super().advantage(replace(verdicts, reward=value))
+
+    def loss(self, batch: DecisionBatch) -> LossOutput:
+        if self.gradient == "weighted_regression":
+            # No ratio: the gradient of -weight * logprob at every update.
+            batch = replace(batch, old_logprob=batch.logprob.detach())
+        return super().loss(batch)

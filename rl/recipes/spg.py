@@ -14,13 +14,11 @@ tokens out that neither hides (its bias: tests/test_masked_copies.py).
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rl.recipes.masked import MaskedOptions
-from rl.recipes.options import Recipe
+from rl.recipes.masked import MaskedRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +26,8 @@ if TYPE_CHECKING:
     from rl.estimators.base import Verdicts
 
 
-class SPGOptions(MaskedOptions):
-    name: str = Field("spg", description="Recipe name.")
+class SPG(MaskedRecipe, defaults={"prompt_mask": 0.15}):
     old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: the gradient of the bounds.")
-    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
     power: float = Field(1.5, ge=1, description="b of the upper bound.")
     omega: float = Field(0.5, ge=0, le=1, description="Share of the upper bound for answers worse than their group.")
     draws: int = Field(2, ge=1, description="Masked copies per answer.")
@@ -39,17 +35,17 @@ class SPGOptions(MaskedOptions):
         None, ge=1, description="Tokens per block of the masks; null takes the answer whole."
     )
 
-    def build(self) -> Recipe:
+    def copies(self, places: Any, rng: Any, level: float) -> Any:
+        from rl.estimators.masked_copies import block_masks
+
+        return block_masks(places, rng, level, self.draws, self.mask_block)
+
+    def decide(self, rows: Any, weight: Any, lengths: Any) -> Any:
+        from rl.estimators.masked_copies import sandwich_decisions
+
+        return sandwich_decisions(rows, weight, lengths, self.draws, self.power)
+
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
         from rl.advantages import sandwich_advantage
-        from rl.estimators.masked_copies import block_masks, sandwich_decisions
 
-        centred = self.group_advantage()
-
-        def advantage(verdicts: Verdicts) -> torch.Tensor:
-            return sandwich_advantage(centred(verdicts), self.omega)
-
-        return self.masked_recipe(
-            partial(block_masks, draws=self.draws, block_length=self.mask_block),
-            partial(sandwich_decisions, num_draws=self.draws, power=self.power),
-            advantage=advantage,
-        )
+        return sandwich_advantage(super().advantage(verdicts), self.omega)

@@ -15,17 +15,18 @@ below. The block grid, the terminal block, token ids and the sampling temperatur
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.recipes.options import Recipe, ValueOptions
-from rl.recipes.trace_options import TraceRecipeOptions
+from rl.recipes.base import ValueOptions
+from rl.recipes.traced import TracedRecipe
+
+if TYPE_CHECKING:
+    import torch
 
 
-class TraceRLOptions(TraceRecipeOptions):
-    name: str = Field("tracerl", description="Recipe name.")
+class TraceRL(TracedRecipe):
     shrink: int = Field(1, ge=1, description="Neighbouring steps that share one scored state; 1 is exact.")
     pack_to: int | None = Field(
         None,
@@ -38,7 +39,7 @@ class TraceRLOptions(TraceRecipeOptions):
     )
 
     @model_validator(mode="after")
-    def _same_states(self) -> TraceRLOptions:
+    def _same_states(self) -> TraceRL:
         if self.shrink > 1 and self.old_logprob == "sampler":
             raise ValueError(
                 "algorithm.shrink above 1 scores other states than were sampled: set algorithm.old_logprob to recompute"
@@ -47,6 +48,11 @@ class TraceRLOptions(TraceRecipeOptions):
             raise ValueError("algorithm.value learns from every revealed token: set algorithm.scope to canvas")
         return self
 
-    def build(self) -> Recipe:
-        recipe = self.trace_recipe(shrink=self.shrink, pack_to=self.pack_to)
-        return replace(recipe, value=self.value, value_reward=self.value_reward)
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
+        return self.traced(trajectories, model, block, steps, shrink=self.shrink, pack_to=self.pack_to)
+
+    def critic(self) -> ValueOptions | None:
+        return self.value
+
+    def outcome(self, advantage: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+        return advantage if self.value_reward == "advantage" else reward

@@ -5,7 +5,7 @@ uniform ratio (never the prompt); the hidden tokens are scored and averaged. Rat
 over the rollouts instead of drawn independently.
 
 Choices: rewards z-scored in the group and PPO clip of 0.2 as in GRPO; each answer counts once, its hidden tokens
-sharing the weight. The weight of the KL to the starting policy is not given in what we read: 0.01.
+sharing the weight. We do not know the published weight of the KL to the starting policy: 0.01.
 
 Departs: the number hidden is the ratio times the answer's length rounded up, not a binomial draw, so that every
 answer has a token to score.
@@ -14,27 +14,22 @@ answer has a token to score.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from rl.recipes.masked import MaskedOptions
-from rl.recipes.options import Recipe
+from rl.recipes.masked import MaskedRecipe
 
 
-class UniGRPOOptions(MaskedOptions):
-    name: str = Field("unigrpo", description="Recipe name.")
-    scale: Literal["none", "std", "batch_std"] = Field("std", description="What advantages are divided by.")
-    kl_to: Literal["none", "old", "reference"] = Field("reference", description="What the KL term holds the policy to.")
-    kl_coef: float = Field(0.01, ge=0, description="Weight of the KL term.")
+class UniGRPO(MaskedRecipe, defaults={"scale": "std", "kl_to": "reference", "kl_coef": 0.01}):
     ratio_low: float = Field(0.0, ge=0, lt=1, description="Smallest mask ratio.")
     ratio_high: float = Field(1.0, gt=0, le=1, description="Largest mask ratio.")
 
-    def build(self) -> Recipe:
+    def copies(self, places: Any, rng: Any, level: float) -> Any:
         from rl.estimators.masked_copies import random_ratio
 
-        def decide(rows: Any, weight: Any, lengths: Any) -> Any:
-            return replace(rows, weight_factor=1.0 / rows.trajectory.bincount()[rows.trajectory].double())
+        return random_ratio(places, rng, level, self.ratio_low, self.ratio_high)
 
-        return self.masked_recipe(partial(random_ratio, low=self.ratio_low, high=self.ratio_high), decide)
+    def decide(self, rows: Any, weight: Any, lengths: Any) -> Any:
+        """Every hidden token is a decision; those of an answer share its weight."""
+        return replace(rows, weight_factor=1.0 / rows.trajectory.bincount()[rows.trajectory].double())

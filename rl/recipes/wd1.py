@@ -5,7 +5,7 @@ Over the rollouts of a prompt, w+ = softmax(A / psi) and w- = softmax(-A / psi);
 (w- - w+) log pi(answer), with d1's one-step estimate of log pi. Good answers are imitated, bad ones unlearned, and the
 weights of a group add up to 0.
 
-Choices: psi = 1 (the note we work from does not give it), the log-prob of an answer is the mean over its tokens, prompt
+Choices: psi = 1 (we do not know the published value), the log-prob of an answer is the mean over its tokens, prompt
 tokens hidden with probability 0.15 as in d1. The term is the policy gradient with a ratio of 1 (`old_logprob`
 on_policy), so the shared loss serves.
 
@@ -14,12 +14,11 @@ Departs: the sum over a group's rollouts is a mean (a constant factor G, which A
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rl.recipes.masked import MaskedOptions
-from rl.recipes.options import Recipe
+from rl.recipes.masked import MaskedRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -27,19 +26,16 @@ if TYPE_CHECKING:
     from rl.estimators.base import Verdicts
 
 
-class WD1Options(MaskedOptions):
-    name: str = Field("wd1", description="Recipe name.")
+class WD1(MaskedRecipe, defaults={"prompt_mask": 0.15}):
     old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: the gradient of the log-prob itself.")
-    prompt_mask: float = Field(0.15, ge=0, lt=1, description="Probability of hiding a prompt token (full attention).")
     psi: float = Field(1.0, gt=0, description="Temperature of the weights.")
 
-    def build(self) -> Recipe:
+    def copies(self, places: Any, rng: Any, level: float) -> Any:
+        from rl.estimators.masked_copies import everything_hidden
+
+        return everything_hidden(places, rng, level)
+
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
         from rl.advantages import contrast_advantage
-        from rl.estimators.masked_copies import answer_decisions, everything_hidden
 
-        centred = self.group_advantage()
-
-        def advantage(verdicts: Verdicts) -> torch.Tensor:
-            return contrast_advantage(centred(verdicts), verdicts.group, self.psi)
-
-        return self.masked_recipe(everything_hidden, answer_decisions, advantage=advantage)
+        return contrast_advantage(super().advantage(verdicts), verdicts.group, self.psi)

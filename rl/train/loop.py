@@ -15,7 +15,7 @@ from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
 from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
-from rl.train.reward_gradient import GradientRecipe, RewardGradientUpdater
+from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
 from rl.train.run import Run
 from rl.train.sft import supervised
@@ -88,11 +88,11 @@ def reinforce(
     """
     config = run.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
-    recipe = config.algorithm.build()
+    recipe = config.algorithm
     source = source or RolloutSource(run)
     resumed = checkpoint is not None
     updater: Any
-    if isinstance(recipe, GradientRecipe):
+    if recipe.reward_gradient:
         updater = RewardGradientUpdater(run, recipe, total, resumed)
     else:
         updater = PolicyUpdater(source, recipe, total, resumed)

@@ -87,9 +87,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
     total, trained = model.total, model.trained
     # What is frozen exists once, shared by all models of a rank; a learner that shards has its part of it besides.
     own = total if deepspeed.get("zero_optimization", {}).get("stage", 0) == 3 else trained
-    recipe = config.algorithm.build()
-    value = getattr(recipe, "value", None)
-    reference = getattr(recipe, "needs_reference", False)
+    value, reference = config.algorithm.critic(), config.algorithm.needs_reference
     learners = {"policy": model_states(own, trained, deepspeed, ranks)}
     if value and not value.share_backbone:
         learners["value model"] = model_states(own, trained, deepspeed, ranks)

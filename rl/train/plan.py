@@ -125,8 +125,8 @@ def check_run(config: Config, new: bool = True) -> None:
 
 def engine_needs(config: Config) -> dict[str, str]:
     """What the run needs of its engine (keys of `rollouts.engines.base.NEEDS`) -> the option that needs it."""
-    options = config.algorithm
-    needs = {name: f"algorithm.name {options.name}" for name in sorted(options.engine_needs())}
+    recipe = config.algorithm
+    needs = {name: f"algorithm.name {recipe.name}" for name in sorted(recipe.engine_needs())}
     needs |= modality_of(config.task.name).engine_needs(config)
     if config.train.mixed_steps:
         needs["request_steps"] = "train.mixed_steps"
@@ -167,31 +167,29 @@ def check_engine(config: Config) -> None:
 
 def _check_recipe(config: Config, modality: str) -> None:
     """Raise ValueError when the recipe cannot train this modality, or not with the other sections as they are."""
-    options = config.algorithm
-    if options.modality != modality:
+    recipe = config.algorithm
+    if recipe.modality != modality:
         raise ValueError(
-            f"algorithm.name {options.name!r} trains {options.modality}, and task.name {config.task.name!r} is about "
+            f"algorithm.name {recipe.name!r} trains {recipe.modality}, and task.name {config.task.name!r} is about "
             f"{modality}: choose another algorithm"
         )
-    for key, value in options.requires(config).items():
+    for key, value in recipe.requires(config).items():
         section, name = key.split(".")
         if getattr(getattr(config, section), name) != value:
             wanted = str(value).lower() if isinstance(value, bool) else value
-            raise ValueError(f"algorithm.name {options.name} needs {key}={wanted}: set it")
-    old = getattr(options, "old_logprob", None)
+            raise ValueError(f"algorithm.name {recipe.name} needs {key}={wanted}: set it")
+    old = getattr(recipe, "old_logprob", None)
     if old == "sampler" and any(stage.train != stage.rollout for stage in config.train.block_schedule):
         raise ValueError(
             "train.block_schedule scores other states than were sampled: set algorithm.old_logprob to recompute"
         )
     for part in config.reward.functions:
-        if part.normalize != "none" and getattr(options.build(), "needs_step_rewards", False):
+        if part.normalize != "none" and recipe.needs_step_rewards:
             raise ValueError(
-                f"reward.functions {part.name!r} has normalize {part.normalize}, but algorithm.name {options.name} "
+                f"reward.functions {part.name!r} has normalize {part.normalize}, but algorithm.name {recipe.name} "
                 "compares the rewards of steps with each other: set normalize to none"
             )
-    check = getattr(options, "check_sampler", None)
-    if check is not None:
-        check(config.sampler.num_inference_steps, config.train.group_size)
+    recipe.check(config)
 
 
 def _check_same_run(config: Config) -> None:

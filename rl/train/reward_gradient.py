@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from rl.config import Config
+from rl.recipes.base import AnyRecipe
 from rl.sections import FilterConfig
 from rl.tasks.base import Row
 from rl.train import distributed
@@ -72,19 +73,6 @@ class GradientSampler(Protocol):
         ...
 
 
-@dataclass
-class GradientRecipe:
-    """An algorithm that back-propagates a reward through the sampler.
-
-    Attributes:
-        sampler: makes the sampler of a run.
-        kl_coef: weight of the path KL to the starting policy; 0 keeps no reference.
-    """
-
-    sampler: Callable[[Run], GradientSampler]
-    kl_coef: float
-
-
 # Options that say nothing here, the value that says so, and why.
 _WITHOUT: dict[str, tuple[Any, str]] = {
     "train.updates_per_step": (1, "samples anew for every update"),
@@ -120,9 +108,9 @@ def check_reward_gradient(config: Config) -> None:
 
 
 class RewardGradientUpdater:
-    """Maximises mean reward - kl_coef * path KL; one optimizer update per RL step. A `rl.train.update.Updater`."""
+    """Maximises mean reward - kl_weight * path KL; one optimizer update per RL step. A `rl.train.update.Updater`."""
 
-    def __init__(self, run: Run, recipe: GradientRecipe, total_updates: int, resumed: bool = False):
+    def __init__(self, run: Run, recipe: AnyRecipe, total_updates: int, resumed: bool = False):
         """
         Raises:
             ValueError: the config asks for what a reward gradient has not (`check_reward_gradient`).
@@ -130,8 +118,8 @@ class RewardGradientUpdater:
         check_reward_gradient(run.config)
         config = run.config.train
         self.run, self.recipe = run, recipe
-        self.sampler = recipe.sampler(run)
-        self.reference = Policy(run.starting_policy(resumed)) if recipe.kl_coef > 0 else None
+        self.sampler = recipe.gradient_sampler(run)
+        self.reference = Policy(run.starting_policy(resumed)) if recipe.needs_reference else None
         self.sampling = Policy(run.model)
         self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, run.device)
         self.learner.copy_weights_into(self.sampling)
@@ -188,7 +176,7 @@ class RewardGradientUpdater:
 
         def loss() -> torch.Tensor:
             segment = next(segments)
-            value = self.recipe.kl_coef * segment.kl.sum()
+            value = self.recipe.kl_weight * segment.kl.sum()
             if segment.reward is not None:
                 value = value - segment.reward.sum()
             reward = None if segment.reward is None else segment.reward.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,41 +246,33 @@ class RolloutSource:
         if self.ahead is not None:
             self.ahead.close()
 
-    def sample(
-        self,
-        step: int,
-        policy_version: int,
-        step_rewards: bool = False,
-        splits: Callable[[int], Sequence[tuple[int, int]]] | None = None,
-    ) -> ScoredRollouts:
+    def sample(self, step: int, policy_version: int) -> ScoredRollouts:
         """The scored rollouts of this rank; batches of prompts are added while the filters leave too few of them.
 
         With `rollout.asynchronous` they were sampled while the last step learned, by older weights than
         `policy_version`; the rollouts of the next step are begun before this returns.
-
-        Args:
-            step_rewards: score every step's x0 prediction too.
-            splits: index of an RL step -> where its rollouts branch, for engines that can.
         """
         run, config = self.run, self.run.config
+        recipe = config.algorithm
         parts: list[ScoredRollouts] = []
         kept = 0.0
         for turn in range(1 + config.filters.refill_rounds):
             examples, asked = self._asked(step, turn)
-            branches = splits(step) if splits else ()
             if self.ahead is None:
-                engine = self._engine(policy_version, branches)
+                engine = self._engine(policy_version, recipe.branch_points(step))
                 trajectories = engine.generate(asked, policy_version)
                 check_versions(trajectories, policy_version)
                 stats = engine.stats
             else:
                 if not self.ahead.begun():
-                    self.ahead.begin(self._engine(policy_version, branches), asked, policy_version)
+                    self.ahead.begin(self._engine(policy_version, recipe.branch_points(step)), asked, policy_version)
                 trajectories, stats = self.ahead.take()
                 if step + 1 < config.train.steps:
-                    engine = self._engine(policy_version, splits(step + 1) if splits else ())
+                    engine = self._engine(policy_version, recipe.branch_points(step + 1))
                     self.ahead.begin(engine, self._asked(step + 1)[1], policy_version)
-            part = scored(run, examples, config.train.group_size, trajectories, stats, step_rewards=step_rewards)
+            part = scored(
+                run, examples, config.train.group_size, trajectories, stats, step_rewards=recipe.needs_step_rewards
+            )
             run.spend(
                 forward_passes=stats.forwards,
                 sequence_forwards=stats.sequence_forwards,
@@ -293,7 +285,7 @@ class RolloutSource:
                 break
         return ScoredRollouts.join(parts)
 
-    def _engine(self, policy_version: int, branches: Sequence[tuple[int, int]]) -> Engine:
+    def _engine(self, policy_version: int, branch_points: Sequence[tuple[int, int]]) -> Engine:
         """An engine that samples with the weights of the run's model, which are this version's."""
         run, engine = self.run, self.remote
         if engine is None:
@@ -307,7 +299,7 @@ class RolloutSource:
                 engine.push_weights(policy_version, PolicyWeights(run.model, run.tokenizer, layout))
                 self._pushed = policy_version
                 self.push_seconds += time.perf_counter() - started
-        engine.splits = tuple(branches)
+        engine.splits = tuple(branch_points)
         return engine
 
     def _asked(self, step: int, turn: int = 0) -> tuple[list[Row], list[Any]]:

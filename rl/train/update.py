@@ -17,7 +17,7 @@ from rl.batch import DecisionBatch
 from rl.estimators.base import Rows, Scores, Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.value import clipped_value_loss
-from rl.recipes.options import Recipe
+from rl.recipes.base import Recipe
 from rl.train import distributed
 from rl.train.learner import Learner, TrainingError
 from rl.train.policy import Policy
@@ -101,7 +101,7 @@ class PolicyUpdater:
                 "filters.drop_zero_variance leaves prompts without their KL to the reference: set it to false for this "
                 "recipe"
             )
-        value = recipe.value
+        value = self.value_options = recipe.critic()
         # run.model is the copy that samples; it gets the learner's weights after every update.
         self.sampling: nn.Module = PolicyWithValue(run.model) if value and value.share_backbone else Policy(run.model)
         self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, run.device)
@@ -122,7 +122,7 @@ class PolicyUpdater:
         self.rl_step = 0
         # Most updates by which the weights that sampled this step's rollouts are behind the learner's.
         self.lag = 0
-        self.memory = recipe.memory
+        self.memory = recipe.memory()
         # A ratio to the sampler's own log-probs is corrected as it is, whatever the lag.
         rollout = run.config.rollout
         self.max_weight = rollout.max_importance_weight if recipe.old_logprob != "sampler" else None
@@ -130,7 +130,7 @@ class PolicyUpdater:
             self.max_weight = None
         if self.max_weight is not None:
             smallest = run.modality.smallest_trajectory(run.model)
-            if recipe.rows([smallest], run.model, None, None).sampler_logprob is None:
+            if recipe.rows([smallest], run.model).sampler_logprob is None:
                 raise ValueError(
                     "rollout.asynchronous corrects for older weights by the log-probs that the sampler recorded, and "
                     "this recipe scores other states: set rollout.max_importance_weight to null to go without"
@@ -142,8 +142,7 @@ class PolicyUpdater:
         self._use_blocks(step)
         self.rl_step = step
         pushed = self.source.push_seconds
-        recipe = self.recipe
-        rollouts = self.source.sample(step, self.learner.updates, recipe.needs_step_rewards, recipe.splits)
+        rollouts = self.source.sample(step, self.learner.updates)
         pushed = self.source.push_seconds - pushed
         rolled = time.perf_counter()
         waited = rolled - tick - rollouts.reward_seconds - pushed
@@ -237,7 +236,7 @@ class PolicyUpdater:
 
     def _advantage(self, rollouts: ScoredRollouts) -> torch.Tensor:
         """[M] or [M, T] of this rank; statistics of the batch are taken over the rollouts of all ranks."""
-        own = [] if self.recipe.note is None else [self.recipe.note(t) for t in rollouts.trajectories]
+        own = [self.recipe.note(t) for t in rollouts.trajectories]
         log_ratio = self._log_ratio(rollouts) if self.recipe.needs_log_ratio else []
         mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [], own, log_ratio)
         parts = distributed.gather_objects(mine)
@@ -251,6 +250,7 @@ class PolicyUpdater:
                 notes,
                 torch.tensor(ratio, dtype=torch.float64) if self.recipe.needs_log_ratio else None,
                 self.rl_step,
+                self.memory,
             )
         )
         return everything[start : start + len(rollouts.reward)]
@@ -280,7 +280,7 @@ class PolicyUpdater:
         Prompts are split over the updates, never a prompt's group. Weights count the trajectories of the update
         over all ranks, with those that are left out because their rewards are all equal (`ScoredRollouts.counted`).
         """
-        if any(steps is not None for steps in rollouts.process_rewards) and self.recipe.value is None:
+        if any(steps is not None for steps in rollouts.process_rewards) and self.value_options is None:
             raise TrainingError("a reward gives per-step values, which need a value model: set algorithm.value")
         advantage = self._advantage(rollouts)
         wanted = ~torch.isnan(advantage)
@@ -332,8 +332,7 @@ class PolicyUpdater:
     ) -> MicroBatch:
         trajectories = [rollouts.trajectories[i] for i in indices]
         steps = None if advantage.dim() == 1 else [row.numpy() for row in ~torch.isnan(advantage)]
-        draw = {"iteration": iteration} if self.recipe.redraw else {}
-        rows = self.recipe.rows(trajectories, self.run.model, self.block_length, steps, **draw).distinct()
+        rows = self.recipe.rows(trajectories, self.run.model, self.block_length, steps, iteration).distinct()
         owner, step = rows.trajectory, rows.step
         decision_advantage = advantage[owner] if advantage.dim() == 1 else advantage[owner, step]
         weight = weight[owner].double()
@@ -345,12 +344,12 @@ class PolicyUpdater:
             weight=weight.to(device),
             advantage=decision_advantage.to(device, torch.float64),
         )
-        if self.recipe.value is not None:
+        if self.value_options is not None:
             per_step = [rollouts.process_rewards[i] if rollouts.process_rewards else None for i in indices]
             if any(given is not None for given in per_step):
                 reward = torch.from_numpy(_process_rewards(trajectories, per_step))
             else:
-                outcome = advantage if self.recipe.value_reward == "advantage" else rollouts.reward[indices]
+                outcome = self.recipe.outcome(advantage, rollouts.reward[indices])
                 reward = outcome_rewards(outcome, owner, step)
             batch.reward = reward.to(device, torch.float64)
         return batch
@@ -384,7 +383,7 @@ class PolicyUpdater:
             for batch in chunk:
                 batch.ref_logprob = batch.rows.score(self.reference).logprob.double()
                 self._count(batch)
-        if self.recipe.value is not None:
+        if self.value_options is not None:
             learner = self.critic or self.learner
             for batch, scored in zip(chunk, self._forward(learner, chunk, spare), strict=True):
                 value = (scored if self.critic else scored.value).double()
@@ -395,8 +394,8 @@ class PolicyUpdater:
                     value,
                     batch.rows.trajectory,
                     batch.rows.step,
-                    self.recipe.value.gamma,
-                    self.recipe.value.lam,
+                    self.value_options.gamma,
+                    self.value_options.lam,
                 )
 
         if self.max_weight is not None:
@@ -457,10 +456,10 @@ class PolicyUpdater:
             decisions.check()
             output = self.recipe.loss(decisions)
             per_decision = output.loss
-            if self.recipe.value is not None and self.critic is None:
+            if self.value_options is not None and self.critic is None:
                 assert scores.value is not None
                 value_loss = self._value_terms(scores.value, batch, count)
-                per_decision = per_decision + self.recipe.value.coef * value_loss
+                per_decision = per_decision + self.value_options.coef * value_loss
             total = weighted_sum(per_decision, batch.weight)
             if count:
                 self.sums["decisions"] += len(logprob)
@@ -491,9 +490,9 @@ class PolicyUpdater:
         return loss
 
     def _value_terms(self, value: torch.Tensor, batch: MicroBatch, count: bool = True) -> torch.Tensor:
-        assert self.recipe.value is not None and batch.old_value is not None and batch.returns is not None
+        assert self.value_options is not None and batch.old_value is not None and batch.returns is not None
         old, returns = batch.old_value.to(value.dtype), batch.returns.to(value.dtype)
-        terms = clipped_value_loss(value, old, returns, self.recipe.value.clip)
+        terms = clipped_value_loss(value, old, returns, self.value_options.clip)
         if count:
             self.sums["value/loss"] += float((terms.detach() * batch.weight).sum())
         return terms
@@ -536,7 +535,7 @@ class PolicyUpdater:
             metrics["policy/path_kl"] = total.pop("path_kl")
         per_update = [name for name in ("loss/total", "value/loss", "value/grad_norm") if name in total]
         metrics |= {name: total.pop(name) / len(norms) for name in per_update}
-        if self.recipe.value is not None:
+        if self.value_options is not None:
             both = [(b.old_value, b.returns) for chunk in chunks for b in chunk]
             value, returns = (
                 torch.cat([torch.as_tensor(x) for part in distributed.gather_objects(_lists(column)) for x in part])

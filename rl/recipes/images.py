@@ -1,14 +1,14 @@
-"""What the recipes on Gaussian denoising steps share: options, the estimator, and advantages per step."""
+"""Recipes on Gaussian denoising steps: options, the estimator, and advantages per step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rl.recipes.options import Recipe, RecipeOptions
+from rl.recipes.base import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from rl.config import Config
     from rl.estimators.base import Verdicts
-    from rl.estimators.gaussian_step import GaussianRows
 
 
 @dataclass(frozen=True)
@@ -34,70 +33,51 @@ class Note:
     decides: tuple[bool, ...]
 
 
-def note(trajectory: Any) -> Note:
-    import hashlib
+class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
+    """Every denoising step that has a density is a decision.
 
-    digest = hashlib.sha256()
-    for name in sorted(trajectory.conditioning):
-        digest.update(trajectory.conditioning[name].tobytes())
-    return Note(digest.hexdigest()[:16], tuple(trajectory.seed.tolist()), tuple(trajectory.is_decision.tolist()))
-
-
-def num_decisions(trajectory: Any, steps: np.ndarray | None = None) -> int:
-    decides = trajectory.is_decision
-    return int((decides if steps is None else decides & steps).sum())
-
-
-class ImageRecipeOptions(RecipeOptions):
-    """Options every recipe on Gaussian steps has."""
+    The default clip of 1e-4 is for log-probs that are a mean over D = 16,384 entries.
+    """
 
     modality: ClassVar[str] = "images"
 
     reduce: Literal["mean", "sum"] = Field(
         "mean", description="Log-prob of a step: mean over a latent's D entries (clip as narrow as 1/D), or their sum."
     )
-    clip_low: float = Field(1e-4, gt=0, lt=1, description="Lower clip of the ratio; 1e-4 is for D = 16384 and mean.")
-    clip_high: float = Field(1e-4, gt=0, description="Upper clip of the ratio; 1e-4 is for D = 16384 and mean.")
     kl_estimator: Literal["exact", "k1", "k2", "k3"] = Field(  # type: ignore[assignment]
         "exact", description="KL between the steps' Gaussians, exact, or an estimate from their samples."
     )
     advantage_clip: float = Field(5.0, gt=0, description="Bound on the absolute advantage.")
 
-    def image_recipe(
-        self,
-        advantage: Callable[[Verdicts], torch.Tensor],
-        splits: Callable[[int], Sequence[tuple[int, int]]] | None = None,
-        memory: Any = None,
-    ) -> Recipe:
-        """The recipe of these options.
+    @property
+    def anchor(self) -> Literal["none", "old", "reference"]:
+        return self.kl_to if self.kl_estimator == "exact" else "none"
 
-        Args:
-            advantage: verdicts -> [M] or [M, T]; it is clamped here.
-        """
+    def note(self, trajectory: Any) -> Any:
+        digest = hashlib.sha256()
+        for name in sorted(trajectory.conditioning):
+            digest.update(trajectory.conditioning[name].tobytes())
+        return Note(digest.hexdigest()[:16], tuple(trajectory.seed.tolist()), tuple(trajectory.is_decision.tolist()))
+
+    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
+        import numpy as np
+
         from rl.estimators.gaussian_step import gaussian_rows
 
-        def rows(trajectories: Sequence[Any], model: Any, block: int | None, steps: Any = None) -> GaussianRows:
-            import numpy as np
+        return gaussian_rows(trajectories, None if steps is None else np.stack(steps), self.reduce, model)
 
-            return gaussian_rows(trajectories, None if steps is None else np.stack(steps), self.reduce, model)
+    def num_decisions(self, trajectory: Any, steps: np.ndarray | None = None) -> int:
+        decides = trajectory.is_decision
+        return int((decides if steps is None else decides & steps).sum())
 
-        held = self.kl_to if self.kl_estimator == "exact" else "none"
-        return Recipe(
-            rows=rows,
-            advantage=lambda verdicts: advantage(verdicts).clamp(-self.advantage_clip, self.advantage_clip),
-            loss=self.policy_loss(),
-            needs_reference=self.kl_to == "reference",
-            old_logprob=self.old_logprob,
-            aggregation=self.aggregation,
-            num_decisions=num_decisions,
-            note=note,
-            anchor=held,
-            splits=splits,
-            memory=memory,
-        )
+    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+        return self.clamped(super().advantage(verdicts))
+
+    def clamped(self, advantage: torch.Tensor) -> torch.Tensor:
+        return advantage.clamp(-self.advantage_clip, self.advantage_clip)
 
 
-class IntervalOptions(ImageRecipeOptions):
+class IntervalRecipe(ImageRecipe):
     """B²-DiffuRL's backward progressive training: how many of the last steps are trained.
 
     Its recipes compare a reward with earlier ones of the prompt: a group of equal rewards has an advantage too.
@@ -106,9 +86,15 @@ class IntervalOptions(ImageRecipeOptions):
     progressive: bool = Field(True, description="Train the last steps first and extend to all of them.")
     first_interval: int = Field(14, ge=1, description="Steps trained at first, counted from the end of the chain.")
     interval_steps: int = Field(100, ge=1, description="RL steps after which all are trained; set it to train.steps.")
+    history: int = Field(8, ge=0, description="Earlier RL steps whose rewards of a prompt count in its statistics.")
 
     def requires(self, config: Config) -> dict[str, Any]:
         return {"filters.drop_zero_variance": False}
+
+    def memory(self) -> Any:
+        from rl.prompt_history import PromptHistory
+
+        return PromptHistory(self.history)
 
     def first_step(self, rl_step: int, num_steps: int) -> int:
         """First trained step of T: T - (L + floor(i (T - L + 1) / S)), the published schedule."""
