@@ -240,7 +240,7 @@ def mdpo_advantage(
     keeps them, so that it counts in the mean over rollouts. Its other steps weigh the same either way.
 
     Args:
-        verdicts: with the rewards of all fills, and `rl.estimators.x0_rows.StepNotes`.
+        verdicts: with the rewards of all fills, and `rl.estimators.x0_rows.StepSummary`.
         compare: "index" (same step index of the group) or "canvas" (same canvas of the group).
         mask_weight: multiply by response length over masked positions of the step.
         credit, scale, train_steps, select: see `step_values`, `step_advantage`, `select_steps`.
@@ -249,8 +249,8 @@ def mdpo_advantage(
     shape = verdicts.steps.shape
     masked, canvas, surprisal = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     surprisal = surprisal.double()
-    for row, note in enumerate(verdicts.notes):
-        for into, values in ((masked, note.masked), (canvas, note.canvas), (surprisal, note.surprisal)):
+    for row, summary in enumerate(verdicts.summaries):
+        for into, values in ((masked, summary.masked), (canvas, summary.canvas), (surprisal, summary.surprisal)):
             into[row, : len(values)] = torch.from_numpy(values)
     value = step_values(verdicts.steps, credit)
     # A failed last fill looks like a shorter rollout; its terminal reward says that it failed.
@@ -259,7 +259,7 @@ def mdpo_advantage(
     pairs = torch.stack([verdicts.group[:, None].expand(shape), inside], dim=-1).reshape(-1, 2)
     cell = torch.unique(pairs, dim=0, return_inverse=True)[1].view(shape)
     advantage = step_advantage(value, cell, scale)
-    chosen = select_steps(advantage, train_steps, select, [note.seed for note in verdicts.notes], surprisal)
+    chosen = select_steps(advantage, train_steps, select, [summary.seed for summary in verdicts.summaries], surprisal)
     # After the choice: a draw among the useful steps alone would be no estimate of the mean over all.
     useful = chosen & (advantage.nan_to_num() != 0)
     chosen = torch.where(useful.any(1, keepdim=True), useful, chosen)

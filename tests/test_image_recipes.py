@@ -20,7 +20,7 @@ from rl.recipes.b2_diffurl import B2DiffuRL
 from rl.recipes.branch_grpo import BranchGRPO
 from rl.recipes.ddpo import DDPO
 from rl.recipes.diffusion_nft import DiffusionNFT
-from rl.recipes.images import ImageRecipe, Note, branch_of
+from rl.recipes.images import ImageRecipe, PathSummary, branch_of
 from rl.registry import RECIPES, parse_recipe
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.image_models import FLOW, rollouts, tiny_policy
@@ -32,8 +32,10 @@ def tensor(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def verdicts(reward: Sequence[float], notes: Sequence[Note], group: Sequence[int], rl_step: int = 0) -> Verdicts:
-    return Verdicts(tensor(*reward), torch.tensor(group), notes=notes, rl_step=rl_step)
+def verdicts(
+    reward: Sequence[float], summaries: Sequence[PathSummary], group: Sequence[int], rl_step: int = 0
+) -> Verdicts:
+    return Verdicts(tensor(*reward), torch.tensor(group), summaries=summaries, rl_step=rl_step)
 
 
 def advantage_of(recipe: ImageRecipe, seen: Verdicts) -> torch.Tensor:
@@ -41,11 +43,11 @@ def advantage_of(recipe: ImageRecipe, seen: Verdicts) -> torch.Tensor:
     return recipe.advantage(replace(seen, memory=recipe.memory()))
 
 
-def tree(prompt: str, root: int, count: int, split: int, num_steps: int = 4, sure: int = 0) -> list[Note]:
+def tree(prompt: str, root: int, count: int, split: int, num_steps: int = 4, sure: int = 0) -> list[PathSummary]:
     """Leaves of one tree that branches before step `split`; the last `sure` steps have no density."""
     decides = tuple(step < num_steps - sure for step in range(num_steps))
     return [
-        Note(prompt, tuple([root] * (split + 1) + [100 * root + leaf] * (num_steps - split)), decides)
+        PathSummary(prompt, tuple([root] * (split + 1) + [100 * root + leaf] * (num_steps - split)), decides)
         for leaf in range(count)
     ]
 
@@ -104,9 +106,9 @@ def test_a_history_goes_on_where_it_was_saved() -> None:
 
 def test_b2_trains_the_extremes_of_a_branch_point_on_the_interval() -> None:
     recipe = B2DiffuRL(num_steps=4, branches=3, first_interval=2, interval_steps=10)
-    notes = tree("a", 1, 3, split=2, sure=1) + tree("a", 2, 3, split=2, sure=1)
+    summaries = tree("a", 1, 3, split=2, sure=1) + tree("a", 2, 3, split=2, sure=1)
     # Mean 2, standard deviation sqrt(2): z = -1.41, 0, 1.41, then -0.71, 0.71, 0.
-    advantage = advantage_of(recipe, verdicts([0, 2, 4, 1, 3, 2], notes, [0, 0, 0, 1, 1, 1]))
+    advantage = advantage_of(recipe, verdicts([0, 2, 4, 1, 3, 2], summaries, [0, 0, 0, 1, 1, 1]))
     z = torch.tensor([-2.0, 2.0, -1.0, 1.0], dtype=torch.float64) / 2**0.5
     expected = torch.full((6, 4), NAN, dtype=torch.float64)
     # Steps 0 and 1 are shared, step 3 is sure: step 2 alone is trained.
@@ -116,16 +118,16 @@ def test_b2_trains_the_extremes_of_a_branch_point_on_the_interval() -> None:
 
 def test_the_branch_advantage_compares_within_the_branch_point() -> None:
     recipe = B2DiffuRL(num_steps=4, branches=2, first_interval=2, compare="branch", selection="all")
-    notes = tree("a", 1, 2, split=2) + tree("a", 2, 2, split=2)
-    advantage = advantage_of(recipe, verdicts([10, 12, 0, 2], notes, [0, 0, 0, 0]))
+    summaries = tree("a", 1, 2, split=2) + tree("a", 2, 2, split=2)
+    advantage = advantage_of(recipe, verdicts([10, 12, 0, 2], summaries, [0, 0, 0, 0]))
     assert advantage[:, :2].isnan().all()
     # Both pairs differ by 2: deviation 1 over (standard deviation 1 + 0.1), however different the pairs are.
     torch.testing.assert_close(advantage[:, 2:], tensor(-1, 1, -1, 1)[:, None].expand(4, 2) / 1.1)
 
 
 def test_ddpo_trains_every_step_and_with_backward_progress_the_last_ones() -> None:
-    notes = tree("a", 1, 2, split=0)
-    both = verdicts([0, 1], notes, [0, 0])
+    summaries = tree("a", 1, 2, split=0)
+    both = verdicts([0, 1], summaries, [0, 0])
     everywhere = advantage_of(DDPO(min_count=2), both)
     torch.testing.assert_close(everywhere, tensor(-1, 1)[:, None].expand(2, 4) / 2**0.5)
     late = advantage_of(DDPO(min_count=2, progressive=True, first_interval=3, interval_steps=10), both)
@@ -134,8 +136,8 @@ def test_ddpo_trains_every_step_and_with_backward_progress_the_last_ones() -> No
 
 
 def test_advantages_are_clamped() -> None:
-    notes = tree("a", 1, 30, split=0)
-    advantage = advantage_of(DDPO(advantage_clip=2.0), verdicts([0.0] * 29 + [1.0], notes, [0] * 30))
+    summaries = tree("a", 1, 30, split=0)
+    advantage = advantage_of(DDPO(advantage_clip=2.0), verdicts([0.0] * 29 + [1.0], summaries, [0] * 30))
     assert advantage.max() == 2
 
 
@@ -152,8 +154,8 @@ def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
     trajectories = rollouts(
         tiny_policy(), LatentSamplerOptions(num_inference_steps=5, min_std=0), count=1, splits=((1, 2), (3, 2))
     )
-    notes = [recipe.note(t) for t in trajectories]
-    advantage = recipe.advantage(verdicts([0, 2, 2, 8], notes, [0, 0, 0, 0]))
+    summaries = [recipe.summary(t) for t in trajectories]
+    advantage = recipe.advantage(verdicts([0, 2, 2, 8], summaries, [0, 0, 0, 0]))
     # Nothing differs before the first branch point. Below it two nodes, of mean 1 and 5; below the second every leaf.
     assert advantage[:, 0].isnan().all()
     expected = tensor(-2, -2, 2, 2) / (2 + 1e-4)
@@ -165,10 +167,10 @@ def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
 def test_notes_of_real_trajectories_tell_branch_points_apart() -> None:
     options = LatentSamplerOptions(num_inference_steps=5)
     trajectories = rollouts(tiny_policy(), options, count=2, splits=((2, 3),))
-    seen = verdicts([0.0] * 6, [DDPO().note(t) for t in trajectories], [0] * 3 + [1] * 3)
+    seen = verdicts([0.0] * 6, [DDPO().summary(t) for t in trajectories], [0] * 3 + [1] * 3)
     assert branch_of(seen, 2).tolist() == [0, 0, 0, 1, 1, 1]
     assert branch_of(seen, 3).tolist() == [0, 1, 2, 3, 4, 5]
-    assert len({n.prompt for n in seen.notes}) == 2
+    assert len({n.prompt for n in seen.summaries}) == 2
 
 
 def test_the_exact_kl_enters_the_loss() -> None:

@@ -14,7 +14,7 @@ import torch
 from rl.advantages import mdpo_advantage
 from rl.config import load_config
 from rl.estimators.base import Verdicts
-from rl.estimators.x0_rows import StepNotes, num_x0_targets, step_notes, x0_rows
+from rl.estimators.x0_rows import StepSummary, num_x0_targets, step_summary, x0_rows
 from rl.evaluation.backslide import Backslide, backslide_of
 from rl.modalities.text import TextModality
 from rl.track.report import write_report
@@ -99,23 +99,23 @@ def test_a_rollout_without_fills_is_refused(make_model) -> None:
 def test_notes_of_a_trajectory(make_model) -> None:
     model = make_model("gpt2-full")
     first, second = sampled(model, 2, num_inference_steps=3)
-    notes = step_notes(first)
+    summary = step_summary(first)
     # 8 positions over 3 steps, the remainder first.
-    assert notes.masked.tolist() == [8, 5, 2] and notes.seed == first.seed
+    assert summary.masked.tolist() == [8, 5, 2] and summary.seed == first.seed
     for step in range(3):
-        assert notes.surprisal[step] == pytest.approx(-first.logprob[first.step == step].mean())
-    assert len(set(notes.canvas.tolist())) == 3
+        assert summary.surprisal[step] == pytest.approx(-first.logprob[first.step == step].mean())
+    assert len(set(summary.canvas.tolist())) == 3
     again = InProcessEngine(model, SamplerOptions(gen_length=8, num_inference_steps=3)).generate([Request([1], seed=9)])
-    assert step_notes(again[0]).canvas[0] == notes.canvas[0] != step_notes(second).canvas[0]
+    assert step_summary(again[0]).canvas[0] == summary.canvas[0] != step_summary(second).canvas[0]
 
 
 def verdicts(steps: list[list[float]], canvas: list[list[int]] | None = None) -> Verdicts:
     table = torch.tensor(steps, dtype=torch.float64)
     keys = canvas or [[0] * len(steps[0])] * len(steps)
     masked = np.array([8, 4, 2])
-    notes = [StepNotes(s, np.array(k), np.zeros(3), masked) for s, k in enumerate(keys)]
+    summaries = [StepSummary(s, np.array(k), np.zeros(3), masked) for s, k in enumerate(keys)]
     last = torch.tensor([[r for r in row if r == r][-1] for row in steps], dtype=torch.float64)
-    return Verdicts(last, torch.zeros(len(steps), dtype=torch.int64), table, notes)
+    return Verdicts(last, torch.zeros(len(steps), dtype=torch.int64), table, summaries)
 
 
 SETTINGS: dict[str, Any] = {

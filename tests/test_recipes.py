@@ -51,9 +51,9 @@ def fixed_batch(model: Any, name: str, iteration: int = 0, **options: Any) -> tu
     reward = torch.tensor([1, 0, 0.2, 0, 0.7, 1], dtype=torch.float64)
     table = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     table[:, -1] = reward
-    notes = [recipe.note(t) for t in trajectories]
+    summaries = [recipe.summary(t) for t in trajectories]
     group = torch.tensor([0, 0, 0, 1, 1, 1])
-    advantage = recipe.advantage(Verdicts(reward, group, table if recipe.needs_step_rewards else None, notes))
+    advantage = recipe.advantage(Verdicts(reward, group, table if recipe.needs_step_rewards else None, summaries))
     steps = None if advantage.dim() == 1 else [row.numpy() for row in ~advantage.isnan()]
     rows = recipe.rows(trajectories, model, None, steps, iteration)
     length = torch.tensor([recipe.num_decisions(t, s) for t, s in zip(trajectories, steps or [None] * 6, strict=True)])

@@ -77,7 +77,7 @@ class Verdicts:
         group: int64 [M], index of the prompt.
         steps: float64 [M, T], the reward of every step's full fill, NaN behind a trajectory's last step; None when the
             recipe did not ask for it (`Recipe.needs_step_rewards`).
-        notes: [M], what `Recipe.note` says of each trajectory; empty without it.
+        summaries: [M], what `Recipe.summary` says of each trajectory; empty without it.
         log_ratio: float64 [M], sum over a trajectory's decisions of sampler log-prob - reference log-prob; its mean is
             the KL along the path. None when the recipe did not ask for it (`Recipe.needs_log_ratio`).
         rl_step: index of the RL step they were sampled in.
@@ -87,7 +87,7 @@ class Verdicts:
     reward: torch.Tensor
     group: torch.Tensor
     steps: torch.Tensor | None = None
-    notes: Sequence[Any] = ()
+    summaries: Sequence[Any] = ()
     log_ratio: torch.Tensor | None = None
     rl_step: int = 0
     memory: Any = None

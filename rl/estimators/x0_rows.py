@@ -22,7 +22,7 @@ Targets = Literal["masked", "committed"]
 
 
 @dataclass
-class StepNotes:
+class StepSummary:
     """What the choice and the comparison of steps need to know of a trajectory.
 
     Attributes:
@@ -38,7 +38,7 @@ class StepNotes:
     masked: np.ndarray
 
 
-def step_notes(trajectory: TokenTrajectory) -> StepNotes:
+def step_summary(trajectory: TokenTrajectory) -> StepSummary:
     digests = np.zeros(trajectory.num_steps, dtype=np.int64)
     masked = np.zeros(trajectory.num_steps, dtype=np.int64)
     for step in range(trajectory.num_steps):
@@ -48,7 +48,7 @@ def step_notes(trajectory: TokenTrajectory) -> StepNotes:
     reveal = trajectory.is_reveal
     count = np.bincount(trajectory.step[reveal], minlength=trajectory.num_steps)
     total = np.bincount(trajectory.step[reveal], -trajectory.logprob[reveal], minlength=trajectory.num_steps)
-    return StepNotes(trajectory.seed, digests, total / np.maximum(count, 1), masked)
+    return StepSummary(trajectory.seed, digests, total / np.maximum(count, 1), masked)
 
 
 def x0_targets(trajectory: TokenTrajectory, step: int, targets: Targets) -> np.ndarray:

@@ -64,7 +64,7 @@ class B2DiffuRL(IntervalRecipe):
         from rl.advantages import extremes, group_advantage
 
         first = self.first_step(verdicts.rl_step, self.num_steps)
-        value = z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.notes])
+        value = z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.summaries])
         point = branch_of(verdicts, first)
         if self.compare == "branch":
             value = group_advantage(verdicts.reward, point, scale="std", eps=0.1)

@@ -165,8 +165,8 @@ class Recipe(AnyRecipe):
         """
         return None
 
-    def note(self, trajectory: Any) -> Any:
-        """Something small that `advantage` needs to know of a trajectory (`Verdicts.notes`)."""
+    def summary(self, trajectory: Any) -> Any:
+        """Something small that `advantage` needs to know of a trajectory (`Verdicts.summaries`)."""
         return None
 
     def rows(

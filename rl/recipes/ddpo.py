@@ -31,8 +31,8 @@ class DDPO(IntervalRecipe, defaults={"progressive": False}):
         return PromptHistory(self.history, self.min_count)
 
     def advantage(self, verdicts: Verdicts) -> torch.Tensor:
-        z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.notes])
-        first = self.first_step(verdicts.rl_step, len(verdicts.notes[0].decides))
+        z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.summaries])
+        first = self.first_step(verdicts.rl_step, len(verdicts.summaries[0].decides))
         return self.clamped(on_steps(z, verdicts, first))
 
 

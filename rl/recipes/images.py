@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Note:
+class PathSummary:
     """What an advantage needs to know of a trajectory.
 
     Attributes:
@@ -53,11 +53,13 @@ class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
     def anchor(self) -> Literal["none", "old", "reference"]:
         return self.kl_to if self.kl_estimator == "exact" else "none"
 
-    def note(self, trajectory: Any) -> Any:
+    def summary(self, trajectory: Any) -> Any:
         digest = hashlib.sha256()
         for name in sorted(trajectory.conditioning):
             digest.update(trajectory.conditioning[name].tobytes())
-        return Note(digest.hexdigest()[:16], tuple(trajectory.seed.tolist()), tuple(trajectory.is_decision.tolist()))
+        return PathSummary(
+            digest.hexdigest()[:16], tuple(trajectory.seed.tolist()), tuple(trajectory.is_decision.tolist())
+        )
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         import numpy as np
@@ -108,7 +110,7 @@ def on_steps(advantage: torch.Tensor, verdicts: Verdicts, first: int = 0) -> tor
     """[M, T]: the advantage of a trajectory at its steps from `first` on that have a density, NaN elsewhere."""
     import torch
 
-    wanted = torch.tensor([n.decides for n in verdicts.notes])
+    wanted = torch.tensor([n.decides for n in verdicts.summaries])
     wanted[:, :first] = False
     return torch.where(wanted, advantage[:, None], torch.nan)
 
@@ -117,6 +119,6 @@ def branch_of(verdicts: Verdicts, depth: int) -> torch.Tensor:
     """int64 [M]: index of the rollout up to latents[depth] that a trajectory continues, within its prompt's group."""
     import torch
 
-    keys = [(int(g), n.seed[: depth + 1]) for g, n in zip(verdicts.group, verdicts.notes, strict=True)]
+    keys = [(int(g), n.seed[: depth + 1]) for g, n in zip(verdicts.group, verdicts.summaries, strict=True)]
     place = {key: index for index, key in enumerate(dict.fromkeys(keys))}
     return torch.tensor([place[key] for key in keys])

@@ -55,10 +55,10 @@ class MDPO(Recipe, defaults={"kl_to": "reference", "kl_coef": 0.02, "kl_estimato
     def requires(self, config: Config) -> dict[str, Any]:
         return {"sampler.record_x0": True}
 
-    def note(self, trajectory: Any) -> Any:
-        from rl.estimators.x0_rows import step_notes
+    def summary(self, trajectory: Any) -> Any:
+        from rl.estimators.x0_rows import step_summary
 
-        return step_notes(trajectory)
+        return step_summary(trajectory)
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.x0_rows import x0_rows

@@ -236,18 +236,20 @@ class PolicyUpdater:
 
     def _advantage(self, rollouts: ScoredRollouts) -> torch.Tensor:
         """[M] or [M, T] of this rank; statistics of the batch are taken over the rollouts of all ranks."""
-        own = [self.recipe.note(t) for t in rollouts.trajectories]
+        own = [self.recipe.summary(t) for t in rollouts.trajectories]
         log_ratio = self._log_ratio(rollouts) if self.recipe.needs_log_ratio else []
         mine = (rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.step_reward or [], own, log_ratio)
         parts = distributed.gather_objects(mine)
-        reward, _, steps, notes, ratio = ([x for part in column for x in part] for column in zip(*parts, strict=True))
+        reward, _, steps, summaries, ratio = (
+            [x for part in column for x in part] for column in zip(*parts, strict=True)
+        )
         start = sum(len(part[0]) for part in parts[: distributed.rank()])
         everything = self.recipe.advantage(
             Verdicts(
                 torch.tensor(reward, dtype=torch.float64),
                 joined_groups(part[1] for part in parts),
                 padded(steps) if self.recipe.needs_step_rewards else None,
-                notes,
+                summaries,
                 torch.tensor(ratio, dtype=torch.float64) if self.recipe.needs_log_ratio else None,
                 self.rl_step,
                 self.memory,
