@@ -285,7 +285,8 @@ def _rollout(args: argparse.Namespace) -> int:
 def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
     import yaml
 
-    from rollouts.search.options import parse_search
+    from rl.evaluation.search import parse_search, search_rollouts, write_search
+    from rl.train.run import Run
 
     try:
         params = yaml.safe_load(args.search_params or "{}")
@@ -293,15 +294,12 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
         raise ValueError(f"--search-params is not valid YAML: {error}") from None
     if not isinstance(params, dict):
         raise ValueError(f"--search-params must be a mapping like {{num_samples: 16}}, got {args.search_params!r}")
-    options = parse_search(args.search, params)
-    from rl.evaluation.search import search_rollouts, write_search
-    from rl.train.run import Run
-
+    search = parse_search(args.search, params)
     with Run.open(config, write=False) as run:
-        rows = run.task.heldout_rows(args.num_prompts)
-        found = search_rollouts(run, rows, args.search, options, args.group_size)
+        examples = run.task.heldout_rows(args.num_prompts)
+        found = search_rollouts(run, examples, search, args.group_size)
         folder.mkdir(parents=True, exist_ok=True)
-        write_search(folder, run, args.search, options, found)
+        write_search(folder, run, args.search, search, found)
     budget, count = found.budget, found.num_requests
     print(
         f"{args.search}: {len(found.trajectories)} samples of {count} searches, mean reward {found.mean_reward():.3f}, "

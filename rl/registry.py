@@ -117,6 +117,24 @@ FAMILIES = Table(
     },
 )
 
+SEARCHES = Table(
+    "search",
+    "denoise_rl.searches",
+    {
+        "best_of_n": "rollouts.search.best_of_n:BestOfN",
+        "svdd": "rollouts.search.svdd:Svdd",
+        "smc": "rollouts.search.smc:Smc",
+        "tds": "rollouts.search.smc:Tds",
+        "guidance": "rollouts.search.guidance:Guidance",
+        "dts": "rollouts.search.tree:Dts",
+        "dts_star": "rollouts.search.tree:DtsStar",
+        # Random search over noises is best-of-N under another name.
+        "noise_random": "rollouts.search.best_of_n:BestOfN",
+        "noise_zero_order": "rollouts.search.noise_search:ZeroOrder",
+        "noise_paths": "rollouts.search.noise_search:Paths",
+    },
+)
+
 DEFAULT = "tracerl"
 
 

@@ -362,7 +362,9 @@ class CheckpointConfig(Section):
 
 class AlignRow(Section):
     name: str = Field(description="Name of the row, and of its folder.")
-    search: str | None = Field(None, description="Search with the pretrained model by this name (rollouts/search).")
+    search: str | None = Field(
+        None, description="Search with the pretrained model by this name or address (docs/search.md)."
+    )
     params: dict[str, Any] = Field({}, description="Options of the search.")
     algorithm: dict[str, Any] | None = Field(None, description="Recipe that fine-tunes the pretrained model.")
     overrides: list[str] = Field([], description="Dotted overrides of this row's training, train.steps=50.")

@@ -16,19 +16,23 @@ import numpy as np
 import pytest
 import torch
 
+from rl.evaluation.search import parse_search
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
-from rollouts.search.options import DtsOptions, TreeOptions, parse_search
-from rollouts.search.protocol import Problem, SearchResult, fan
-from rollouts.search.run import search
+from rollouts.search.protocol import SearchProblem, SearchResult, fan
 from rollouts.search.smc import systematic
 from rollouts.search.tokens import TokenSampler, TokenStates
-from rollouts.search.tree import Node, grow, sampled_child
+from rollouts.search.tree import Dts, Node, TreeSearch, grow, sampled_child
 from rollouts.search.values import soft_mean
 from tests.test_exact_toy import PROMPT, World, enumerate_world
 
 ALPHA = 0.5
+
+
+def search(name: str, problem: SearchProblem, row: Any, seed: Any, params: dict[str, Any]) -> SearchResult:
+    """M searches of one kind, by name."""
+    return parse_search(name, params).run(problem, np.array(row, dtype=np.int64), np.array(seed, dtype=np.int64))
 
 
 @dataclass
@@ -45,10 +49,10 @@ class Toy:
     index: dict[tuple[int, ...], int]
     soft: torch.Tensor | None = None
 
-    def problem(self, prompts: int = 1, **changes: Any) -> Problem:
+    def problem(self, prompts: int = 1, **changes: Any) -> SearchProblem:
         model = SharedForwards(self.world.model)
         engine = InProcessEngine(model, self.world.options.model_copy(update=changes), max_batch_size=100_000)
-        return Problem(TokenSampler(engine, [PROMPT] * prompts), lambda states: self.reward[self.place(states)])
+        return SearchProblem(TokenSampler(engine, [PROMPT] * prompts), lambda states: self.reward[self.place(states)])
 
     def place(self, states: TokenStates) -> np.ndarray:
         return np.array([self.index[tuple(x)] for x in states.canvas[:, len(PROMPT) :].tolist()])
@@ -60,7 +64,7 @@ class Toy:
 
     def run(self, name: str, count: int, **params: Any) -> SearchResult:
         problem = self.problem()
-        return search(name, problem, np.zeros(count), np.arange(count), parse_search(name, params))
+        return search(name, problem, np.zeros(count), np.arange(count), params)
 
     def law(self, result: SearchResult) -> np.ndarray:
         weight = np.ones(len(result.request)) if result.weight is None else result.weight
@@ -116,7 +120,7 @@ def test_stepping_to_the_end_is_the_engine(make_model, family: str, decoder: str
     prompts = [[1 + (7 * n + 3 * i) % 10 for i in range(n)] for n in range(1, 10)]
     expected = engine.generate([Request(ids, 100 + i) for i, ids in enumerate(prompts)])
     sampler = TokenSampler(engine, prompts)
-    states = Problem(sampler, lambda s: []).finish(sampler.start(np.arange(9), 100 + np.arange(9)))
+    states = SearchProblem(sampler, lambda s: []).finish(sampler.start(np.arange(9), 100 + np.arange(9)))
     for ours, theirs in zip(sampler.trajectories(states), expected, strict=True):
         ours.validate()
         assert (ours.num_steps, ours.length, ours.stop_length) == (theirs.num_steps, theirs.length, theirs.stop_length)
@@ -195,7 +199,7 @@ def test_renoising_goes_back_in_the_schedule(make_model, family: str, num_steps:
     assert (noised.canvas == states.canvas)[~masked].all()
     # Not always the same ones.
     assert block or num_steps > 2 or len(torch.unique(masked, dim=0)) > 10
-    ends = Problem(sampler, lambda s: []).finish(noised)
+    ends = SearchProblem(sampler, lambda s: []).finish(noised)
     for i, trajectory in enumerate(sampler.trajectories(ends)):
         trajectory.validate()
         assert (trajectory.final_canvas() == ends.canvas[i].numpy()).all()
@@ -353,7 +357,7 @@ class Independent:
 LINEAR = torch.tensor(np.random.default_rng(2).normal(size=(3, 4)))
 
 
-def linear_problem(model: Any, selector: str = "left_most", score: str = "probability") -> Problem:
+def linear_problem(model: Any, selector: str = "left_most", score: str = "probability") -> SearchProblem:
     """Reward sum of w[position, token], as a sum over one-hots and over finished samples."""
     options = SamplerOptions(gen_length=3, num_inference_steps=3, selector=selector, score=score)
     sampler = TokenSampler(InProcessEngine(model, options, max_batch_size=1000), [PROMPT])
@@ -361,7 +365,7 @@ def linear_problem(model: Any, selector: str = "left_most", score: str = "probab
     def reward(states: TokenStates) -> np.ndarray:
         return LINEAR[torch.arange(3), states.canvas[:, 3:]].sum(-1).numpy()
 
-    return Problem(sampler, reward, lambda soft, states: (soft * LINEAR).sum((1, 2)))
+    return SearchProblem(sampler, reward, lambda soft, states: (soft * LINEAR).sum((1, 2)))
 
 
 def independent() -> Independent:
@@ -376,7 +380,7 @@ def test_guidance_on_a_linear_reward_and_independent_positions_is_the_tilted_law
     model = independent()
     problem = linear_problem(model, order, "random")
     n = 3000
-    options = parse_search("guidance", {"scale": 1 / ALPHA})
+    options = {"scale": 1 / ALPHA}
     result = search("guidance", problem, np.zeros(n), np.arange(n), options)
     exact = torch.softmax(model.logits[3:, :3] + LINEAR[:, :3] / ALPHA, -1).numpy()
     product = np.einsum("a,b,c->abc", *exact).reshape(-1)
@@ -390,9 +394,7 @@ def test_tds_with_the_exact_proposal_has_no_variance(selector: str, score: str) 
     """p / q of the steps and the reward at the end make every weight the normaliser itself."""
     model = independent()
     problem = linear_problem(model, selector, score)
-    options = parse_search(
-        "tds", {"alpha": ALPHA, "num_particles": 3, "value": "none", "keep": "all", "resample_below": 0}
-    )
+    options = {"alpha": ALPHA, "num_particles": 3, "value": "none", "keep": "all", "resample_below": 0}
     result = search("tds", problem, np.zeros(20), np.arange(20), options)
     log_p = torch.log_softmax(model.logits[3:, :3], -1)
     log_z = torch.logsumexp(log_p + LINEAR[:, :3] / ALPHA, -1).sum().item()
@@ -413,14 +415,14 @@ def soft_table(toy: Toy) -> Any:
 def test_tds_is_unbiased_whatever_the_order_and_the_guidance(toy: Toy, score: str) -> None:
     """With an order read from the draws, those thrown away count in p / q; leaving them out would bias it."""
     own = toy.problem(score=score)
-    problem = Problem(own.sampler, own.reward, soft_table(toy))
+    problem = SearchProblem(own.sampler, own.reward, soft_table(toy))
     plain = toy.world
     if score == "probability":
         plain = enumerate_world(toy.world.model, toy.world.options.model_copy(update={"score": score}))
     samples = [toy.index[tuple(t.final_canvas()[3:].tolist())] for t in plain.trajectories]
     p = np.bincount(samples, plain.probability.detach().numpy(), 27)
     z = (p * np.exp(toy.reward / ALPHA)).sum()
-    options = parse_search("tds", {"alpha": ALPHA, "num_particles": 8, "scale": 1.0})
+    options = {"alpha": ALPHA, "num_particles": 8, "scale": 1.0}
     result = search("tds", problem, np.zeros(1500), np.arange(1500), options)
     assert result.log_z is not None
     estimates = np.exp(result.log_z)
@@ -432,7 +434,7 @@ def test_tds_is_unbiased_whatever_the_order_and_the_guidance(toy: Toy, score: st
 def test_the_guidance_gradient_is_that_of_finite_differences_at_the_probabilities(toy: Toy) -> None:
     own = toy.problem()
     reward = soft_table(toy)
-    problem = Problem(own.sampler, own.reward, reward)
+    problem = SearchProblem(own.sampler, own.reward, reward)
     seen: list[tuple[torch.Tensor, torch.Tensor, TokenStates]] = []
 
     def gradient(soft: torch.Tensor, states: TokenStates) -> torch.Tensor:
@@ -457,9 +459,9 @@ def test_guidance_says_what_it_needs(toy: Toy) -> None:
     with pytest.raises(ValueError, match="needs a differentiable reward"):
         toy.run("guidance", 2)
     cold = toy.problem(temperature=0.0)
-    problem = Problem(cold.sampler, cold.reward, soft_table(toy))
+    problem = SearchProblem(cold.sampler, cold.reward, soft_table(toy))
     with pytest.raises(ValueError, match=r"set sampler\.temperature > 0"):
-        search("guidance", problem, np.zeros(2), np.arange(2), parse_search("guidance", {}))
+        search("guidance", problem, np.zeros(2), np.arange(2), {})
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
@@ -480,7 +482,7 @@ def test_tree_sampling_approaches_the_tilted_law_as_the_tree_grows(toy: Toy) -> 
 
     gaps = []
     for iterations in (10, 80, 600):
-        options = DtsOptions(num_iterations=iterations, alpha=ALPHA)
+        options = Dts(num_iterations=iterations, alpha=ALPHA)
         rows = np.zeros(4, dtype=np.int64)
         roots, _ = grow(toy.problem(), rows, np.arange(4), options, sampled_child(ALPHA))
         gaps.append(np.mean([distance(law(root, 1.0, np.zeros(27)), toy.tilted) for root in roots]))
@@ -515,22 +517,22 @@ def test_tree_values_are_backed_up_by_a_uniform_mean() -> None:
     for key, value, visits in (("a", 0.0, 1), ("b", 2.0, 7)):
         child = node.drawn(None, 0, key)
         child.value, child.visits = value, visits
-    node.back_up(TreeOptions(alpha=1.0))
+    node.back_up(TreeSearch(alpha=1.0))
     assert node.value == pytest.approx(math.log((1 + math.e**2) / 2), abs=1e-12)
-    node.back_up(TreeOptions(alpha=1.0, backup="max"))
+    node.back_up(TreeSearch(alpha=1.0, backup="max"))
     assert (node.value, node.visits) == (2.0, 2)
     # C n^a children after n visits: 2 * 2^0.8 = 3.48.
-    assert not node.is_full(TreeOptions())
+    assert not node.is_full(TreeSearch())
     assert node.drawn(None, 0, "b") is node.children[1] and node.drawn(None, 0, "b") is node.children[1]
-    assert node.is_full(TreeOptions())
+    assert node.is_full(TreeSearch())
     # An equal draw is the same child, and counts again.
-    node.back_up(TreeOptions(alpha=1.0))
+    node.back_up(TreeSearch(alpha=1.0))
     assert node.value == pytest.approx(math.log((1 + 3 * math.e**2) / 4), abs=1e-12)
 
 
 def test_a_tree_branches_only_where_it_may(toy: Toy) -> None:
     problem = toy.problem()
-    options = DtsOptions(num_iterations=40, branch_steps=[1])
+    options = Dts(num_iterations=40, branch_steps=[1])
     roots, _ = grow(problem, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), options, sampled_child(1.0))
     assert roots[0].draws == [1]
     middle = roots[0].children[0]
@@ -635,7 +637,7 @@ def test_a_search_does_not_depend_on_what_is_searched_beside_it(make_model, name
         def reward(states: TokenStates) -> list[float]:
             return [weights[t.response_ids()].sum() for t in sampler.trajectories(states)]
 
-        result = search(name, Problem(sampler, reward), rows, 50 + np.array(rows), parse_search(name, SMALL[name]))
+        result = search(name, SearchProblem(sampler, reward), rows, 50 + np.array(rows), SMALL[name])
         return result, sampler.trajectories(result.states)
 
     together, records = run([0, 1, 2, 3])
@@ -654,8 +656,8 @@ def test_what_a_search_found_can_be_trained_on(toy: Toy) -> None:
     found = []
     for name, params in [*SMALL.items(), ("guidance", {"scale": 3.0}), ("tds", {"num_particles": 4})]:
         own = toy.problem()
-        problem = Problem(own.sampler, own.reward, soft_table(toy))
-        result = search(name, problem, np.zeros(6), np.arange(6), parse_search(name, params))
+        problem = SearchProblem(own.sampler, own.reward, soft_table(toy))
+        result = search(name, problem, np.zeros(6), np.arange(6), params)
         found += problem.sampler.trajectories(result.states)
     for trajectory in found:
         trajectory.validate()
@@ -679,7 +681,7 @@ def test_a_sample_without_a_verdict_is_never_preferred(toy: Toy, name: str) -> N
 
     problem.reward = some
     params = SMALL[name] | ({"value": "none"} if name == "smc" else {})
-    result = search(name, problem, np.arange(50), np.arange(50), parse_search(name, params))
+    result = search(name, problem, np.arange(50), np.arange(50), params)
     assert 0 < len(scored) < 50
     weight = np.ones(len(result.request)) if result.weight is None else result.weight
     for request in scored:

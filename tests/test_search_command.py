@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rl.cli import main
-from rollouts.search.options import SEARCHES
+from rl.registry import SEARCHES
 from rollouts.trajectory import load_trajectories
 from tests import runs
 
@@ -67,7 +67,7 @@ def test_every_search_runs_on_text(name: str, setup: list[str], tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--search", "best_of"], "search 'best_of' does not exist: choose one of best_of_n, svdd"),
+        (["--search", "best_of"], "search 'best_of' does not exist: did you mean 'best_of_n'?"),
         (["--search", "svdd", "--search-params", "{candidates: 3}"], "search svdd has no option 'candidates'"),
         (["--search", "svdd", "--search-params", "{alpha: -1}"], "option 'alpha' of search svdd"),
         (["--search", "svdd", "--search-params", "[1"], "--search-params is not valid YAML"),
@@ -87,7 +87,52 @@ def test_bad_input_is_one_line(words: list[str], message: str, setup: list[str],
     assert not out.exists()
 
 
+OWN = """
+import numpy as np
+from pydantic import Field
+from rollouts.search.protocol import Search, SearchResult, fan
+
+class Worst(Search):
+    num_samples: int = Field(2, description="Samples.")
+
+    def run(self, problem, row, seed):
+        row, seed = np.repeat(row, self.num_samples), fan(seed, self.num_samples).ravel()
+        states = problem.finish(problem.sampler.start(row, seed))
+        reward = problem.judge(states).reshape(-1, self.num_samples)
+        request, worst = np.arange(len(reward)), reward.argmin(1)
+        return SearchResult(states.select(request * self.num_samples + worst), request, reward.min(1), problem.budget)
+
+class Other:
+    pass
+"""
+
+
+def test_a_search_of_your_own_by_its_address(setup: list[str], tmp_path: Path, capsys: Any) -> None:
+    """The worst of the samples that best_of_n sees: the same noise, judged the other way round."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    rewards = {}
+    for name in ("best_of_n", f"{file}:Worst"):
+        out = tmp_path / name.rpartition(":")[2]
+        words = ["rollout", *setup, "--num-prompts", "12", "--output", str(out), "--search", name]
+        assert main([*words, "--search-params", "{num_samples: 4}"]) == 0
+        rewards[name] = [json.loads(line)["reward"] for line in (out / "rollouts.jsonl").read_text().splitlines()]
+        assert json.loads((out / "search.json").read_text())["search"] == name
+    best, worst = rewards.values()
+    # Some prompts of this reward are worth the same whatever is answered.
+    differ = [low < high for low, high in zip(worst, best, strict=True) if low != high]
+    assert differ and all(differ)
+    capsys.readouterr()
+    for name, message in (
+        (f"{file}:Worse", "has no 'Worse'; did you mean 'Worst'?"),
+        (f"{file}:Other", "is no subclass of rollouts.search.protocol.Search"),
+    ):
+        assert main(["rollout", *setup, "--output", str(tmp_path / "none"), "--search", name]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
 def test_every_option_has_one_sentence() -> None:
-    for options in SEARCHES.values():
-        for field in options.model_fields.values():
+    for name in SEARCHES.names():
+        for field in SEARCHES.resolve(name).model_fields.values():
             assert field.description and field.description.endswith(".")

@@ -19,11 +19,10 @@ from rollouts.samplers.gaussian import predicted_x0
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, normal
 from rollouts.search.latents import LatentSampler, LatentStates
-from rollouts.search.options import parse_search
-from rollouts.search.protocol import Problem, fan
-from rollouts.search.run import search
+from rollouts.search.protocol import SearchProblem, fan
 from tests.image_models import CLASSES, FLOW, rollouts, tiny_policy
 from tests.test_images import image_config
+from tests.test_search import search
 
 OPTIONS = LatentSamplerOptions(num_inference_steps=5, guidance_scale=2.0, min_std=0.02)
 FLOW_OPTIONS = LatentSamplerOptions(kind="flow_sde", num_inference_steps=5, guidance_scale=2.0)
@@ -36,7 +35,7 @@ def sampler_of(options: LatentSamplerOptions = OPTIONS) -> LatentSampler:
 
 
 def finished(sampler: LatentSampler, states: LatentStates) -> LatentStates:
-    return Problem(sampler, lambda states: np.zeros(len(states))).finish(states)
+    return SearchProblem(sampler, lambda states: np.zeros(len(states))).finish(states)
 
 
 def draw(seed: int, step: int) -> np.ndarray:
@@ -137,11 +136,11 @@ def test_best_of_n_keeps_the_best_and_its_record_can_be_trained_on() -> None:
     row, seed = np.array([0, 1]), np.array([4, 5])
     every = finished(sampler, sampler.start(np.repeat(row, 6), fan(seed, 6).reshape(-1)))
     best = reward(every).reshape(2, 6).max(1)
-    found = search("best_of_n", Problem(sampler, reward), row, seed, parse_search("best_of_n", {"num_samples": 6}))
+    found = search("best_of_n", SearchProblem(sampler, reward), row, seed, {"num_samples": 6})
     np.testing.assert_allclose(found.reward, best)
     # Paths are noised back and denoised again: what is recorded still is the policy's own density.
     params = {"num_paths": 2, "num_renoisings": 2, "start_steps": 2}
-    found = search("noise_paths", Problem(sampler, reward), row, seed, parse_search("noise_paths", params))
+    found = search("noise_paths", SearchProblem(sampler, reward), row, seed, params)
     records = sampler.trajectories(found.states)
     for record in records:
         record.validate()

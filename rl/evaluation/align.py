@@ -21,7 +21,7 @@ from rewards.run import RewardRunner
 from rewards.table import RewardPart
 from rl.config import Config, load_config, save_config
 from rl.evaluation.likelihood import log_likelihoods
-from rl.evaluation.search import search_rollouts
+from rl.evaluation.search import parse_search, search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
 from rl.files import write_json
 from rl.sections import AlignRow, RewardPartConfig
@@ -29,7 +29,6 @@ from rl.tasks.base import Row
 from rl.tasks.load import load_task
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
-from rollouts.search.options import parse_search
 
 
 @dataclass
@@ -176,8 +175,8 @@ def _sample(run: Run, row: AlignRow) -> Samples:
     count = row.num_samples or config.align.num_samples
     rows = run.task.heldout_rows(count)
     if row.search is not None:
-        found = search_rollouts(run, rows, row.search, parse_search(row.search, row.params))
-        trajectories, of = found.trajectories, found.rows
+        found = search_rollouts(run, rows, parse_search(row.search, row.params))
+        trajectories, of = found.trajectories, found.examples
         spent = (found.budget.denoiser_evaluations, found.budget.reward_evaluations)
     else:
         engine = run.engine(run.model)

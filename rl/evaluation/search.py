@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
+from rl.registry import SEARCHES
 from rl.tasks.base import Row
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
-from rollouts.search.options import SearchOptions
-from rollouts.search.protocol import Budget, Problem
-from rollouts.search.run import search
+from rollouts.search.protocol import Budget, Search, SearchProblem
 
 
 @dataclass
@@ -24,7 +24,7 @@ class SearchedRollouts:
     """What a search found: S samples, those of a request together.
 
     Attributes:
-        rows, trajectories, completions: [S].
+        examples, trajectories, completions: [S].
         request: int64 [S], 0..M-1.
         reward: float64 [S], NaN without a verdict.
         weight: float64 [S], summing to 1 within a request; None when all count the same.
@@ -32,7 +32,7 @@ class SearchedRollouts:
         budget: the cost of all requests together.
     """
 
-    rows: list[Row]
+    examples: list[Row]
     trajectories: list[Any]
     completions: list[Any]
     request: np.ndarray
@@ -54,10 +54,35 @@ class SearchedRollouts:
         return float((totals[shares > 0] / shares[shares > 0]).mean()) if judged.any() else float("nan")
 
 
+def parse_search(name: Any, params: Mapping[str, Any]) -> Search:
+    """A search with its options.
+
+    Args:
+        name: a name of `rl.registry.SEARCHES`, or an address.
+
+    Raises:
+        ValueError: one line naming the search or the option, and the fix.
+    """
+    found = SEARCHES.resolve(name)
+    if not (isinstance(found, type) and issubclass(found, Search)):
+        raise ValueError(f"search {name!r} is no subclass of rollouts.search.protocol.Search")
+    try:
+        return found.model_validate(params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(found.model_fields)
+            raise ValueError(f"search {name} has no option {key!r}: it has {known}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        where = f"option {key!r} of search {name}" if key else f"search {name}"
+        raise ValueError(f"{where}: {message}, got {first['input']!r}") from None
+
+
 def search_rollouts(
-    run: Run, rows: Sequence[Row], name: str, options: SearchOptions, searches_per_row: int = 1
+    run: Run, examples: Sequence[Row], search: Search, searches_per_example: int = 1
 ) -> SearchedRollouts:
-    """Search `searches_per_row` times for every row.
+    """Search `searches_per_example` times for every example.
 
     Raises:
         ValueError: a reward that depends on its batch, or a sampler that cannot be searched with.
@@ -68,33 +93,34 @@ def search_rollouts(
                 f"reward.functions: {part.name} has normalize={part.normalize}, which makes the reward of a sample "
                 "depend on its batch: a search needs normalize=none"
             )
-    sampler = run.modality.search_sampler(run.engine(run.model), rows)
+    sampler = run.modality.search_sampler(run.engine(run.model), examples)
 
     def reward(states: Any) -> np.ndarray:
-        judged = [rows[row] for row in states.row]
+        judged = [examples[row] for row in states.row]
         _, table = run.judge.score(judged, sampler.trajectories(states))
         return np.array([np.nan if value is None else value for value in table.values], dtype=np.float64)
 
     soft = None
-    if name in ("guidance", "tds"):
+    if search.guided:
         if not hasattr(sampler, "guided_step"):
             raise ValueError(
-                f"--search {name} follows a reward's gradient in text only: choose another search for images"
+                f"--search {type(search).__name__.lower()} follows a reward's gradient in text only: choose another "
+                "search for images"
             )
         from rl.modalities.soft_text import SoftTextReward
 
         of_response = SoftTextReward(run)
 
         def soft(prediction: torch.Tensor, states: Any) -> torch.Tensor:
-            return of_response(prediction, [rows[row] for row in states.row])
+            return of_response(prediction, [examples[row] for row in states.row])
 
-    row = np.repeat(np.arange(len(rows)), searches_per_row)
-    seed = [request_seed(run.config.run.seed, i, g) for i in range(len(rows)) for g in range(searches_per_row)]
-    found = search(name, Problem(sampler, reward, soft), row, np.array(seed, dtype=np.int64), options)
+    row = np.repeat(np.arange(len(examples)), searches_per_example)
+    seed = [request_seed(run.config.run.seed, i, g) for i in range(len(examples)) for g in range(searches_per_example)]
+    found = search.run(SearchProblem(sampler, reward, soft), row, np.array(seed, dtype=np.int64))
     trajectories = sampler.trajectories(found.states)
     completions, _ = run.modality.finished(trajectories)
     return SearchedRollouts(
-        rows=[rows[i] for i in found.states.row],
+        examples=[examples[i] for i in found.states.row],
         trajectories=trajectories,
         completions=completions,
         request=found.request,
@@ -105,13 +131,13 @@ def search_rollouts(
     )
 
 
-def write_search(folder: Path, run: Run, name: str, options: SearchOptions, found: SearchedRollouts) -> None:
+def write_search(folder: Path, run: Run, name: str, search: Search, found: SearchedRollouts) -> None:
     """`trajectories.npz`, `rollouts.jsonl` with a line per sample, and `search.json`: the options and the budget."""
     run.modality.save_trajectories(folder / "trajectories.npz", found.trajectories)
     with (folder / "rollouts.jsonl").open("w") as file:
-        for i, (row, completion) in enumerate(zip(found.rows, found.completions, strict=True)):
+        for i, (example, completion) in enumerate(zip(found.examples, found.completions, strict=True)):
             line = {
-                "prompt": row["prompt"],
+                "prompt": example["prompt"],
                 "completion": run.modality.sample_line(completion),
                 "reward": None if np.isnan(found.reward[i]) else float(found.reward[i]),
                 "request": int(found.request[i]),
@@ -121,7 +147,7 @@ def write_search(folder: Path, run: Run, name: str, options: SearchOptions, foun
             file.write(json.dumps(line) + "\n")
     summary = {
         "search": name,
-        "params": options.model_dump(),
+        "params": search.model_dump(),
         "seed": run.config.run.seed,
         "num_requests": found.num_requests,
         "num_samples": len(found.reward),

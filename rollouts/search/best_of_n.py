@@ -7,17 +7,20 @@ the reward under the policy and no ties, the kept sample x has probability F(r(x
 from __future__ import annotations
 
 import numpy as np
+from pydantic import Field
 
-from rollouts.search.options import BestOfNOptions
-from rollouts.search.protocol import Problem, SearchResult, fan
+from rollouts.search.protocol import Search, SearchProblem, SearchResult, fan
 
 
-def best_of_n(problem: Problem, row: np.ndarray, seed: np.ndarray, options: BestOfNOptions) -> SearchResult:
-    """One sample per request. Cost: N T denoiser and N reward evaluations with T denoising steps."""
-    count = options.num_samples
-    # Sample j of a request has the same noise whatever N is.
-    states = problem.finish(problem.sampler.start(np.repeat(row, count), fan(seed, count).reshape(-1)))
-    reward = problem.judge(states).reshape(-1, count)
-    best = reward.argmax(1)
-    request = np.arange(len(row))
-    return SearchResult(states.select(request * count + best), request, reward[request, best], problem.budget)
+class BestOfN(Search):
+    num_samples: int = Field(16, ge=1, description="Samples drawn for the one that is kept.")
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request. Cost: N T denoiser and N reward evaluations with T denoising steps."""
+        count = self.num_samples
+        # Sample j of a request has the same noise whatever N is.
+        states = problem.finish(problem.sampler.start(np.repeat(row, count), fan(seed, count).reshape(-1)))
+        reward = problem.judge(states).reshape(-1, count)
+        best = reward.argmax(1)
+        request = np.arange(len(row))
+        return SearchResult(states.select(request * count + best), request, reward[request, best], problem.budget)

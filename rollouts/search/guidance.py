@@ -9,14 +9,18 @@ samples follow p(x) exp(r(x) / alpha) exactly; otherwise TDS (`smc.py`) corrects
 from __future__ import annotations
 
 import numpy as np
+from pydantic import Field
 
-from rollouts.search.options import GuidanceOptions
-from rollouts.search.protocol import Problem, SearchResult
+from rollouts.search.protocol import Search, SearchProblem, SearchResult
 
 
-def guidance(problem: Problem, row: np.ndarray, seed: np.ndarray, options: GuidanceOptions) -> SearchResult:
-    """One sample per request. Cost: T denoiser and T + 1 reward evaluations (T gradients, one verdict)."""
-    states = problem.sampler.start(row, seed)
-    while not np.all(states.done):
-        states, _ = problem.sampler.guided_step(states, problem.gradient, options.scale)
-    return SearchResult(states, np.arange(len(row)), problem.judge(states), problem.budget)
+class Guidance(Search):
+    guided = True
+    scale: float = Field(1.0, ge=0, description="Factor of the reward gradient in the log-probabilities of a step.")
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request. Cost: T denoiser and T + 1 reward evaluations (T gradients, one verdict)."""
+        states = problem.sampler.start(row, seed)
+        while not np.all(states.done):
+            states, _ = problem.sampler.guided_step(states, problem.gradient, self.scale)
+        return SearchResult(states, np.arange(len(row)), problem.judge(states), problem.budget)

@@ -11,79 +11,99 @@ revealed positions again.
 from __future__ import annotations
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from rollouts.search.options import PathsOptions, ZeroOrderOptions
-from rollouts.search.protocol import Problem, SearchResult, fan, split
-from rollouts.search.values import make_value
-
-
-def noise_zero_order(problem: Problem, row: np.ndarray, seed: np.ndarray, options: ZeroOrderOptions) -> SearchResult:
-    """One sample per request.
-
-    Cost: (1 + rounds * neighbours) samples, T denoiser and one reward evaluation each, and one more sample for
-    every new pivot.
-    """
-    count, requests = options.num_neighbours, len(row)
-    pivot = problem.sampler.start(row, split(seed, 0))
-    best = problem.finish(pivot)
-    pivot_reward = problem.judge(best)
-    reward = pivot_reward.copy()
-    for turn in range(options.num_rounds):
-        seeds = fan(split(seed, 1, turn), count).reshape(-1)
-        copies = pivot.select(np.repeat(np.arange(requests), count))
-        neighbours = problem.sampler.perturb(copies, options.share, seeds)
-        ends = problem.finish(neighbours)
-        rewards = problem.judge(ends).reshape(requests, count)
-        first = np.arange(requests) * count + rewards.argmax(1)
-        better = rewards.max(1) > pivot_reward
-        pivot = _replaced(problem, pivot, better, neighbours.select(first[better]))
-        pivot_reward = np.where(better, rewards.max(1), pivot_reward)
-        record = rewards.max(1) > reward
-        best = _replaced(problem, best, record, ends.select(first[record]))
-        reward = np.maximum(reward, rewards.max(1))
-        stuck = np.flatnonzero(~better)
-        # A new pivot pays only when a round follows.
-        if len(stuck) and turn + 1 < options.num_rounds:
-            fresh = problem.sampler.start(row[stuck], split(seed[stuck], 2, turn))
-            ends = problem.finish(fresh)
-            pivot = _replaced(problem, pivot, ~better, fresh)
-            pivot_reward[stuck] = problem.judge(ends)
-            record = np.zeros(requests, dtype=bool)
-            record[stuck] = pivot_reward[stuck] > reward[stuck]
-            best = _replaced(problem, best, record, ends.select(np.flatnonzero(record[stuck])))
-            reward[stuck] = np.maximum(reward[stuck], pivot_reward[stuck])
-    return SearchResult(best, np.arange(requests), reward, problem.budget)
+from rollouts.search.protocol import Search, SearchProblem, SearchResult, fan, split
+from rollouts.search.values import ValuedSearch
 
 
-def _replaced(problem: Problem, states, where: np.ndarray, by):  # type: ignore[no-untyped-def]
+class ZeroOrder(Search):
+    num_rounds: int = Field(4, ge=1, description="Rounds of neighbours after the first sample.")
+    num_neighbours: int = Field(4, ge=1, description="Neighbours of the pivot noise per round.")
+    share: float = Field(0.25, gt=0, le=1, description="Share of the noise that a neighbour redraws.")
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request.
+
+        Cost: (1 + rounds * neighbours) samples, T denoiser and one reward evaluation each, and one more sample for
+        every new pivot.
+        """
+        count, requests = self.num_neighbours, len(row)
+        pivot = problem.sampler.start(row, split(seed, 0))
+        best = problem.finish(pivot)
+        pivot_reward = problem.judge(best)
+        reward = pivot_reward.copy()
+        for turn in range(self.num_rounds):
+            seeds = fan(split(seed, 1, turn), count).reshape(-1)
+            copies = pivot.select(np.repeat(np.arange(requests), count))
+            neighbours = problem.sampler.perturb(copies, self.share, seeds)
+            ends = problem.finish(neighbours)
+            rewards = problem.judge(ends).reshape(requests, count)
+            first = np.arange(requests) * count + rewards.argmax(1)
+            better = rewards.max(1) > pivot_reward
+            pivot = _replaced(problem, pivot, better, neighbours.select(first[better]))
+            pivot_reward = np.where(better, rewards.max(1), pivot_reward)
+            record = rewards.max(1) > reward
+            best = _replaced(problem, best, record, ends.select(first[record]))
+            reward = np.maximum(reward, rewards.max(1))
+            stuck = np.flatnonzero(~better)
+            # A new pivot pays only when a round follows.
+            if len(stuck) and turn + 1 < self.num_rounds:
+                fresh = problem.sampler.start(row[stuck], split(seed[stuck], 2, turn))
+                ends = problem.finish(fresh)
+                pivot = _replaced(problem, pivot, ~better, fresh)
+                pivot_reward[stuck] = problem.judge(ends)
+                record = np.zeros(requests, dtype=bool)
+                record[stuck] = pivot_reward[stuck] > reward[stuck]
+                best = _replaced(problem, best, record, ends.select(np.flatnonzero(record[stuck])))
+                reward[stuck] = np.maximum(reward[stuck], pivot_reward[stuck])
+        return SearchResult(best, np.arange(requests), reward, problem.budget)
+
+
+def _replaced(problem: SearchProblem, states, where: np.ndarray, by):  # type: ignore[no-untyped-def]
     """The states with those `where` [B] replaced by the states `by`, in order."""
     place = np.arange(len(states))
     place[where] = len(states) + np.arange(int(where.sum()))
     return problem.sampler.join([states, by]).select(place)
 
 
-def noise_paths(problem: Problem, row: np.ndarray, seed: np.ndarray, options: PathsOptions) -> SearchResult:
-    """One sample per request: the best of the paths that are left at the end."""
-    value = make_value(problem, options.value, options.num_rollouts, 0.0)
-    requests, kept, copies = len(row), options.num_paths, options.num_renoisings
-    paths = problem.sampler.start(np.repeat(row, kept), fan(split(seed, 0), kept).reshape(-1))
-    for _ in range(options.start_steps):
-        paths = problem.sampler.step(paths)
-    turn = 0
-    while not np.all(paths.done):
-        seeds = fan(split(seed, 1, turn), kept * copies).reshape(-1)
-        moved = paths.select(np.repeat(np.arange(len(paths)), copies))
-        ended = moved.done
-        # A path that has ended stays as it is, and competes with the others.
-        noised = problem.sampler.renoise(moved.select(np.flatnonzero(~ended)), options.renoise_steps, seeds[~ended])
-        moved = _replaced(problem, moved, ~ended, noised)
-        for _ in range(options.denoise_steps):
-            moved = problem.sampler.step(moved)
-        values = value(moved, split(seeds, 0)).reshape(requests, kept * copies)
-        best = np.sort(np.argsort(-values, axis=1, kind="stable")[:, :kept], axis=1)
-        paths = moved.select((np.arange(requests)[:, None] * kept * copies + best).reshape(-1))
-        turn += 1
-    reward = problem.judge(paths).reshape(requests, kept)
-    index = np.arange(requests)
-    chosen = reward.argmax(1)
-    return SearchResult(paths.select(index * kept + chosen), index, reward[index, chosen], problem.budget)
+class Paths(ValuedSearch):
+    num_paths: int = Field(4, ge=1, description="Paths that are kept.")
+    num_renoisings: int = Field(4, ge=1, description="Noised copies made of every path per round.")
+    start_steps: int = Field(1, ge=1, description="Denoising steps before the first round.")
+    renoise_steps: int = Field(1, ge=1, description="Steps that a copy is noised back by.")
+    denoise_steps: int = Field(2, ge=2, description="Steps that a copy is denoised by; more than renoise_steps.")
+
+    @model_validator(mode="after")
+    def _moves_on(self) -> Paths:
+        if self.denoise_steps <= self.renoise_steps:
+            raise ValueError(
+                f"denoise_steps ({self.denoise_steps}) must be larger than renoise_steps ({self.renoise_steps})"
+            )
+        return self
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request: the best of the paths that are left at the end."""
+        value = self.of(problem, 0.0)
+        requests, kept, copies = len(row), self.num_paths, self.num_renoisings
+        paths = problem.sampler.start(np.repeat(row, kept), fan(split(seed, 0), kept).reshape(-1))
+        for _ in range(self.start_steps):
+            paths = problem.sampler.step(paths)
+        turn = 0
+        while not np.all(paths.done):
+            seeds = fan(split(seed, 1, turn), kept * copies).reshape(-1)
+            moved = paths.select(np.repeat(np.arange(len(paths)), copies))
+            ended = moved.done
+            # A path that has ended stays as it is, and competes with the others.
+            noised = problem.sampler.renoise(moved.select(np.flatnonzero(~ended)), self.renoise_steps, seeds[~ended])
+            moved = _replaced(problem, moved, ~ended, noised)
+            for _ in range(self.denoise_steps):
+                moved = problem.sampler.step(moved)
+            values = value(moved, split(seeds, 0)).reshape(requests, kept * copies)
+            best = np.sort(np.argsort(-values, axis=1, kind="stable")[:, :kept], axis=1)
+            paths = moved.select((np.arange(requests)[:, None] * kept * copies + best).reshape(-1))
+            turn += 1
+        reward = problem.judge(paths).reshape(requests, kept)
+        index = np.arange(requests)
+        chosen = reward.argmax(1)
+        return SearchResult(paths.select(index * kept + chosen), index, reward[index, chosen], problem.budget)

@@ -1,4 +1,4 @@
-"""What a search asks of a sampler and of a reward, and what it gives back. No modality is named here.
+"""The search's side of a sampler and of a reward, and the search itself. No modality is named here.
 
 A search never looks inside a sample. It holds a batch of `States` (half-denoised samples), lets a `SearchSampler`
 move them, and has finished ones judged. Everything random is a function of int64 seeds, so that the result for one
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from rollouts.samplers import noise
 
@@ -140,7 +141,7 @@ class Budget:
 
 
 @dataclass
-class Problem:
+class SearchProblem:
     """A sampler and what is wanted of its samples."""
 
     sampler: Any
@@ -207,6 +208,26 @@ class SearchResult:
     def __post_init__(self) -> None:
         # Inside a search a missing verdict is -inf, so that comparisons work.
         self.reward = np.where(np.isneginf(self.reward), np.nan, self.reward)
+
+
+class Search(BaseModel):
+    """A search: its options are its fields, and `run` does it. A new one is a subclass in a file of its own.
+
+    Attributes:
+        guided: it takes the gradient of a reward (`SearchProblem.gradient`), which text has and images have not.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    guided: ClassVar[bool] = False
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """M searches.
+
+        Args:
+            row: int64 [M], conditioning of the sampler for each request.
+            seed: int64 [M], everything random about a request.
+        """
+        raise NotImplementedError
 
 
 def split(seed: np.ndarray, *path: int) -> np.ndarray:

@@ -11,7 +11,7 @@ space redraws some positions and keeps the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,60 +24,9 @@ from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.parts import step_quota
 from rollouts.samplers.step import StepResult, StepState, denoise_step
 from rollouts.search.protocol import Budget
+from rollouts.search.token_states import Edits, TokenStates, flattened, masked_again, random_subset
 from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import block_causal_visibility, full_visibility
-
-
-@dataclass(frozen=True)
-class Edits:
-    """The edits of one step of one state, and through `before` those of all earlier ones: branches share them."""
-
-    before: Edits | None
-    step: int
-    position: np.ndarray
-    token: np.ndarray
-    logprob: np.ndarray
-    confidence: np.ndarray
-
-
-@dataclass(frozen=True)
-class TokenStates:
-    """B canvases on their way.
-
-    Attributes:
-        row: int64 [B], prompt of the sampler.
-        seed: int64 [B], the latest seed, kept for the record.
-        canvas: int64 [B, L], right-padded with masks.
-        noise: int64 [B, L], seed of every position.
-        start, end: int64 [B], the block that is being decoded.
-        block_step, step: int64 [B], place in the block's schedule, and forwards taken in all.
-        done: bool [B].
-        history: the edits so far.
-    """
-
-    row: np.ndarray
-    seed: np.ndarray
-    canvas: torch.Tensor
-    noise: torch.Tensor
-    start: np.ndarray
-    end: np.ndarray
-    block_step: np.ndarray
-    step: np.ndarray
-    done: np.ndarray
-    history: list[Edits | None]
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def select(self, index: np.ndarray) -> TokenStates:
-        """The states at these indices, in this order."""
-        where = torch.as_tensor(index, dtype=torch.int64, device=self.canvas.device)
-        chosen: dict[str, Any] = {
-            f.name: getattr(self, f.name)[where if isinstance(getattr(self, f.name), torch.Tensor) else index]
-            for f in fields(self)
-            if f.name != "history"
-        }
-        return TokenStates(history=[self.history[i] for i in index], **chosen)
 
 
 class TokenSampler:
@@ -138,14 +87,7 @@ class TokenSampler:
 
     def join(self, parts: Sequence[TokenStates]) -> TokenStates:
         """Several batches as one."""
-        columns: dict[str, Any] = {}
-        for f in fields(TokenStates):
-            values = [getattr(part, f.name) for part in parts]
-            if f.name == "history":
-                columns[f.name] = [edits for part in values for edits in part]
-            else:
-                columns[f.name] = torch.cat(values) if isinstance(values[0], torch.Tensor) else np.concatenate(values)
-        return TokenStates(**columns)
+        return TokenStates.join(parts)
 
     def keys(self, states: TokenStates) -> list[bytes]:
         """The canvas; children of one parent are at one place in the schedule."""
@@ -162,7 +104,7 @@ class TokenSampler:
         response = (index >= first[:, None]) & (index < last[:, None])
         count = (share * (last - first)).round().long().clamp(min=1)
         fresh = self._noise(seed)
-        chosen = _random_subset(response, count, fresh, torch.zeros_like(first))
+        chosen = random_subset(response, count, fresh, torch.zeros_like(first))
         # Split per position: the old seed of a position and its new one share no draw.
         return replace(states, noise=torch.where(chosen, noise.split(fresh, index), states.noise))
 
@@ -184,9 +126,9 @@ class TokenSampler:
         revealed = step * (total // steps) + step.minimum(total % steps)
         need = (total - revealed - (masked & block).sum(-1)).clamp(min=0)
         noised = self._noise(seed)
-        chosen = _random_subset(block & ~masked, need, noised, self._put(states.step))
+        chosen = random_subset(block & ~masked, need, noised, self._put(states.step))
         history = [
-            _masked_again(edits, np.flatnonzero(positions), self.engine.mask_token_id)
+            masked_again(edits, np.flatnonzero(positions), self.engine.mask_token_id)
             for edits, positions in zip(states.history, chosen.cpu().numpy(), strict=True)
         ]
         opened = chosen.any(-1).cpu().numpy()
@@ -398,11 +340,7 @@ class TokenSampler:
         engine, records = self.engine, []
         for i, edits in enumerate(states.history):
             assert states.done[i] and edits is not None
-            row, steps = int(states.row[i]), []
-            while edits is not None:
-                steps.append(edits)
-                edits = edits.before
-            steps.reverse()
+            row = int(states.row[i])
             # A block-causal model never saw what lies behind the terminal block.
             length = int(states.end[i] if engine.block_causal else self._length[row])
             trajectory = TokenTrajectory(
@@ -410,11 +348,7 @@ class TokenSampler:
                 length=length,
                 mask_token_id=engine.mask_token_id,
                 num_steps=int(states.step[i]),
-                step=np.concatenate([np.full(len(s.token), s.step, dtype=np.int32) for s in steps]),
-                position=np.concatenate([s.position for s in steps]).astype(np.int32),
-                token=np.concatenate([s.token for s in steps]),
-                logprob=np.concatenate([s.logprob for s in steps]),
-                confidence=np.concatenate([s.confidence for s in steps]).astype(np.float32),
+                **flattened(edits),
                 stop_length=min(length - len(self.prompts[row]), engine.options.gen_length),
                 block_length=engine.options.block_length,
                 block_origin=0 if engine.block_causal else len(self.prompts[row]),
@@ -436,31 +370,3 @@ class TokenSampler:
     def _put(self, values: np.ndarray) -> torch.Tensor:
         """Numbers of the host on the device."""
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._canvas.device)
-
-
-def _random_subset(of: torch.Tensor, count: torch.Tensor, seeds: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """bool [B, L]: `count` [B] random True positions of `of` [B, L], by the draws of `seeds` [B, L] at `step` [B]."""
-    index = torch.arange(of.shape[1], device=of.device)
-    key = noise.uniform(seeds, step[:, None], index, noise.REMASK_STREAM).masked_fill(~of, torch.inf)
-    rank = key.argsort(dim=-1).argsort(dim=-1)
-    return of & (rank < count[:, None])
-
-
-def _masked_again(edits: Edits | None, positions: np.ndarray, mask_token_id: int) -> Edits | None:
-    """The history after masking `positions` again, as edits of its latest step.
-
-    What that very step revealed is taken back instead: no forward ever saw it.
-    """
-    if edits is None or not len(positions):
-        return edits
-    stays = ~np.isin(edits.position, positions)
-    older = np.setdiff1d(positions, edits.position)
-    nothing = np.zeros(len(older))
-    return Edits(
-        before=edits.before,
-        step=edits.step,
-        position=np.concatenate([edits.position[stays], older]),
-        token=np.concatenate([edits.token[stays], np.full(len(older), mask_token_id)]),
-        logprob=np.concatenate([edits.logprob[stays], nothing]),
-        confidence=np.concatenate([edits.confidence[stays], nothing]),
-    )

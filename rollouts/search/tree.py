@@ -21,12 +21,27 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from rollouts.search.options import DtsOptions, DtsStarOptions, TreeOptions
-from rollouts.search.protocol import Problem, SearchResult, split
+from rollouts.search.protocol import Search, SearchProblem, SearchResult, split
+
+
+class TreeSearch(Search):
+    """Options that both share."""
+
+    num_iterations: int = Field(32, ge=1, description="Descents into the tree; each adds one way to a finished sample.")
+    alpha: float = Field(1.0, gt=0, description="The target is p(x) exp(reward / alpha).")
+    widening: float = Field(2.0, gt=0, description="C of the bound C n^a on the children of a node visited n times.")
+    widening_power: float = Field(0.8, gt=0, le=1, description="Exponent a of that bound.")
+    branch_steps: list[int] | None = Field(
+        None, description="Denoising steps at which the tree may branch, the first is 0; null branches at all."
+    )
+    backup: Literal["soft", "max"] = Field(
+        "soft", description="Value of a node from its children: alpha log mean exp(value / alpha), or the best."
+    )
 
 
 class Node:
@@ -45,7 +60,7 @@ class Node:
         self.value = 0.0
         self.visits = 0
 
-    def is_full(self, options: TreeOptions) -> bool:
+    def is_full(self, options: TreeSearch) -> bool:
         """Whether a descent goes on to a child instead of adding one."""
         limit = 1.0
         if options.branch_steps is None or self.depth in options.branch_steps or self.batch is None:
@@ -63,7 +78,7 @@ class Node:
         self.draws[place] += 1
         return self.children[place]
 
-    def back_up(self, options: TreeOptions) -> None:
+    def back_up(self, options: TreeSearch) -> None:
         """Count a visit, and the value of the children."""
         self.visits += 1
         if self.children:
@@ -104,7 +119,7 @@ def best_child(exploration: float) -> Choose:
 
 
 def grow(
-    problem: Problem, row: np.ndarray, seed: np.ndarray, options: TreeOptions, choose: Choose
+    problem: SearchProblem, row: np.ndarray, seed: np.ndarray, options: TreeSearch, choose: Choose
 ) -> tuple[list[Node], list[random.Random]]:
     """One tree per request, all growing at once, and the randomness of each.
 
@@ -170,23 +185,34 @@ def _leaf(root: Node, rng: random.Random, choose: Choose) -> Node:
     return node
 
 
-def _result(problem: Problem, leaves: Sequence[Node], request: np.ndarray) -> SearchResult:
+def _result(problem: SearchProblem, leaves: Sequence[Node], request: np.ndarray) -> SearchResult:
     states = _states(problem.sampler, leaves)
     return SearchResult(states, request, np.array([leaf.value for leaf in leaves]), problem.budget)
 
 
-def dts(problem: Problem, row: np.ndarray, seed: np.ndarray, options: DtsOptions) -> SearchResult:
-    """`num_samples` samples per request, drawn from its tree (the same leaf may come more than once)."""
-    choose = sampled_child(options.alpha)
-    roots, rngs = grow(problem, row, seed, options, choose)
-    leaves = [
-        _leaf(root, rng, choose) for root, rng in zip(roots, rngs, strict=True) for _ in range(options.num_samples)
-    ]
-    return _result(problem, leaves, np.repeat(np.arange(len(row)), options.num_samples))
+class Dts(TreeSearch):
+    num_samples: int = Field(1, ge=1, description="Samples drawn from the finished tree.")
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """`num_samples` samples per request, drawn from its tree (the same leaf may come more than once)."""
+        choose = sampled_child(self.alpha)
+        roots, rngs = grow(problem, row, seed, self, choose)
+        leaves = [
+            _leaf(root, rng, choose) for root, rng in zip(roots, rngs, strict=True) for _ in range(self.num_samples)
+        ]
+        return _result(problem, leaves, np.repeat(np.arange(len(row)), self.num_samples))
 
 
-def dts_star(problem: Problem, row: np.ndarray, seed: np.ndarray, options: DtsStarOptions) -> SearchResult:
-    """One sample per request, where the largest values lead."""
-    roots, rngs = grow(problem, row, seed, options, best_child(options.exploration))
-    leaves = [_leaf(root, rng, best_child(0.0)) for root, rng in zip(roots, rngs, strict=True)]
-    return _result(problem, leaves, np.arange(len(row)))
+class DtsStar(TreeSearch):
+    backup: Literal["soft", "max"] = Field(
+        "max", description="Value of a node from its children: alpha log mean exp(value / alpha), or the best."
+    )
+    exploration: float = Field(
+        1.0, ge=0, description="Factor of sqrt(log parent visits / child visits) in the choice of a child."
+    )
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request, where the largest values lead."""
+        roots, rngs = grow(problem, row, seed, self, best_child(self.exploration))
+        leaves = [_leaf(root, rng, best_child(0.0)) for root, rng in zip(roots, rngs, strict=True)]
+        return _result(problem, leaves, np.arange(len(row)))

@@ -8,16 +8,18 @@ example a network fitted to rewards of rollouts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
-from rollouts.search.protocol import Problem, States, fan
+from rollouts.search.protocol import Search, SearchProblem, States, fan
 
 # (states, seed [B]) -> float64 [B]. Of a finished state it is the reward.
 Value = Callable[[States, np.ndarray], np.ndarray]
 
 
-def posterior_mean(problem: Problem) -> Value:
+def posterior_mean(problem: SearchProblem) -> Value:
     """Reward of the most likely end: one denoiser evaluation per unfinished state."""
 
     def value(states: States, seed: np.ndarray) -> np.ndarray:
@@ -26,7 +28,7 @@ def posterior_mean(problem: Problem) -> Value:
     return value
 
 
-def monte_carlo(problem: Problem, num_rollouts: int, alpha: float) -> Value:
+def monte_carlo(problem: SearchProblem, num_rollouts: int, alpha: float) -> Value:
     """Soft mean (alpha > 0) or mean (alpha = 0) of the rewards of ends sampled from the state."""
 
     def value(states: States, seed: np.ndarray) -> np.ndarray:
@@ -43,9 +45,22 @@ def monte_carlo(problem: Problem, num_rollouts: int, alpha: float) -> Value:
     return value
 
 
-def make_value(problem: Problem, kind: str, num_rollouts: int, alpha: float) -> Value:
-    """The value a search's options name."""
-    return posterior_mean(problem) if kind == "posterior_mean" else monte_carlo(problem, num_rollouts, alpha)
+class ValuedSearch(Search):
+    """A search that values half-denoised states."""
+
+    value: Literal["posterior_mean", "monte_carlo"] = Field(
+        "posterior_mean",
+        description="Reward of the most likely end (one forward), or of ends sampled from the state.",
+    )
+    num_rollouts: int = Field(1, ge=1, description="Ends sampled per state by the value monte_carlo.")
+
+    def of(self, problem: SearchProblem, alpha: float) -> Value:
+        """The value that the options name."""
+        return (
+            posterior_mean(problem)
+            if self.value == "posterior_mean"
+            else monte_carlo(problem, self.num_rollouts, alpha)
+        )
 
 
 def soft_mean(values: np.ndarray, alpha: float) -> np.ndarray:
