@@ -7,8 +7,13 @@ Shape legend: N decisions of a micro-batch (revealed tokens, or whatever the est
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+# For annotations in modules that are imported without torch.
+Tensor: TypeAlias = "torch.Tensor"
 
 
 @dataclass

@@ -44,7 +44,6 @@ def test_no_module_has_a_standard_library_name() -> None:
     [
         "rl",
         "rl.config",
-        "rl.recipes",
         "rewards",
         "rewards.run",
         "rollouts.samplers.options",
@@ -54,6 +53,26 @@ def test_no_module_has_a_standard_library_name() -> None:
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_algorithm_section_of_a_config_imports_no_torch() -> None:
+    code = (
+        "import sys; from rl.registry import RECIPES, parse_recipe; "
+        "[parse_recipe({'name': name}) for name in RECIPES.known]; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rl" / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_a_recipe_is_methods(path: Path) -> None:
+    """No closure, partial or build(): what a recipe computes is a method that one can jump to."""
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inner = [node for f in functions for part in f.body for node in ast.walk(part)]
+    assert not [node for node in inner if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    assert not [f.name for f in functions if f.name == "build"]
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert "partial" not in names and "functools" not in imported_packages(path)
 
 
 def test_the_three_packages_lie_side_by_side() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ import torch
 
 from rl.advantages import sandwich_advantage
 from rl.batch import DecisionBatch
-from rl.config import load_config
+from rl.config import Config, load_config, save_config
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import decision_weights, weighted_sum
 from rl.losses.regression import regression_loss
+from rl.recipes.tracerl import TraceRL
 from rl.registry import RECIPES, parse_recipe
 from rl.train.plan import check_run
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -24,6 +28,7 @@ from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory
 from tests.runs import lines, tiny_config, train_here
 
+ROOT = Path(__file__).resolve().parents[1]
 MASKED = ["diffu_grpo", "coupled_grpo", "unigrpo", "wd1", "spg", "espo", "gdsd"]
 TRACED = ["tracerl", "d2_stepmerge", "cj_grpo", "justgrpo"]
 ALL = [*MASKED, *TRACED, "mdpo"]
@@ -31,10 +36,46 @@ ALL = [*MASKED, *TRACED, "mdpo"]
 
 @pytest.mark.parametrize("name", list(RECIPES.known))
 def test_a_recipe_file_has_at_most_80_lines(name: str) -> None:
-    path = Path(__file__).resolve().parents[1] / (RECIPES.known[name].partition(":")[0].replace(".", "/") + ".py")
+    path = ROOT / (RECIPES.known[name].partition(":")[0].replace(".", "/") + ".py")
     text = path.read_text()
     assert len(text.splitlines()) <= 80
     assert ("arXiv" in text and "Depart" in text) or name == "justgrpo"
+
+
+MINE = """
+from rl.recipes.tracerl import TraceRL
+
+class Mine(TraceRL, defaults={"clip_low": 0.1, "old_logprob": "recompute"}):
+    pass
+
+class Wrong(TraceRL, defaults={"scale": "standard"}):
+    pass
+"""
+
+
+def test_a_recipe_of_ones_own_changes_defaults_and_goes_to_other_processes(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    name = f"{tmp_path}/mine.py:Mine"
+    config = load_config(None, [f"algorithm.name={name}", "algorithm.shrink=2"])
+    recipe = config.algorithm
+    assert (recipe.name, recipe.clip_low, recipe.shrink, TraceRL().clip_low) == (name, 0.1, 2, 0.2)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert Config(algorithm={"name": type(recipe), "clip_high": 0.3}).algorithm.clip_high == 0.3
+    assert Config(algorithm=recipe).algorithm is recipe and TraceRL().name == "tracerl"
+    (tmp_path / "pickled").write_bytes(pickle.dumps(config))
+    code = (
+        "import pickle, sys; recipe = pickle.load(open(sys.argv[1], 'rb')).algorithm; "
+        "print(type(recipe).__name__, recipe.shrink)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "pickled")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert shown.stdout.split() == ["Mine", "2"], shown.stderr
+    with pytest.raises(ValueError, match=r"algorithm\.scale.*'none', 'std' or 'batch_std'"):
+        load_config(None, [f"algorithm.name={tmp_path}/mine.py:Wrong"])
+    with pytest.raises(TypeError, match="recipe Worse gives a default to 'clip_lo', which is none of its options"):
+        type("Worse", (TraceRL,), {"__module__": __name__}, defaults={"clip_lo": 0.1})
 
 
 def rollouts(model: Any, name: str, count: int = 6) -> list[TokenTrajectory]:

@@ -11,14 +11,12 @@ reward itself (it minimises the distance to a target), and has no DRaFT-LV, whic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rl.config import Config
 from rl.recipes.base import AnyRecipe
-
-if TYPE_CHECKING:
-    from rl.config import Config
 
 
 class AlignProp(AnyRecipe):
@@ -46,7 +44,7 @@ class AlignProp(AnyRecipe):
     def kl_weight(self) -> float:
         return self.alpha
 
-    def gradient_sampler(self, session: Any) -> Any:
+    def gradient_sampler(self, run: Any) -> Any:
         from rl.modalities.gradient_images import GradientImages
 
-        return GradientImages(session, self.gradient_steps, self.alpha > 0, self.truncation, self.recompute)
+        return GradientImages(run, self.gradient_steps, self.alpha > 0, self.truncation, self.recompute)

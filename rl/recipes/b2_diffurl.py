@@ -15,17 +15,14 @@ Departs from the published code in its clip alone (0.1 on a mean log-prob, which
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rl.batch import Tensor
+from rl.config import Config
+from rl.estimators.base import Verdicts
 from rl.recipes.images import IntervalRecipe, branch_of, on_steps
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.config import Config
-    from rl.estimators.base import Verdicts
 
 
 class B2DiffuRL(IntervalRecipe):
@@ -60,7 +57,7 @@ class B2DiffuRL(IntervalRecipe):
     def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
         return [(self.first_step(rl_step, self.num_steps), self.branches)] if self.branches > 1 else []
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         from rl.advantages import extremes, group_advantage
 
         first = self.first_step(verdicts.rl_step, self.num_steps)

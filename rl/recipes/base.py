@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rl.batch import DecisionBatch, LossOutput, Tensor
 from rl.config import Config
+from rl.estimators.base import Rows, Verdicts
 from rl.registry import RECIPES, parse_recipe
 from rl.sections import OptimizerConfig
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-
-    from rl.batch import DecisionBatch, LossOutput
-    from rl.estimators.base import Rows, Verdicts
 
 _NAMES = {address: name for name, address in RECIPES.known.items()}
 
@@ -45,6 +43,8 @@ class AnyRecipe(BaseModel):
     def __pydantic_init_subclass__(cls, defaults: dict[str, Any] | None = None, **rest: Any) -> None:
         address = f"{cls.__module__}:{cls.__qualname__}"
         for option, value in {"name": _NAMES.get(address, address), **(defaults or {})}.items():
+            if option not in cls.model_fields:
+                raise TypeError(f"recipe {cls.__name__} gives a default to {option!r}, which is none of its options")
             cls.model_fields[option].default = value
         cls.model_rebuild(force=True)
 
@@ -91,8 +91,8 @@ class AnyRecipe(BaseModel):
         """Weight of the KL to the starting policy along the path of the sampler."""
         return 0.0
 
-    def gradient_sampler(self, session: Any) -> Any:
-        """What samples with a gradient in a run (`rl.train.session.Session`): a `GradientSampler`."""
+    def gradient_sampler(self, run: Any) -> Any:
+        """What samples with a gradient in a run (`rl.train.run.Run`): a `GradientSampler`."""
         raise NotImplementedError(f"recipe {self.name} has no gradient_sampler")
 
 
@@ -150,7 +150,7 @@ class Recipe(AnyRecipe):
         """Policy that rows are shown before the first update (`rows.set_anchor(model)`); "old" sampled them."""
         return "none"
 
-    def outcome(self, advantage: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+    def outcome(self, advantage: Tensor, reward: Tensor) -> Tensor:
         """[M]: what a critic predicts, given the advantages and the rewards."""
         return advantage
 
@@ -190,7 +190,7 @@ class Recipe(AnyRecipe):
         """Decisions that `rows` will score, without building them: the tokens that were revealed."""
         return int(trajectory.is_reveal.sum())
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         """[M], NaN where there is no reward; or [M, T], one per step, NaN where a step is not trained."""
         from rl.advantages import group_advantage
 

@@ -10,17 +10,14 @@ nodes are compared within their prompt; no pruning.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.config import Config
+from rl.estimators.base import Verdicts
 from rl.recipes.images import ImageRecipe, branch_of, on_steps
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.config import Config
-    from rl.estimators.base import Verdicts
 
 
 class BranchGRPO(ImageRecipe):
@@ -40,7 +37,7 @@ class BranchGRPO(ImageRecipe):
     def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
         return [(step, 2) for step in self.branch_steps]
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         from rl.advantages import node_advantage
 
         per_step = on_steps(verdicts.reward, verdicts)

@@ -16,14 +16,10 @@ trained, the new rows with them; the other two estimators, which need no differe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
+from rl.config import Config
 from rl.recipes.path_objective import PathObjective
-
-if TYPE_CHECKING:
-    from rl.config import Config
 
 
 class CTRL(PathObjective):

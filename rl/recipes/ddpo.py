@@ -10,16 +10,13 @@ progressive training and nothing else; `kl_to: reference` with a `kl_coef` is th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.estimators.base import Verdicts
 from rl.recipes.images import IntervalRecipe, on_steps
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.estimators.base import Verdicts
 
 
 class DDPO(IntervalRecipe, defaults={"progressive": False}):
@@ -30,7 +27,7 @@ class DDPO(IntervalRecipe, defaults={"progressive": False}):
 
         return PromptHistory(self.history, self.min_count)
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.summaries])
         first = self.first_step(verdicts.rl_step, len(verdicts.summaries[0].decides))
         return self.clamped(on_steps(z, verdicts, first))

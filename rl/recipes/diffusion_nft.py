@@ -10,14 +10,12 @@ levels are stratified, and there is no distance to the starting policy (weight 1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from rl.batch import DecisionBatch, LossOutput
 from rl.recipes.images import ImageRecipe
-
-if TYPE_CHECKING:
-    from rl.batch import DecisionBatch, LossOutput
 
 
 class DiffusionNFT(ImageRecipe, defaults={"scale": "batch_std", "old_logprob": "on_policy"}):
@@ -45,8 +43,6 @@ class DiffusionNFT(ImageRecipe, defaults={"scale": "batch_std", "old_logprob": "
         return self.num_draws
 
     def loss(self, batch: DecisionBatch) -> LossOutput:
-        from rl.batch import LossOutput
-
         assert batch.negative is not None
         r = (batch.advantage / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
         value = -(r * batch.logprob + (1 - r) * batch.negative) / self.beta

@@ -11,12 +11,10 @@ clip is PPO's (the code clamps the ratio on both sides); all prompts are learned
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rl.config import Config
 from rl.recipes.images import ImageRecipe
-
-if TYPE_CHECKING:
-    from rl.config import Config
 
 
 class FIND(ImageRecipe, defaults={"clip_low": 0.2, "clip_high": 0.2, "kl_to": "reference", "kl_coef": 0.02}):

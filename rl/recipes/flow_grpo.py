@@ -10,17 +10,14 @@ step length that the code leaves out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.config import Config
+from rl.estimators.base import Verdicts
 from rl.recipes.images import ImageRecipe, on_steps
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.config import Config
-    from rl.estimators.base import Verdicts
 
 
 class FlowGRPO(ImageRecipe, defaults={"scale": "batch_std", "kl_to": "reference", "kl_coef": 0.04}):
@@ -34,5 +31,5 @@ class FlowGRPO(ImageRecipe, defaults={"scale": "batch_std", "kl_to": "reference"
     def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
         return [(0, self.shared_noise)] if self.shared_noise > 1 else []
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         return on_steps(super().advantage(verdicts), verdicts)

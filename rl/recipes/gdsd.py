@@ -14,14 +14,12 @@ the TLC variant is left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
+from rl.batch import DecisionBatch, LossOutput
 from rl.recipes.masked import MaskedRecipe
-
-if TYPE_CHECKING:
-    from rl.batch import DecisionBatch, LossOutput
 
 
 class GDSD(MaskedRecipe, defaults={"clip_low": 4e-4, "clip_high": 4e-4, "kl_estimator": "k2"}):

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.config import Config
+from rl.estimators.base import Verdicts
 from rl.recipes.base import Recipe
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from rl.config import Config
-    from rl.estimators.base import Verdicts
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,14 @@ class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
 
         return gaussian_rows(trajectories, None if steps is None else np.stack(steps), self.reduce, model)
 
-    def num_decisions(self, trajectory: Any, steps: np.ndarray | None = None) -> int:
+    def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
         decides = trajectory.is_decision
         return int((decides if steps is None else decides & steps).sum())
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         return self.clamped(super().advantage(verdicts))
 
-    def clamped(self, advantage: torch.Tensor) -> torch.Tensor:
+    def clamped(self, advantage: Tensor) -> Tensor:
         return advantage.clamp(-self.advantage_clip, self.advantage_clip)
 
 
@@ -106,7 +102,7 @@ class IntervalRecipe(ImageRecipe):
         return max(0, num_steps - low - rl_step * (num_steps - low + 1) // self.interval_steps)
 
 
-def on_steps(advantage: torch.Tensor, verdicts: Verdicts, first: int = 0) -> torch.Tensor:
+def on_steps(advantage: Tensor, verdicts: Verdicts, first: int = 0) -> Tensor:
     """[M, T]: the advantage of a trajectory at its steps from `first` on that have a density, NaN elsewhere."""
     import torch
 
@@ -115,7 +111,7 @@ def on_steps(advantage: torch.Tensor, verdicts: Verdicts, first: int = 0) -> tor
     return torch.where(wanted, advantage[:, None], torch.nan)
 
 
-def branch_of(verdicts: Verdicts, depth: int) -> torch.Tensor:
+def branch_of(verdicts: Verdicts, depth: int) -> Tensor:
     """int64 [M]: index of the rollout up to latents[depth] that a trajectory continues, within its prompt's group."""
     import torch
 

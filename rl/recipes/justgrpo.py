@@ -11,12 +11,10 @@ Needs sampler.selector left_most and one step per response token; the run refuse
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rl.config import Config
 from rl.recipes.traced import TracedRecipe
-
-if TYPE_CHECKING:
-    from rl.config import Config
 
 
 class JustGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_mean"}):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.estimators.base import Rows
 from rl.recipes.base import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
-    from rl.estimators.base import Rows
     from rl.estimators.masked_copies import Copy
 
 
@@ -42,7 +42,7 @@ class MaskedRecipe(Recipe, defaults={"aggregation": "trajectory_mean"}):
         """Masked copies of one answer, a `rl.estimators.masked_copies.Draw`."""
         raise NotImplementedError(f"recipe {self.name} has no copies()")
 
-    def decide(self, rows: Any, weight: torch.Tensor, lengths: Sequence[int]) -> Any:
+    def decide(self, rows: Any, weight: Tensor, lengths: Sequence[int]) -> Any:
         """Decisions from the reads of all copies, the weight of every read, and the answers' lengths."""
         from rl.estimators.combine import per_token
         from rl.estimators.masked_copies import answer_decisions

@@ -16,17 +16,14 @@ temperature and filters of the rollout hold in the loss too. More: docs/algorith
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.config import Config
+from rl.estimators.base import Verdicts
 from rl.recipes.base import Recipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.config import Config
-    from rl.estimators.base import Verdicts
 
 
 class MDPO(Recipe, defaults={"kl_to": "reference", "kl_coef": 0.02, "kl_estimator": "k2"}):
@@ -70,7 +67,7 @@ class MDPO(Recipe, defaults={"kl_to": "reference", "kl_coef": 0.02, "kl_estimato
 
         return num_x0_targets(trajectory, steps, self.targets)
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         from rl.advantages import mdpo_advantage
 
         return mdpo_advantage(

@@ -13,19 +13,15 @@ With one position per step the optimum is the law p_start(x) exp(reward / alpha)
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from rl.batch import DecisionBatch, LossOutput, Tensor
+from rl.config import Config
+from rl.estimators.base import Verdicts
 from rl.recipes.base import Recipe
 from rollouts.samplers.options import RelaxedOptions
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.batch import DecisionBatch, LossOutput
-    from rl.config import Config
-    from rl.estimators.base import Verdicts
 
 _GROUPS = ("baseline", "scale", "clip_low", "clip_high", "log_ratio_clamp", "old_logprob")
 # Options that an estimator has no use for.
@@ -74,17 +70,17 @@ class PathObjective(Recipe):
     def needs_log_ratio(self) -> bool:
         return self.kl_weight > 0
 
-    def gradient_sampler(self, session: Any) -> Any:
+    def gradient_sampler(self, run: Any) -> Any:
         from rl.modalities.soft_text import RelaxedText
 
-        return RelaxedText(session, self.relaxed, with_reference=self.kl_weight > 0)
+        return RelaxedText(run, self.relaxed, with_reference=self.kl_weight > 0)
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.trace_rows import trace_rows
 
         return trace_rows(trajectories, model, block, steps)
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         """[M]: reward - alpha * log-ratio, centred in its group, or its softmax weight there at temperature alpha."""
         from rl.advantages import group_softmax
 

@@ -14,16 +14,13 @@ tokens out that neither hides (its bias: tests/test_masked_copies.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.estimators.base import Verdicts
 from rl.recipes.masked import MaskedRecipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.estimators.base import Verdicts
 
 
 class SPG(MaskedRecipe, defaults={"prompt_mask": 0.15}):
@@ -45,7 +42,7 @@ class SPG(MaskedRecipe, defaults={"prompt_mask": 0.15}):
 
         return sandwich_decisions(rows, weight, lengths, self.draws, self.power)
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         from rl.advantages import sandwich_advantage
 
         return sandwich_advantage(super().advantage(verdicts), self.omega)

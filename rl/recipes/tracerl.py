@@ -15,15 +15,13 @@ below. The block grid, the terminal block, token ids and the sampling temperatur
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from rl.batch import Tensor
 from rl.recipes.base import ValueOptions
 from rl.recipes.traced import TracedRecipe
-
-if TYPE_CHECKING:
-    import torch
 
 
 class TraceRL(TracedRecipe):
@@ -54,5 +52,5 @@ class TraceRL(TracedRecipe):
     def critic(self) -> ValueOptions | None:
         return self.value
 
-    def outcome(self, advantage: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+    def outcome(self, advantage: Tensor, reward: Tensor) -> Tensor:
         return advantage if self.value_reward == "advantage" else reward

@@ -14,16 +14,13 @@ Departs: the sum over a group's rollouts is a mean (a constant factor G, which A
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from rl.batch import Tensor
+from rl.estimators.base import Verdicts
 from rl.recipes.masked import MaskedRecipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from rl.estimators.base import Verdicts
 
 
 class WD1(MaskedRecipe, defaults={"prompt_mask": 0.15}):
@@ -35,7 +32,7 @@ class WD1(MaskedRecipe, defaults={"prompt_mask": 0.15}):
 
         return everything_hidden(places, rng, level)
 
-    def advantage(self, verdicts: Verdicts) -> torch.Tensor:
+    def advantage(self, verdicts: Verdicts) -> Tensor:
         from rl.advantages import contrast_advantage
 
         return contrast_advantage(super().advantage(verdicts), verdicts.group, self.psi)
