@@ -344,8 +344,8 @@ def _check(args: argparse.Namespace) -> int:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         print("\n".join([*plan_lines(config, ranks), *memory_lines(config, ranks, args.prompt_length, args.memory)]))
         return 0
-    check_run(config, new=False)
-    print("\n".join(plan_lines(config)))
+    notes = check_run(config, new=False)
+    print("\n".join([*plan_lines(config), *notes]))
     print("config ok")
     return 0
 

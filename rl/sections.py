@@ -131,7 +131,15 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     name: str = Field("sudoku", description="Task name, or pkg.module:Class.")
     params: dict[str, Any] = Field({}, description="Parameters of the task.")
-    chat: bool = Field(False, description="Put every prompt into the tokenizer's chat template, as one user turn.")
+    chat: bool = Field(
+        False,
+        description="Put a prompt of text into the tokenizer's chat template, as one user turn; messages always are.",
+    )
+    unfit: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="Rows that cannot be used (an empty prompt, a mask token inside, too long for the model): refuse "
+        "them, or leave them out and say how many.",
+    )
 
     @field_validator("name")
     @classmethod

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rl.cli import main
 from rl.errors import is_message
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.chat import answer_text, prompt_text
 from rl.tasks.fit import FileExamples, unfit_reasons
 from rl.tasks.jsonl import JsonlTask
 from rl.tasks.records import read_records
+from tests import runs
 
 # A template as published ones are: a head and an end token for each turn, and a line break behind it.
 TEMPLATE = (
@@ -222,3 +225,92 @@ def test_a_review_refuses_by_row_or_leaves_out_and_counts() -> None:
     assert [example["prompt"] for example in file.examples] == ["a", "c"] and file.left_out == 1
     with pytest.raises(ValueError, match="no row can be used; row 1: empty"):
         FileExamples("f.jsonl", examples).review(["empty"] * 3, drop=True)
+
+
+# --- through the commands ---------------------------------------------------------------------------------------------
+
+REWARD = """
+SEEN = []
+def seen(prompts, completions, **columns):
+    SEEN.extend(prompts)
+    return [float(len(c)) for c in completions]
+"""
+COMMANDS = ["check", "train", "sft", "rollout"]
+
+
+def arguments(folder: Path, rows: list[dict[str, Any]], *overrides: str, name: str = "seen") -> list[str]:
+    """A tiny run on a file of rows, with a tokenizer of its own."""
+    words = runs.tiny_config(folder, reward=REWARD.replace("seen", name))
+    tokenizer().save_pretrained(folder / "tokenizer")
+    path, judge = write(folder / "data.jsonl", lines(*rows)), f"{folder / 'reward.py'}:{name}"
+    return [
+        *words,
+        "task.name=jsonl",
+        f"task.params={{train: {path}, heldout: {path}, answer_column: answer, reward: '{judge}'}}",
+        f"model.tokenizer={folder / 'tokenizer'}",
+        f"reward.functions=[{{name: '{judge}'}}]",
+        "train.prompts_per_step=2",
+        "train.steps=1",
+        "eval.num_prompts=2",
+        "sft.batch_size=2",
+        *overrides,
+    ]
+
+
+def run(command: str, words: list[str], folder: Path) -> int:
+    output = ["--output", str(folder / "rollouts"), "--num-prompts", "2"] if command == "rollout" else []
+    return main([command, *words, *output])
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"prompt": "b<mask>", "answer": "1"}, "the prompt holds the mask token <mask>"),
+        ({"prompt": "a", "answer": "<mask>"}, "the answer holds the mask token <mask>"),
+        (
+            {"prompt": "a" * 60, "answer": "1"},
+            "a prompt of 60 tokens plus sampler.gen_length 16 needs 76 positions, the model has 64",
+        ),
+        ({"prompt": "", "answer": "1"}, "the prompt is empty"),
+        ({"prompt": "a", "answer": None}, "it has no answer to imitate"),
+    ],
+)
+def test_every_command_refuses_a_row_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: dict[str, Any], says: str
+) -> None:
+    """The bad row is the last of many, and would come up late or never."""
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(30)] + [bad]
+    words = arguments(tmp_path, rows)
+    for command in COMMANDS:
+        assert run(command, words, tmp_path) == 2
+        complaint = capsys.readouterr().err
+        assert f"data.jsonl: row 31: {says}: mend it, or set task.unfit to drop" in complaint
+        assert complaint.count("\n") == 1
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_rows_that_are_dropped_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "", "answer": "2"}, {"prompt": "2+1=", "answer": "3"}]
+    words = arguments(tmp_path, rows, "task.unfit=drop")
+    for command in COMMANDS:
+        assert run(command, [*words, f"run.output_dir={tmp_path / command}"], tmp_path) == 0
+        out = capsys.readouterr().out
+        assert "1 rows left out (task.unfit drop), the first is row 2: the prompt is empty" in out
+
+
+def test_a_chat_goes_through_a_whole_run(tmp_path: Path) -> None:
+    """The model is given the template's text, the reward the messages, whatever `task.chat` says."""
+    for chat in ("true", "false"):
+        folder = tmp_path / chat
+        rows = [
+            {"prompt": [{"role": "user", "content": name}], "answer": [{"role": "assistant", "content": "1"}]}
+            for name in "ab"
+        ]
+        words = arguments(folder, rows, f"task.chat={chat}", name=f"seen_{chat}")
+        assert main(["train", *words]) == 0
+        module = next(
+            m for n, m in sys.modules.items() if n.startswith("denoise_rl_file_reward") and hasattr(m, f"seen_{chat}")
+        )
+        assert module.SEEN and all(prompt[0]["role"] == "user" for prompt in module.SEEN)
+        sample = json.loads((folder / "run" / "samples.jsonl").read_text().splitlines()[0])
+        assert sample["prompt"][0]["content"] in ("a", "b")

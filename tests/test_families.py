@@ -511,8 +511,8 @@ def test_the_published_chat_template_is_applied(shared_data: Path, tmp_path: Pat
     from rl.models.vocabulary import excluded_ranges
 
     assert excluded_ranges(modality.tokenizer, 151936, ["<|im_start|>"]) == [[151644, 151645], [151670, 151936]]
-    with pytest.raises(ValueError, match=r"task\.chat needs a tokenizer with a chat template"):
-        TextModality(config, TOKENIZER).requests([{"prompt": "1"}], [[0]])
+    with pytest.raises(ValueError, match=r"needs a tokenizer with a chat template: .* task\.chat=false"):
+        TextModality(config, SudokuTask(), TOKENIZER).requests([{"prompt": "1"}], [[0]])
 
 
 # --- from a name, and through a run -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rl.estimators.base import Verdicts
 from rl.estimators.x0_rows import StepSummary, num_x0_targets, step_summary, x0_rows
 from rl.evaluation.backslide import Backslide, backslide_of
 from rl.modalities.text import TextModality
+from rl.tasks.sudoku import SudokuTask
 from rl.track.report import write_report
 from rl.track.verdict import backslide_line
 from rl.train.loop import train
@@ -271,7 +272,7 @@ def test_a_rank_without_rollouts_fills_up_with_one_draw_and_any_other_with_the_s
     model = make_model("gpt2-full")
     config = load_config(None, ["algorithm.name=mdpo", "algorithm.train_steps=3", "sampler.record_x0=true"])
     recipe = config.algorithm
-    rows = recipe.rows([TextModality(config, None).smallest_trajectory(model)], model)
+    rows = recipe.rows([TextModality(config, SudokuTask(), None).smallest_trajectory(model)], model)
     assert len(rows.target) == rows.num_rows == 1 and torch.isfinite(rows.score(model).logprob).all()
     trajectory = sampled(model, 1)[0]
     rows = recipe.rows([trajectory], model)

@@ -126,6 +126,13 @@ class Modality:
         """
         raise ValueError(f"--plan is not known for {cls.name}: write {cls.__name__}.memory")
 
+    def review(self, model: Any) -> None:
+        """Look at every example of the task's files (`task.unfit`); by default there is nothing to find.
+
+        Raises:
+            ValueError: an example that this model cannot use, with its file and row.
+        """
+
     # Models on disk.
 
     def load_model(self, path: str | None = None) -> Any:

@@ -13,9 +13,9 @@ from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows
-from rl.modalities.text_plan import TextPlan
+from rl.modalities.text_plan import TextPlan, review
 from rl.models.load import load_policy, save_policy
-from rl.tasks.base import Row
+from rl.tasks.base import Row, Task
 from rl.tasks.chat import answer_text, prompt_text
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
@@ -31,14 +31,19 @@ class TextModality(TextPlan):
         rollout_block: block length of rollouts during a block-size curriculum; overrides `sampler.block_length`.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, grid: tuple[int, int] | None = None):
-        self.config, self.tokenizer, self.grid = config, tokenizer, grid
+    def __init__(self, config: Config, task: Task, tokenizer: Any):
+        super().__init__(config, task)
+        self.tokenizer, self.grid = tokenizer, task.grid
         self.rollout_block: int | None = None
 
     def load_model(self, path: str | None = None) -> Any:
         model = self.config.model if path is None else self.config.model.model_copy(update={"path": path})
         with about("model.backbone" if model.path is None else f"model.path {model.path!r}"):
             return load_policy(model, self.tokenizer, self.config.run.seed)
+
+    def review(self, model: Any) -> None:
+        block = model.block_length if model.attention == "block_causal" else None
+        review(self.config, self.task, self.tokenizer, model.mask_token_id, model.max_length, block)
 
     def save_model(self, model: Any, path: str | Path) -> None:
         save_policy(model, self.tokenizer, path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.errors import about
 from rl.modalities.base import Modality
+from rl.tasks.fit import unfit_reasons
 from rollouts.samplers.options import SamplerOptions
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class TextPlan(Modality):
     def open(cls, config: Config, task: Task) -> Modality:
         from rl.modalities.text import TextModality
 
-        return TextModality(config, open_tokenizer(config, task), task.grid)
+        return TextModality(config, task, open_tokenizer(config, task))
 
     @classmethod
     def check(cls, config: Config, task: Task, rows: Sequence[Row]) -> None:
@@ -52,7 +53,9 @@ class TextPlan(Modality):
         tokenizer = open_tokenizer(config, task)
         prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
         longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
-        context = _context(config)
+        context, mask_token_id, block = _shape(config, tokenizer)
+        if mask_token_id is not None:
+            review(config, task, tokenizer, mask_token_id, context, block)
         if context and longest + sampler.gen_length > context:
             raise ValueError(
                 f"a prompt of {longest} tokens plus sampler.gen_length {sampler.gen_length} does not fit the model's "
@@ -107,15 +110,34 @@ def open_tokenizer(config: Config, task: Task) -> Any:
         return load_tokenizer(model, task)
 
 
-def _context(config: Config) -> int | None:
-    """Positions of the model a config describes; None when only loading it will tell."""
-    backbone = config.model.backbone
-    file = Path(config.model.path or "") / "config.json"
-    if config.model.path is not None:
-        if not file.is_file():
-            return None
-        with about(f"model.path {config.model.path!r}"):
-            from rl.models.tokenizers import backbone_of
+def review(
+    config: Config, task: Task, tokenizer: Any, mask_token_id: int, max_length: int | None, block_length: int | None
+) -> None:
+    """Refuse the examples of the task's files that the model cannot use, or leave them out (`task.unfit`).
 
-            backbone = backbone_of(json.loads(file.read_text()), config.model.family)
-    return backbone.get("max_position_embeddings", backbone.get("n_positions"))
+    Raises:
+        ValueError: one line with the file and the row.
+    """
+    for index, file in enumerate(getattr(task, "files", ())):
+        # The first file is trained on; the supervised stage imitates its answers.
+        imitated = index == 0 and config.sft.steps > 0 and config.sft.trajectories is None
+        reasons = unfit_reasons(
+            file.examples, tokenizer, config.task.chat, mask_token_id, config.sampler.gen_length, max_length,
+            block_length, imitated,
+        )  # fmt: skip
+        file.review(reasons, config.task.unfit == "drop")
+
+
+def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:
+    """Positions, mask token and block length of the model a config describes; None where only loading it will tell."""
+    model = config.model
+    backbone, mask_token_id = model.backbone, tokenizer.mask_token_id
+    block = model.block_length if model.attention == "block_causal" else None
+    if model.path is not None:
+        if not (Path(model.path) / "config.json").is_file():
+            return None, mask_token_id, None
+        with about(f"model.path {model.path!r}"):
+            from rl.models.tokenizers import shape_of
+
+            return shape_of(json.loads((Path(model.path) / "config.json").read_text()), model, mask_token_id)
+    return backbone.get("max_position_embeddings", backbone.get("n_positions")), mask_token_id, block

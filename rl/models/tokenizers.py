@@ -86,6 +86,24 @@ def backbone_of(described: Mapping[str, Any], family: str | None = None) -> dict
     return dict(described.get("backbone", {}))
 
 
+def shape_of(
+    described: Mapping[str, Any], model: ModelConfig, mask_token_id: int | None
+) -> tuple[int | None, int | None, int | None]:
+    """Positions, mask token and block length of the model that a config.json describes; None where it does not say.
+
+    Args:
+        mask_token_id: the tokenizer's, for a config.json that names none.
+    """
+    found = family_of(described, model.family)
+    fields = described
+    if found is not None:
+        fields = found.fields(described, model.block_length or described.get("block_size") or 1)
+    backbone = fields.get("backbone", {})
+    block = (model.block_length or fields.get("block_length")) if fields.get("attention") == "block_causal" else None
+    positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))
+    return positions, fields.get("mask_token_id", mask_token_id), block
+
+
 def local_folder(path: str) -> Path:
     """The folder of a model, downloaded first when `path` is a hub name.
 

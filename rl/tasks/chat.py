@@ -86,7 +86,9 @@ def checked_chat(value: list[Any], where: str) -> list[Message]:
 
 def _render(tokenizer: Any, messages: list[Message], **how: bool) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("a chat needs a tokenizer with a chat template: set model.tokenizer to one, or give text")
+        raise ValueError(
+            "a chat needs a tokenizer with a chat template: set model.tokenizer, or give text with task.chat=false"
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
     # Templates are programs of their authors and raise what they like, jinja's errors above all.

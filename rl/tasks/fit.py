@@ -75,11 +75,15 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 class FileExamples:
-    """The examples of one file, and where they stand in it."""
+    """The examples of one file.
+
+    Attributes:
+        note: how many were left out and why, for the user; empty when all can be used.
+    """
 
     def __init__(self, path: str, examples: list[Row]):
         self.path, self.examples = path, examples
-        self.left_out = 0
+        self.note = ""
 
     def review(self, reasons: Sequence[str | None], drop: bool) -> None:
         """Refuse the file or leave out what cannot be used.
@@ -94,6 +98,8 @@ class FileExamples:
                 f"{self.path}: row {wrong[0] + 1}{more}: {reasons[wrong[0]]}: mend it, or set task.unfit to drop"
             )
         self.examples = [x for x, reason in zip(self.examples, reasons, strict=True) if reason is None]
-        self.left_out = len(wrong)
+        if wrong:
+            first = f"the first is row {wrong[0] + 1}: {reasons[wrong[0]]}"
+            self.note = f"{self.path}: {len(wrong)} rows left out (task.unfit drop), {first}"
         if not self.examples:
             raise ValueError(f"{self.path}: no row can be used; row 1: {reasons[0]}")

@@ -65,11 +65,14 @@ def check_batch(config: Config, world: int) -> None:
         )
 
 
-def check_run(config: Config, new: bool = True) -> None:
+def check_run(config: Config, new: bool = True) -> list[str]:
     """Everything that can be found wrong before a model is built.
 
     Args:
         new: also refuse to write over another run.
+
+    Returns:
+        notes for the user: rows that will be left out.
 
     Raises:
         ValueError: one line naming the field and the fix.
@@ -121,6 +124,7 @@ def check_run(config: Config, new: bool = True) -> None:
                 f"run.output_dir {config.run.output_dir} already holds a run: choose another folder, delete it, or set "
                 "run.resume=true"
             )
+    return [file.note for file in getattr(task, "files", ()) if file.note]
 
 
 def engine_needs(config: Config) -> dict[str, str]:

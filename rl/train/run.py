@@ -70,6 +70,7 @@ class Run:
             task = load_task(config.task.name, config.task.params)
         modality: Modality = open_modality(config, task)
         policy: Any = modality.load_model()
+        modality.review(policy)
         judge = Judge(config.reward, task, modality)
         # Alone, only a learner needs a process group; it starts one of its own.
         if distributed.launched():
@@ -84,6 +85,9 @@ class Run:
         metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, services)
         policy.to(device)
         progress = Progress(enabled=distributed.rank() == 0)
+        for file in getattr(task, "files", ()):
+            if file.note:
+                progress.message(file.note)
         return cls(config, device, task, modality, policy, judge, metrics, progress)
 
     def __enter__(self) -> Run:
