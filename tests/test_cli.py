@@ -174,7 +174,7 @@ def test_a_start_that_failed_does_not_block_the_next(tmp_path: Path, complaint: 
     assert main(["sft", *runs.tiny_config(tmp_path / "there")]) == 0
     shutil.move(tmp_path / "there" / "run" / "model", tokens)
     line = complaint("sft", *arguments, "task.name=jsonl", task, f"model.path={tokens}")
-    assert "sft needs rows with an answer" in line
+    assert "row 1 (and 7 other rows): it has no answer to imitate (task.params.answer_column)" in line
     assert not (tmp_path / "here" / "run" / "model").exists()
     assert main(["sft", *arguments]) == 0
 
@@ -197,10 +197,10 @@ def test_damaged_models_are_named(model: Path, tmp_path: Path, complaint: Compla
     ("data", "message"),
     [
         (None, "does not exist"),
-        (b"a,b\n1,2\n", "a Sudoku file is a CSV with a column Puzzle"),
-        (b"Puzzle\n", "at least one row"),
-        (b"Puzzle\n12\n", ":2: column Puzzle must be 16 digits 0 to 4, got '12'"),
-        (bytes(range(256)), "UnicodeDecodeError"),
+        (b"a,b\n1,2\n", "a Sudoku file has a column Puzzle; this one has a, b"),
+        (b"Puzzle\n", "at least one"),
+        (b"Puzzle\n12\n", ": row 1: column Puzzle must be 16 digits 0 to 4, got '12'"),
+        (bytes(range(256)), "puzzles.csv:2: not UTF-8"),
     ],
     ids=["missing", "other columns", "empty", "bad row", "binary"],
 )

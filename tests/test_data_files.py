@@ -209,7 +209,7 @@ def test_which_examples_do_not_fit() -> None:
         [masked, {"prompt": "a", "answer": None}, {"prompt": "a", "answer": "12345"}], with_answers=True
     ) == [
         "the answer holds the mask token <mask>",
-        "it has no answer to imitate",
+        "it has no answer to imitate (task.params.answer_column)",
         "an answer of 5 tokens is longer than sampler.gen_length 4",
     ]
 
@@ -222,7 +222,8 @@ def test_a_review_refuses_by_row_or_leaves_out_and_counts() -> None:
         FileExamples("f.jsonl", examples).review([None, "too long", "empty"], drop=False)
     file = FileExamples("f.jsonl", examples)
     file.review([None, "too long", None], drop=True)
-    assert [example["prompt"] for example in file.examples] == ["a", "c"] and file.left_out == 1
+    assert [example["prompt"] for example in file.examples] == ["a", "c"]
+    assert file.note == "f.jsonl: 1 rows left out (task.unfit drop), the first is row 2: too long"
     with pytest.raises(ValueError, match="no row can be used; row 1: empty"):
         FileExamples("f.jsonl", examples).review(["empty"] * 3, drop=True)
 
@@ -272,7 +273,7 @@ def run(command: str, words: list[str], folder: Path) -> int:
             "a prompt of 60 tokens plus sampler.gen_length 16 needs 76 positions, the model has 64",
         ),
         ({"prompt": "", "answer": "1"}, "the prompt is empty"),
-        ({"prompt": "a", "answer": None}, "it has no answer to imitate"),
+        ({"prompt": "a", "answer": None}, "it has no answer to imitate (task.params.answer_column)"),
     ],
 )
 def test_every_command_refuses_a_row_before_it_starts(

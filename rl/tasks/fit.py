@@ -64,7 +64,7 @@ def unfit_reasons(
                 f"{whole}, the model has {max_length}"
             )
         elif with_answers and example.get("answer") is None:
-            reasons[index] = "it has no answer to imitate"
+            reasons[index] = "it has no answer to imitate (task.params.answer_column)"
         elif len(answer_tokens) > gen_length:
             reasons[index] = f"an answer of {len(answer_tokens)} tokens is longer than sampler.gen_length {gen_length}"
     return reasons
