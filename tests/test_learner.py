@@ -75,8 +75,8 @@ def test_updates_equal_plain_torch(stage: int, cuts: list[int]) -> None:
         reference(rows).backward()
         expected = float(nn.utils.clip_grad_norm_(reference.parameters(), 1.0))
         optimizer.step()
-        losses = [lambda part=part: trained.engine(part) for part in rows.split(cuts)]
-        norm = trained.update(losses, lambda: pytest.fail("one rank has nothing to fill up"))
+        # One rank has nothing to fill up, and never looks at the spare one.
+        norm = trained.update(rows.split(cuts), trained.forward, None)
         assert expected > 1.5
         assert norm == pytest.approx(expected, rel=1e-5)
         assert trained.learning_rate() == pytest.approx(rate)
@@ -104,12 +104,12 @@ def test_learning_rate_by_hand(schedule: str, factors: list[float]) -> None:
 def test_an_update_without_data_leaves_everything_alone(stage: int) -> None:
     """Adam would move the weights on by its momentum, and the schedule would skip an update."""
     trained = learner(stage)
-    trained.update([lambda: trained.engine(data(0))], lambda: torch.zeros(()))
-    trained.update([lambda: trained.engine(data(1))], lambda: torch.zeros(()))
+    trained.update([data(0)], trained.forward, data(0))
+    trained.update([data(1)], trained.forward, data(0))
     before = sampled(trained)
-    assert trained.update([], lambda: pytest.fail("nothing to pad")) == 0.0
+    assert trained.update([], lambda batch: pytest.fail("nothing to fill up"), None) == 0.0
     assert trained.updates == 2
-    assert trained.engine.get_lr() == [pytest.approx(RATES[2])], "the schedule skipped an update"
+    assert trained.schedule.get_last_lr() == [pytest.approx(RATES[2])], "the schedule skipped an update"
     after = sampled(trained)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -118,9 +118,8 @@ def test_an_update_without_data_leaves_everything_alone(stage: int) -> None:
 def test_a_loss_that_is_not_finite_takes_no_step(stage: int) -> None:
     trained = learner(stage)
     before = sampled(trained)
-    losses = [lambda: trained.engine(data(0)), lambda: trained.engine(data(1)) * torch.nan]
     with pytest.raises(TrainingError, match="the loss of update 0 is not finite; no step was taken"):
-        trained.update(losses, lambda: torch.zeros(()))
+        trained.update([data(0), data(1) * torch.nan], trained.forward, None)
     after = sampled(trained)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -131,7 +130,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
     trained = learner(stage)
     rows = data(0)
     with pytest.raises(TrainingError, match=r"the gradient norm of update \d is (nan|inf): go back to a checkpoint"):
-        trained.update([lambda: (trained.engine(rows) * 0.0).sqrt()], lambda: torch.zeros(()))
+        trained.update([rows], lambda batch: (trained.forward(batch) * 0.0).sqrt(), None)
 
 
 def test_the_module_given_stays_as_it_was() -> None:
@@ -139,7 +138,7 @@ def test_the_module_given_stays_as_it_was() -> None:
     module = Regression()
     start = copy.deepcopy(module)
     trained = Learner(module, runs.ZERO[3], OptimizerConfig(lr=0.1, warmup_steps=0), UPDATES, CPU)
-    trained.update([lambda: trained.engine(data(0))], lambda: torch.zeros(()))
+    trained.update([data(0)], trained.forward, None)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), start.parameters(), strict=True))
     moved = max(float((sampled(trained)[name] - value).abs().max()) for name, value in weights(start).items())
     assert moved == pytest.approx(0.1, rel=1e-3), "Adam's first step has the size of the learning rate"
@@ -147,7 +146,7 @@ def test_the_module_given_stays_as_it_was() -> None:
 
 def test_dropout_is_off_while_learning() -> None:
     trained = learner()
-    assert float(trained.engine(data(0)).detach()) == float(trained.engine(data(0)).detach())
+    assert float(trained.forward(data(0)).detach()) == float(trained.forward(data(0)).detach())
 
 
 def test_numbers_are_reduced_over_one_rank() -> None:
@@ -194,8 +193,7 @@ def test_norm_is_that_of_the_sum_not_of_the_parts() -> None:
     """Two micro-batches whose gradients cancel: the norm of the update is 0, by hand."""
     trained = learner()
     rows = data(0)
-    losses = [lambda: trained.engine(rows), lambda: -trained.engine(rows)]
-    norm = trained.update(losses, lambda: torch.zeros(()))
+    norm = trained.update([1, -1], lambda sign: sign * trained.forward(rows), None)
     assert norm < 1e-6
     assert not math.isnan(norm)
 
@@ -226,7 +224,7 @@ def test_small_updates_add_up(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     trained = Learner(Slope(), name, OptimizerConfig(lr=1e-4, warmup_steps=0), 40, CPU)
     row = torch.tensor([1.0, 2.0, 4.0, -8.0], dtype=next(trained.module.parameters()).dtype)
     for _ in range(40):
-        trained.update([lambda: trained.engine(row)], lambda: torch.zeros(()))
+        trained.update([row], trained.forward, None)
     plain = Slope()
     trained.copy_weights_into(plain)
     expected = torch.tensor([0.496, 0.496, 0.496, 0.504])
@@ -265,7 +263,7 @@ def test_gradient_checkpointing_gives_the_same_numbers(stage: int) -> None:
 
         one.module.net.layers[0].mlp.act_fn.register_forward_hook(count)
         for _ in range(UPDATES):
-            one.update([lambda one=one: one.engine(ids)], lambda: torch.zeros(()))
+            one.update([ids], one.forward, None)
         plain = Checkpointed(False)
         one.copy_weights_into(plain)
         trained[recompute] = weights(plain)

@@ -237,11 +237,11 @@ def test_a_learner_in_half_precision_trains_the_policy_that_samples(base: Path) 
     options = SamplerOptions(gen_length=8, num_inference_steps=8)
     trajectories = InProcessEngine(policy, options).generate([Request([1, 4, 2], seed=s) for s in range(3)])
     rows = trace_rows(trajectories, policy)
-    scored = learner.engine(rows).logprob
+    scored = learner.forward(rows).logprob
     assert (scored.double() - rows.sampler_logprob).abs().max() < 0.05
     master = [p.clone() for p in learner.optimizer.single_partition_of_fp32_groups]
     for _ in range(3):
-        learner.update([lambda: -learner.engine(rows).logprob.mean()], lambda: torch.zeros(()))
+        learner.update([rows], lambda batch: -learner.forward(batch).logprob.mean(), None)
     moved = [
         (a - b).abs().max() for a, b in zip(master, learner.optimizer.single_partition_of_fp32_groups, strict=True)
     ]

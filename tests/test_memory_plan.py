@@ -56,7 +56,7 @@ def test_states_are_what_the_engine_holds() -> None:
     model = build(1, "cpu")
     learner = Learner(model, "zero0", OptimizerConfig(), 1, torch.device("cpu"))
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    learner.update([lambda: learner.engine(ids).square().mean()], lambda: torch.zeros(()))
+    learner.update([ids], lambda batch: learner.forward(batch).square().mean(), None)
     total = sum(p.numel() for p in model.parameters())
     plan = model_states(total, total, read_deepspeed_config("zero0"), 1)
     assert plan.parameters == sum(p.numel() * p.element_size() for p in learner.module.parameters())
@@ -72,7 +72,7 @@ def test_adapters_share_the_model_they_are_in() -> None:
     assert trained == 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
     learner = Learner(model, "zero0", OptimizerConfig(), 1, torch.device("cpu"))
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    learner.update([lambda: learner.engine(ids).square().mean()], lambda: torch.zeros(()))
+    learner.update([ids], lambda batch: learner.forward(batch).square().mean(), None)
     plan = model_states(trained, trained, read_deepspeed_config("zero0"), 1)
     held = {p.data_ptr(): p.numel() * 4 for p in [*model.parameters(), *learner.module.parameters()]}
     assert sum(held.values()) == plan.parameters + 4 * total

@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from rl.config import load_config
 from rl.train import update
+from rl.train.microbatch import MicroBatch
 from rl.train.plan import check_engine
 from rl.train.rollouts import RolloutSource, sample_lines
 from rl.train.run import Run
@@ -214,11 +215,11 @@ def test_asynchronous_runs_learn_from_the_last_policy_and_go_on_exactly(
     finished_before_the_update: list[bool] = []
     learn = update.PolicyUpdater.update
 
-    def waits_for_the_next_rollouts(self: Any, rollouts: Any) -> dict[str, float]:
+    def waits_for_the_next_rollouts(self: Any, *rollouts: Any) -> dict[str, float]:
         ahead = self.source.ahead
         ahead.wait()
         finished_before_the_update.append(ahead._result is not None)
-        return learn(self, rollouts)
+        return learn(self, *rollouts)
 
     monkeypatch.setattr(update.PolicyUpdater, "update", waits_for_the_next_rollouts)
     arguments = runs.tiny_config(tmp_path, *ASYNCHRONOUS)
@@ -258,16 +259,13 @@ def test_asynchronous_runs_learn_from_the_last_policy_and_go_on_exactly(
 
 def test_the_correction_by_hand() -> None:
     """Weights 0.5, 1 and 3, the last truncated to 2; they multiply the advantage."""
-    updater = update.PolicyUpdater.__new__(update.PolicyUpdater)
-    updater.sums = update.defaultdict(float)
     recorded = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
     rows = type("Rows", (), {"sampler_logprob": recorded})()
-    batch = update.MicroBatch(rows, torch.ones(3), torch.tensor([1.0, -1.0, 4.0], dtype=torch.float64))
+    batch = MicroBatch(rows, torch.ones(3), torch.tensor([1.0, -1.0, 4.0], dtype=torch.float64))
     batch.old_logprob = recorded + torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).log()
-    updater._correct_lag(batch, 2.0)
+    weight, truncated = batch.correct_lag(2.0)
     torch.testing.assert_close(batch.advantage, torch.tensor([0.5, -1.0, 8.0], dtype=torch.float64))
-    assert updater.sums["lag/count"] == 3 and updater.sums["lag/truncated"] == 1
-    assert updater.sums["lag/weight"] == pytest.approx(3.5)
+    assert weight.tolist() == pytest.approx([0.5, 1.0, 2.0]) and truncated.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from rl.sections import OptimizerConfig
 from rl.train import distributed
 from rl.train.deepspeed_json import half_precision, read_deepspeed_config
 from rl.train.policy import trained_copy
+
+B = TypeVar("B")
 
 # Folder of the DeepSpeed files inside a saved state.
 STATE = "state"
@@ -44,8 +46,8 @@ class Learner:
     ):
         """
         Args:
-            module: whatever the loss calls; a copy of it is trained, the original stays plain torch. Below stage 3 the
-                two share what is frozen.
+            module: what `forward` runs; a copy of it is trained, the original stays plain torch. Below stage 3 the two
+                share what is frozen.
             deepspeed_json: path of the DeepSpeed config; stage, precision and offload are its business.
             total_updates: length of the learning-rate schedule.
         """
@@ -85,7 +87,7 @@ class Learner:
                 torch_optimizer, lambda step: rate_factor(optimizer, step, total_updates)
             )
 
-        self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
+        self._engine, self.optimizer, _, self.schedule = deepspeed.initialize(
             model=module, model_parameters=parameters, optimizer=client, config=config, lr_scheduler=schedule
         )
         self.device = device
@@ -93,24 +95,28 @@ class Learner:
         self._last_lr = 0.0
         self._whole_gradients = self.stage == 0 and not half
         # Dropout would make the learner score another policy than the one that sampled.
-        self.engine.eval()
-        for layer in self.engine.module.modules():
+        self._engine.eval()
+        for layer in self._engine.module.modules():
             # Layers of transformers recompute their activations only in training mode. It is the layer's own flag that
             # they ask; whatever could drop something is inside it and stays in eval mode.
             layer.training = bool(getattr(layer, "gradient_checkpointing", False))
 
     @property
     def module(self) -> nn.Module:
-        return self.engine.module
+        return self._engine.module
 
-    def update(self, losses: Sequence[Callable[[], torch.Tensor]], padding: Callable[[], torch.Tensor]) -> float:
+    def forward(self, inputs: Any) -> Any:
+        """The module's output under today's weights; collective where DeepSpeed shards them."""
+        return self._engine(inputs)
+
+    def update(self, batches: Sequence[B], loss_of: Callable[[B], torch.Tensor], spare: B) -> float:
         """Back-propagate every micro-batch and take one optimizer step.
 
         Args:
-            losses: one callable per micro-batch of this rank; each runs its forward through `self.engine`
-                and returns its share of the loss.
-            padding: runs some forward and returns a loss; its value times zero fills up ranks with fewer
-                micro-batches (ZeRO 2 and 3 hang or abort when ranks run unequal numbers of backwards).
+            batches: micro-batches of this rank, of whatever type `loss_of` takes.
+            loss_of: runs a micro-batch through `forward` and gives its share of the loss.
+            spare: fills up ranks with fewer micro-batches, its loss times zero (ZeRO 2 and 3 hang or abort when ranks
+                run unequal numbers of backwards).
 
         Returns:
             the gradient norm before clipping; 0 when no rank had a micro-batch and no step was taken.
@@ -118,27 +124,27 @@ class Learner:
         Raises:
             TrainingError: a loss or the gradient norm is not finite. No checkpoint may be written after it.
         """
-        count = int(distributed.reduce_number(len(losses), "max", self.device))
+        count = int(distributed.reduce_number(len(batches), "max", self.device))
         if count == 0:
             # No rank has anything to learn from: a step would only replay the optimizer's momentum.
             return 0.0
         scale = distributed.world_size()
         for index in range(count):
-            loss = losses[index]() if index < len(losses) else padding() * 0.0
+            loss = loss_of(batches[index]) if index < len(batches) else loss_of(spare) * 0.0
             finite = float(torch.isfinite(loss.detach()).all())
             if not distributed.reduce_number(finite, "min", self.device):
                 raise TrainingError(f"the loss of update {self.updates} is not finite; no step was taken")
-            self.engine.set_gradient_accumulation_boundary(index == count - 1)
-            self.engine.backward(loss * scale)
+            self._engine.set_gradient_accumulation_boundary(index == count - 1)
+            self._engine.backward(loss * scale)
             if self._whole_gradients and index == count - 1:
                 norm = self._norm_of_gradients()
                 self._check_norm(norm)
             if index == count - 1:
                 self._last_lr = float(self.optimizer.param_groups[0]["lr"])
-            self.engine.step()
+            self._engine.step()
         self.updates += 1
         if not self._whole_gradients:
-            norm = float(self.engine.get_global_grad_norm())
+            norm = float(self._engine.get_global_grad_norm())
             self._check_norm(norm)
         return norm
 
@@ -159,14 +165,14 @@ class Learner:
         """Write weights, optimizer and schedule; every rank writes its part."""
         # What is frozen never changes: a resumed run has it from where this one had it.
         client = {"updates": self.updates}
-        self.engine.save_checkpoint(str(folder), tag=STATE, client_state=client, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(str(folder), tag=STATE, client_state=client, exclude_frozen_parameters=True)
 
     def load_state(self, folder: Path, universal: bool = False) -> None:
         """Read what `save_state` wrote, or the universal form of it, which any number of ranks can read."""
-        config = self.engine._config
+        config = self._engine._config
         config.load_universal_checkpoint = universal
         try:
-            path, client = self.engine.load_checkpoint(str(folder), tag=STATE, custom_load_fn=_load_trained)
+            path, client = self._engine.load_checkpoint(str(folder), tag=STATE, custom_load_fn=_load_trained)
         finally:
             config.load_universal_checkpoint = False
         assert path is not None, f"DeepSpeed found no state in {folder}"

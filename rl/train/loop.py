@@ -19,7 +19,7 @@ from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
 from rl.train.run import Run
 from rl.train.sft import supervised
-from rl.train.update import PolicyUpdater
+from rl.train.update import PolicyUpdater, Updater
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def reinforce(
     recipe = config.algorithm
     source = source or RolloutSource(run)
     resumed = checkpoint is not None
-    updater: Any
+    updater: Updater
     if recipe.reward_gradient:
         updater = RewardGradientUpdater(run, recipe, total, resumed)
     else:
@@ -102,9 +102,8 @@ def reinforce(
         step, state = load_checkpoint(checkpoint, saved)
         vars(run.costs).update(state["costs"])
         updater.resumed(step)
-        memory = getattr(updater, "memory", None)
-        if memory is not None:
-            memory.restore(state["memory"])
+        if updater.memory is not None:
+            updater.memory.restore(state["memory"])
         run.metrics.truncate_after(step)
         _drop_samples(run, step)
         run.progress.message(f"resumed from {checkpoint}")
@@ -119,7 +118,7 @@ def reinforce(
         stage.update(outcome.seconds)
         metrics = outcome.metrics | {f"time/{name}": value for name, value in outcome.seconds.items()}
         metrics["speed/tokens_per_s"] = metrics.pop("rollout/tokens", 0.0) / (learned - tick)
-        metrics["optimizer/lr"] = updater.learners["policy"].learning_rate()
+        metrics["optimizer/lr"] = updater.learner.learning_rate()
         run.metrics.log(step, "train", metrics | run.costs.as_metrics())
         _log_samples(run, step, outcome.samples)
         run.progress.update(step, reward=metrics["reward/mean"], tokens_per_s=metrics["speed/tokens_per_s"])
@@ -137,11 +136,9 @@ def reinforce(
         if ending == 2:
             run.progress.message(f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true")
             raise Stopped
-        if ending:
-            run.progress.message(f"train.max_seconds reached after {step} of {config.train.steps} steps")
-            break
-        if spent:
-            run.progress.message(f"train.max_sequence_forwards reached after {step} of {config.train.steps} steps")
+        if ending or spent:
+            option = "train.max_seconds" if ending else "train.max_sequence_forwards"
+            run.progress.message(f"{option} reached after {step} of {config.train.steps} steps")
             break
     return {
         "train_steps": step,
@@ -151,11 +148,10 @@ def reinforce(
     }
 
 
-def _checkpoint(run: Run, step: int, updater: Any, saved: Mapping[str, Saved]) -> None:
+def _checkpoint(run: Run, step: int, updater: Updater, saved: Mapping[str, Saved]) -> None:
     state = {"costs": vars(run.costs), "world_size": distributed.world_size()}
-    memory = getattr(updater, "memory", None)
-    if memory is not None:
-        state["memory"] = memory.state()
+    if updater.memory is not None:
+        state["memory"] = updater.memory.state()
     save_checkpoint(
         run.folder,
         step,

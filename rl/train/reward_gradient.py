@@ -20,11 +20,10 @@ from rl.recipes.base import AnyRecipe
 from rl.sections import FilterConfig
 from rl.tasks.base import Row
 from rl.train import distributed
-from rl.train.learner import Learner
 from rl.train.policy import Policy
 from rl.train.rollouts import prompt_interval, request_seed, step_seed
-from rl.train.run import Run
-from rl.train.update import StepOutcome
+from rl.train.run import Costs, Run
+from rl.train.update import StepOutcome, Updater
 
 # Inputs with `score(model)` -> what they score, under one model's weights.
 Forward = Callable[[Any], Any]
@@ -66,7 +65,7 @@ class GradientSampler(Protocol):
         """Sample one rollout per row.
 
         Args:
-            policy: runs the learner's engine.
+            policy: runs the learner.
             reference: the same through the frozen policy, None without a KL term.
             seeds: one per row; with the weights they determine the rollout.
         """
@@ -107,8 +106,16 @@ def check_reward_gradient(config: Config) -> None:
             )
 
 
-class RewardGradientUpdater:
-    """Maximises mean reward - kl_weight * path KL; one optimizer update per RL step. A `rl.train.update.Updater`."""
+class RewardGradientUpdater(Updater):
+    """Maximises mean reward - kl_weight * path KL; one optimizer update per RL step.
+
+    Attributes:
+        total: rollouts of the RL step over all ranks.
+        done: what was back-propagated in it, without gradient.
+    """
+
+    total: int
+    done: list[GradientSegment]
 
     def __init__(self, run: Run, recipe: AnyRecipe, total_updates: int, resumed: bool = False):
         """
@@ -116,74 +123,57 @@ class RewardGradientUpdater:
             ValueError: the config asks for what a reward gradient has not (`check_reward_gradient`).
         """
         check_reward_gradient(run.config)
-        config = run.config.train
-        self.run, self.recipe = run, recipe
-        self.sampler = recipe.gradient_sampler(run)
+        self.recipe, self.sampler = recipe, recipe.gradient_sampler(run)
         self.reference = Policy(run.starting_policy(resumed)) if recipe.needs_reference else None
-        self.sampling = Policy(run.model)
-        self.learner = Learner(self.sampling, config.deepspeed, config.optimizer, total_updates, run.device)
-        self.learner.copy_weights_into(self.sampling)
-        self.learners = {"policy": self.learner}
-
-    def resumed(self, step: int) -> None:
-        self.learner.copy_weights_into(self.sampling)
+        super().__init__(run, Policy(run.model), total_updates)
 
     def step(self, step: int) -> StepOutcome:
         """Sample, and take one optimizer update."""
-        run, train = self.run, self.run.config.train
+        run, train = self.run, self.train
         started = time.perf_counter()
-        rows = run.task.train_rows(run.config.run.seed, step, train.prompts_per_step)
-        first, mine = distributed.shard(rows)
+        examples = run.task.train_rows(run.config.run.seed, step, train.prompts_per_step)
+        first, mine = distributed.shard(examples)
         base = step_seed(run.config.run.seed, step)
-        repeated = [row for row in mine for _ in range(train.group_size)]
+        repeated = [example for example in mine for _ in range(train.group_size)]
         seeds = [request_seed(base, first + i, g) for i in range(len(mine)) for g in range(train.group_size)]
-        size = train.micro_batch_size
-        total = len(rows) * train.group_size
-        done: list[GradientSegment] = []
-        losses = []
-        for start in range(0, len(repeated), size):
-            part = slice(start, start + size)
-            segments = self.sampler.segments(self.learner.engine, self.reference, repeated[part], seeds[part])
-            losses += [self._loss(segments, done, total)] * self.sampler.num_segments
-
-        def no_padding() -> torch.Tensor:
-            raise AssertionError("every rank has the same number of rollouts")
-
-        norm = self.learner.update(losses, no_padding)
+        self.total, self.done = len(examples) * train.group_size, []
+        segments: list[Iterator[GradientSegment]] = []
+        for start in range(0, len(repeated), train.micro_batch_size):
+            part = slice(start, start + train.micro_batch_size)
+            rollout = self.sampler.segments(self.learner.forward, self.reference, repeated[part], seeds[part])
+            segments += [rollout] * self.sampler.num_segments
+        # Every rank has the same number of rollouts.
+        norm = self.learner.update(segments, self.loss_of_next, spare=iter(()))
         self.learner.copy_weights_into(self.sampling)
         run.spend(
-            forward_passes=sum(segment.forwards for segment in done),
-            backward_passes=len(losses),
-            sequence_forwards=sum(segment.forwards * len(segment.kl) for segment in done),
-            tokens_forwarded=sum(segment.forwards * segment.tokens for segment in done),
-            reward_queries=len(repeated),
+            Costs(
+                forward_passes=sum(segment.forwards for segment in self.done),
+                backward_passes=len(segments),
+                sequence_forwards=sum(segment.forwards * len(segment.kl) for segment in self.done),
+                tokens_forwarded=sum(segment.forwards * segment.tokens for segment in self.done),
+                reward_queries=len(repeated),
+            )
         )
         run.costs.updates += 1
-        metrics = self._metrics(done) | {"policy/grad_norm": norm}
-        last = next(segment for segment in done if segment.reward is not None)
+        metrics = self._metrics(self.done) | {"policy/grad_norm": norm}
+        last = next(segment for segment in self.done if segment.reward is not None)
         assert last.reward is not None
         shown = zip(repeated[:2], last.completions, last.reward.tolist(), strict=False)
         samples = [
-            {"prompt": row["prompt"], "completion": run.modality.sample_line(completion), "reward": value}
-            for row, completion, value in shown
+            {"prompt": example["prompt"], "completion": run.modality.sample_line(completion), "reward": value}
+            for example, completion, value in shown
         ]
         return StepOutcome(metrics, {"learn": time.perf_counter() - started}, samples)
 
-    def _loss(
-        self, segments: Iterator[GradientSegment], done: list[GradientSegment], total: int
-    ) -> Callable[[], torch.Tensor]:
-        """A callable that samples the next segment and returns its share of the update's loss."""
-
-        def loss() -> torch.Tensor:
-            segment = next(segments)
-            value = self.recipe.kl_weight * segment.kl.sum()
-            if segment.reward is not None:
-                value = value - segment.reward.sum()
-            reward = None if segment.reward is None else segment.reward.detach()
-            done.append(replace(segment, kl=segment.kl.detach(), reward=reward))
-            return value / total
-
-        return loss
+    def loss_of_next(self, segments: Iterator[GradientSegment]) -> torch.Tensor:
+        """Sample the next segment of a rollout; its share of the update's loss."""
+        segment = next(segments)
+        value = self.recipe.kl_weight * segment.kl.sum()
+        if segment.reward is not None:
+            value = value - segment.reward.sum()
+        reward = None if segment.reward is None else segment.reward.detach()
+        self.done.append(replace(segment, kl=segment.kl.detach(), reward=reward))
+        return value / self.total
 
     def _metrics(self, done: list[GradientSegment]) -> dict[str, float]:
         """Means over the rollouts of all ranks, however they were cut into micro-batches."""

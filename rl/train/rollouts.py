@@ -20,7 +20,7 @@ from rl.train.engines import PolicyWeights, open_engine
 from rl.train.filters import keep_mask
 from rl.train.judge import join_metrics
 from rl.train.plan import engine_needs
-from rl.train.run import Run
+from rl.train.run import Costs, Run
 from rollouts.engines.base import Engine, EngineStats, check_versions, require
 
 
@@ -274,10 +274,12 @@ class RolloutSource:
                 run, examples, config.train.group_size, trajectories, stats, step_rewards=recipe.needs_step_rewards
             )
             run.spend(
-                forward_passes=stats.forwards,
-                sequence_forwards=stats.sequence_forwards,
-                tokens_forwarded=stats.query_tokens,
-                reward_queries=part.reward_queries,
+                Costs(
+                    forward_passes=stats.forwards,
+                    sequence_forwards=stats.sequence_forwards,
+                    tokens_forwarded=stats.query_tokens,
+                    reward_queries=part.reward_queries,
+                )
             )
             parts.append(part)
             kept += distributed.reduce_number(len(part.group[part.keep].unique()), "sum", run.device)

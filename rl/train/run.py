@@ -128,7 +128,7 @@ class Run:
             start = trained_copy(self.model)
         return start.to(self.device).eval().requires_grad_(False)
 
-    def spend(self, **amounts: float) -> None:
-        """Add this rank's work to the run's costs; every rank must call it with the same names."""
-        for name, total in distributed.sum_metrics(amounts, self.device).items():
+    def spend(self, work: Costs) -> None:
+        """Add the work of every rank to the run's costs; all ranks must call this."""
+        for name, total in distributed.sum_metrics(vars(work), self.device).items():
             setattr(self.costs, name, getattr(self.costs, name) + total)

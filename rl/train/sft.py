@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
-from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
@@ -39,14 +39,12 @@ def supervised(run: Run) -> dict[str, float]:
         for note in notes:
             run.progress.message(note)
     started, first = time.perf_counter(), step
-    traces = load_trajectories(config.trajectories) if config.trajectories else []
+    fit = _Fit(run, learner)
     while step < config.steps:
-        sums: list[torch.Tensor] = []
-        losses = _trace_losses(run, learner, traces, step, sums) if traces else _losses(run, learner, step, sums)
-        padding = losses.pop()
-        norm = learner.update(losses, padding)
+        batches, spare = fit.batches(step)
+        norm = learner.update(batches, fit.loss, spare)
         step += 1
-        loss = distributed.reduce_number(float(sum(sums)), "sum", run.device)
+        loss = distributed.reduce_number(float(fit.total), "sum", run.device)
         seconds = time.perf_counter() - started
         speed = (step - first) * config.batch_size * run.modality.horizon / seconds
         run.metrics.log(
@@ -72,61 +70,58 @@ def supervised(run: Run) -> dict[str, float]:
     return {"sft_steps": step, "sft_seconds": time.perf_counter() - started, "sft_loss": loss}
 
 
-def _losses(run: Run, learner: Learner, step: int, sums: list[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
-    """The micro-batches of this rank under random masks, and one more to fill up other ranks' counts with."""
-    config, seed = run.config.sft, run.config.run.seed
-    rows = run.task.train_rows(seed, step, config.batch_size)
-    first, mine = distributed.shard(rows)
-    end = first + len(mine)
-    size = config.micro_batch_size or max(len(mine), 1)
-    parts = [slice(i, min(i + size, end)) for i in range(first, end, size)]
-    # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
-    losses = [_micro_batch(run, learner, rows, part, [seed, step], sums) for part in parts]
-    return [*losses, _micro_batch(run, learner, rows, slice(0, 1), [seed, step], [])]
+class _Fitted(NamedTuple):
+    """A micro-batch: rows, the weight [U] of each decision's -logprob, and whether it only fills up a rank."""
+
+    rows: Rows
+    weight: torch.Tensor
+    spare: bool = False
 
 
-def _trace_losses(
-    run: Run, learner: Learner, traces: list[TokenTrajectory], step: int, sums: list[torch.Tensor]
-) -> list[Callable[[], torch.Tensor]]:
-    """As `_losses`, on recorded trajectories."""
-    config = run.config.sft
-    batch = _trace_batch(traces, run.config.run.seed, step, config.batch_size)
-    decisions = sum(int(t.is_reveal.sum()) for t in batch)
-    _, mine = distributed.shard(batch)
-    size = config.micro_batch_size or max(len(mine), 1)
-    parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-    losses = [_trace_micro_batch(run, learner, part, decisions, sums) for part in parts]
-    return [*losses, _trace_micro_batch(run, learner, batch[:1], decisions, [])]
+class _Fit:
+    """The micro-batches of the stage and their loss: answers under random masks, or recorded trajectories.
 
+    Attributes:
+        total: this rank's loss of the update so far.
+    """
 
-def _micro_batch(
-    run: Run, learner: Learner, rows: list[Row], part: slice, rng_seed: list[int], sums: list[torch.Tensor]
-) -> Callable[[], torch.Tensor]:
-    """A callable that returns this micro-batch's share of the loss of the whole batch `rows`."""
+    def __init__(self, run: Run, learner: Learner):
+        self.run, self.learner = run, learner
+        path = run.config.sft.trajectories
+        self.traces = load_trajectories(path) if path else []
+        self.total: Any = 0.0
 
-    def loss() -> torch.Tensor:
-        fitted, weight = run.modality.supervised(run.model, rows, part, rng_seed)
-        logprob = learner.engine(fitted.to(run.device)).logprob
-        value = weighted_sum(-logprob, weight.to(run.device))
-        sums.append(value.detach())
+    def batches(self, step: int) -> tuple[list[_Fitted], _Fitted]:
+        """The micro-batches of this rank, and one that fills up the counts of ranks with fewer."""
+        self.total = 0.0
+        config, seed, batch = self.run.config.sft, self.run.config.run.seed, []
+        if self.traces:
+            batch += _trace_batch(self.traces, seed, step, config.batch_size)
+        else:
+            batch += self.run.task.train_rows(seed, step, config.batch_size)
+        first, mine = distributed.shard(batch)
+        end = first + len(mine)
+        size = config.micro_batch_size or max(len(mine), 1)
+        parts = [slice(i, min(i + size, end)) for i in range(first, end, size)]
+        return [self._fitted(batch, part, step) for part in parts], self._fitted(batch, slice(0, 1), step, spare=True)
+
+    def _fitted(self, batch: list[Any], part: slice, step: int, spare: bool = False) -> _Fitted:
+        if self.traces:
+            # The mean over the revealed tokens of the batch.
+            traced, decisions = trace_rows(batch[part], self.run.model), sum(int(t.is_reveal.sum()) for t in batch)
+            return _Fitted(traced, torch.full((len(traced.step),), 1.0 / decisions, dtype=torch.float64), spare)
+        # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
+        seed = [self.run.config.run.seed, step]
+        rows, weight = self.run.modality.supervised(self.run.model, batch, part, seed)
+        return _Fitted(rows, weight, spare)
+
+    def loss(self, batch: _Fitted) -> torch.Tensor:
+        """A micro-batch's share of the loss of the update."""
+        logprob = self.learner.forward(batch.rows.to(self.run.device)).logprob
+        value = weighted_sum(-logprob, batch.weight.to(self.run.device))
+        if not batch.spare:
+            self.total = self.total + value.detach()
         return value
-
-    return loss
-
-
-def _trace_micro_batch(
-    run: Run, learner: Learner, trajectories: list[TokenTrajectory], decisions: int, sums: list[torch.Tensor]
-) -> Callable[[], torch.Tensor]:
-    """A callable that returns this micro-batch's share of the mean loss per revealed token."""
-
-    def loss() -> torch.Tensor:
-        rows = trace_rows(trajectories, run.model).to(run.device)
-        logprob = learner.engine(rows).logprob
-        value = weighted_sum(-logprob, torch.full_like(logprob, 1.0 / decisions))
-        sums.append(value.detach())
-        return value
-
-    return loss
 
 
 def _trace_batch(trajectories: list[TokenTrajectory], seed: int, step: int, size: int) -> list[TokenTrajectory]:
