@@ -48,7 +48,19 @@ def test_merging_equal_rows_keeps_packed_documents_apart(make_model) -> None:
 
 
 def test_rows_move_as_a_whole() -> None:
-    rows = TokenRows(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(10)), temperature=0.7, top_k=3)
+    names = (
+        "trajectory",
+        "step",
+        "input_ids",
+        "position_ids",
+        "document",
+        "segment",
+        "block",
+        "row",
+        "column",
+        "target",
+    )
+    rows = TokenRows(**{n: torch.zeros(1, 2, dtype=torch.int64) for n in names}, temperature=0.7, top_k=3)
     moved = rows.to("cpu")
     assert vars(moved).keys() == vars(rows).keys() and (moved.temperature, moved.top_k) == (0.7, 3)
     assert rows.num_tokens == 2

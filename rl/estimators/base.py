@@ -1,10 +1,10 @@
-"""What an estimator hands to the learner: something to forward, and the decisions it scores."""
+"""The records between an estimator, the learner and an advantage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,9 @@ class Scores(NamedTuple):
     Attributes:
         logprob: [U].
         entropy: [U], of the distribution that was drawn from, nats.
-        kl: [U], exact KL to another policy, where the estimator knows it.
+        kl: [U], exact KL to the anchor, where the estimator knows it.
         value: [U], expected outcome, of a policy that carries a value head.
-        negative: [U], as `logprob`, of the prediction that DiffusionNFT moves away from.
+        negative: [U], like `logprob`, for the prediction that DiffusionNFT moves away from.
     """
 
     logprob: torch.Tensor
@@ -30,58 +30,67 @@ class Scores(NamedTuple):
     negative: torch.Tensor | None = None
 
 
-class Rows(Protocol):
-    """Inputs of some forwards, and U decisions read off them.
+@dataclass(kw_only=True)
+class Rows:
+    """Inputs of some forwards, and the U decisions that are read off them. Every estimator returns a subclass.
 
-    A decision is what a ratio, a clip and an advantage apply to: a revealed token of a trace, a whole response
-    of a sequence-level estimator, one denoising step of a Gaussian sampler.
+    A decision is the thing that a ratio, a clip and an advantage apply to. Examples: a revealed token of a trace, a
+    whole response, one denoising step of a Gaussian sampler.
 
     Attributes:
         trajectory: int64 [U], index of the decision's trajectory among those given, in order.
         step: int64 [U], its (merged) denoising step within the trajectory.
-        sampler_logprob: float64 [U], the sampler's log-prob of the very decision, None where the estimator scores
+        sampler_logprob: float64 [U], the sampler's log-prob of the same decision, None where the estimator scores
             something that the sampler did not.
-        weight_factor: float64 [U], factor on the decision's weight in the loss, None for 1.
+        weight_factor: float64 [U], multiplies the decision's weight in the loss, None for 1.
     """
 
     trajectory: torch.Tensor
     step: torch.Tensor
-    sampler_logprob: torch.Tensor | None
-    weight_factor: torch.Tensor | None
+    sampler_logprob: torch.Tensor | None = None
+    weight_factor: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
-        """Sequences (or latents) forwarded."""
-        ...
+        """Sequences (or latents) that are forwarded."""
+        raise NotImplementedError
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        raise NotImplementedError
 
-    def to(self, device: torch.device | str) -> Rows: ...
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
 
-    def distinct(self) -> Rows:
+    def distinct(self) -> Self:
         """The same decisions with equal inputs forwarded once, where that can happen."""
-        ...
+        return self
 
     def score(self, model: Any) -> Scores:
         """The numbers of every decision under the model's weights."""
-        ...
+        raise NotImplementedError
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    return value.to(device) if hasattr(value, "to") else value
 
 
 @dataclass
 class Verdicts:
-    """What an advantage is computed from; M rollouts of all ranks.
+    """The input of an advantage: M rollouts of all ranks.
 
     Attributes:
         reward: float64 [M], NaN where there is no score.
         group: int64 [M], index of the prompt.
-        steps: float64 [M, T], the reward of every step's full fill, NaN behind a trajectory's last step; None when the
-            recipe did not ask for it (`Recipe.needs_step_rewards`).
-        summaries: [M], what `Recipe.summary` says of each trajectory; empty without it.
+        steps: float64 [M, T], the reward of every step's x0 prediction, NaN behind a trajectory's last step; None
+            when the recipe did not ask for it (`Recipe.needs_step_rewards`).
+        summaries: [M], `Recipe.summary` of each trajectory.
         log_ratio: float64 [M], sum over a trajectory's decisions of sampler log-prob - reference log-prob; its mean is
             the KL along the path. None when the recipe did not ask for it (`Recipe.needs_log_ratio`).
         rl_step: index of the RL step they were sampled in.
-        memory: what the recipe remembers of earlier steps (`Recipe.memory`).
+        memory: the recipe's memory of earlier steps (`Recipe.memory`).
     """
 
     reward: torch.Tensor

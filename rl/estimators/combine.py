@@ -1,58 +1,39 @@
 """Decisions that are read in several places: one log-prob from many token log-probs.
 
-A token estimator reads every decision once. A likelihood bound reads each token in several masked copies, and a
-sequence-level method makes one decision of a whole answer. Both are this record: `TokenRows` whose N reads
-are combined into U decisions.
+A likelihood bound reads each token in several masked copies; a sequence-level method makes one decision of a whole
+answer. Both combine the N reads of `TokenRows` into U decisions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from rl.estimators.base import Scores
+from rl.estimators.base import Rows, Scores
 from rl.estimators.rows import TokenRows
 
 
-@dataclass
-class CombinedRows:
-    """U decisions, each a weighted sum over reads, or over log-mean-exps of reads; a `rl.estimators.base.Rows`.
+@dataclass(kw_only=True)
+class CombinedRows(Rows):
+    """U decisions, each a weighted sum over reads; its entropy is the mean over them.
 
-    Example: the answer "7 8" scored in two copies, the first hiding both tokens, the second the 8 alone. As one
-    decision per answer, with the token log-probs averaged over the copies that hide them::
+    Example: the answer "7 8" scored in two copies, the first hiding both tokens, the second the 8 alone. One decision
+    per answer, with the token log-probs averaged over the copies that hide them::
 
-        CombinedRows(rows, part=tensor([0, 0, 0]), weight=tensor([1, 1/2, 1/2]),
+        CombinedRows(rows=rows, part=tensor([0, 0, 0]), weight=tensor([1, 1/2, 1/2]),
                      trajectory=tensor([0]), step=tensor([0]))   # reads: 7 in copy 0, 8 in copy 0, 8 in copy 1
 
     Attributes:
         rows: the reads, in any order.
-        part: int64 [N], decision that each read is part of; -1 when it is part of none.
-        weight: float64 [N], its factor.
-        trajectory, step, sampler_logprob, weight_factor: see `Rows`.
-        power: b of the log-mean-exps below.
-        term: int64 [N] or None, the log-mean-exp each read belongs to: term a has the value
-            (1/b) log sum over its reads of term_weight p^b.
-        term_weight: float64 [N].
-        term_part: int64 [A], the decision each term is added to.
-        term_scale: float64 [A], times this.
+        part: int64 [N], the decision that each read is part of.
+        weight: float64 [N], its factor there.
     """
 
     rows: TokenRows
     part: torch.Tensor
     weight: torch.Tensor
-    trajectory: torch.Tensor
-    step: torch.Tensor
-    power: float = 1.0
-    term: torch.Tensor | None = None
-    term_weight: torch.Tensor | None = None
-    term_part: torch.Tensor | None = None
-    term_scale: torch.Tensor | None = None
-
-    # No sampler made these decisions, so there is no log-prob of its to compare with.
-    sampler_logprob: torch.Tensor | None = None
-    weight_factor: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -62,34 +43,48 @@ class CombinedRows:
     def num_tokens(self) -> int:
         return self.rows.num_tokens
 
-    def to(self, device: torch.device | str) -> CombinedRows:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, rows=self.rows.to(device), **moved)
-
-    def distinct(self) -> CombinedRows:
+    def distinct(self) -> Self:
         return replace(self, rows=self.rows.distinct())
 
     def score(self, model: Any) -> Scores:
-        """The entropy of a decision is the mean over its reads."""
-        reads = self.rows.score(model)
-        return self.combine(reads.logprob, reads.entropy)
+        return self.combine(self.rows.score(model))
 
-    def combine(self, logprob: torch.Tensor, entropy: torch.Tensor) -> Scores:
+    def combine(self, reads: Scores) -> Scores:
         """[N] reads -> [U] decisions, differentiable."""
-        zeros = torch.zeros(len(self.trajectory), dtype=logprob.dtype, device=logprob.device)
-        linear = self.part >= 0
-        part, weight = self.part[linear], self.weight[linear].to(logprob.dtype)
-        total = zeros.index_add(0, part, weight * logprob[linear])
-        spread = zeros.index_add(0, part, entropy[linear])
-        count = zeros.index_add(0, part, torch.ones_like(weight))
-        if self.term is not None:
-            assert self.term_weight is not None and self.term_part is not None and self.term_scale is not None
-            value = log_mean_exp(logprob, self.term, self.term_weight, self.power, len(self.term_part))
-            total = total.index_add(0, self.term_part, self.term_scale.to(value.dtype) * value)
-            owner = self.term_part[self.term]
-            spread = spread.index_add(0, owner, entropy)
-            count = count.index_add(0, owner, torch.ones_like(entropy))
-        return Scores(total, spread / count.clamp(min=1))
+        zeros = reads.logprob.new_zeros(len(self.trajectory))
+        total = zeros.index_add(0, self.part, self.weight.to(zeros.dtype) * reads.logprob)
+        entropy = zeros.index_add(0, self.part, reads.entropy)
+        count = zeros.index_add(0, self.part, torch.ones_like(reads.entropy))
+        return Scores(total, entropy / count.clamp(min=1))
+
+
+@dataclass(kw_only=True)
+class SandwichRows(CombinedRows):
+    """Two decisions per answer: first the lower bounds of all answers (step 0), then the upper ones (step 1).
+
+    Lower bounds are weighted sums of reads. An upper bound is the sum over the answer's tokens of
+    scale * (1/b) log sum over the token's reads of token_weight p^b.
+
+    Attributes:
+        power: b.
+        token: int64 [N], the token that is read, 0..A-1.
+        token_weight: float64 [N].
+        answer: int64 [A], the answer of each token.
+        scale: float64 [A].
+    """
+
+    power: float
+    token: torch.Tensor
+    token_weight: torch.Tensor
+    answer: torch.Tensor
+    scale: torch.Tensor
+
+    def combine(self, reads: Scores) -> Scores:
+        lower = super().combine(reads)
+        value = log_mean_exp(reads.logprob, self.token, self.token_weight, self.power, len(self.answer))
+        count = len(self.trajectory) // 2
+        both = lower.logprob.index_add(0, count + self.answer, self.scale.to(value.dtype) * value)
+        return Scores(both, lower.entropy[:count].repeat(2))
 
 
 def log_mean_exp(
@@ -108,12 +103,12 @@ def log_mean_exp(
 def per_token(rows: TokenRows, weight: torch.Tensor) -> CombinedRows:
     """One decision per (trajectory, position) that is read: the weighted sum of its reads."""
     position = rows.position_ids[rows.row, rows.column]
-    pairs = torch.stack([rows.trajectory, position], dim=1)
-    found, part = torch.unique(pairs, dim=0, return_inverse=True)
-    return CombinedRows(rows, part, weight, found[:, 0], torch.zeros_like(found[:, 0]))
+    found, part = torch.unique(torch.stack([rows.trajectory, position], dim=1), dim=0, return_inverse=True)
+    step = torch.zeros_like(found[:, 0])
+    return CombinedRows(rows=rows, part=part, weight=weight, trajectory=found[:, 0], step=step)
 
 
 def per_trajectory(rows: TokenRows, weight: torch.Tensor, count: int) -> CombinedRows:
     """One decision for each of `count` trajectories: the weighted sum of all its reads."""
     index = torch.arange(count)
-    return CombinedRows(rows, rows.trajectory, weight, index, torch.zeros_like(index))
+    return CombinedRows(rows=rows, part=rows.trajectory, weight=weight, trajectory=index, step=torch.zeros_like(index))

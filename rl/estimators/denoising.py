@@ -1,4 +1,4 @@
-"""Rows for supervised training of image models: noised data, and the regression target of the model's prediction."""
+"""Supervised training of image models: noised data, and the regression target of the model's prediction."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rl.estimators.latent_rows import LatentRows
 
 @dataclass(kw_only=True)
 class DenoisingRows(LatentRows):
-    """B noised samples; `score` gives minus the mean squared error of each, so that fitting is maximising it.
+    """B noised samples; the score of each is minus its mean squared error.
 
-    With the target noise it is, up to a constant and the schedule's weights, the log-likelihood bound that
-    Ho et al. 2020 (arXiv 2006.11239) train on (their simple loss).
+    When the target is the noise, the score is the log-likelihood bound of Ho et al. 2020 (arXiv 2006.11239, simple
+    loss), up to a constant and the schedule's weights.
     """
 
     target: torch.Tensor
@@ -31,7 +31,7 @@ class DenoisingRows(LatentRows):
 def noised(
     scheduler: Any, kind: str, data: torch.Tensor, noise: torch.Tensor, level: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Data at a noise level, the target of a model's prediction there, and the timestep it is told.
+    """Data at a noise level, the target of the model's prediction there, and the timestep given to the model.
 
     Args:
         kind: prediction type of the model (`ImagePolicy`).
@@ -52,7 +52,10 @@ def noised(
 def denoising_rows(
     model: Any, latents: torch.Tensor, prompts: Sequence[Any], part: slice, drop: float, seed: Sequence[int]
 ) -> DenoisingRows:
-    """Rows of `part`. Noise, levels and dropped prompts are drawn for the whole batch, whatever its cut."""
+    """Rows of the samples in `part`. Noise, levels and dropped prompts are drawn for the whole batch.
+
+    So a sample's noise does not depend on the cut into micro-batches and ranks.
+    """
     rng = np.random.default_rng(list(seed))
     count = len(latents)
     level = (rng.permutation(count) + rng.random(count)) / count

@@ -1,9 +1,9 @@
 """DiffusionNFT's estimator: finished samples noised again, and the model's denoising of them, forwards and reflected.
 
 Zheng et al. 2025 (arXiv 2509.16117). With x the model's prediction of x0 and y that of the policy that sampled, the
-implicit positive and negative predictions are y + beta (x - y) and y - beta (x - y). It needs no trajectory and no
-log-prob, so any sampler will do. Mixing predictions of x0 is the paper's mixing of velocities: both are linear in
-the output.
+implicit positive and negative predictions are y + beta (x - y) and y - beta (x - y). The estimator needs no trajectory
+and no log-prob, so any sampler will do. The paper mixes velocities; mixing predictions of x0 is the same, because both
+are linear in the output.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 
 from rl.estimators.base import Scores
 from rl.estimators.denoising import noised
-from rl.estimators.latent_rows import LatentRows
+from rl.estimators.latent_rows import LatentRows, conditioning_of
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.samplers.gaussian import x0_coefficients
 
 
 @dataclass(kw_only=True)
 class ForwardRows(LatentRows):
-    """U noised samples. `score` gives minus the error of the positive and of the negative prediction.
+    """U noised samples; their scores are minus the errors of the positive and of the negative prediction.
 
-    An error is the squared distance to the sample, mean over entries, over the detached mean absolute distance.
+    An error is the mean squared distance to the sample, divided by the detached mean absolute distance.
 
     Attributes:
-        sample: [U, ...], what was noised.
-        x0_latent, x0_output: [U], prediction of x0 from the noised latent and the output.
-        old_x0: [U, ...], prediction of x0 by the policy that sampled; set by `set_anchor`.
+        sample: [U, ...], the finished samples without noise.
+        x0_latent, x0_output: [U, 1, ...]; x0 = x0_latent * noised latent + x0_output * the model's output.
+        old_x0: [U, ...], x0 as predicted by the policy that sampled; set by `set_anchor`.
     """
 
     sample: torch.Tensor
@@ -41,7 +41,7 @@ class ForwardRows(LatentRows):
     old_x0: torch.Tensor | None = None
 
     def x0(self, model: Any) -> torch.Tensor:
-        """[U, ...]: the sample as the model sees it."""
+        """[U, ...]: the model's prediction of the sample."""
         return self.x0_latent * self.latent + self.x0_output * self.predict(model)
 
     @torch.no_grad()
@@ -81,17 +81,13 @@ def forward_rows(
     shape = (-1, *[1] * (data.dim() - 1))
     guidance = float(trajectories[0].sampler["guidance_scale"])
     owner = torch.arange(len(trajectories)).repeat_interleave(num_draws)
-    conditioning = {
-        name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories])).repeat_interleave(num_draws, 0)
-        for name in trajectories[0].conditioning
-    }
     return ForwardRows(
         latent=mixed,
         sample=data,
         timestep=timestep,
         x0_latent=torch.from_numpy(latent).to(data.dtype).reshape(shape),
         x0_output=torch.from_numpy(output).to(data.dtype).reshape(shape),
-        conditioning=conditioning,
+        conditioning=conditioning_of(trajectories, owner),
         trajectory=owner,
         step=torch.arange(num_draws).repeat(len(trajectories)),
         guidance_scale=guidance,

@@ -1,8 +1,8 @@
 """The exact estimator of Gaussian samplers: every denoising step scored on the very latent it started from.
 
 One decision is one step of one trajectory: log N(x_{i+1}; mean_theta(x_i, t_i, c), std_i^2) on the recorded latents,
-with the recorded conditioning and guidance. With equal weights it is the sampler's own log-prob; what is left is
-the rounding of the model, which may differ with the batch a row shares.
+with the recorded conditioning and guidance. With equal weights it is the sampler's own log-prob, up to the rounding of
+the model, which may differ with the batch a row shares.
 
 A latent has D entries, and the log-density of a step is their sum. `reduce="mean"` divides it by D, as DDPO
 (Black et al. 2023, arXiv 2305.13301) and all that followed do: a ratio then is the D-th root of the true one. Its clip
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from rl.estimators.base import Scores
-from rl.estimators.latent_rows import LatentRows
+from rl.estimators.latent_rows import LatentRows, conditioning_of
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import ImagePolicy
 from rollouts.samplers.gaussian import gaussian_kl, log_density, step_mean
@@ -28,15 +28,15 @@ from rollouts.samplers.gaussian import gaussian_kl, log_density, step_mean
 
 @dataclass(kw_only=True)
 class GaussianRows(LatentRows):
-    """U recorded steps; `latent` is the state before one, `sampler_logprob` is on the scale of `scale`.
+    """U recorded steps; `latent` is the state before a step, `sampler_logprob` is multiplied by `scale`.
 
     Attributes:
-        sample: [U, ...], the state the step drew.
+        sample: [U, ...], the state that the step drew.
         coefficients: float64 [U, 5].
         std: float64 [U].
         sampler_mean: [U, ...], recorded.
         clip: of the sampler.
-        scale: what a sum over entries is multiplied by: 1, or 1/D.
+        scale: factor on every sum over entries: 1, or 1/D.
         anchor_mean: [U, ...], means under the anchor of the exact KL, None without one.
     """
 
@@ -62,11 +62,11 @@ class GaussianRows(LatentRows):
 
     @torch.no_grad()
     def set_anchor(self, model: ImagePolicy) -> None:
-        """Keep the means under a frozen model; `score` then gives the KL to it."""
+        """Keep the means under another policy; `score` then gives the KL to it."""
         self.anchor_mean = self.mean(model)
 
     def score(self, model: ImagePolicy) -> Scores:
-        """float64; with the KL when there is an anchor."""
+        """float64."""
         mean = self.mean(model)
         entropy = self.scale * self.latent[0].numel() * (self.std.log() + 0.5 * math.log(2 * math.pi * math.e))
         kl = None if self.anchor_mean is None else self.kl(mean, self.anchor_mean)
@@ -82,10 +82,10 @@ def gaussian_rows(
     """Rows of the wanted steps that have a density.
 
     Args:
-        wanted: bool [M, T], steps to score; None takes all. Steps whose std is at most the sampler's min_std
-            are left out whatever is wanted.
+        wanted: bool [M, T], steps to score; None takes all. Steps whose std is at most the sampler's min_std are left
+            out in any case.
         reduce: "mean" or "sum" over the entries of a latent.
-        model: says what a guided prediction costs; without it every row counts one forward.
+        model: knows the forwards of a guided prediction; without it every row counts one.
 
     Raises:
         ValueError: trajectories of different samplers, or no step has a density.
@@ -107,20 +107,17 @@ def gaussian_rows(
     def pick(name: str, shift: int = 0) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(t, name) for t in trajectories])[trajectory, step + shift])
 
-    conditioning = {
-        name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories])[trajectory])
-        for name in first.conditioning
-    }
+    owner = torch.from_numpy(trajectory.astype(np.int64))
     guidance = float(first.sampler["guidance_scale"])
     scale = 1.0 if reduce == "sum" else 1.0 / first.num_entries
     return GaussianRows(
         latent=pick("latents"),
         sample=pick("latents", 1),
         timestep=pick("timestep"),
-        conditioning=conditioning,
+        conditioning=conditioning_of(trajectories, owner),
         coefficients=pick("coefficients"),
         std=pick("std"),
-        trajectory=torch.from_numpy(trajectory.astype(np.int64)),
+        trajectory=owner,
         step=torch.from_numpy(step.astype(np.int64)),
         sampler_logprob=pick("logprob") * scale,
         sampler_mean=pick("mean"),

@@ -1,7 +1,7 @@
 """The initial noise as the decision: its log-density under the Gaussian that the policy draws it from.
 
-A rollout is one decision, latents[0] of its trajectory, and scoring it runs no denoiser. See `GaussianRows` for what
-mean and sum over a latent's entries mean for a ratio and its clip.
+A rollout is one decision, latents[0] of its trajectory. Scoring it runs no denoiser. The head of `gaussian_step.py`
+says how mean and sum over a latent's entries change a ratio and its clip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rl.estimators.base import Scores
-from rl.estimators.latent_rows import LatentRows
+from rl.estimators.latent_rows import LatentRows, conditioning_of
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import LearnedNoise
 from rollouts.samplers.gaussian import diagonal_log_density
@@ -25,7 +25,7 @@ class InitialNoiseRows(LatentRows):
     """U initial latents; no forward, so `evaluations` is 0.
 
     Attributes:
-        scale: what a sum over entries is multiplied by: 1, or 1/D.
+        scale: factor on every sum over entries: 1, or 1/D.
         anchor: mean and standard deviation [U, ...] under the anchor of the exact KL, None without one.
     """
 
@@ -34,11 +34,11 @@ class InitialNoiseRows(LatentRows):
 
     @torch.no_grad()
     def set_anchor(self, model: LearnedNoise) -> None:
-        """Keep the Gaussians of a frozen model; `score` then gives the KL to them."""
+        """Keep the Gaussians of another policy; `score` then gives the KL to them."""
         self.anchor = model.initial_noise(self.conditioning)
 
     def score(self, model: LearnedNoise) -> Scores:
-        """float64; with the KL when there is an anchor."""
+        """float64."""
         mean, std = (values.double() for values in model.initial_noise(self.conditioning))
         entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).flatten(1).sum(1)
         logprob = diagonal_log_density(self.latent, mean, std) * self.scale
@@ -63,10 +63,7 @@ def initial_noise_rows(trajectories: Sequence[LatentTrajectory], reduce: str = "
     index = torch.arange(len(trajectories))
     return InitialNoiseRows(
         latent=torch.from_numpy(np.stack([t.latents[0] for t in trajectories])),
-        conditioning={
-            name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories]))
-            for name in trajectories[0].conditioning
-        },
+        conditioning=conditioning_of(trajectories, index),
         timestep=torch.zeros(len(index), dtype=torch.float64),
         trajectory=index,
         step=torch.zeros_like(index),

@@ -1,37 +1,36 @@
-"""What the rows of continuous samples have in common: one latent a row, its conditioning, and what a forward costs."""
+"""The common part of the rows of continuous samples, and one latent forward on its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+
+from rl.estimators.base import Rows
+from rollouts.latent_trajectory import LatentTrajectory
+from rollouts.model_protocol import Conditioning, ImagePolicy
 
 
 @dataclass(kw_only=True)
-class LatentRows:
-    """U latents to forward, one decision each; the common part of `rl.estimators.base.Rows`.
+class LatentRows(Rows):
+    """U latents to forward, one decision each.
 
     Attributes:
-        latent: [U, ...], what the model is shown.
+        latent: [U, ...], the model's input.
         timestep: [U].
         conditioning: name -> [U, ...].
-        trajectory: int64 [U], index among the trajectories given; ascending.
-        step: int64 [U].
         guidance_scale: of the sampler.
         evaluations: runs of the network that one guided prediction takes (`ImagePolicy.num_evaluations`).
-        sampler_logprob, weight_factor: float64 [U] or None.
     """
 
     latent: torch.Tensor
     timestep: torch.Tensor
     conditioning: dict[str, torch.Tensor]
-    trajectory: torch.Tensor
-    step: torch.Tensor
     guidance_scale: float = 1.0
     evaluations: int = 1
-    sampler_logprob: torch.Tensor | None = None
-    weight_factor: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -42,13 +41,35 @@ class LatentRows:
     def num_tokens(self) -> int:
         return self.num_rows * self.latent[0].numel()
 
-    def to(self, device: torch.device | str) -> Self:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, conditioning={k: v.to(device) for k, v in self.conditioning.items()}, **moved)
-
-    def distinct(self) -> Self:
-        return self
-
     def predict(self, model: Any) -> torch.Tensor:
         """[U, ...]: the model's guided output, with gradient."""
+        return model.predict(self.latent, self.timestep, self.conditioning, self.guidance_scale)
+
+
+def conditioning_of(trajectories: Sequence[LatentTrajectory], owner: torch.Tensor) -> dict[str, torch.Tensor]:
+    """name -> [U, ...]: the recorded conditioning of the trajectories that U decisions belong to."""
+    return {
+        name: torch.from_numpy(np.stack([t.conditioning[name] for t in trajectories]))[owner]
+        for name in trajectories[0].conditioning
+    }
+
+
+@dataclass
+class LatentInput:
+    """One forward of an image policy under the learner's weights, with gradient to latents and weights.
+
+    Attributes:
+        latent: [B, ...].
+        timestep: float64 [B].
+        conditioning: name -> [B, ...].
+        guidance_scale: of the sampler.
+    """
+
+    latent: torch.Tensor
+    timestep: torch.Tensor
+    conditioning: Conditioning
+    guidance_scale: float
+
+    def score(self, model: ImagePolicy) -> torch.Tensor:
+        """The guided prediction [B, ...]."""
         return model.predict(self.latent, self.timestep, self.conditioning, self.guidance_scale)

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from rl.estimators.combine import CombinedRows, per_token, per_trajectory
+from rl.estimators.combine import CombinedRows, SandwichRows, per_token, per_trajectory
 from rl.estimators.rows import Document, Reads, TokenRows, assemble, check_sampled, noisy_document, whole_blocks
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
@@ -209,26 +209,24 @@ def answer_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[in
 
 def sandwich_decisions(
     rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int], num_draws: int, power: float
-) -> CombinedRows:
+) -> SandwichRows:
     """Two decisions per answer, both per token: step 0 the lower bound, step 1 the upper bound of SPG.
 
     The lower bound is the mean over the draws of the weighted log-probs. The upper one is the sum over tokens of
     (1/b) log mean over the draws of weight p^b; a token that no draw hid is left out of it (its mean would be 0).
     """
-    count = len(lengths)
     size = torch.tensor(lengths, dtype=weight.dtype)
-    lower = per_trajectory(rows, weight / num_draws / size[rows.trajectory], count)
+    lower = per_trajectory(rows, weight / num_draws / size[rows.trajectory], len(lengths))
     tokens = per_token(rows, weight)
-    index = torch.arange(count)
-    return CombinedRows(
-        rows,
+    return SandwichRows(
+        rows=rows,
         part=lower.part,
         weight=lower.weight,
-        trajectory=torch.cat([index, index]),
-        step=torch.cat([torch.zeros_like(index), torch.ones_like(index)]),
+        trajectory=lower.trajectory.repeat(2),
+        step=torch.arange(2).repeat_interleave(len(lengths)),
         power=power,
-        term=tokens.part,
-        term_weight=weight / num_draws,
-        term_part=count + tokens.trajectory,
-        term_scale=1.0 / size[tokens.trajectory],
+        token=tokens.part,
+        token_weight=weight / num_draws,
+        answer=tokens.trajectory,
+        scale=1.0 / size[tokens.trajectory],
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from rl.estimators.base import Scores
+from rl.estimators.base import Rows, Scores
 from rl.estimators.logprob import logprob_and_entropy
 from rollouts.engines.shared import first_of_equal_rows
 from rollouts.model_protocol import DenoisingModel
@@ -23,32 +23,29 @@ from rollouts.trajectory import TokenTrajectory
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# Larger than any block number: a noisy key is not reached by comparing blocks.
+# Larger than any block number.
 _NO_BLOCK = 2**62
 
 
-@dataclass
-class TokenRows:
-    """R rows of width W that score N decisions; a `rl.estimators.base.Rows`.
+@dataclass(kw_only=True)
+class TokenRows(Rows):
+    """R rows of width W that score N decisions.
 
-    Every token belongs to a document (one trajectory) and to a segment of it: segment 0 is the clean
-    part, each other segment is one noisy copy of one block. A full-attention canvas is one segment.
+    Every token belongs to a document (one trajectory) and to a segment of it. Segment 0 is clean; each other segment is
+    a noisy copy of one block. The canvas of a full-attention model is one segment. Decisions are ordered by trajectory,
+    and within it as they were recorded.
 
     Attributes:
         input_ids, position_ids: int64 [R, W].
         document: int64 [R, W], 0, 1, ... within a row, -1 on padding.
         segment: int64 [R, W].
-        block: int64 [R, W], grid block of each token (0 everywhere without a grid).
-        row, column: int64 [N], the place of each decided position. Decisions are ordered by trajectory, and
-            within it as they were recorded.
+        block: int64 [R, W], block of each token in the grid, 0 everywhere without a grid.
+        row, column: int64 [N], the place of each decided position.
         target: int64 [N], the token that was chosen.
-        trajectory: int64 [N], index of the decision's trajectory among those given.
-        step: int64 [N], its (merged) denoising step within the trajectory, 0, 1, 2, ...
-        sampler_logprob, weight_factor: float64 [N] or None, see `rl.estimators.base.Rows`.
         unprompted: int64 [R, W], input_ids with every prompt token masked, None without guidance.
         cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
-        logit_shift: the state that predicts a position stands this far to its left.
+        logit_shift: the logits of a position are read this many columns to its left.
     """
 
     input_ids: torch.Tensor
@@ -59,10 +56,6 @@ class TokenRows:
     row: torch.Tensor
     column: torch.Tensor
     target: torch.Tensor
-    trajectory: torch.Tensor
-    step: torch.Tensor
-    sampler_logprob: torch.Tensor | None = None
-    weight_factor: torch.Tensor | None = None
     unprompted: torch.Tensor | None = None
     cfg_scale: float = 0.0
     temperature: float = 1.0
@@ -72,15 +65,11 @@ class TokenRows:
 
     @property
     def num_rows(self) -> int:
-        return self.input_ids.shape[0] * self._branches
+        return self.input_ids.shape[0] * (1 if self.unprompted is None else 2)
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.numel() * self._branches
-
-    @property
-    def _branches(self) -> int:
-        return 1 if self.unprompted is None else 2
+        return self.num_rows * self.input_ids.shape[1]
 
     def distinct(self) -> TokenRows:
         """The same decisions on the distinct rows only. Log-probs and gradients stay what they were."""
@@ -126,23 +115,6 @@ class TokenRows:
         ids = self.input_ids if input_ids is None else input_ids
         return model.hidden_states(ids, visible=visible, position_ids=self.position_ids)
 
-    def to(self, device: torch.device | str) -> TokenRows:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)  # type: ignore[arg-type]
-
-    def _keys_to_queries(self) -> tuple[torch.Tensor, ...]:
-        """int64 [R, W] each: what the rule below compares.
-
-        A clean token sees the clean blocks up to its own. A noisy token sees the clean blocks before its own, and
-        its own segment. Nothing crosses documents. So a query sees a key of its document if the key is clean
-        and its block is at most `last`, or if both carry the same `copy`.
-        """
-        noisy = self.segment > 0
-        last = self.block - noisy.long()
-        clean_block = torch.where(noisy, _NO_BLOCK, self.block)
-        copy = torch.where(noisy, self.segment, -1)
-        return self.document, last, clean_block, copy
-
     def visible(self) -> torch.Tensor | None:
         """bool [R, W, W]: may query (second axis) look at key (third axis)?
 
@@ -150,12 +122,8 @@ class TokenRows:
         """
         if self._one_segment() and bool((self.document == 0).all()):
             return None
-        document, last, clean_block, copy = self._keys_to_queries()
-        q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-        seen = clean_block[k] <= last[q]
-        # Clean keys and clean queries carry the same copy number, -1: a clean query's reach is its blocks alone.
-        seen |= (copy[q] == copy[k]) & (copy[q] >= 0)
-        return seen.logical_and_(document[q] == document[k])
+        rows, width = (torch.arange(size, device=self.document.device) for size in self.document.shape)
+        return self.mask_mod()(rows[:, None, None], torch.zeros_like(rows[0]), width[:, None], width)
 
     def _one_segment(self) -> bool:
         """Whether a row is one document without a grid: padding alone then limits what is seen."""
@@ -173,11 +141,19 @@ class TokenRows:
         )
 
     def mask_mod(self) -> Any:
-        """FlexAttention's form of the rule: (row, head, query index, key index) -> bool."""
-        document, last, clean_block, copy = self._keys_to_queries()
+        """The rule, in FlexAttention's form: (row, head, query index, key index) -> bool.
+
+        A clean token sees the clean blocks up to its own. A noisy token sees the clean blocks before its own, and its
+        own segment. Nothing crosses documents.
+        """
+        noisy = self.segment > 0
+        last = self.block - noisy.long()
+        # A noisy key is not reached by comparing blocks, and a clean query has no segment of its own.
+        clean_block = torch.where(noisy, _NO_BLOCK, self.block)
+        document, segment = self.document, self.segment
 
         def may_see(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            own = (copy[b, q] == copy[b, k]) & (copy[b, q] >= 0)
+            own = (segment[b, q] == segment[b, k]) & (segment[b, q] > 0)
             return (document[b, q] == document[b, k]) & ((clean_block[b, k] <= last[b, q]) | own)
 
         return may_see

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rewards.load import load_reward
-from rl.estimators.latent_input import LatentInput
+from rl.estimators.latent_rows import LatentInput
 from rl.modalities.images import uint8_images
 from rl.sections import RewardPartConfig
 from rl.tasks.base import Row
