@@ -51,6 +51,10 @@ class Config(Section):
     align: AlignConfig = AlignConfig()
     goal: GoalConfig | None = Field(None, description="What the run sets out to show; the report says if it did.")
 
+    def __reduce__(self) -> Any:
+        """Another process finds the classes of sampler and recipe by name, wherever their files lie."""
+        return Config.model_validate, (self.model_dump(),)
+
     def staleness_limit(self) -> int:
         """Optimizer updates by which the weights that sampled may lie behind the learner's."""
         if self.rollout.max_staleness is not None:
