@@ -22,7 +22,7 @@ from rl.config import load_config
 from rl.estimators.trace_rows import trace_rows
 from rl.models.export import write_whole
 from rl.models.load import load_policy, save_policy
-from rl.models.lora import WEIGHTS, backbone, merge_adapters
+from rl.models.lora import WEIGHTS, merge_adapters
 from rl.sections import LoraOptions, ModelConfig, OptimizerConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.train.learner import Learner
@@ -85,7 +85,7 @@ def logits(policy: Any) -> torch.Tensor:
 
 
 def linear_layers(policy: Any) -> list[str]:
-    return [name for name, module in backbone(policy).named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name, module in policy.body.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -96,13 +96,13 @@ def test_every_linear_layer_below_the_head_gets_an_adapter_and_nothing_else_is_t
     plain, policy = load(folder), load(folder, rank=2, alpha=3)
     assert torch.equal(logits(policy), logits(plain))  # new adapters add nothing
     trained = {n.removesuffix(".default.weight") for n, p in policy.named_parameters() if p.requires_grad}
-    path = next(n for n, m in policy.named_modules() if m is backbone(policy))
+    path = next(n for n, m in policy.named_modules() if m is policy.body)
     assert trained == {f"{path}.{n}.lora_{x}" for n in linear_layers(plain) for x in "AB"}
     shake(policy)
     # By hand: W + 3/2 B A.
     with torch.no_grad():
         for layer in linear_layers(plain):
-            adapted, weight = backbone(policy).get_submodule(layer), backbone(plain).get_submodule(layer).weight
+            adapted, weight = policy.body.get_submodule(layer), plain.body.get_submodule(layer).weight
             change = 1.5 * adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
             weight.add_(
                 change if weight.shape == change.shape and not isinstance(adapted.base_layer, Conv1D) else change.T
@@ -134,7 +134,7 @@ def test_a_saved_policy_is_read_back_by_us_by_peft_and_merged(folder_of: Callabl
     with torch.no_grad():
         states = policy.hidden_states(IDS, visible=visible)
         plain = load(folder)
-        peft.PeftModel.from_pretrained(backbone(plain), str(saved))
+        peft.PeftModel.from_pretrained(plain.body, str(saved))
         torch.testing.assert_close(plain.hidden_states(IDS, visible=visible), states, rtol=0, atol=1e-12)
     assert main(["export", str(saved), str(saved.parent / "merged")]) == 0
     merged = load(saved.parent / "merged")

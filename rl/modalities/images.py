@@ -61,7 +61,7 @@ class ImagesModality(ImagesPlan):
         """The denoiser that `path` names, a new one without a path."""
         config = self.config.model
         if path is not None and not _is_class_policy(path):
-            from rl.models.diffusers_policy import load_diffusers_policy
+            from rl.models.diffusers_load import load_diffusers_policy
 
             return load_diffusers_policy(path, config.pipeline, config.lora, self.config.run.seed)
         if config.pipeline != PipelineConfig():

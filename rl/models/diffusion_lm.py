@@ -19,8 +19,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from rl.models import attention, conv
-from rl.models.rotary import ExactRotary
-from rl.models.vocabulary import Ranges, exclude_
+from rl.models.token_denoiser import TokenDenoiser
+from rl.models.vocabulary import Ranges
 
 
 class DiffusionLMConfig(PreTrainedConfig):
@@ -75,7 +75,7 @@ class DiffusionLMConfig(PreTrainedConfig):
             )
 
 
-class DiffusionLM(ExactRotary, PreTrainedModel):
+class DiffusionLM(TokenDenoiser, PreTrainedModel):
     """A `rollouts.model_protocol.DenoisingModel`.
 
     Built with `attn_implementation="flex_attention"` (GPU only), the learner's forwards get their visibility
@@ -104,6 +104,13 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
             self.lm_head.weight = self.backbone.get_input_embeddings().weight
             self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
         self.post_init()
+
+    @property
+    def body(self) -> Any:
+        return self.backbone
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden)
 
     @property
     def mask_token_id(self) -> int:
@@ -153,7 +160,7 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
         self.config.excluded_token_ids = [list(r) for r in ranges]
 
     def adopt(self, described: Mapping[str, Any]) -> None:
-        """Take over what the config.json of a saved policy says beside the shape of its weights."""
+        """Take over the settings in the config.json of a saved policy."""
         self.config.block_length = described["block_length"]
         self.exclude(described["excluded_token_ids"])
 
@@ -171,11 +178,6 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
         backbone: Any = self.backbone
         backbone.config.vocab_size += num_tokens
         self.config.backbone = {**self.config.backbone, "vocab_size": self.vocab_size}
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters that `token_logits` alone uses."""
-        backbone = {id(p) for p in self.backbone.parameters()}
-        return [p for p in self.lm_head.parameters() if id(p) not in backbone]
 
     def hidden_states(
         self,
@@ -207,26 +209,6 @@ class DiffusionLM(ExactRotary, PreTrainedModel):
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-
-    def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., V] in at least float32, the mask token and the excluded tokens out of reach."""
-        return exclude_(self.lm_head(hidden), self.mask_token_id, self.config.excluded_token_ids)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        visible: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits [B, Q, V] at every position, for inspection; training and sampling gather first."""
-        if visible is None and self.attention == "block_causal":
-            from rollouts.visibility import block_causal_visibility
-
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-            assert self.block_length is not None
-            visible = block_causal_visibility(positions, input_ids.shape[1], self.block_length)
-            visible = visible.expand(input_ids.shape[0], -1, -1)
-        return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))
 
 
 conv.register()

@@ -1,7 +1,7 @@
 """Low-rank adapters on language models (Hu et al. 2021, arXiv 2106.09685), through peft.
 
-Adapters sit below the output head and are all that is trained. The policy stays the class it was, with other layers
-inside, so sampling, scoring, copies and ZeRO know nothing of them. A saved policy is the adapters in peft's layout, the
+Adapters sit below the output head, in the policy's `body`, and are all that is trained. The policy keeps its class, so
+sampling, scoring, copies and ZeRO know nothing of them. A saved policy is the adapters in peft's layout, the
 name of the model they belong to, and the config.json that the policy would have without them.
 """
 
@@ -26,21 +26,16 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def backbone(policy: Any) -> Any:
-    """The transformers model below the head of a `DiffusionLM` or a `MaskedLM`; adapters go in here."""
-    return policy.backbone if hasattr(policy, "backbone") else policy.encoder
-
-
 def has_adapters(policy: Any) -> bool:
-    return hasattr(backbone(policy), "peft_config")
+    return hasattr(policy.body, "peft_config")
 
 
 def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> None:
     """Put new adapters into a policy, which change nothing yet, and freeze everything else.
 
     Args:
-        base: what the policy was loaded from. A folder is remembered by its full path: the adapters must find it from
-            wherever they are loaded.
+        base: the folder or name that the policy was loaded from. A folder is remembered by its full path, so that the
+            adapters find it from wherever they are loaded.
 
     Raises:
         ValueError: the targets name no layer, or one that is not linear.
@@ -48,7 +43,7 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    below = backbone(policy)
+    below = policy.body
     linear = {name: type(m) for name, m in below.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if not linear:
         raise ValueError(f"model.lora.rank is {options.rank}: the backbone {type(below).__name__} has no linear layers")
@@ -69,7 +64,7 @@ def _inject(policy: Any, config: Any, field: str) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
-    below = backbone(policy)
+    below = policy.body
     try:
         inject_adapter_in_model(config, below)
     except ValueError as error:
@@ -85,7 +80,7 @@ def _state(policy: Any) -> dict[str, torch.Tensor]:
     """The adapters under the names they have in files."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(backbone(policy), save_embedding_layers=False)
+    state = get_peft_model_state_dict(policy.body, save_embedding_layers=False)
     return {_PREFIX + name: tensor for name, tensor in state.items()}
 
 
@@ -94,7 +89,7 @@ def save_adapters(policy: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     Path(path).mkdir(parents=True, exist_ok=True)
-    config = copy.copy(backbone(policy).peft_config["default"])
+    config = copy.copy(policy.body.peft_config["default"])
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
@@ -156,7 +151,7 @@ def load_adapters(policy: Any, path: str | os.PathLike[str], options: LoraOption
 
 def merge_adapters(policy: Any) -> None:
     """Add the adapters to the weights they adapt: a policy without adapters, each weight rounded once to its dtype."""
-    below = backbone(policy)
+    below = policy.body
     for name, module in _adapted(below).items():
         owner, _, leaf = name.rpartition(".")
         setattr(below.get_submodule(owner), leaf, _merge(module))

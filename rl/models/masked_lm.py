@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rl.models.rotary import ExactRotary
-from rl.models.vocabulary import Ranges, exclude_
+from rl.models.token_denoiser import TokenDenoiser
+from rl.models.vocabulary import Ranges
 
 # Parts that published checkpoints carry for tasks other than masked prediction.
 _OTHER_TASKS = ("pooler", "seq_relationship", "contact_head", "discriminator_predictions")
@@ -25,7 +25,7 @@ _OTHER_TASKS = ("pooler", "seq_relationship", "contact_head", "discriminator_pre
 _SETTINGS = "denoise_rl"
 
 
-class MaskedLM(ExactRotary, nn.Module):
+class MaskedLM(TokenDenoiser):
     """A `rollouts.model_protocol.DenoisingModel` with full attention and no shift around an `AutoModelForMaskedLM`."""
 
     attention = "full"
@@ -68,10 +68,10 @@ class MaskedLM(ExactRotary, nn.Module):
             if not 0 <= i < vocab_size:
                 raise ValueError(f"model.path: special token id {i} must lie in the vocabulary of {vocab_size}")
         # RoBERTa and its kin count positions from behind the padding token's id.
-        table = next((m for n, m in self.encoder.named_modules() if n.endswith("embeddings.position_embeddings")), None)
+        table = next((m for n, m in self.body.named_modules() if n.endswith("embeddings.position_embeddings")), None)
         padding = getattr(table, "padding_idx", None)
         self._first_position = 0 if padding is None else padding + 1
-        takes = inspect.signature(self.encoder.forward).parameters
+        takes = inspect.signature(self.body.forward).parameters
         self._takes_positions = "position_ids" in takes
         if table is not None and not self._takes_positions:
             raise ValueError(f"model.path: {type(model).__name__} takes no position_ids, which a padded canvas needs")
@@ -107,9 +107,11 @@ class MaskedLM(ExactRotary, nn.Module):
         return cls(model, mask_token_id, **settings)
 
     @property
-    def encoder(self) -> Any:
-        """The model below its head."""
+    def body(self) -> Any:
         return self.model.base_model
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _head(self.model)(hidden)
 
     @property
     def mask_token_id(self) -> int:
@@ -152,13 +154,8 @@ class MaskedLM(ExactRotary, nn.Module):
         self.settings["excluded_token_ids"] = [list(r) for r in ranges]
 
     def adopt(self, described: Mapping[str, Any]) -> None:
-        """Take over what the config.json of a saved policy says beside the shape of its weights."""
+        """Take over the settings in the config.json of a saved policy."""
         self.settings.update(described[_SETTINGS])
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters that `token_logits` alone uses."""
-        encoder = {id(p) for p in self.encoder.parameters()}
-        return [p for p in self.model.parameters() if id(p) not in encoder]
 
     def hidden_states(
         self,
@@ -213,20 +210,7 @@ class MaskedLM(ExactRotary, nn.Module):
             inputs["inputs_embeds"] = torch.where(soft[..., None], inside, around)
         if self._takes_positions:
             inputs["position_ids"] = (place + self._first_position).expand(batch, -1)
-        return self.encoder(**inputs).last_hidden_state[:, len(begin) : len(begin) + width]
-
-    def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., V] in at least float32, the mask token and the excluded tokens out of reach."""
-        return exclude_(_head(self.model)(hidden), self.mask_token_id, self.excluded_token_ids)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        visible: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits [B, Q, V] at every position, for inspection; training and sampling gather first."""
-        return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))
+        return self.body(**inputs).last_hidden_state[:, len(begin) : len(begin) + width]
 
     def activation_checkpointing_enable(self) -> None:
         self.model.activation_checkpointing_enable()
@@ -254,14 +238,14 @@ class MaskedLM(ExactRotary, nn.Module):
         whole = torch.cat([around[0], canvas, around[1]], dim=1)
         theirs = self.model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits
         theirs = theirs[:, around[0].shape[1] :][:, : canvas.shape[1]].float()
-        ours = _head(self.model)(self.hidden_states(canvas)).float()
+        ours = self.head(self.hidden_states(canvas)).float()
         name = type(self.model).__name__
         tolerance = (1e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4) * float(theirs.abs().max())
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=tolerance):
             raise ValueError(f"model.path: {name} computes its logits in a way unknown to rl/models/masked_lm.py")
         padded = torch.cat([canvas, canvas[:, :1]], dim=1)
         visible = (torch.arange(padded.shape[1], device=self.device) < canvas.shape[1])[None, None]
-        again = _head(self.model)(self.hidden_states(padded, visible=visible)).float()[:, :-1]
+        again = self.head(self.hidden_states(padded, visible=visible)).float()[:, :-1]
         if not torch.allclose(ours, again, rtol=0, atol=tolerance):
             raise ValueError(
                 f"model.path: {name} mixes padding into its predictions: a rollout would depend on its batch"
@@ -269,7 +253,7 @@ class MaskedLM(ExactRotary, nn.Module):
 
 
 def _head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What turns hidden states into logits; the architectures of transformers name it in five ways.
+    """The module that turns hidden states into logits; the architectures of transformers name it in five ways.
 
     Raises:
         ValueError: none of them.

@@ -1,0 +1,98 @@
+"""Load a policy from a diffusers pipeline, or from a folder of adapters of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl.models.diffusers_families import FAMILIES
+from rl.models.diffusers_policy import INDEX, WEIGHTS, DiffusersPolicy
+from rl.sections import LoraOptions, PipelineConfig
+
+
+def load_diffusers_policy(
+    path: str, options: PipelineConfig, lora: LoraOptions | None = None, seed: int = 0
+) -> DiffusersPolicy:
+    """A policy from a pipeline's folder or hub name, or from a folder of `save_pretrained`, in eval mode.
+
+    Args:
+        lora: may be left out for a policy saved with adapters, which has its own.
+        seed: draws the initial weights of new adapters.
+
+    Raises:
+        ValueError: the folder is missing or incomplete, or the pipeline is of no known family.
+    """
+    lora = lora or LoraOptions()
+    index = Path(path) / INDEX
+    if index.is_file():
+        return _load_lora(path, json.loads(index.read_text()), options, lora)
+    import diffusers
+
+    try:
+        with _quiet():
+            name = diffusers.DiffusionPipeline.load_config(path)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(path, error) from error
+    if name not in FAMILIES:
+        raise ValueError(f"model.path {path!r} is a {name}: known pipelines are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    parts: dict[str, Any] = dict.fromkeys(family.without)
+    if "safety_checker" in parts:
+        parts["requires_safety_checker"] = False
+    try:
+        with _quiet():
+            pipeline = getattr(diffusers, name).from_pretrained(path, dtype=getattr(torch, options.dtype), **parts)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_load(path, error) from error
+    torch.manual_seed(seed)
+    # A folder is remembered by its full path: the adapters must find it from wherever they are loaded.
+    return family(pipeline, options, lora, str(Path(path).resolve()) if Path(path).is_dir() else path).eval()
+
+
+def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig, lora: LoraOptions) -> DiffusersPolicy:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = Path(path) / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"model.path {path!r} is incomplete: {WEIGHTS} is missing")
+    rank, alpha, targets = (index["lora"][name] for name in ("rank", "alpha", "target_modules"))
+    if lora.rank not in (0, rank):
+        raise ValueError(f"model.lora.rank is {lora.rank}, the adapters in {path!r} have rank {rank}")
+    policy = load_diffusers_policy(index["base"], options, LoraOptions(rank=rank, alpha=alpha, targets=targets))
+    prefix = f"{policy.denoiser_name}."
+    state = {name.removeprefix(prefix): values for name, values in load_file(weights).items()}
+    wrong = sorted(policy.lora_state().keys() ^ state.keys())
+    if wrong:
+        raise ValueError(f"model.path {path!r}: its adapters do not fit {index['base']!r}, {wrong[0]} first")
+    set_peft_model_state_dict(policy.denoiser, state)
+    return policy
+
+
+def _cannot_load(path: str, error: Exception) -> ValueError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"model.path {path!r} cannot be loaded as a diffusers pipeline: {first}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' progress bars, its advice on safety checkers, and its use of a retired hub argument."""
+    from diffusers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,44 @@
+"""The part of a `DenoisingModel` of tokens that does not depend on its network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rl.models.rotary import ExactRotary
+from rl.models.vocabulary import exclude_
+from rollouts.visibility import block_causal_visibility
+
+
+class TokenDenoiser(ExactRotary):
+    """A subclass has the attributes of a `DenoisingModel`, and two more.
+
+    Attributes:
+        body: the transformers model below the head; adapters go in there.
+        head: a function that turns hidden states [..., D] into logits [..., V].
+    """
+
+    def head_parameters(self: Any) -> list[nn.Parameter]:
+        """The parameters that `token_logits` alone uses."""
+        body = {id(p) for p in self.body.parameters()}
+        return [p for p in self.parameters() if id(p) not in body]
+
+    def token_logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., V] in at least float32, the mask token and the excluded tokens out of reach."""
+        return exclude_(self.head(hidden), self.mask_token_id, self.excluded_token_ids)
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        visible: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, Q, V] at every position, for inspection; training and sampling gather first."""
+        if visible is None and self.attention == "block_causal":
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            assert self.block_length is not None
+            visible = block_causal_visibility(positions, input_ids.shape[1], self.block_length)
+            visible = visible.expand(input_ids.shape[0], -1, -1)
+        return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))
