@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import yaml
 from safetensors.numpy import load_file
+from torch.distributed import TCPStore
 
-from tests import many_runs
+from tests import many_runs, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 ZERO = {stage: str(ROOT / "configs" / "deepspeed" / f"zero{stage}.json") for stage in range(4)}
@@ -107,9 +108,26 @@ def execute(
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
-def cli(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The `denoise-rl` command of this tree in a process of its own."""
-    return execute([sys.executable, "-m", "rl.cli", *arguments], **options)
+def cli(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """The `denoise-rl` command of this tree in a process of its own (`tests/warm.py`)."""
+    words = ["-m", "rl.cli", *map(str, arguments)]
+    ((code, stdout, stderr),) = warm.run(words, cwd, timeout, [clean_env(**env)])
+    return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+
+def ranks(count: int, *script: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """`script` on `count` CPU processes as `torchrun` would start them, which costs four times as much.
+
+    The store where ranks meet is this process's, as it is the launcher's there: it binds a free port itself.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+    meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    each = [clean_env(RANK=str(i), LOCAL_RANK=str(i), **meeting, **env) for i in range(count)]
+    words = [str(word) for word in script]
+    codes, stdouts, stderrs = zip(*warm.run(words, ROOT, timeout, each), strict=True)
+    worst = next((code for code in codes if code), 0)
+    return subprocess.CompletedProcess(words, worst, "".join(stdouts), "".join(stderrs))
 
 
 def many(configs: Sequence[list[str]]) -> list[str]:

@@ -1,6 +1,6 @@
 """Results depend neither on the number of ranks, nor on the ZeRO stage, nor on how an update is cut.
 
-Everything runs in real processes: two CPU ranks under torchrun and under DeepSpeed's own launcher. All runs
+Everything runs in real processes: two CPU ranks, under torchrun and DeepSpeed's own launcher once each. All runs
 of a launch share its process group, because starting two processes costs more than the runs.
 """
 
@@ -88,7 +88,7 @@ def two_ranks(folder: Path) -> Path:
     configs.append(lora_config(home, 3))
     configs += [runs.tiny_config(home / name, SEED, *overrides) for name, overrides in BATCH_WIDE.items()]
     extensions = folder / "extensions"
-    done = runs.torchrun(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions))
+    done = runs.ranks(2, *runs.many(configs), TORCH_EXTENSIONS_DIR=str(extensions))
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(extensions.rglob("*.so")), "DeepSpeed compiled an op"
     return home
@@ -231,7 +231,7 @@ def test_resume_on_two_ranks(two_ranks: Path, folder: Path) -> None:
         victim = max((checkpoints / "step_2" / "policy").rglob("*.pt"), key=lambda path: path.stat().st_size)
         victim.write_bytes(victim.read_bytes()[:-1])
         configs.append(runs.resumed_config(home, arguments))
-    done = runs.torchrun(2, *runs.many(configs))
+    done = runs.ranks(2, *runs.many(configs))
     assert done.returncode == 0, done.stderr[-3000:]
     output = " ".join(done.stdout.split())
     assert output.count("complete.json is missing") == len(wholes)
@@ -266,7 +266,7 @@ def test_adapters_of_two_ranks_go_on_as_one(one_rank: Path, two_ranks: Path, fol
     same_run(home / "run", one_rank / "lora" / "zero0" / "run")
 
 
-def test_one_rank_goes_on_as_two(one_rank: Path, folder: Path) -> None:
+def test_one_rank_goes_on_as_two_under_torchrun(one_rank: Path, folder: Path) -> None:
     home = folder / "more"
     for stage in (2, 3):
         runs.train_here(zero_config(home / "one", stage))

@@ -236,7 +236,7 @@ def test_metrics_are_means_over_rollouts_and_the_interval_is_over_prompts() -> N
 def test_micro_batches_ranks_and_checkpoints_change_nothing(tmp_path: Path) -> None:
     runs.train_here(drakes_config(tmp_path / "whole", "train.micro_batch_size=16"))
     runs.train_here(drakes_config(tmp_path / "cut", "train.micro_batch_size=4", "algorithm.relaxed.checkpoint=true"))
-    process = runs.torchrun(2, *runs.many([drakes_config(tmp_path / "ranks", "train.deepspeed=zero2")]))
+    process = runs.ranks(2, *runs.many([drakes_config(tmp_path / "ranks", "train.deepspeed=zero2")]))
     assert process.returncode == 0, process.stderr[-2000:]
     whole = runs.weights(tmp_path / "whole" / "run")
     assert runs.largest_difference(whole, runs.weights(tmp_path / "cut" / "run")) < 2e-5
