@@ -1,9 +1,9 @@
 """The default rollout engine: batched, exact, in the caller's process.
 
-Requests of any lengths share a batch and leave it when they are done; waiting requests take their
-slots at once. Full-attention models see the whole canvas at every step. Block-causal models keep the
-keys and values of finished blocks: storing a finished block rides on the first denoising forward of the
-next one (the same layer-by-layer computation, so exact), which saves one forward per block.
+Requests of any lengths share a batch and leave it when they are done; waiting requests take their slots at once.
+Full-attention models see the whole canvas at every step. Block-causal models keep the keys and values of finished
+blocks. A finished block is stored by the first denoising forward of the next one: the same computation layer by layer,
+so exact, and one forward per block less.
 
 Full-attention models may opt into the approximate caches of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): the
 first forward of a block sees the whole canvas, later ones compute the block alone ("dual") or the block and all
@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -155,7 +155,10 @@ class InProcessEngine(SharedModelEngine):
                 break
             self._denoise(canvas, running, cache, slots, group, record)
         self.stats.seconds = time.perf_counter() - started
-        return self._trajectories(requests, plans, record, policy_version)
+        return [
+            self.trajectory(request.prompt_ids, seed=request.seed, policy_version=policy_version, **arrays)
+            for request, arrays in zip(requests, record.by_request(), strict=True)
+        ]
 
     def plan(self, index: int, request: Request) -> Plan:
         """Where a request begins and ends on the canvas.
@@ -194,20 +197,7 @@ class InProcessEngine(SharedModelEngine):
         self, canvas: torch.Tensor, cache: BlockCache, slots: Slots, admitted: dict[int, Sequence[int]]
     ) -> None:
         """Store the whole blocks of new prompts; equal prompts are forwarded once."""
-        first: dict[tuple[int, ...], int] = {}
-        copies: dict[int, list[int]] = {}
-        for slot, prompt in admitted.items():
-            if slots.start[slot] > 0:
-                source = first.setdefault(tuple(prompt), slot)
-                copies.setdefault(source, [])
-                if source != slot:
-                    copies[source].append(slot)
-        # Slots were filled from the longest request to the shortest: batches of like length pad little.
-        batches: list[list[int]] = []
-        for slot in copies:
-            if not batches or slots.start[slot] < 0.75 * slots.start[batches[-1][0]]:
-                batches.append([])
-            batches[-1].append(slot)
+        copies, batches = slots.prefills(admitted)
         assert self.options.block_length is not None
         for batch in batches:
             num_keys = int(slots.start[batch].max())
@@ -366,39 +356,36 @@ class InProcessEngine(SharedModelEngine):
         self._count(positions)
         return hidden, begin
 
-    def _trajectories(
-        self, requests: Sequence[Request], plans: Sequence[Plan], record: Record, policy_version: int
-    ) -> list[TokenTrajectory]:
-        trajectories = []
-        for plan, request, edits in zip(plans, requests, record.by_request(), strict=True):
-            length = int(record.length[plan.index])
-            trajectory = TokenTrajectory(
-                prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
-                length=length,
-                mask_token_id=self.mask_token_id,
-                num_steps=int(record.num_steps[plan.index]),
-                step=edits["step"].astype(np.int32),
-                position=edits["position"].astype(np.int32),
-                token=edits["token"],
-                logprob=edits["logprob"],
-                confidence=edits["confidence"].astype(np.float32),
-                stop_length=min(length - plan.prompt, self.options.gen_length),
-                block_length=self.options.block_length,
-                block_origin=0 if self.block_causal else plan.prompt,
-                sampler=self.options.distribution(),
-                decoder=self.options.decoder(),
-                policy_version=policy_version,
-                exact=self.approximate_cache == "none",
-                detail="logprobs",
-                seed=request.seed,
-                **record.fills(plan.index),
-            )
-            if self.eos_token_id is not None:
-                ends = np.flatnonzero(trajectory.response_ids() == self.eos_token_id)
-                if len(ends):
-                    trajectory.stop_length = int(ends[0]) + 1
-            trajectories.append(trajectory)
-        return trajectories
+    def trajectory(
+        self,
+        prompt_ids: Sequence[int] | np.ndarray,
+        length: int,
+        num_steps: int,
+        seed: int,
+        policy_version: int,
+        **arrays: Any,
+    ) -> TokenTrajectory:
+        """The record of a rollout of this engine, whose `arrays` are its edits and, where recorded, x0 predictions."""
+        trajectory = TokenTrajectory(
+            prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
+            length=length,
+            mask_token_id=self.mask_token_id,
+            num_steps=num_steps,
+            stop_length=min(length - len(prompt_ids), self.options.gen_length),
+            block_length=self.options.block_length,
+            block_origin=0 if self.block_causal else len(prompt_ids),
+            sampler=self.options.distribution(),
+            decoder=self.options.decoder(),
+            policy_version=policy_version,
+            exact=self.approximate_cache == "none",
+            seed=seed,
+            **arrays,
+        )
+        if self.eos_token_id is not None:
+            ends = np.flatnonzero(trajectory.response_ids() == self.eos_token_id)
+            if len(ends):
+                trajectory.stop_length = int(ends[0]) + 1
+        return trajectory
 
     def _count(self, queries: torch.Tensor) -> None:
         """Book the forward that was just made for queries [N, Q]."""

@@ -1,8 +1,9 @@
-"""What a call of the engine has decided so far, and the trajectories it becomes."""
+"""The decisions that a call of the engine has made so far, and the trajectories they become."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,19 +75,14 @@ class Record:
             for i, row in zip(request, values.cpu().numpy().astype(FILL_FIELDS[name]), strict=True):
                 self._fills[i][name].append(row)
 
-    def fills(self, request: int) -> dict[str, np.ndarray]:
-        """The trajectory's `FILL_FIELDS`, [T, L] each; empty when none were recorded."""
-        length = int(self.length[request])
-        return {name: np.stack(rows)[:, :length] for name, rows in self._fills[request].items() if rows}
-
-    def by_request(self) -> list[dict[str, np.ndarray]]:
-        """Columns `step`, `position`, `token`, `logprob`, `confidence` of every request."""
+    def by_request(self) -> list[dict[str, Any]]:
+        """For every request its fields of a `TokenTrajectory`: length, number of steps, edits and x0 predictions."""
         edits = np.concatenate(self._parts, axis=1)
         # Stable: the edits of a request keep their order.
         edits = edits[:, np.argsort(edits[0], kind="stable")]
         bounds = np.searchsorted(edits[0], np.arange(len(self.length) + 1))
         records = []
-        for start, stop in itertools.pairwise(bounds.tolist()):
+        for request, (start, stop) in enumerate(itertools.pairwise(bounds.tolist())):
             columns = dict(zip(_COLUMNS, np.ascontiguousarray(edits[:, start:stop]), strict=True))
             del columns["request"]
             for name in ("logprob", "confidence"):
@@ -94,5 +90,10 @@ class Record:
             # A greedy choice has log-prob 0 whatever the logits were; its confidence shows them.
             if not (np.isfinite(columns["logprob"]).all() and np.isfinite(columns["confidence"]).all()):
                 raise NonFiniteError("the model's logits are not finite: its weights are damaged or training diverged")
-            records.append(columns)
+            length = int(self.length[request])
+            fields: dict[str, Any] = {"length": length, "num_steps": int(self.num_steps[request]), **columns}
+            for name, kind in (("step", np.int32), ("position", np.int32), ("confidence", np.float32)):
+                fields[name] = columns[name].astype(kind)
+            x0 = {name: np.stack(rows)[:, :length] for name, rows in self._fills[request].items() if rows}
+            records.append(fields | x0)
         return records

@@ -1,4 +1,4 @@
-"""What the engine knows of the requests it is decoding: one array entry per slot, on the host.
+"""The requests that an engine is decoding: one array entry per slot, on the host.
 
 A denoising round needs a handful of numbers per request. Kept as arrays they cost the same few vector
 operations for one request as for hundreds, and one transfer each way per forward.
@@ -6,6 +6,7 @@ operations for one request as for hundreds, and one transfer each way per forwar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,31 @@ class Slots:
         self.fresh[slots] = fresh
         masked = self.end[slots] - np.maximum(self.start[slots], self.prompt[slots])
         self.num_masked[slots] = self.left[slots] = masked
+
+    def prefills(self, admitted: dict[int, Sequence[int]]) -> tuple[dict[int, list[int]], list[list[int]]]:
+        """Which new prompts are forwarded to fill the cache.
+
+        Args:
+            admitted: slot -> prompt, from the longest request to the shortest.
+
+        Returns:
+            each slot that is forwarded -> slots of an equal prompt, which take a copy; and the forwarded slots in
+            batches of like length, which pad little.
+        """
+        first: dict[tuple[int, ...], int] = {}
+        copies: dict[int, list[int]] = {}
+        for slot, prompt in admitted.items():
+            if self.start[slot] > 0:
+                source = first.setdefault(tuple(prompt), slot)
+                copies.setdefault(source, [])
+                if source != slot:
+                    copies[source].append(slot)
+        batches: list[list[int]] = []
+        for slot in copies:
+            if not batches or self.start[slot] < 0.75 * self.start[batches[-1][0]]:
+                batches.append([])
+            batches[-1].append(slot)
+        return copies, batches
 
     def next_group(self) -> np.ndarray:
         """The slots to forward now, ascending; none when all are free.

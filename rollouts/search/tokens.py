@@ -343,24 +343,16 @@ class TokenSampler:
             row = int(states.row[i])
             # A block-causal model never saw what lies behind the terminal block.
             length = int(states.end[i] if engine.block_causal else self._length[row])
-            trajectory = TokenTrajectory(
-                prompt_ids=self.prompts[row],
-                length=length,
-                mask_token_id=engine.mask_token_id,
-                num_steps=int(states.step[i]),
-                **flattened(edits),
-                stop_length=min(length - len(self.prompts[row]), engine.options.gen_length),
-                block_length=engine.options.block_length,
-                block_origin=0 if engine.block_causal else len(self.prompts[row]),
-                sampler=engine.options.distribution(),
-                decoder=engine.options.decoder(),
-                policy_version=self.policy_version,
-                seed=int(states.seed[i]),
+            records.append(
+                engine.trajectory(
+                    self.prompts[row],
+                    length,
+                    int(states.step[i]),
+                    int(states.seed[i]),
+                    self.policy_version,
+                    **flattened(edits),
+                )
             )
-            ends = np.flatnonzero(trajectory.response_ids() == engine.eos_token_id)
-            if engine.eos_token_id is not None and len(ends):
-                trajectory.stop_length = int(ends[0]) + 1
-            records.append(trajectory)
         return records
 
     def _noise(self, seed: np.ndarray) -> torch.Tensor:

@@ -9,8 +9,6 @@ seed, goes to one server, and to the next one when that is down.
 from __future__ import annotations
 
 import contextlib
-import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +32,7 @@ from rollouts.engines.server.dialects import DIALECTS, filled
 from rollouts.engines.server.errors import BadAnswerError, RefusedError, UnavailableError
 from rollouts.engines.server.http_json import JsonServer, retrying
 from rollouts.engines.server.options import ServerOptions, check_server
+from rollouts.engines.server.weight_folder import current_folder, version_folder, write_version
 from rollouts.model_protocol import DenoisingModel, mask_token_of
 from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import DETAILS, Detail, TokenTrajectory
@@ -163,9 +162,10 @@ class ServerEngine:
 
     def _check_start(self, folder: str | None) -> None:
         """Raise EngineError when a server that does not name its weights could come back with others."""
-        if folder is not None and Path(folder) != self._current:
+        current = current_folder(self.weights_dir)
+        if folder is not None and Path(folder) != current:
             raise EngineError(
-                f"it was started from {folder}, and does not say later which weights it holds: make {self._current} a "
+                f"it was started from {folder}, and does not say later which weights it holds: make {current} a "
                 "link to the first weights and start it from there, then it comes back with the newest"
             )
 
@@ -319,7 +319,7 @@ class ServerEngine:
             peer.version = None
         self._newest = None
         if self.leader:
-            self._write(version, source)
+            write_version(self.weights_dir, version, source)
             self._spread(version)
         # A server that was down has none, and is settled by whoever asks it next.
         held = self.from_leader([peer.version for peer in self.peers])
@@ -344,29 +344,6 @@ class ServerEngine:
         if len(down) == len(self.peers):
             raise WeightPushError(f"weight version {version} did not reach a server: {down[0]}")
 
-    @property
-    def _current(self) -> Path:
-        return self.weights_dir.absolute() / "current"
-
-    def _write(self, version: int, source: WeightSource) -> None:
-        """A folder per version, and `current`, a link to the newest; both appear whole or not at all."""
-        folder = self._folder(version)
-        partial = folder.with_name(folder.name + ".partial")
-        if self._current.exists() and not self._current.is_symlink():
-            raise WeightPushError(f"{self._current} is in the way: it must be a link to a folder, not one itself")
-        for left in (partial, folder):
-            shutil.rmtree(left, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        source.save(partial)
-        partial.rename(folder)
-        link = folder.with_name("current.partial")
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        link.rename(self._current)
-        for old in self.weights_dir.iterdir():
-            if re.fullmatch(r"version_\d+(\.partial)?", old.name) and old.name != folder.name:
-                shutil.rmtree(old)
-
     def _load(self, peer: Peer, version: int) -> None:
         """Have one server load the folder of a version. Until it says that it has, it has none.
 
@@ -377,7 +354,7 @@ class ServerEngine:
         peer.version = None
         try:
             for path, body in self.dialect.push:
-                reply = peer.http.call(path, filled(body, str(self._folder(version)), version))
+                reply = peer.http.call(path, filled(body, str(version_folder(self.weights_dir, version)), version))
                 if isinstance(reply, dict) and reply.get("success") is False:
                     raise RefusedError(f"{peer.http.url}{path}: {reply.get('message')}")
         except EngineError:
@@ -412,9 +389,6 @@ class ServerEngine:
             self._load(peer, version)
             with self._lock:
                 self.stats.repushes += 1
-
-    def _folder(self, version: int) -> Path:
-        return self.weights_dir.absolute() / f"version_{version}"
 
     def close(self) -> None:
         """Let a `generate` that runs in another thread end with an error."""
