@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def text_of(message: Any) -> str:
@@ -29,22 +29,30 @@ def text_of(message: Any) -> str:
 
 
 def answer_part(completion: str) -> str:
-    """The content of the last `<answer>...</answer>`, or the whole text when there is no such tag."""
-    tagged = ANSWER_TAG.findall(completion)
-    return tagged[-1] if tagged else completion
+    """The content of the last `<answer>...</answer>`, or of one that is never closed, or all of the text."""
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, max(end, 0))
+    if start < 0:  # nothing is closed
+        start, end = completion.rfind("<answer>"), len(completion)
+    return completion if start < 0 else completion[start + len("<answer>") : end]
 
 
 def last_boxed(completion: str) -> str | None:
     r"""Content of the last complete `\boxed{...}` or `\fbox{...}` (braces matched, `\{` skipped), else None."""
-    found = None
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", completion):
-        depth, position = 1, match.end()
-        while position < len(completion) and depth:
-            if completion[position] == "\\":
-                position += 2
-                continue
-            depth += {"{": 1, "}": -1}.get(completion[position], 0)
-            position += 1
-        if not depth:
-            found = completion[match.end() : position - 1]
-    return found
+    return next((completion[start:end] for start, end in reversed(boxes(completion)) if end is not None), None)
+
+
+def boxes(completion: str) -> list[tuple[int, int | None]]:
+    r"""Where the contents of every `\boxed{...}` start and end, in order; the end is None where it is never closed."""
+    found: dict[int, int | None] = {}
+    opened: list[int] = []
+    for match in BOX_OR_BRACE.finditer(completion):
+        if match.group() == "}":
+            start = opened.pop() if opened else None
+            if start in found:
+                found[start] = match.start()
+        elif match.group()[-1] == "{" and match.group() != r"\{":
+            opened.append(match.end())
+            if len(match.group()) > 1:
+                found[match.end()] = None
+    return sorted(found.items())

@@ -14,7 +14,7 @@ import torch
 
 from rl.tasks.templates import Template
 
-PACKAGES = ("denoise-rl", "torch", "transformers", "tokenizers", "math-verify", "reasoning-gym", "numpy")
+PACKAGES = ("denoise-rl", "torch", "transformers", "tokenizers", "mpmath", "reasoning-gym", "numpy")
 _WHOLE_BELOW = 2**25
 _END_BYTES = 2**20
 

@@ -1,0 +1,353 @@
+r"""Values of mathematical expressions, in bounded time.
+
+Expressions are compared by what they are worth, not by rewriting them. Whole numbers and fractions stay exact. Where a
+root or a function makes a number irrational, it has 256 bits and more: as many as the largest and the smallest number
+on the way ask for, so that `10^{20}\sqrt2` and `10^{20}\sqrt2+1` differ. Variables take fixed pseudo-random values;
+expressions that agree at three such points are equal.
+"""
+# ruff: noqa: SIM905
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+
+MAX_BITS = 2**16  # of one exact number
+MAX_WORK = 2**20  # bits of all results on the way: about 2,000 irrational ones
+MAX_PRECISION = 6000
+MAX_DEPTH = 40
+CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
+FUNCTIONS = {"ln": "ln", "lg": "ln", "log": "ln", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+FUNCTIONS |= {name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp")}
+NO_FACTOR = set(
+    r"""+ - * / ) ] } | \} ! ^ , _ & \\ = < > : ; ' % ? # " @ ~ ` . \deg \pm \mp \ldots \int \lim""".split()
+)
+NO_FACTOR |= set(r"\overline \begin \end \cup \cap \in \le \ge \neq \approx \setminus \to \sum \prod \forall".split())
+CONSTANTS: dict[str, Callable[[Any], Any]] = {
+    "e": lambda context: +context.e,
+    "i": lambda context: context.mpc(0, 1),
+    r"\pi": lambda context: +context.pi,
+}
+Number = Any  # Fraction, or mpmath's mpf or mpc
+_local = threading.local()  # an mpmath of each thread's own, since its precision is changed
+
+
+class UnreadableError(ValueError):
+    """The tokens are no expression with a value, or computing it would take too long."""
+
+
+class Expression:
+    """An expression read at one point: each method consumes tokens and returns their value.
+
+    Args:
+        tokens: the expression.
+        point: which of the three points gives variables their values.
+        bits: precision of irrational numbers.
+
+    Attributes:
+        names: the variables met.
+        high, low: binary exponents of the largest and the smallest number on the way to an irrational result.
+    """
+
+    def __init__(self, tokens: tuple[str, ...], point: int, bits: int) -> None:
+        self.tokens, self.point, self.bits = tokens, point, bits
+        self.at = self.depth = self.bars = self.work = self.high = self.low = 0
+        self.names: set[str] = set()
+        self.context = _context(bits)
+        self.result: Number = None
+
+    def evaluate(self) -> Number:
+        """The value of all the tokens, or the error that says why there is none."""
+        try:
+            value = self.sum()
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            return UnreadableError(str(error))
+        return value if self.at == len(self.tokens) else UnreadableError(f"'{self.next}' is not expected here")
+
+    def sum(self) -> Number:
+        sign = self.sign()
+        total = self.multiply(sign, self.product())
+        while self.next in ("+", "-"):
+            total = self.add(total, self.multiply(self.sign(), self.product()))
+        return total
+
+    def sign(self) -> Fraction:
+        self.take("+")
+        return Fraction(-1 if self.take("-") else 1)
+
+    def product(self) -> Number:
+        result = self.factor()
+        while True:
+            if self.take("/"):
+                result = self.multiply(result, self.inverse(self.factor()))
+            elif self.take("*") or self.starts_factor():
+                result = self.multiply(result, self.factor())
+            else:
+                return result
+
+    def factor(self) -> Number:
+        if self.take("-"):
+            return self.multiply(Fraction(-1), self.factor())
+        result = self.atom()
+        while self.next in ("!", "^", r"\deg"):
+            sign = self.pop()
+            if sign == "^":
+                result = self.power(result, self.exponent())
+            elif sign == "!":
+                result = self.binomial_or_factorial(result)
+            else:
+                result = self.multiply(result, self.multiply(self.context.pi, Fraction(1, 180)))
+        return result
+
+    def exponent(self) -> Number:
+        sign, exponent = self.sign(), self.atom()
+        return self.multiply(sign, self.power(exponent, self.exponent()) if self.take("^") else exponent)
+
+    def atom(self) -> Number:
+        token = self.pop()
+        if token[0].isdigit() or token[0] == "." != token:
+            return self.number(token)
+        if token in CLOSING:
+            return self.group(token)
+        if token == r"\frac":
+            return self.multiply(self.atom(), self.inverse(self.atom()))
+        if token == r"\binom":
+            return self.binomial_or_factorial(self.atom(), self.atom())
+        if token == r"\sqrt":
+            degree = self.group("[") if self.take("[") else Fraction(2)
+            return self.power(self.atom(), self.inverse(degree))
+        return self.function(token[1:]) if token[1:] in FUNCTIONS and token[0] == "\\" else self.variable(token)
+
+    def number(self, token: str) -> Fraction:
+        r"""A number, or a mixed one: `2 2/3`, `2\frac{2}{3}`."""
+        rest = self.tokens[self.at : self.at + 7]
+        if not token.isdigit():
+            return Fraction(token)
+        if rest[:1] and rest[0].isdigit():
+            top, slash, bottom = (*rest, "", "")[:3]
+            self.at += 3
+        elif rest[::3] == (r"\frac", "}", "}") and rest[1::3] == ("{", "{") and (rest[2] + rest[5]).isdigit():
+            top, slash, bottom = rest[2], "/", rest[5]
+            self.at += 7
+        else:
+            return Fraction(token)
+        if slash != "/" or not 0 < int(top) < int(bottom):
+            raise UnreadableError("two numbers side by side, which are no mixed number")
+        return int(token) + Fraction(int(top), int(bottom))
+
+    def group(self, opening: str) -> Number:
+        bars, self.bars = self.bars, opening == "|"
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise UnreadableError("too many brackets")
+        result = self.sum()
+        self.expect(CLOSING[opening])
+        self.depth -= 1
+        self.bars = bars
+        return abs(result) if opening == "|" else result
+
+    def function(self, name: str) -> Number:
+        base, power = (Fraction(10), Fraction(1)) if name in ("log", "lg") else (None, Fraction(1))
+        if name == "log" and self.take("_"):
+            base = Fraction(self.pop()) if self.next.isdigit() else self.atom()
+        if self.take("^"):
+            power = self.exponent()
+            if power == -1 and "a" + name in FUNCTIONS.values():
+                name, power = "arc" + name, Fraction(1)
+        if self.next in CLOSING:
+            argument = self.factor()
+        else:  # 2x of \sin 2x \cos y
+            argument = self.factor()
+            while self.starts_factor() and self.next not in ("(", "[", "|") and self.next[1:] not in FUNCTIONS:
+                argument = self.multiply(argument, self.factor())
+        result = self.transcendental(FUNCTIONS[name], argument)
+        if base is not None:
+            result = self.multiply(result, self.inverse(self.transcendental("ln", base)))
+        return self.power(result, power)
+
+    def variable(self, token: str) -> Number:
+        if token.isalpha() and len(token) > 1:
+            if len(token) > 3:
+                raise UnreadableError(f"'{token}' is a word")
+            return functools.reduce(self.multiply, map(self.variable, token))  # abc is a product
+        if token in NO_FACTOR:
+            raise UnreadableError(f"'{token}' is not expected here")
+        name = token
+        if token == r"\mathbb" or self.take("_"):
+            name += self.pop()
+            while name.count("{") > name.count("}"):
+                name += self.pop()
+        if name in CONSTANTS:
+            return CONSTANTS[name](self.context)
+        self.names.add(name)
+        return random_value(name.replace("{", "").replace("}", ""), self.point)
+
+    def starts_factor(self) -> bool:
+        token = self.next
+        if not token or token in NO_FACTOR:
+            return token == "|" and not self.bars
+        if token[0].isdigit() or token[0] == ".":
+            raise UnreadableError("a number after a factor, without a sign between")
+        return True
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+
+    def pop(self) -> str:
+        self.at += 1
+        return self.charge(self.tokens[self.at - 1], 64)
+
+    def take(self, token: str) -> bool:
+        found = self.next == token
+        self.at += found
+        return found
+
+    def expect(self, token: str) -> None:
+        if not self.take(token):
+            raise UnreadableError(f"expected '{token}'")
+
+    # Arithmetic: exact for two fractions, else in `bits` bits.
+
+    def add(self, left: Number, right: Number) -> Number:
+        if isinstance(left, Fraction) and isinstance(right, Fraction):
+            return self.note(left + right)
+        left, right = self.lift(left), self.lift(right)
+        sizes = [self.context.mag(number) for number in (left, right) if number]
+        return self.note(left + right, max(sizes, default=0) - self.bits + 32)
+
+    def multiply(self, left: Number, right: Number) -> Number:
+        exact = isinstance(left, Fraction) and isinstance(right, Fraction)
+        return self.note(left * right if exact else self.lift(left) * self.lift(right))
+
+    def inverse(self, value: Number) -> Number:
+        return self.power(value, Fraction(-1))
+
+    def power(self, base: Number, exponent: Number) -> Number:
+        if isinstance(exponent, Fraction):
+            if exponent.denominator == 1 and isinstance(base, Fraction):
+                size = max(base.numerator.bit_length(), base.denominator.bit_length())
+                if size > 1 and size * abs(exponent) > MAX_BITS:
+                    raise UnreadableError("the number is too large")
+                return self.note(base ** int(exponent))
+            if (
+                exponent.denominator % 2 * exponent.denominator > 1
+                and not isinstance(base, self.context.mpc)
+                and base < 0
+            ):
+                root = self.power(-base, exponent)  # the real odd root
+                return -root if exponent.numerator % 2 else root
+        base, exponent = self.lift(base), self.lift(exponent)
+        if base and self.context.mag(exponent) + self.context.mag(self.context.mag(base) + 2) > 13:
+            raise UnreadableError("the number is too large")
+        return self.note(base**exponent)
+
+    def binomial_or_factorial(self, top: Number, bottom: Number = None) -> Number:
+        numbers = [top] if bottom is None else [top, bottom]
+        if all(isinstance(number, Fraction) and number.denominator == 1 for number in numbers):
+            if not all(0 <= number <= 5000 for number in numbers):
+                raise UnreadableError("the number is too large")
+            return self.note(Fraction((math.factorial if bottom is None else math.comb)(*map(int, numbers))))
+        lifted = [self.lift(number) for number in numbers]
+        if self.bits > 1024 or any(self.context.mag(number) > 10 for number in lifted):
+            raise UnreadableError("the number is too large")
+        self.charge(None, 32 * self.bits)
+        return self.note((self.context.factorial if bottom is None else self.context.binomial)(*lifted))
+
+    def transcendental(self, name: str, value: Number) -> Number:
+        value = self.lift(value)
+        if self.context.mag(value) > 12 and name != "ln":
+            raise UnreadableError("the number is too large")
+        return self.note(getattr(self.context, name)(value))
+
+    def lift(self, value: Number) -> Number:
+        """A fraction as a number of `bits` bits."""
+        if not isinstance(value, Fraction):
+            return value
+        lifted = self.context.mpf(value.numerator) / value.denominator
+        if value:
+            self.high, self.low = max(self.high, self.context.mag(lifted)), min(self.low, self.context.mag(lifted))
+        return lifted
+
+    def note(self, value: Number, noise: int | None = None) -> Number:
+        """Charge for a result and keep its size, unless it is below `noise`: what rounding left of a zero."""
+        if isinstance(value, Fraction):
+            return self.charge(value, value.numerator.bit_length() + value.denominator.bit_length())
+        if not self.context.isfinite(value):
+            raise UnreadableError("not a finite number")
+        if value:
+            size = self.context.mag(value)
+            self.high = max(self.high, size)
+            self.low = self.low if noise is not None and size < noise else min(self.low, size)
+        return self.charge(value, 2 * self.bits)
+
+    def charge(self, value: Any, bits: int) -> Any:
+        self.work += bits
+        if self.work > MAX_WORK:
+            raise UnreadableError("too much to compute")
+        return value
+
+
+def sample(*expressions: tuple[str, ...]) -> list[tuple[list[Number], Number]]:
+    """The expressions' values at one point, or at three when there are variables.
+
+    Returns:
+        per point: the values (all exact, or none), and the error that they may have.
+
+    Raises:
+        UnreadableError: one of them has no value, or it would take too long to compute.
+    """
+    bits = needed = 256
+    while True:
+        points = [[_evaluate(tokens, 0, bits) for tokens in expressions]]
+        if any(one.names for one in points[0]):
+            points += [[_evaluate(tokens, point, bits) for tokens in expressions] for point in (1, 2)]
+        if all(isinstance(one.result, Fraction) for point in points for one in point):
+            return [([one.result for one in point], 0) for point in points]
+        needed = 256 + 2 * max(max(one.high for one in point) - min(one.low for one in point) for point in points)
+        if needed <= bits + 128:
+            break
+        if needed > MAX_PRECISION or bits > 256:
+            raise UnreadableError("numbers of too different sizes")
+        bits = needed
+    context = _context(bits)
+    errors = [context.ldexp(1, max(one.high for one in point) - bits + 64) for point in points]
+    return [([one.lift(one.result) for one in point], error) for point, error in zip(points, errors, strict=True)]
+
+
+def _evaluate(tokens: tuple[str, ...], point: int, bits: int) -> Expression:
+    """The expression with its result; kept, since the items of two lists are compared pair by pair."""
+    known = _local.__dict__.setdefault("known", {})
+    if len(known) > 1000:
+        known.clear()
+    if (tokens, point, bits) not in known:
+        known[tokens, point, bits] = Expression(tokens, point, bits)
+        known[tokens, point, bits].result = known[tokens, point, bits].evaluate()
+    expression: Expression = known[tokens, point, bits]
+    if isinstance(expression.result, UnreadableError):
+        raise expression.result.with_traceback(None)
+    return expression
+
+
+@functools.lru_cache(maxsize=1024)
+def random_value(name: str, point: int) -> Fraction:
+    """The value of a variable: positive at point 0, of either sign at the others.
+
+    The denominator is a power of two, so that no odd root of a negative value is taken by chance.
+    """
+    draw = random.Random(f"{name}/{point}")
+    return Fraction((2 * draw.randrange(20, 200) + 1) * (draw.choice([1, -1]) if point else 1), 128)
+
+
+def _context(bits: int) -> Any:
+    if not hasattr(_local, "context"):
+        _local.context = mpmath.MPContext()
+    _local.context.prec = bits
+    return _local.context
