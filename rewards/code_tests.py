@@ -6,6 +6,7 @@ when the last fence is never closed, what follows it; without any fence the whol
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ from rewards.sandbox.rows import COLUMNS, CodeTask, code_task
 from rewards.score import Score
 from rewards.text import text_of
 
-FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
-OPEN_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n", re.MULTILINE | re.IGNORECASE)
+FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)(.*)", re.DOTALL)
 PYTHON_TAGS = {"python", "python3", "py"}
 
 
@@ -177,13 +177,26 @@ def extract_code(completion: str) -> str:
 
     Example: "Here:\n```python\nx = 1\n```\nIt prints:\n```\n1\n```" gives "x = 1\n".
     """
-    blocks = FENCED.findall(completion)
-    for wanted in (PYTHON_TAGS, {""}):
-        for tag, body in reversed(blocks):
-            if tag.lower() in wanted:
-                return body
-    opened = list(OPEN_FENCE.finditer(completion))
-    return completion[opened[-1].end() :] if opened else completion
+    last: dict[str, str] = {}  # the last complete block of each tag
+    tag, opened = None, None
+    start = end = 0
+    for line in io.StringIO(completion, newline="\n"):  # in one pass, however many fences there are
+        end += len(line)
+        if not (fence := FENCE.match(line)):
+            continue
+        name = "python" if fence[1].lower() in PYTHON_TAGS else fence[1].lower()
+        bare = not fence[2].strip(" \t\n")
+        if bare and name in ("python", "") and line.endswith("\n"):
+            opened = end
+        if tag is None:
+            tag, start = name, end
+        elif bare and not name:
+            last[tag] = completion[start : end - len(line)]
+            tag = None
+    for name in ("python", ""):
+        if name in last:
+            return last[name]
+    return completion if opened is None else completion[opened:]
 
 
 def _is_column(column: Any, size: int) -> bool:

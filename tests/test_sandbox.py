@@ -90,20 +90,19 @@ def test_data_that_loses_its_class_keeps_its_value() -> None:
     assert dict(across(collections.defaultdict(list, {1: [2]}))) == {1: [2]}  # type: ignore[call-overload]
 
 
-def test_arrays_arrive_but_not_empty_ones() -> None:
+def test_arrays_arrive() -> None:
     numpy = pytest.importorskip("numpy")
     arrived = across(numpy.array([[1.0, 2.0]], dtype=numpy.float32))
     assert arrived.dtype == numpy.float32 and arrived.tolist() == [[1.0, 2.0]]  # type: ignore[attr-defined]
     assert across(numpy.int64(3)) == 3
-    with pytest.raises(TransferError, match="broadcasts"):
-        across(numpy.zeros((0, 2)))
+    assert across(numpy.zeros((0, 2))).shape == (0, 2)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     "node",
     [
         {"t": "int", "v": 5}, {"t": "tuple", "v": 5}, {"t": "dict", "v": [1]}, {"v": 1}, {"t": "dict", "v": [[[], 1]]},
-        {"t": "type", "v": "Exception"}, {"t": "namedtuple", "v": ["x", ["__eq__"], [1]]}, {"t": ["tuple"], "v": []},
+        {"t": "type", "v": "Popen"}, {"t": "namedtuple", "v": ["x", ["__eq__"], [1]]}, {"t": ["tuple"], "v": []},
         {"t": "ndarray", "v": ["O", [1], ""]}, {"t": "bytes", "v": 3},
     ],
 )  # fmt: skip

@@ -23,15 +23,19 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType
-from typing import Any, NoReturn
+from typing import Any
 
+from rewards.sandbox import values
+from rewards.sandbox.arrays import guarded_numpy
 from rewards.sandbox.frames import FrameError, receive_frame, send_frame
+from rewards.sandbox.instances import Instances
 from rewards.sandbox.program import SHARED_MODULES
-from rewards.sandbox.values import MUTABLE, TransferError, decode, encode, restore
+from rewards.sandbox.program_object import ProgramObject
+from rewards.sandbox.unjudgeable import unjudgeable
+from rewards.sandbox.values import TransferError, build_error, decode, describe_error, is_mutable, restore
 
-MODULE_ALIASES = {"np": "numpy", "pd": "pandas"}
-COMPARISONS_AND_ARITHMETIC = "lt le gt ge add sub mul truediv floordiv mod pow matmul and or xor"
-DELEGATED = "len str repr int float index iter next getitem delitem enter copy"
+MODULE_ALIASES = {"np": "numpy"}
+PATCHED = {"input": builtins.input, "print": builtins.print}  # what tests may replace for the program too
 
 
 class ProgramStopped(BaseException):
@@ -54,16 +58,24 @@ def check(spec: Mapping[str, Any], requests: int, replies: int, out: int) -> Non
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         send_frame(out, ["invalid", f"the tests do not compile: {error}"])
         return
+    trees = [tree for tree, _ in [before, *parts]]
+    link = Link(requests, replies, trees, spec["preamble"])
+    if reason := unjudgeable(trees, link.shared):
+        send_frame(out, ["invalid", reason])
+        return
     send_frame(out, ["begin", len(parts)])
-    link = Link(requests, replies)
+    if any(word in text for text in [spec["setup"], *spec["tests"]] for word in ("numpy", "scipy")):
+        guarded_numpy()
     problem = link.start() or link.own(spec["preamble"])
-    problem = problem or link.fill([tree for tree, _ in [before, *parts]], spec["entry_point"]) or link.run(before[1])
+    problem = problem or link.fill(trees, spec["entry_point"]) or link.run(before[1])
     num_passed = 0
     for _, code in parts:
         reason = problem or link.run(code)
         num_passed += not reason
         send_frame(out, ["test", not reason, reason])
-    if num_passed and not link.used:
+    if link.unusable:
+        send_frame(out, ["invalid", link.unusable])
+    elif num_passed and not link.used:
         send_frame(out, ["invalid", "the tests never use the program; is the call of its function missing?"])
     send_frame(out, ["done"])
 
@@ -105,6 +117,14 @@ def _compiled(text: str, name: str) -> tuple[ast.Module, CodeType]:
     return tree, compile(tree, name, "exec", dont_inherit=True, optimize=0)
 
 
+def _complete(preamble: str) -> ast.Module:
+    """The preamble; nothing where it is the beginning of something, which exists only together with the program."""
+    try:
+        return ast.parse(preamble)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
 def _one_line(error: BaseException) -> str:
     where = ""
     step = error.__traceback__
@@ -118,38 +138,43 @@ def _one_line(error: BaseException) -> str:
 class Link:
     """The checker's end of the connection to one program."""
 
-    def __init__(self, requests: int, replies: int) -> None:
+    def __init__(self, requests: int, replies: int, trees: Sequence[ast.Module] = (), preamble: str = "") -> None:
         self.requests, self.replies = requests, replies
         self.used = False  # whether the tests asked the program for anything
         self.fault = ""  # what went wrong with the program in the current test
+        self.unusable = ""  # why the tests cannot be run apart from the program
         self.dead = ""
         self.names: set[str] = set()
         self.namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
         self.exceptions: dict[str, type[Exception]] = {}
         self.callbacks: list[Callable[..., Any]] = []
         self.streams = sys.stdin, sys.stdout
+        self.instances = Instances(0, self._class)
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        self.imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        self.sources = {node.name: ast.unparse(node) for node in nodes if isinstance(node, ast.ClassDef)}
+        self.shared = {node.name for node in _complete(preamble).body if isinstance(node, ast.ClassDef)}
+        values.load_numpy = guarded_numpy
 
     # -- the stages, each "" or what went wrong ---------------------------------------------------------------
 
     def start(self) -> str:
         """Have the program executed."""
         try:
-            send_frame(self.requests, ["run"])
+            send_frame(self.requests, ["run", sorted(self.shared)])
             reply = receive_frame(self.replies)
             if reply[0] == "ok":
                 self.names = {name for name in reply[1] if isinstance(name, str)}
                 return ""
-            return f"the program raised {reply[3]}" if reply[0] == "raise" else f"the program called exit ({reply[1]})"
+            if reply[0] == "raise":
+                return f"the program raised {_one_line(self.decode(reply[1]))}"
+            return f"the program called exit ({reply[1]})"
         except Exception as error:
             return f"the program stopped while it was loaded ({error})"
 
     def own(self, preamble: str) -> str:
         """Define here what the task gave to every program, so that no program can define it otherwise."""
-        try:
-            code = _compiled(preamble, "<preamble>")[1]
-        except (SyntaxError, ValueError):
-            return ""  # the beginning of something: it exists only together with the program
-        return self.run(code)
+        return self.run(compile(_complete(preamble), "<preamble>", "exec", dont_inherit=True, optimize=0))
 
     def fill(self, trees: Sequence[ast.Module], entry_point: str | None) -> str:
         """Bind the names that the tests take from the program."""
@@ -167,6 +192,10 @@ class Link:
             own = {name for name in sorted(offered - shadowing) if self._bind(name)} - bound
             if entry_point in shadowing or (not entry_point and not own and len(shadowing) == 1):
                 self._bind(entry_point or shadowing.pop())
+            elif not own:  # an answer such as `from math import gcd`
+                for name in sorted(offered - shadowing - bound):
+                    self.namespace[name] = self._counted(self.namespace[name])
+            self._follow_seeds(nodes)
         except (Exception, ProgramStopped) as error:
             return _one_line(error)
         return ""
@@ -191,7 +220,7 @@ class Link:
                 *sys.stdlib_module_names,
                 *MODULE_ALIASES.values(),
             ):
-                self.namespace[name] = importlib.import_module(node["v"])
+                self.namespace[name] = guarded_numpy() if node["v"] == "numpy" else importlib.import_module(node["v"])
             return False
         if tag == "shared":
             if node["v"] in SHARED_MODULES:
@@ -199,12 +228,37 @@ class Link:
             return False
         if tag == "exception":
             base = self._exception_class(node["v"][1:])
-            found = type(str(node["v"][0]), (base,), {"__program_class__": node["h"]})
+            members = {"__program_class__": node["h"], "__getattr__": _ask_program, "__str__": _program_text}
+            found = type(str(node["v"][0]), (base,), members)
             self.exceptions[found.__name__] = self.namespace[name] = found
             return True
         self.namespace[name] = value = self.decode(node)
         self.used |= not isinstance(value, ProgramObject)
         return True
+
+    def _counted(self, function: Any) -> Any:
+        """A function of the standard library whose call counts as a use of the program that imported it."""
+        if not callable(function) or isinstance(function, type):
+            return function
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.used = True
+            return function(*args, **kwargs)
+
+        return call
+
+    def _follow_seeds(self, nodes: Iterable[ast.AST]) -> None:
+        """Where the tests seed a generator of random numbers, seed the program's too."""
+        if not any(isinstance(node, ast.Attribute) and node.attr == "seed" for node in nodes):
+            return
+        for name in ["random"] + ["numpy.random"] * ("numpy" in sys.modules):
+            module = importlib.import_module(name)
+
+            def seed(*args: Any, name: str = name, own: Callable[..., Any] = module.seed) -> None:
+                own(*args)
+                self.operate("seed", name, *args)
+
+            module.seed = seed  # type: ignore[attr-defined]
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -213,15 +267,19 @@ class Link:
         self.used = True
         stdin = sys.stdin.read() if sys.stdin is not self.streams[0] else None
         capture = sys.stdout is not self.streams[1]
-        named = {name: self.encode(value) for name, value in kwargs.items()}
-        reply = self._ask(["call", target, [self.encode(arg) for arg in args], named, stdin, capture], args)
-        return self.decode(reply[0])
+        now = {name: self.namespace.get(name, getattr(builtins, name)) for name in PATCHED}
+        patched = {name: self.encode(found) for name, found in now.items() if found is not PATCHED[name]}
+        given = (*args, *kwargs.values())
+        request = [target, [self.encode(value) for value in given], [*kwargs], stdin, capture, patched]
+        node = self._ask(["call", *request], given)[0]
+        return given[node["v"]] if isinstance(node, dict) and node.get("t") == "argument" else self.decode(node)
 
     def _take_effects(self, args: tuple[Any, ...], changed: Any, written: Any) -> None:
         try:
+            self.decode(changed.pop("instances", None))
             for position, node in changed.items():
                 original, new = args[int(position)], self.decode(node)
-                if type(new) is type(original) and isinstance(new, MUTABLE):
+                if type(new) is type(original) and is_mutable(new):
                     restore(original, new)
             if sys.stdout is not self.streams[1]:
                 sys.stdout.write(str(written))
@@ -253,8 +311,9 @@ class Link:
             self._take_effects(args, *reply[-2:])
         if reply[0] == "ok":
             return reply[1:]
-        if reply[0] == "raise" and len(reply) >= 4:
-            self._raise(*reply[1:4])
+        if reply[0] == "raise":
+            raised = self.decode(reply[1])
+            raise raised if isinstance(raised, Exception) else TransferError("the program sent no exception")
         if reply[0] == "stop" and request[:2] == ["op", "next"]:
             raise StopIteration
         if reply[0] == "exit":
@@ -262,41 +321,75 @@ class Link:
             raise ProgramStopped(self.fault)
         raise RuntimeError("the program raised StopIteration")
 
-    def _run_callback(self, number: Any, args: Any) -> None:
+    def _run_callback(self, number: Any, args: Any, kwargs: Any) -> None:
         try:
             function = self.callbacks[number]
-            value = function(*[self.decode(node) for node in args])
-            reply = ["result", self.encode(value)]
+            named = {name: self.decode(node) for name, node in kwargs.items()}
+            reply = ["result", self.encode(function(*[self.decode(node) for node in args], **named))]
         except Exception as error:
-            reply = ["failed", _one_line(error)]
+            if isinstance(error, AssertionError):  # the program may catch it; the test fails all the same
+                self.fault = _one_line(error)
+            reply = ["failed", self.encode(error)]
         send_frame(self.requests, reply)
 
     # -- values -----------------------------------------------------------------------------------------------
 
     def encode(self, value: Any) -> Any:
-        return encode(value, self._hand_over)
+        return self.instances.pack(value, self._hand_over)
 
     def decode(self, node: Any) -> Any:
         return decode(node, self._receive)
 
     def _hand_over(self, value: Any) -> Any:
+        kind = type(value)
         if isinstance(value, ProgramObject):
             return {"t": "handle", "v": value._number}
         if isinstance(value, type) and "__program_class__" in value.__dict__:
             return {"t": "handle", "v": value.__dict__["__program_class__"]}
-        if hasattr(type(value), "__next__"):
-            return {"t": "iterator", "v": [self.encode(item) for item in value]}
+        if isinstance(value, Exception):
+            return {"t": "error", "v": describe_error(value, self._hand_over)}
+        if hasattr(kind, "__next__") and not callable(value):
+            return self._callback("iterator", value.__next__)
+        if kind.__module__ == "tests" and not isinstance(value, type) and self._define(kind):
+            return self.instances.refer(value)
         if callable(value):
-            self.callbacks.append(value)
-            return {"t": "callback", "v": len(self.callbacks) - 1}
-        raise TransferError(f"the tests hand the program a {type(value).__name__}, which cannot cross")
+            return self._callback("callback", value)
+        self.unusable = f"the tests hand the program a {kind.__name__}, which cannot cross to its process"
+        raise TransferError(self.unusable)
+
+    def _callback(self, tag: str, function: Callable[..., Any]) -> Any:
+        self.callbacks.append(function)
+        return {"t": tag, "v": len(self.callbacks) - 1}
+
+    def _define(self, kind: type) -> bool:
+        """Whether the program has this class of the task, if need be after sending its text."""
+        names = [base.__name__ for base in reversed(kind.__mro__) if base.__module__ == "tests"]
+        missing = [name for name in names if name not in self.shared]
+        if missing and self.sources.keys() >= set(missing):
+            sources = [*self.imports, *(self.sources[name] for name in missing)]
+            if self._ask(["define", missing, sources])[0] is True:
+                self.shared.update(missing)
+        return self.shared >= set(names)
+
+    def _class(self, name: Any) -> type:
+        found = self.namespace.get(name)
+        if name not in self.shared or not isinstance(found, type):
+            raise TransferError(f"no class {name} of the task")
+        return found
 
     def _receive(self, node: Any) -> Any:
-        if node["t"] == "handle" and isinstance(node["v"], int):
-            return ProgramObject(self, node["v"])
-        if node["t"] == "callback":
-            return self.callbacks[node["v"]]
-        raise TransferError(f"the program sent an unknown tag {node['t']}")
+        tag, value = node["t"], node["v"]
+        if tag == "handle" and isinstance(value, int):
+            return ProgramObject(self, value)
+        if tag == "callback":
+            return self.callbacks[value]
+        if tag == "error":
+            bases, args, state, text, number = value
+            error = build_error(self._exception_class(bases), args, state, str(text), self._receive)
+            if "__program_class__" in type(error).__dict__:
+                error.__dict__.update(_text=str(text), _object=ProgramObject(self, int(number)))
+            return error
+        return self.instances.unpack(node, self._receive)
 
     def _exception_class(self, bases: Sequence[Any]) -> type[Exception]:
         for name in bases:
@@ -305,79 +398,14 @@ class Link:
                 return RuntimeError if issubclass(found, StopIteration | StopAsyncIteration) else found
         return RuntimeError
 
-    def _raise(self, bases: Any, args: Any, text: Any) -> NoReturn:
-        kind = self._exception_class(bases)
-        values = tuple(self.decode(arg) for arg in args)
-        try:
-            error = kind(*values)
-        except Exception:
-            error = kind.__new__(kind)
-            error.args = values
-        raise error
+
+def _ask_program(error: Any, name: str) -> Any:
+    """An attribute that the program's own exception has, such as a property."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return getattr(error.__dict__["_object"], name)
 
 
-class ProgramObject:
-    """Stands for an object that lives in the program: a function, a class, an instance, a generator."""
-
-    __slots__ = ("_link", "_number")
-    _link: Link
-    _number: int
-
-    def __init__(self, link: Link, number: int) -> None:
-        object.__setattr__(self, "_link", link)
-        object.__setattr__(self, "_number", number)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._link.call({"t": "handle", "v": self._number}, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__name__", "__doc__", "__dict__", "__qualname__"):
-            raise AttributeError(name)
-        return self._link.operate("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._link.operate("setattr", self, name, value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ProgramObject) and self._link.operate("eq", self, other) is True
-
-    def __ne__(self, other: object) -> bool:
-        return not isinstance(other, ProgramObject) or self._link.operate("ne", self, other) is True
-
-    def __hash__(self) -> int:
-        return hash(("program", self._number))
-
-    def __bool__(self) -> bool:
-        return self._link.operate("bool", self) is True
-
-    def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, ProgramObject) and self._link.operate("isinstance", instance, self) is True
-
-    def __contains__(self, item: Any) -> NoReturn:
-        raise TypeError("`in` an object of the program: its answer would be the program's own word")
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._link.operate("setitem", self, key, value)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._link.operate("exit", self)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self._link.operate("deepcopy", self)
-
-
-def _unary(name: str) -> Callable[..., Any]:
-    return lambda self, *args: self._link.operate(name, self, *args)
-
-
-def _binary(name: str) -> Callable[[Any, Any], Any]:
-    def apply(self: Any, other: Any) -> Any:
-        return self._link.operate(name, self, other) if isinstance(other, ProgramObject) else NotImplemented
-
-    return apply
-
-
-for _name in DELEGATED.split():
-    setattr(ProgramObject, f"__{_name}__", _unary(_name))
-for _name in COMPARISONS_AND_ARITHMETIC.split():
-    setattr(ProgramObject, f"__{_name}__", _binary(_name))
+def _program_text(error: Any) -> str:
+    text = error.__dict__.get("_text")
+    return super(type(error), error).__str__() if text is None else text

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Iterator
 
-MAX_ENTRIES, MAX_DEPTH = 1000, 32
+MAX_FILES, MAX_FOLDERS, MAX_DEPTH = 1000, 100, 32  # removing a folder can take a disk milliseconds
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def holds_too_much(folder: str, num_bytes: int) -> bool:
-    """Whether there is more than `num_bytes` in a folder, or more than `MAX_ENTRIES` files and folders, or folders
-    nested deeper than `MAX_DEPTH`. Stops at the first of these, so looking costs little however much is there."""
-    total = 0.0
-    for count, size in enumerate(_sizes(os.open(folder, _FOLDER), 0), start=1):
-        total += size
-        if total > num_bytes or count > MAX_ENTRIES:
+    """Whether a folder holds more than `num_bytes`, `MAX_FILES` files or `MAX_FOLDERS` folders, or folders nested
+    deeper than `MAX_DEPTH`. Stops at the first of these, so looking costs little however much is there."""
+    total, num_files, num_folders = 0, 0, 0
+    for size, is_folder, depth in _contents(os.open(folder, _FOLDER), 1):
+        total, num_files, num_folders = total + size, num_files + (not is_folder), num_folders + is_folder
+        if total > num_bytes or num_files > MAX_FILES or num_folders > MAX_FOLDERS or depth > MAX_DEPTH:
             return True
     return False
 
 
-def _sizes(fd: int, depth: int) -> Iterator[float]:
-    """Bytes of each entry below an open folder, which is closed; infinite for folders nested too deep."""
+def _contents(fd: int, depth: int) -> Iterator[tuple[int, bool, int]]:
+    """Bytes, whether it is a folder, and depth of each entry below an open folder, which is closed."""
     try:
         for entry in _entries(fd):
             try:
-                yield entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False):
-                    if depth == MAX_DEPTH:
-                        yield math.inf
-                    yield from _sizes(os.open(entry.name, _FOLDER, dir_fd=fd), depth + 1)
+                is_folder = entry.is_dir(follow_symlinks=False)
+                yield entry.stat(follow_symlinks=False).st_blocks * 512, is_folder, depth
+                if is_folder:
+                    yield from _contents(os.open(entry.name, _FOLDER, dir_fd=fd), depth + 1)
             except OSError:  # gone meanwhile, or closed even to the program
                 continue
     finally:
@@ -40,7 +38,7 @@ def _sizes(fd: int, depth: int) -> Iterator[float]:
 
 def _entries(fd: int) -> list[os.DirEntry[str]]:
     with os.scandir(fd) as entries:
-        return list(itertools.islice(entries, MAX_ENTRIES + 1))
+        return list(itertools.islice(entries, MAX_FILES + 1))
 
 
 def empty(folder: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import copy
+import importlib
 import io
 import operator
 import sys
@@ -19,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from rewards.sandbox.frames import FrameError, receive_frame, send_frame
-from rewards.sandbox.values import MUTABLE, TransferError, decode, encode
+from rewards.sandbox.instances import Instances
+from rewards.sandbox.values import build_error, decode, describe_error, is_mutable
 
 # Modules whose functions the tests may use under their own name when only the program imported them.
 _SHARED = """math cmath collections itertools functools re heapq bisect string typing copy datetime decimal fractions
@@ -33,6 +35,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {name.strip("_"): getattr(operator, 
 OPERATIONS |= {"bool": bool, "len": len, "str": str, "repr": repr}
 OPERATIONS |= {"int": int, "float": float, "iter": iter, "next": next, "getattr": getattr, "setattr": setattr}
 OPERATIONS |= {"isinstance": isinstance, "copy": copy.copy, "deepcopy": copy.deepcopy}
+OPERATIONS |= {"seed": lambda module, *args: importlib.import_module(module).seed(*args)}
 OPERATIONS |= {"enter": lambda value: value.__enter__(), "exit": lambda value: value.__exit__(None, None, None)}
 
 
@@ -107,10 +110,13 @@ class Server:
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.module = _fresh_module("program")
+        self.shared: set[str] = set()  # names of classes that the task defines on both sides
+        self.instances = Instances(-1, self._class)
 
     def run(self, code: str) -> None:
         try:
-            receive_frame(self.requests)  # ["run"]: the checker has its tests and is watching
+            # ["run", names]: the checker has its tests and is watching.
+            self.shared.update(receive_frame(self.requests)[1])
             self._answer(self._execute, code)
             while True:
                 self._serve(receive_frame(self.requests))
@@ -123,6 +129,7 @@ class Server:
         kind, *arguments = request
         functions: dict[str, Callable[..., list[Any]]] = {
             "global": self._global,
+            "define": self._define,
             "call": self._call,
             "op": self._operate,
         }
@@ -134,7 +141,7 @@ class Server:
         except StopIteration as stop:
             reply = ["stop", str(stop.value)]
         except Exception as error:
-            reply = ["raise", *self._describe(error)]
+            reply = ["raise", self._pack(error)]
         except BaseException as error:
             reply = ["exit", type(error).__name__]
         send_frame(self.replies, reply)
@@ -143,62 +150,100 @@ class Server:
         exec(compile(code, "program.py", "exec", dont_inherit=True, optimize=0), self.module.__dict__)
         return ["ok", sorted(name for name in self.module.__dict__ if isinstance(name, str))]
 
+    def _define(self, names: list[str], sources: list[str]) -> list[Any]:
+        """Take over classes of the tests, as if they had been defined after the program."""
+        for source in sources:
+            try:
+                exec(source, self.module.__dict__)
+            except Exception:  # an import that only the tests need
+                continue
+        self.shared.update(names)
+        return ["ok", all(isinstance(self.module.__dict__.get(name), type) for name in names)]
+
     def _global(self, name: str) -> list[Any]:
         value = self.module.__dict__[name]
         if isinstance(value, ModuleType):
             return ["ok", {"t": "module", "v": value.__name__}]
         if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == "program":
-            return ["ok", {"t": "exception", "v": self._bases(value), "h": self._export(value)["v"]}]
+            return [
+                "ok",
+                {"t": "exception", "v": [base.__name__ for base in value.__mro__[:-1]], "h": self._handle(value)["v"]},
+            ]
         for module in SHARED_MODULES:
             if module in sys.modules and getattr(sys.modules[module], name, self) is value:
                 return ["ok", {"t": "shared", "v": module}]
-        return ["ok", self._encode(value)]
+        return ["ok", self._pack(value)]
 
-    def _call(self, target: Any, args: list[Any], kwargs: Any, stdin: str | None, capture: bool) -> list[Any]:
-        function = self._decode(target)
-        values = [self._decode(node) for node in args]
-        named = {name: self._decode(node) for name, node in kwargs.items()}
-        streams = sys.stdin, sys.stdout
+    def _call(
+        self, target: Any, nodes: list[Any], names: list[str], stdin: str | None, capture: bool, patched: dict[str, Any]
+    ) -> list[Any]:
+        """Call `target`; the last of the arguments `nodes` have `names`."""
+        function = self._unpack(target)
+        arrived: dict[int, Any] = {}
+        self.instances.arrived = arrived
+        values = [self._unpack(node) for node in nodes]
+        at = len(values) - len(names)
+        named = dict(zip(names, values[at:], strict=True))
+        streams, builtin = (sys.stdin, sys.stdout), {name: getattr(builtins, name) for name in patched}
         written = io.StringIO()
         try:
             if stdin is not None:
                 sys.stdin = io.StringIO(stdin)
             if capture:
                 sys.stdout = written
-            result = function(*values, **named)
+            for name, node in patched.items():
+                setattr(builtins, name, self._unpack(node))
+            result = function(*values[:at], **named)
         except StopIteration:
             raise
         except Exception as error:
-            return ["raise", *self._describe(error), self._changes(args, values), written.getvalue()]
+            return ["raise", self._pack(error), self._changes(nodes, values, [*arrived.values()]), written.getvalue()]
         finally:
-            if stdin is not None or capture:
-                sys.stdin, sys.stdout = streams
-        return ["ok", self._encode(result), self._changes(args, values), written.getvalue()]
+            sys.stdin, sys.stdout = streams
+            for name, value in builtin.items():
+                setattr(builtins, name, value)
+        same = [position for position, value in enumerate(values) if value is result and is_mutable(value)]
+        node = {"t": "argument", "v": same[0]} if same else self._pack(result)
+        return ["ok", node, self._changes(nodes, values, [*arrived.values()]), written.getvalue()]
 
-    def _changes(self, nodes: list[Any], values: list[Any]) -> dict[str, Any]:
-        """Arguments that are no longer what was sent."""
+    def _changes(self, nodes: list[Any], values: list[Any], arrived: list[Any]) -> dict[str, Any]:
+        """Arguments that are no longer what was sent, by position, and the instances among them as "instances"."""
         changed = {}
         for position, (node, value) in enumerate(zip(nodes, values, strict=True)):
-            if isinstance(value, MUTABLE):
-                now = self._encode(value)
+            if is_mutable(value):
+                now = self._pack(value)
                 if now != node:
                     changed[str(position)] = now
+        if arrived:
+            changed["instances"] = self._pack(arrived)
         return changed
 
     def _operate(self, name: str, args: list[Any]) -> list[Any]:
-        return ["ok", self._encode(OPERATIONS[name](*map(self._decode, args)))]
+        return ["ok", self._pack(OPERATIONS[name](*map(self._unpack, args)))]
 
     # -- values -------------------------------------------------------------------------------------------------
 
-    def _encode(self, value: Any) -> Any:
-        return encode(value, self._export)
+    def _pack(self, value: Any) -> Any:
+        return self.instances.pack(value, self._export)
 
-    def _decode(self, node: Any) -> Any:
+    def _unpack(self, node: Any) -> Any:
         return decode(node, self._import)
+
+    def _class(self, name: str) -> type:
+        return self.module.__dict__[name]
 
     def _export(self, value: Any) -> Any:
         if isinstance(value, _Callback):
             return {"t": "callback", "v": value.number}
+        kind = type(value)
+        if kind.__name__ in self.shared and self.module.__dict__.get(kind.__name__) is kind:
+            return self.instances.refer(value)
+        if isinstance(value, Exception):
+            own = self._handle(value)["v"] if kind.__module__ == "program" else None
+            return {"t": "error", "v": [*describe_error(value, self._export), own]}
+        return self._handle(value)
+
+    def _handle(self, value: Any) -> Any:
         number = self.numbers.get(id(value))
         if number is None:
             number = self.numbers[id(value)] = len(self.objects)
@@ -211,29 +256,24 @@ class Server:
         if node["t"] == "callback":
             return _Callback(self, node["v"])
         if node["t"] == "iterator":
-            return iter([self._decode(item) for item in node["v"]])
-        raise TransferError(f"unknown tag {node['t']}")
+            return _Iterator(self, node["v"])
+        if node["t"] == "error":
+            names, args, state, text = node["v"]
+            found = (self.module.__dict__.get(name) or getattr(builtins, name, None) for name in names)
+            kind = next(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
+            return build_error(kind, args, state, text, self._import)
+        return self.instances.unpack(node, self._import)
 
-    def _describe(self, error: Exception) -> list[Any]:
-        try:
-            args = [self._encode(arg) for arg in error.args]
-        except Exception:
-            args = [str(error)]
-        return [self._bases(type(error)), args, " ".join(f"{type(error).__name__}: {error}".split())[:300]]
-
-    @staticmethod
-    def _bases(kind: type) -> list[str]:
-        return [base.__name__ for base in kind.__mro__[:-1]]
-
-    def call_checker(self, number: int, args: Any) -> Any:
+    def call_checker(self, number: int, args: Any, kwargs: Any) -> Any:
         """Run one of the tests' own functions, which stays in the checker."""
-        send_frame(self.replies, ["callback", number, [self._encode(arg) for arg in args]])
+        named = {name: self._pack(value) for name, value in kwargs.items()}
+        send_frame(self.replies, ["callback", number, [self._pack(arg) for arg in args], named])
         while True:
             message = receive_frame(self.requests)
             if message[0] == "result":
-                return self._decode(message[1])
+                return self._unpack(message[1])
             if message[0] == "failed":
-                raise RuntimeError(f"function given by the test raised {message[1]}")
+                raise self._unpack(message[1])
             self._serve(message)
 
 
@@ -243,5 +283,15 @@ class _Callback:
     def __init__(self, server: Server, number: int) -> None:
         self._server, self.number = server, number
 
-    def __call__(self, *args: Any) -> Any:
-        return self._server.call_checker(self.number, args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._server.call_checker(self.number, args, kwargs)
+
+
+class _Iterator(_Callback):
+    """Stands for an iterator of the tests, which may be endless."""
+
+    def __iter__(self) -> _Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        return self._server.call_checker(self.number, (), {})

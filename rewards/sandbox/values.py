@@ -12,22 +12,28 @@ hand over an object whose `==` lies. Everything else crosses as a handle: a numb
 from __future__ import annotations
 
 import base64
+import builtins
 import collections
 import datetime
 import decimal
+import enum
 import fractions
+import io
+import pathlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 LARGEST_JSON_INTEGER = 2**63  # larger ones go as hexadecimal: no digit limit, no quadratic conversion
 AS_IS = {str, float, bool, type(None)}
-MUTABLE = (list, dict, set, bytearray, collections.deque)
+MUTABLE = (list, dict, set, bytearray, collections.deque, io.StringIO, io.BytesIO)
 DATA_BASES: tuple[Callable[[Any], Any], ...] = (int, float, str, bytes, list, tuple, dict, set, frozenset)
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (int, float, complex, str, bytes, bool, list, tuple, dict, set, frozenset, object, type(None))
 }
+TYPES |= {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+ARRAY_KINDS = "biufcSUmM"
 
 
 class TransferError(Exception):
@@ -74,14 +80,19 @@ def decode(node: Any, handle: Other) -> Any:
         raise TransferError(f"not a value: {type(error).__name__}: {error}") from None
 
 
+def is_mutable(value: Any) -> bool:
+    """Whether a call can change a value that crosses as data."""
+    return isinstance(value, MUTABLE) or (_is_array(value) and value.ndim > 0)
+
+
 def restore(original: Any, changed: Any) -> None:
     """Make the mutable `original` equal to `changed` in place, keeping the identity of what it contains."""
     if isinstance(original, list):
-        original[:] = [_merged(*pair) for pair in zip(original, changed, strict=False)] + changed[len(original) :]
+        original[:] = [merged(*pair) for pair in zip(original, changed, strict=False)] + changed[len(original) :]
     elif isinstance(original, dict):
-        merged = {key: _merged(original.get(key), value) for key, value in changed.items()}
+        entries = {key: merged(original.get(key), value) for key, value in changed.items()}
         original.clear()
-        original.update(merged)
+        original.update(entries)
     elif isinstance(original, set):
         original.clear()
         original.update(changed)
@@ -90,9 +101,17 @@ def restore(original: Any, changed: Any) -> None:
     elif isinstance(original, collections.deque):
         original.clear()
         original.extend(changed)
+    elif isinstance(original, io.StringIO | io.BytesIO):
+        original.seek(0)
+        original.truncate()
+        original.write(changed.getvalue())
+        original.seek(changed.tell())
+    elif _is_array(original) and original.shape == changed.shape:
+        original[...] = changed
 
 
-def _merged(old: Any, new: Any) -> Any:
+def merged(old: Any, new: Any) -> Any:
+    """`new`, or `old` made equal to it where both are mutable and of one type."""
     if type(old) is type(new) and isinstance(old, MUTABLE):
         restore(old, new)
         return old
@@ -102,11 +121,13 @@ def _merged(old: Any, new: Any) -> Any:
 def _encode_unusual(value: Any, kind: type, other: Other) -> Any:
     if isinstance(value, type) and TYPES.get(value.__name__) is value:
         return {"t": "type", "v": value.__name__}
-    if type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufcSU":
-        if value.ndim == 0:
+    if _is_array(value) and value.dtype.kind in ARRAY_KINDS:
+        if value.ndim == 0 and value.dtype.kind not in "mM":
             return encode(value.item(), other)
         data = base64.b64encode(value.tobytes()).decode("ascii")
         return {"t": "ndarray", "v": [value.dtype.str, list(value.shape), data]}
+    if isinstance(value, enum.Enum) and kind.__module__ == "tests":  # both sides have the class
+        return other(value)
     # A type the program made is an object with behaviour; any other subclass (numpy.float64, a str enum) is data.
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return {"t": "namedtuple", "v": [kind.__name__, list(kind._fields), [encode(v, other) for v in value]]}
@@ -115,6 +136,51 @@ def _encode_unusual(value: Any, kind: type, other: Other) -> Any:
             if isinstance(value, base):  # type: ignore[arg-type]
                 return encode(base(value), other)
     return other(value)
+
+
+def describe_error(error: BaseException, other: Other) -> list[Any]:
+    """An exception as JSON: names of its classes, arguments, attributes, text."""
+    try:
+        args = [encode(arg, other) for arg in error.args]
+        state = [[name, encode(value, other)] for name, value in vars(error).items() if not name.startswith("_")]
+        if error.__cause__ is not None:
+            state.append(["__cause__", encode(error.__cause__, other)])
+        text = str(error)
+    except Exception:
+        args, state, text = [], [], "an exception that cannot be shown"
+    return [[base.__name__ for base in type(error).__mro__[:-1]], args, state, text]
+
+
+def build_error(kind: type[Exception], args: list[Any], state: list[Any], text: str, handle: Other) -> Exception:
+    """An exception of class `kind` with these arguments and attributes; a RuntimeError where these do not fit it."""
+    values = tuple(decode(arg, handle) for arg in args)
+    try:
+        error = kind(*values)
+    except Exception:
+        try:
+            error = kind.__new__(kind)
+            error.args = values
+        except Exception:
+            error = RuntimeError(text)
+    for name, node in state:
+        value = decode(node, handle)
+        if name == "__cause__" and isinstance(value, BaseException):
+            error.__cause__ = value
+        elif not name.startswith("_") and not hasattr(type(error), name):
+            setattr(error, name, value)
+    return error
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray | numpy.generic)
+
+
+def load_numpy() -> Any:
+    """The module that arrays are made with; the checker puts a guarded one here."""
+    import numpy
+
+    return numpy
 
 
 def _items(values: Iterable[Any], other: Other) -> list[Any]:
@@ -142,6 +208,9 @@ _ENCODERS: dict[type, Callable[[Any, Other], Any]] = {
     collections.OrderedDict: _pairs,
     collections.Counter: _pairs,
     collections.defaultdict: _pairs,
+    type({}.keys()): _items,
+    type({}.values()): _items,
+    type({}.items()): _items,
     bytes: lambda value, other: base64.b64encode(value).decode("ascii"),
     bytearray: lambda value, other: base64.b64encode(value).decode("ascii"),
     complex: lambda value, other: [value.real, value.imag],
@@ -153,6 +222,10 @@ _ENCODERS: dict[type, Callable[[Any, Other], Any]] = {
     datetime.datetime: _iso,
     datetime.date: _iso,
     datetime.time: _iso,
+    pathlib.PosixPath: _text,
+    pathlib.PurePosixPath: _text,
+    io.StringIO: lambda value, other: [value.getvalue(), value.tell()],
+    io.BytesIO: lambda value, other: [base64.b64encode(value.getvalue()).decode("ascii"), value.tell()],
     datetime.timedelta: lambda value, other: [value.days, value.seconds, value.microseconds],
 }
 
@@ -171,14 +244,17 @@ def _decode_namedtuple(node: Any, handle: Other) -> Any:
 
 
 def _decode_array(node: Any, handle: Other) -> Any:
-    import numpy
-
+    numpy = load_numpy()
     dtype, shape, data = node
-    if not isinstance(dtype, str) or numpy.dtype(dtype).kind not in "biufcSU":
+    if not isinstance(dtype, str) or numpy.dtype(dtype).kind not in ARRAY_KINDS:
         raise TransferError(f"array of {dtype}")
-    if 0 in shape:
-        raise TransferError("an empty array, which broadcasts to equal anything")
     return numpy.frombuffer(base64.b64decode(data), dtype=dtype).reshape(shape).copy()
+
+
+def _decode_stream(kind: Callable[[Any], Any], node: Any, content: Any) -> Any:
+    stream = kind(content)
+    stream.seek(node[1])
+    return stream
 
 
 _DECODERS: dict[str, Callable[[Any, Other], Any]] = {
@@ -191,6 +267,13 @@ _DECODERS: dict[str, Callable[[Any, Other], Any]] = {
     "OrderedDict": lambda node, handle: collections.OrderedDict(_decode_pairs(node, handle)),
     "Counter": lambda node, handle: collections.Counter(_decode_pairs(node, handle)),
     "defaultdict": lambda node, handle: collections.defaultdict(None, _decode_pairs(node, handle)),
+    "dict_keys": lambda node, handle: dict.fromkeys(_decode_items(node, handle)).keys(),
+    "dict_values": lambda node, handle: dict(enumerate(_decode_items(node, handle))).values(),
+    "dict_items": lambda node, handle: dict(_decode_items(node, handle)).items(),
+    "PosixPath": lambda node, handle: pathlib.PosixPath(node),
+    "PurePosixPath": lambda node, handle: pathlib.PurePosixPath(node),
+    "StringIO": lambda node, handle: _decode_stream(io.StringIO, node, node[0]),
+    "BytesIO": lambda node, handle: _decode_stream(io.BytesIO, node, base64.b64decode(node[0])),
     "bytes": lambda node, handle: base64.b64decode(node),
     "bytearray": lambda node, handle: bytearray(base64.b64decode(node)),
     "complex": lambda node, handle: complex(float(node[0]), float(node[1])),
