@@ -373,7 +373,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rl.evaluation.compare import Comparison, compare, recipe_overrides
+    from rl.evaluation.compare import ComparisonPlan, compare, recipe_overrides
 
     config = _config(args)
     mixed = next((name for name in args.recipes if "=" in name), None)
@@ -386,7 +386,7 @@ def _compare(args: argparse.Namespace) -> int:
         variants[name] = overrides
     if not variants:
         raise ValueError("there is nothing to compare: give --recipes or --variant")
-    comparison = Comparison(
+    comparison = ComparisonPlan(
         args.config, variants, args.seeds, Path(args.output), args.overrides, args.warm_start, args.jobs
     )
     table, results, plot = compare(comparison)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rl.evaluation.export_samples import export_samples
-from rl.evaluation.generations import Batch, Generation, GenerationFolder
+from rl.evaluation.generations import BatchCost, Generation, GenerationFolder
 from rl.tasks.load import load_task
 from rl.tasks.records import Record, read_records
 from rl.tasks.templates import choose_template
@@ -45,7 +45,7 @@ def kept(folder: Path, task: str, template: str, completions: list[tuple[str, li
         for prompt_id, texts in completions
         for sample, text in enumerate(texts)
     ]
-    result.append(made, Batch("static@4", len(made), 1, 1.0, 0.0))
+    result.append(made, BatchCost("static@4", len(made), 1, 1.0, 0.0))
     result.close()
     return result
 

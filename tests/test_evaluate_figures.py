@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rl.evaluation.figures import default_ks, figures, table
-from rl.evaluation.generations import Batch, Generation, GenerationFolder
+from rl.evaluation.generations import BatchCost, Generation, GenerationFolder
 
 
 def made(prompt: str, sample: int, reward: float | None, tokens: int = 4, steps: int = 2, **other: Any) -> Generation:
@@ -22,7 +22,7 @@ def made(prompt: str, sample: int, reward: float | None, tokens: int = 4, steps:
 def test_four_samples_of_two_problems() -> None:
     rewards = {"a": [1.0, 0.0, 1.0, 0.5], "b": [0.0, 0.0, 0.0, 1.0]}
     generations = [made(name, i, value) for name, values in rewards.items() for i, value in enumerate(values)]
-    result = figures(generations, [Batch("static@2", 8, tokens=32, seconds=4.0, reward_seconds=9.0)])
+    result = figures(generations, [BatchCost("static@2", 8, tokens=32, seconds=4.0, reward_seconds=9.0)])
     assert result.samples == 4
     assert result.avg == (2 / 4 + 1 / 4) / 2  # a reward of 0.5 is not right
     assert result.mean_reward == 3.5 / 8
@@ -79,8 +79,8 @@ def test_default_ks() -> None:
 SETTINGS = {"model": {"path": "m"}, "samples": 2, "decoders": {"static@2": {"t": 0.0}}, "seed": 0}
 
 
-def batch(count: int) -> Batch:
-    return Batch("static@2", count, 4 * count, 1.0, 0.5)
+def batch(count: int) -> BatchCost:
+    return BatchCost("static@2", count, 4 * count, 1.0, 0.5)
 
 
 def test_half_a_line_is_cut_off_and_the_rest_kept(tmp_path: Path) -> None:

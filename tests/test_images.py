@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from rewards.digits import DigitClassifier, DigitJudge, digits
 from rl.cli import main
 from rl.estimators.denoising import noised
-from rl.evaluation.compare import Comparison, _warm_start
+from rl.evaluation.compare import ComparisonPlan, _warm_start
 from rl.models.class_policy import ClassPolicy, new_policy
 from rl.tasks.digits import DigitsTask
 from rollouts.samplers.gaussian import make_steps, predicted_x0
@@ -91,7 +91,7 @@ def test_a_finished_supervised_stage_is_not_repeated(tmp_path: Path) -> None:
     assert main(["sft", *arguments]) == 0
     assert ClassPolicy.from_pretrained(tmp_path / "out" / "warm-0" / "model").classes == list("0123456789")
     assert not list((tmp_path / "out" / "warm-0").glob("*.partial"))
-    _warm_start(Comparison(arguments[1], {}, (0,), tmp_path / "out"), 0)
+    _warm_start(ComparisonPlan(arguments[1], {}, (0,), tmp_path / "out"), 0)
     assert not (tmp_path / "out" / "warm-0.log").exists()
 
 

@@ -1,8 +1,8 @@
 """`denoise-rl align`: ways to align one pretrained model with one reward, side by side.
 
 A row of the table is the pretrained model, a search over its samples, or a recipe that fine-tunes it. All rows share
-the pretrained model and the oracles, which are trained here where their files are missing (the model by the `sft`
-stage). What is finished is kept: a second call computes the missing rows only.
+the pretrained model and the oracles. Where their files are missing they are trained here, the model by the `sft` stage.
+Finished rows are kept: a second call computes the missing ones.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from rewards.run import RewardRunner
 from rewards.table import RewardPart
 from rl.config import Config, load_config, save_config
+from rl.evaluation.intervals import t_half_width
 from rl.evaluation.likelihood import log_likelihoods
 from rl.evaluation.search import parse_search, search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
@@ -33,7 +34,7 @@ from rl.train.run import Run
 
 @dataclass
 class Samples:
-    """What a row gives, and what it cost.
+    """The samples of a row, and their cost.
 
     Attributes:
         texts, ids: [S] completions.
@@ -75,7 +76,7 @@ def align(config: Config) -> list[dict[str, Any]]:
 
 
 def check_rows(config: Config) -> None:
-    """Everything that can be found wrong with the rows before an hour is spent on them."""
+    """Find mistakes in the rows before an hour is spent on them."""
     from rl.registry import parse_recipe
 
     if not config.align.rows:
@@ -93,7 +94,7 @@ def check_rows(config: Config) -> None:
 
 
 def _row_settings(config: Config, row: AlignRow) -> dict[str, Any]:
-    """What a row's numbers depend on; another value computes the row again."""
+    """All that a row's numbers depend on; another value computes the row again."""
     kept = config.model_dump(mode="json", include={"task", "sampler", "reward", "train", "sft", "model"})
     align = config.align.model_dump(mode="json", exclude={"rows"})
     return {**kept, "align": align, "row": row.model_dump(mode="json"), "seed": config.run.seed}
@@ -182,7 +183,7 @@ def _sample(run: Run, row: AlignRow) -> Samples:
         engine = run.engine(run.model)
         seeds = [[request_seed(config.run.seed + 7_919, i, 0)] for i in range(count)]
         trajectories, of = engine.generate(run.modality.requests(rows, seeds, None)), rows
-        # As searches count it: what a sample costs must not depend on how many are drawn beside it.
+        # As searches count it: the cost of a sample must not depend on how many share its batch.
         spent = (engine.stats.rows_asked, 0)
     texts, columns = run.modality.finished(trajectories)
     ids = columns["completion_ids"]
@@ -221,10 +222,6 @@ def judge_samples(run: Run, samples: Samples, pretrained: str) -> dict[str, floa
     return numbers
 
 
-# Student's 97.5 % quantile by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-
-
 def summary_lines(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """The table as text: means over seeds, with the half-width of a 95 % interval where there are several."""
     first = tables[0]
@@ -236,8 +233,7 @@ def summary_lines(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
             values = np.array([table[index][name] for table in tables], dtype=np.float64)
             text = f"{values.mean():.4g}"
             if len(values) > 1 and values.std() > 0:
-                half = _T.get(len(values) - 1, 1.96) * values.std(ddof=1) / len(values) ** 0.5
-                text += f"±{half:.2g}"
+                text += f"±{t_half_width(values.tolist()):.2g}"
             line.append(text)
         cells.append(line)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rewards.run import RewardRunner
-from rl.evaluation.generations import Batch, Generation
+from rl.evaluation.generations import BatchCost, Generation
 from rl.evaluation.scoring import score
 from rl.tasks.base import Row
 from rl.train.rollouts import request_seed
@@ -38,7 +38,7 @@ class Problem:
 
 @dataclass
 class Answers:
-    """What one rank got for one batch.
+    """The part of a batch that one rank sampled.
 
     Attributes:
         generations: in the order they were asked for.
@@ -48,7 +48,7 @@ class Answers:
     """
 
     generations: list[Generation]
-    batch: Batch
+    batch: BatchCost
     stats: dict[str, float]
     step_reward: list[np.ndarray]
 
@@ -110,7 +110,7 @@ class Evaluator:
             table = score(self.rewards, self.cut, examples, sampled, columns)
             if self.every_step:
                 step_reward, _ = self.run.judge.score_x0(examples, trajectories, completions, table, verifier=True)
-        batch = Batch(
+        batch = BatchCost(
             decoder,
             len(pairs),
             tokens=sum(len(made.completion_ids) for made in generations),

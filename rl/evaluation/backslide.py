@@ -10,16 +10,15 @@ import numpy as np
 
 @dataclass
 class Backslide:
-    """Of rollouts whose every step's full fill was judged; a fill is right when its reward is at least 1.
+    """Shares of rollouts, from the rewards of every step's x0 prediction, which is right at a reward of at least 1.
 
-    Example: fills right, right, wrong in one rollout and wrong, wrong, right in the other: share 0.5, steps 2.0,
-    ever 1.0.
+    Example: right, right, wrong in one rollout and wrong, wrong, right in the other: share 0.5, steps 2.0, ever 1.0.
 
     Attributes:
         share: rollouts that were right at an earlier step and wrong at the end.
         steps: mean number of right steps of these; 0 when there are none.
         ever: rollouts that were right at some step.
-        unscored: number of rollouts that are in none of these, because a fill of theirs has no score.
+        unscored: number of rollouts that are in none of these, because a prediction of theirs has no score.
     """
 
     share: float
@@ -35,7 +34,7 @@ class Backslide:
 
 
 def backslide_of(step_reward: Sequence[np.ndarray]) -> Backslide:
-    """From the rewards of every step's fill, float64 [T_i] each, NaN for one without a score."""
+    """From the rewards of every step's x0 prediction, float64 [T_i] each, NaN for one without a score."""
     right = [reward >= 1.0 for reward in step_reward if len(reward) and not np.isnan(reward).any()]
     unscored = len(step_reward) - len(right)
     if not right:

@@ -9,7 +9,7 @@ from typing import Any
 from rl.config import Config
 from rl.evaluation.answers import Evaluator, Problem
 from rl.evaluation.figures import Figures
-from rl.evaluation.generations import Batch, GenerationFolder
+from rl.evaluation.generations import BatchCost, GenerationFolder
 from rl.evaluation.scoring import as_asked, judge_of, load_examples, reward_settings, write_results
 from rl.evaluation.settings import (
     device_name,
@@ -35,7 +35,7 @@ MAX_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """What to evaluate, besides the config.
+    """The options of an evaluation that are not in the config.
 
     Attributes:
         data: file of problems in the task's published format; None takes the hub's or the task's own.
@@ -195,7 +195,7 @@ def _generate(
         own = evaluator.ask(engine, name, mine)
         parts = distributed.gather_objects((own.generations, own.batch))
         generations = [generation for part, _ in parts for generation in part]
-        batch = Batch(
+        batch = BatchCost(
             name,
             len(generations),
             tokens=sum(part.tokens for _, part in parts),

@@ -117,7 +117,7 @@ def report(
     examples: Sequence[Row],
     export: str | None = None,
 ) -> list[str]:
-    """What an evaluation prints: the conventions it followed, the table, and where everything is."""
+    """The lines that an evaluation prints: the conventions it followed, the table, and where everything is."""
     if not results:  # a rank that does not write
         return []
     settings = folder.settings

@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config, load_config
+from rl.evaluation.intervals import t_half_width
 from rl.registry import parse_recipe
 from rl.train.plan import plan_lines
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What to compare.
+class ComparisonPlan:
+    """Recipes to compare, and on what.
 
-    Example: `Comparison("configs/quickstart.yaml", {"mdpo": ["algorithm={name: mdpo}"]}, (0, 1, 2), Path("runs/x"))`.
+    Example: `ComparisonPlan("configs/quickstart.yaml", {"mdpo": ["algorithm={name: mdpo}"]}, (0, 1), Path("runs/x"))`.
 
     Attributes:
         variants: name -> overrides of the config.
@@ -62,7 +61,7 @@ def recipe_overrides(config: Config, name: str) -> list[str]:
     return overrides
 
 
-def compare(comparison: Comparison) -> tuple[str, Path, Path]:
+def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     """Run what is missing; returns the table, and the paths of results.json and of the plot.
 
     Raises:
@@ -92,7 +91,7 @@ def compare(comparison: Comparison) -> tuple[str, Path, Path]:
     return table, results, plot_budgets(folders, metric, comparison.output / "budgets.png")
 
 
-def _command(comparison: Comparison, name: str, overrides: Sequence[str], log: Path) -> None:
+def _command(comparison: ComparisonPlan, name: str, overrides: Sequence[str], log: Path) -> None:
     """Run a `denoise-rl` command, its output in a log file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     config = [] if comparison.config is None else ["--config", comparison.config]
@@ -103,14 +102,14 @@ def _command(comparison: Comparison, name: str, overrides: Sequence[str], log: P
         raise ValueError(f"{log.stem} of the comparison failed with exit code {code}: see {log}")
 
 
-def _warm_start(comparison: Comparison, seed: int) -> None:
+def _warm_start(comparison: ComparisonPlan, seed: int) -> None:
     folder = comparison.output / f"warm-{seed}"
     if comparison.warm_start is None and not (folder / "model").is_dir():
         where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
         _command(comparison, "sft", [*comparison.common, *where], comparison.output / f"warm-{seed}.log")
 
 
-def _run(comparison: Comparison, name: str, seed: int) -> None:
+def _run(comparison: ComparisonPlan, name: str, seed: int) -> None:
     folder = comparison.output / f"{name}-{seed}"
     if (folder / "summary.json").exists():
         return
@@ -172,5 +171,4 @@ def interval(values: Sequence[float], sign: str = "") -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:{sign}.3f}"
-    half = T_QUANTILE.get(len(values) - 1, 2.228) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{sign}.3f} ± {half:.3f}"
+    return f"{mean:{sign}.3f} ± {t_half_width(values):.3f}"

@@ -32,15 +32,15 @@ def check_format(name: str, task: str) -> None:
         raise ValueError(f"--export {name} is for the task {' or '.join(FORMATS[name])}, not for {task}")
 
 
-def export_samples(folder: GenerationFolder, name: str, template: Template, rows: Sequence[Row]) -> list[Path]:
+def export_samples(folder: GenerationFolder, name: str, template: Template, examples: Sequence[Row]) -> list[Path]:
     """Write one file per decoder into the folder.
 
     A problem without any completion is in no file; one that was too long to ask has an empty completion.
 
     Args:
         name: a key of `FORMATS`.
-        template: what the completions were asked with: it says where they end.
-        rows: the problems.
+        template: the one that the completions were asked with; it says where they end.
+        examples: the problems.
 
     Returns:
         the files, `human-eval-static@8.jsonl`.
@@ -56,42 +56,42 @@ def export_samples(folder: GenerationFolder, name: str, template: Template, rows
         own = [generation for generation in generations if generation.decoder == decoder]
         if name == "livecodebench":
             path = folder.path / f"{name}-{decoder}.json"
-            path.write_text(json.dumps(_livecodebench(own, template, rows), indent=1) + "\n")
+            path.write_text(json.dumps(_livecodebench(own, template, examples), indent=1) + "\n")
         else:
             path = folder.path / f"{name}-{decoder}.jsonl"
-            path.write_text("".join(json.dumps(line) + "\n" for line in _lines(own, name, template, rows)))
+            path.write_text("".join(json.dumps(line) + "\n" for line in _lines(own, name, template, examples)))
         files.append(path)
     return files
 
 
-def program_of(row: Row, template: Template, completion: str) -> str:
-    """The program a completion stands for: its code, behind the problem's own text where it only continues that."""
+def program_of(example: Row, template: Template, completion: str) -> str:
+    """The program that a completion means: its code, after the problem's own text where it only continues that."""
     code = extract_code(template.cut(completion))
-    prefix = row.get("code_prefix")
+    prefix = example.get("code_prefix")
     return f"{prefix}{code}" if prefix and not template.chat else code
 
 
 def _lines(
-    generations: Sequence[Generation], name: str, template: Template, rows: Sequence[Row]
+    generations: Sequence[Generation], name: str, template: Template, examples: Sequence[Row]
 ) -> list[dict[str, str]]:
-    by_id = {row["prompt_id"]: row for row in rows}
+    by_id = {example["prompt_id"]: example for example in examples}
     lines = []
     for generation in generations:
-        row = by_id[generation.prompt_id]
+        example = by_id[generation.prompt_id]
         if name == "evalplus":
-            answer = {"solution": program_of(row, template, generation.completion)}
+            answer = {"solution": program_of(example, template, generation.completion)}
         else:
             code = extract_code(template.cut(generation.completion))
-            # human-eval puts the completion right behind the prompt.
+            # human-eval puts the completion directly after the prompt.
             answer = {"completion": code if not template.chat else f"\n{code}"}
         lines.append({"task_id": generation.prompt_id, **answer})
     return lines
 
 
 def _livecodebench(
-    generations: Sequence[Generation], template: Template, rows: Sequence[Row]
+    generations: Sequence[Generation], template: Template, examples: Sequence[Row]
 ) -> list[dict[str, object]]:
-    codes: dict[str, list[str]] = {row["prompt_id"]: [] for row in rows}
+    codes: dict[str, list[str]] = {example["prompt_id"]: [] for example in examples}
     for generation in sorted(generations, key=lambda generation: generation.sample):
         codes[generation.prompt_id].append(extract_code(template.cut(generation.completion)))
     return [{"question_id": prompt_id, "code_list": code_list} for prompt_id, code_list in codes.items() if code_list]

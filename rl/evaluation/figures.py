@@ -1,4 +1,4 @@
-"""What generations amount to: avg@k, pass@k, intervals, parallelism and speed."""
+"""Figures of generations: avg@k, pass@k, intervals, parallelism and speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from rl.evaluation.generations import Batch, Generation
+from rl.evaluation.generations import BatchCost, Generation
 from rl.evaluation.intervals import bootstrap_interval, pass_at_k, wilson_interval
 
 
@@ -59,7 +59,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def figures(generations: Sequence[Generation], batches: Sequence[Batch], ks: Sequence[int] = ()) -> Figures:
+def figures(generations: Sequence[Generation], batches: Sequence[BatchCost], ks: Sequence[int] = ()) -> Figures:
     """The figures of one decoder's generations.
 
     Args:

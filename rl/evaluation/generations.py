@@ -1,6 +1,6 @@
-"""The folder of an evaluation: every generation as a line, the settings that made it, and what came out.
+"""The folder of an evaluation: every generation as a line, the settings that made it, and the figures.
 
-settings.json       what was evaluated, exactly; written first, compared when a run continues
+settings.json       everything that a score depends on; written first, compared when a run continues
 generations.jsonl   one line per prompt, sample and decoder, written as they come
 batches.jsonl       work and time of every batch of them
 results.json        the figures
@@ -18,8 +18,8 @@ from typing import Any
 
 from rl.files import write_json, write_whole
 
-# May differ between two calls that share a folder: where something lies (its content is compared), and how much is
-# asked for.
+# These may differ between two calls that share a folder: the place of a file (its content is compared), and the number
+# of samples.
 FREE = ("model.path", "model.tokenizer", "data.file", "samples")
 
 
@@ -59,8 +59,8 @@ class Generation:
 
 
 @dataclass
-class Batch:
-    """What one batch of a decoder cost: answer tokens, wall seconds of sampling and of scoring."""
+class BatchCost:
+    """Cost of one batch of a decoder: answer tokens, wall seconds of sampling and of scoring."""
 
     decoder: str
     completions: int
@@ -78,7 +78,7 @@ class GenerationFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is in settings.json.
+        """The content of settings.json.
 
         Raises:
             ValueError: there is none, or it cannot be read.
@@ -141,10 +141,10 @@ class GenerationFolder:
         """All generations in the order they were written; half a last line (a killed run) is cut off the file."""
         return [Generation(**record) for record in self._lines("generations.jsonl")]
 
-    def batches(self) -> list[Batch]:
-        return [Batch(**record) for record in self._lines("batches.jsonl")]
+    def batches(self) -> list[BatchCost]:
+        return [BatchCost(**record) for record in self._lines("batches.jsonl")]
 
-    def append(self, generations: Sequence[Generation], batch: Batch) -> None:
+    def append(self, generations: Sequence[Generation], batch: BatchCost) -> None:
         """Write a batch; it is on disk when this returns."""
         self._append("generations.jsonl", generations)
         self._append("batches.jsonl", [batch])

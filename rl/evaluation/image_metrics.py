@@ -1,7 +1,7 @@
 """Metrics of image sets that a collapsed or hacked model cannot raise. Pure functions of features; NumPy only.
 
 A feature is what a classifier's or encoder's last layer sees of an image; take one that no reward was trained with. The
-numbers belong together: precision and Fréchet distance fall behind when images leave the manifold of real ones, recall
+numbers belong together: precision and Fréchet distance get worse when images leave the manifold of real ones, recall
 and Vendi score when they become few. The Inception Score is left out on purpose: it rewards confident classes that are
 evenly used, and does not see that all images of a class are the same.
 """
@@ -129,7 +129,7 @@ def per_prompt(
     the metrics grow with the size of a set.
 
     Args:
-        metric: such as `vendi_score`.
+        metric: of features [n, D]; `vendi_score` is one.
         features: [N, D].
         prompts: [N] what each image was asked to be.
         correct: [N] whether it is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -46,6 +47,15 @@ def difference_interval(before: float, before_interval: Interval, after: float, 
     low = change - math.hypot(after - after_interval[0], before_interval[1] - before)
     high = change + math.hypot(after_interval[1] - after, before - before_interval[0])
     return low, high
+
+
+# Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom, and for 10 and more.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def t_half_width(values: Sequence[float]) -> float:
+    """Half-width of the 95 % t interval of the mean of at least 2 values, such as one for every seed."""
+    return _T[min(len(values) - 1, 10) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -5,9 +5,9 @@
 is lm-eval's own command with this model known to it. From Python:
 `lm_eval.simple_evaluate(model=DenoiseLM("MODEL"), tasks=["gsm8k"])`.
 
-What differs from an autoregressive model: a likelihood is the diffusion bound, by random masks unless it can be had
-exactly (`rl.evaluation.likelihood`); and a completion has a fixed room, `gen_length`, and a decoder to fill it. Both
-are in the results' config.
+Two things differ from an autoregressive model, and the results' config says both. A likelihood is the diffusion bound,
+by random masks unless it can be had exactly (`rl.evaluation.likelihood`). A completion has a fixed room, `gen_length`,
+and a decoder to fill it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class DenoiseLM(TemplateLM):
         self.likelihoods: list[Likelihood] = []
         self.truncated: Counter[str] = Counter()
 
-    # --- what lm-eval asks a model about itself --------------------------------------------------
+    # --- facts about the model ---------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -188,7 +188,7 @@ class DenoiseLM(TemplateLM):
         return scored
 
     def _fit(self, context: list[int], text: list[int]) -> Pair:
-        """Cut a context on the left so that the text fits behind it, as lm-eval's own models do; counted."""
+        """Cut a context on the left so that the text after it fits, as lm-eval's own models do; counted."""
         if len(text) >= self.max_length:
             raise ValueError(f"a text of {len(text)} tokens does not fit the model's {self.max_length} positions")
         room = self.max_length - len(text)

@@ -20,11 +20,10 @@ from rl.tasks.templates import Template
 
 
 def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | None) -> RewardConfig:
-    """How to judge: by the task's own reward, whatever was trained on, or by the one that is named.
+    """The reward section of an evaluation: the task's own reward, whatever was trained on, or the one that is named.
 
-    The task's own has the parameters that the config gives it, where it names it.
-
-    Generations are too dear to lose to a reward that fails: however many verdicts fail, they are counted and shown.
+    The task's own has the parameters of `reward.functions`, where that names it. Failed verdicts do not end an
+    evaluation, however many they are, since generations cost too much to lose: they are counted and shown.
 
     Args:
         config: mode, workers and time limit are taken from it.
@@ -102,7 +101,7 @@ def score(
     Args:
         cut: the part of a completion that is judged; None judges all of it.
         examples: example i is the problem of generation i.
-        columns: [M] values each, that rewards are told beside the examples' own.
+        columns: more columns for the rewards, [M] values each.
     """
     own: dict[str, list[Any]] = {key: [row.get(key) for row in examples] for key in examples[0] if key != "prompt"}
     judged = [cut(generation.completion) if cut else generation.completion for generation in generations]
@@ -114,7 +113,7 @@ def score(
 
 
 def _columns(generations: Sequence[Generation]) -> dict[str, list[Any]]:
-    """What the modality told rewards when these were sampled."""
+    """The columns that the modality gave to rewards when these were sampled."""
     steps = [generation.steps for generation in generations]
     return {
         "completion_ids": [generation.completion_ids for generation in generations],
@@ -161,7 +160,7 @@ def rescore(
     try:
         generations = folder.generations()
         by_id = {example["prompt_id"]: example for example in examples}
-        # What was never generated (a prompt that is too long) keeps its reason.
+        # A prompt that was too long to answer keeps its reason.
         sampled = [generation for generation in generations if generation.steps]
         with open_judge(judge) as rewards:
             if sampled:

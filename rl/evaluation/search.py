@@ -21,7 +21,7 @@ from rollouts.search.protocol import Budget, Search, SearchProblem
 
 @dataclass
 class SearchedRollouts:
-    """What a search found: S samples, those of a request together.
+    """S samples that searches found, those of a request together.
 
     Attributes:
         examples, trajectories, completions: [S].

@@ -1,4 +1,4 @@
-"""What a set of sampled sequences looks like beside its rewards. Pure functions on texts.
+"""Metrics of sets of sampled sequences that do not know their rewards. Pure functions on texts.
 
 A reward that is optimised too far shows here: samples alike (Hamming distance, uniqueness), or unlike data (k-mers).
 The log-likelihood under a model is in `likelihood.py`.

@@ -69,7 +69,7 @@ def texts_hash(texts: Iterable[str]) -> str:
 
 
 def model_settings(model: Any, path: str, tokenizer_path: str | None) -> dict[str, Any]:
-    """What identifies a model: its content, not its place."""
+    """The identity of a model: its content, not its place."""
     commit = getattr(model.config, "_commit_hash", None)
     return {
         "path": path,

@@ -1,8 +1,8 @@
 """The attention function that every backbone runs: the mask decides the kernel.
 
-A tensor goes to PyTorch's scaled dot-product attention, a FlexAttention `BlockMask` to FlexAttention.
-Nothing is ever causal by default, and transformers' own mask building is left out altogether: it would
-read restarting position ids as packed sequences, and a missing mask as a causal one.
+A tensor goes to PyTorch's scaled dot-product attention, a FlexAttention `BlockMask` to FlexAttention. Nothing is causal
+by default. transformers' own mask building is not used: it takes position ids that start again for packed sequences,
+and a missing mask for a causal one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""New prompt tokens that say what to generate.
+"""Conditions: new prompt tokens that say what to generate.
 
-Each starts with the embedding of a token the model knows, so the model is the same for either until the new one is
-trained. No condition is ever generated.
+Each starts with the embedding of a token that the model knows, so that the model answers to both in the same way until
+the new one is trained. No condition is ever generated.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
 
 
 def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
-    """What the folder's config.json says it is, in eval mode."""
+    """The model that the folder's config.json describes, in eval mode."""
     from safetensors import SafetensorError
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

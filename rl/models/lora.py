@@ -1,8 +1,8 @@
 """Low-rank adapters on language models (Hu et al. 2021, arXiv 2106.09685), through peft.
 
 Adapters sit below the output head, in the policy's `body`, and are all that is trained. The policy keeps its class, so
-sampling, scoring, copies and ZeRO know nothing of them. A saved policy is the adapters in peft's layout, the
-name of the model they belong to, and the config.json that the policy would have without them.
+sampling, scoring, copies and ZeRO know nothing of them. A saved policy is the adapters in peft's layout, the name of
+the model they belong to, and the config.json that the policy would have without them.
 """
 
 from __future__ import annotations

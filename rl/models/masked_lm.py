@@ -1,8 +1,8 @@
 """Any Hugging Face masked language model (BERT, RoBERTa, ESM, ...) as a diffusion policy.
 
-Predicting a masked token given all others is what one denoising step of a masked diffusion model asks for, at
-any share of masks. The model is used as it is; this file splits it into hidden states and head, and puts around every
-canvas what the model was trained to see there (`[CLS] ... [SEP]`), so that trajectories hold the sequence alone.
+One denoising step of a masked diffusion model predicts masked tokens given all others, at any share of masks. A masked
+LM does just that, so it is used as it is. This file splits it into hidden states and head, and puts the tokens that it
+was trained to see around a canvas (`[CLS] ... [SEP]`) there, so that trajectories hold the sequence alone.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class MaskedLM(TokenDenoiser):
 
     @property
     def max_length(self) -> int:
-        """Longest canvas; what the model itself puts around it takes positions too."""
+        """Longest canvas; the tokens around it take positions too."""
         around = len(self.settings["begin_token_ids"]) + len(self.settings["end_token_ids"])
         return int(self.config.max_position_embeddings) - self._first_position - around
 
@@ -187,7 +187,7 @@ class MaskedLM(TokenDenoiser):
             raise ValueError("a masked LM takes canvases that begin at position 0: set algorithm.pack_to to null")
         begin = torch.tensor(self.settings["begin_token_ids"], dtype=torch.int64, device=device)
         end = torch.tensor(self.settings["end_token_ids"], dtype=torch.int64, device=device)
-        # What is not seen must not be a mask token either: ESM scales a row by its share of them.
+        # A hidden position must not be a mask token: ESM scales a row by its share of them.
         spare = self.config.pad_token_id or 0
         ids = torch.cat(
             [
@@ -283,7 +283,7 @@ def load_masked_lm(path: str, tokenizer: Any, wrap: bool = True) -> MaskedLM:
     """A masked LM from a folder or hub name in transformers' layout.
 
     Args:
-        tokenizer: gives the mask token and what stands around a sequence. None needs a folder this class wrote.
+        tokenizer: gives the mask token and the tokens around a sequence. None needs a folder this class wrote.
         wrap: put the tokenizer's begin and end tokens around every canvas.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A frozen image model that learns what it starts from: a Gaussian over the initial noise for every prompt."""
+"""A frozen image model with a learned Gaussian over the initial noise for every prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = "initial_noise.safetensors"
 
 
 class _Shared:
-    """The model underneath. Copies of a policy share it, since it is never trained."""
+    """The model itself. Copies of a policy share it, since it is never trained."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -38,7 +38,7 @@ class NoisePolicy(nn.Module):
         """
         Args:
             model: an `ImagePolicy`; it is frozen.
-            source: where it was loaded from, and will be again.
+            source: the folder or name it was loaded from, and will be loaded from again.
         """
         super().__init__()
         self.shared = _Shared(model.requires_grad_(False))
@@ -98,7 +98,7 @@ class NoisePolicy(nn.Module):
         """Read a folder of `save_pretrained`, in eval mode.
 
         Args:
-            load: loads the model underneath by its name.
+            load: loads the model itself by its name.
 
         Raises:
             ValueError: the folder is incomplete.

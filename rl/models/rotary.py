@@ -1,7 +1,7 @@
 """Rotary frequencies that no cast of the weights rounds.
 
 transformers keeps them in a buffer, and `model.to(torch.bfloat16)` or DeepSpeed's bf16 mode rounds it with the weights:
-at position 1000 an angle is then off by whole radians, silently, and in the learner only.
+at position 1000 an angle is then wrong by whole radians, in the learner only, and no error says so.
 """
 
 from __future__ import annotations

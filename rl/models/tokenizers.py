@@ -118,7 +118,7 @@ def local_folder(path: str) -> Path:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether this reads as `owner/name` or `name`, and not as a place beside a folder that exists."""
+    """Whether this reads as `owner/name` or `name`, and not as a path in a folder that exists."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and (
         "/" not in path or not Path(path).parent.is_dir()
     )

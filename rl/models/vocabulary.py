@@ -1,8 +1,8 @@
-"""Which tokens a policy may predict.
+"""The tokens that a policy may predict.
 
-The mask token never: a prediction is a decision. Nor an id the tokenizer does not know (published embeddings are padded
-beyond it): it could not be decoded. Nor what `model.never_generate` names. Excluded tokens have probability 0 in
-sampler and learner alike, so the policy is a distribution over the other tokens and nothing has to be repaired later.
+Three kinds are excluded: the mask token, since a prediction is a decision; ids that the tokenizer does not know, since
+they cannot be decoded (published embeddings are padded with such ids); and those of `model.never_generate`. Excluded
+tokens have probability 0 in sampler and learner alike, so the policy is a distribution over the other tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Ranges = Sequence[Sequence[int]]
 def exclude_(logits: torch.Tensor, mask_token_id: int, excluded: Ranges) -> torch.Tensor:
     """Logits [..., V] in at least float32 in which the mask token and the excluded ranges cannot win.
 
-    The argument is changed in place if it is float32 already: nobody else holds a head's output, and a copy of it is
-    what memory is short of.
+    The argument is changed in place if it is float32 already: nobody else holds a head's output, and it is the largest
+    tensor of a forward.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
@@ -45,7 +45,7 @@ def as_ranges(ids: Iterable[int]) -> list[list[int]]:
 
 
 def excluded_ranges(tokenizer: Any, vocab_size: int, never_generate: Sequence[int | str]) -> list[list[int]]:
-    """What the tokenizer cannot decode and what the user forbids.
+    """Ids that the tokenizer cannot decode, and those that the user forbids, as ranges.
 
     Args:
         vocab_size: ids the model's head has.

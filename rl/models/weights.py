@@ -180,7 +180,7 @@ def write_weights(
     path: str | os.PathLike[str],
     shard_size: str | int = "5GB",
 ) -> None:
-    """Write safetensors, with an index when there are several shards. At most one shard is held beside the weights.
+    """Write safetensors, with an index when there are several shards. At most one shard is copied at a time.
 
     Args:
         weights: in memory; may compute a tensor when asked for it.

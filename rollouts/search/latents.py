@@ -27,9 +27,9 @@ class LatentStates:
     Attributes:
         at: int64 [B], steps taken.
         seed: int64 [B], of the noise ahead.
-        latents: [B, T+1, ...], up to entry `at`; zeros behind it.
+        latents: [B, T+1, ...], up to entry `at`; zeros after it.
         mean: [B, T, ...] and logprob: float64 [B, T], of the steps taken.
-        seeds: int64 [B, T+1], what drew each latent.
+        seeds: int64 [B, T+1], the seed that drew each latent.
     """
 
     row: np.ndarray
@@ -64,7 +64,7 @@ class LatentSampler:
     def __init__(self, engine: LatentEngine, prompts: Sequence[Any]):
         """
         Raises:
-            ValueError: the policy learned what it starts from, which a search would choose itself.
+            ValueError: the policy learned its initial noise, which a search would choose itself.
         """
         if isinstance(engine.model, LearnedNoise):
             raise ValueError(
@@ -122,7 +122,7 @@ class LatentSampler:
     def renoise(self, states: LatentStates, num_steps: int, seed: np.ndarray) -> LatentStates:
         """Back by `num_steps` steps (at most to the start), by the forward process of the model's schedule.
 
-        What is recorded of the latent there is its log-density under the policy's own step to it.
+        The record of the latent there is its log-density under the policy's own step to it.
         """
         back = np.maximum(states.at - num_steps, 0)
         keep = self.signal[back] / self.signal[states.at]

@@ -1,4 +1,4 @@
-"""The search's side of a sampler and of a reward, and the search itself. No modality is named here.
+"""The sampler and the reward as a search sees them, and the base class of searches. No modality is named here.
 
 A search never looks inside a sample. It holds a batch of `States` (half-denoised samples), lets a `SearchSampler`
 move them, and has finished ones judged. Everything random is a function of int64 seeds, so that the result for one
@@ -125,7 +125,7 @@ SoftReward = Callable[[torch.Tensor, Any], torch.Tensor]
 
 @dataclass
 class Budget:
-    """What a search has cost.
+    """Cost of a search.
 
     Example: best of 8 with 4 denoising steps, one request: `Budget(denoiser_evaluations=32, reward_evaluations=8)`.
 
@@ -142,7 +142,7 @@ class Budget:
 
 @dataclass
 class SearchProblem:
-    """A sampler and what is wanted of its samples."""
+    """A sampler, and the reward that its samples should have."""
 
     sampler: Any
     reward: Reward

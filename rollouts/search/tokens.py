@@ -1,8 +1,8 @@
 """The search's sampler for masked-diffusion language models, full-attention or block-causal.
 
 It takes the same decisions as the rollout engine: with one seed per request, stepping from start to end gives the
-engine's trajectories, bit for bit. What it adds is that a state can be branched and resumed, so it keeps no key-value
-cache: a block-causal model runs its whole canvas at every step, with the same result.
+engine's trajectories, bit for bit. A state can be branched and resumed, so there is no key-value cache: a block-causal
+model runs its whole canvas at every step, with the same result.
 
 The noise of a state is one seed per position (and the step counter makes the draws), so that a neighbour in noise
 space redraws some positions and keeps the others.
@@ -302,7 +302,7 @@ class TokenSampler:
         return replace(part, canvas=canvas, history=history, step=part.step + 1, block_step=part.block_step + 1)
 
     def _after_step(self, part: TokenStates) -> TokenStates:
-        """Enter next blocks; a response is over behind its last block, or the one with an end token."""
+        """Enter next blocks; a response is over after its last block, or after the one with an end token."""
         engine, block = self.engine, self.engine.options.block_length
         canvas = part.canvas.cpu().numpy()
         index = np.arange(canvas.shape[1])
@@ -341,7 +341,7 @@ class TokenSampler:
         for i, edits in enumerate(states.history):
             assert states.done[i] and edits is not None
             row = int(states.row[i])
-            # A block-causal model never saw what lies behind the terminal block.
+            # A block-causal model never saw the positions after the terminal block.
             length = int(states.end[i] if engine.block_causal else self._length[row])
             records.append(
                 engine.trajectory(

@@ -1,7 +1,7 @@
-"""The value of a half-denoised state: what its finished samples will be worth.
+"""The value of a half-denoised state: an estimate of the reward of its finished samples.
 
-The soft value alpha log E[exp(r(x0) / alpha) | x_t] is what makes every search below exact (Uehara et al. 2024, arXiv
-2408.08252). Nobody knows it; these are two estimates of it. Any callable of the same form may be used instead, for
+The soft value alpha log E[exp(r(x0) / alpha) | x_t] makes every search exact (Uehara et al. 2024, arXiv
+2408.08252). It is not known; these are two estimates of it. Any callable of the same form may be used instead, for
 example a network fitted to rewards of rollouts.
 """
 
