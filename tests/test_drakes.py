@@ -16,10 +16,11 @@ from rl.advantages import group_softmax
 from rl.batch import DecisionBatch
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import weighted_sum
+from rl.modalities.gradient import GradientSegment
 from rl.recipes.drakes import DRAKES
 from rl.registry import parse_recipe
 from rl.sections import TrainConfig
-from rl.train.reward_gradient import GradientSegment, RewardGradientUpdater
+from rl.train.reward_gradient import RewardGradientUpdater
 from rollouts.samplers.options import SamplerOptions
 from tests import runs
 from tests.tabular import PROMPT, TabularModel, path_objective

@@ -32,7 +32,7 @@ from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
 from rl.train.plan import check_run
-from rl.train.policy import Policy
+from rl.values.model import Policy
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from tests import runs

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from rl.cli import main
 from rl.config import load_config
 from rl.estimators.trace_rows import trace_rows
+from rl.models.copies import share_frozen, trained_copy
 from rl.models.export import write_whole
 from rl.models.load import load_policy, save_policy
 from rl.models.lora import WEIGHTS, merge_adapters
@@ -27,8 +28,7 @@ from rl.sections import LoraOptions, ModelConfig, OptimizerConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.train.learner import Learner
 from rl.train.plan import check_run
-from rl.train.policy import Policy, share_frozen, trained_copy
-from rl.values.model import PolicyWithValue, ValueModel
+from rl.values.model import Policy, PolicyWithValue, ValueModel
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from tests import runs, test_families, test_masked_lm

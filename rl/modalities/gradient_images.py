@@ -9,11 +9,10 @@ import torch
 
 from rewards.load import load_reward
 from rl.estimators.latent_rows import LatentInput
+from rl.modalities.gradient import Forward, GradientSegment
 from rl.modalities.images import uint8_images
 from rl.sections import RewardPartConfig
 from rl.tasks.base import Row
-from rl.train.reward_gradient import Forward, GradientSegment
-from rl.train.run import Run
 from rollouts.samplers.gradient_latent import Predict, gradient_rollout
 from rollouts.samplers.noise import CHOICE_STREAM, uniform
 
@@ -21,7 +20,7 @@ from rollouts.samplers.noise import CHOICE_STREAM, uniform
 class PixelReward:
     """The weighted sum of a config's rewards as a function of float images, with gradient."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Any):
         """
         Raises:
             ValueError: a reward without gradient to images.
@@ -46,11 +45,11 @@ class PixelReward:
 
 
 class GradientImages:
-    """A `rl.train.reward_gradient.GradientSampler` on the sampler of the rollouts: equal seeds give equal images."""
+    """A `GradientSampler` on the sampler of the rollouts: equal seeds give equal images."""
 
     def __init__(
         self,
-        run: Run,
+        run: Any,
         gradient_steps: int,
         with_reference: bool,
         truncation: str = "fixed",

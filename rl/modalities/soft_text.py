@@ -9,9 +9,8 @@ import torch
 
 from rewards.soft import DifferentiableSum
 from rl.estimators.relaxed import free_canvas
+from rl.modalities.gradient import Forward, GradientSegment
 from rl.tasks.base import Row
-from rl.train.reward_gradient import Forward, GradientSegment
-from rl.train.run import Run
 from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
 
@@ -19,7 +18,7 @@ from rollouts.samplers.relaxed import relaxed_rollout
 class SoftTextReward:
     """The rewards of a config as a differentiable function of soft responses over the vocabulary."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Any):
         """
         Raises:
             ValueError: a reward without gradient, or letters without a token.
@@ -43,9 +42,9 @@ class SoftTextReward:
 
 
 class RelaxedText:
-    """A `rl.train.reward_gradient.GradientSampler` for fixed-length responses of full-attention models."""
+    """A `GradientSampler` for fixed-length responses of full-attention models."""
 
-    def __init__(self, run: Run, options: RelaxedOptions, with_reference: bool):
+    def __init__(self, run: Any, options: RelaxedOptions, with_reference: bool):
         """
         Raises:
             ValueError: a reward without gradient, letters without a token, or a sampler that cannot be relaxed.

@@ -92,7 +92,7 @@ class AnyRecipe(BaseModel):
         return 0.0
 
     def gradient_sampler(self, run: Any) -> Any:
-        """What samples with a gradient in a run (`rl.train.run.Run`): a `GradientSampler`."""
+        """What samples with a gradient in a run (`rl.train.run.Run`): a `rl.modalities.gradient.GradientSampler`."""
         raise NotImplementedError(f"recipe {self.name} has no gradient_sampler")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -114,6 +115,27 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
+class Means:
+    """Numbers whose mean over all ranks is asked for once, however they were cut into micro-batches.
+
+    Example: `means.add("policy/ratio", float(ratio.sum()), len(ratio))` for micro-batches, `means.reduced()` at last.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, total: float, count: int) -> None:
+        self.totals[name] += total
+        self.counts[name] += count
+
+    def reduced(self) -> dict[str, float]:
+        """Name -> total / count over all ranks, which must all call this; a count of 0 divides by 1."""
+        parts = gather_objects((self.totals, self.counts))
+        names = sorted({name for totals, _ in parts for name in totals})
+        return {name: sum(t[name] for t, _ in parts) / max(sum(c[name] for _, c in parts), 1) for name in names}
+
+
 def shard(rows: Sequence[T]) -> tuple[int, list[T]]:
     """This rank's contiguous part of the rows, and the index of its first one."""
     bounds = [len(rows) * r // world_size() for r in range(world_size() + 1)]
@@ -123,8 +145,3 @@ def shard(rows: Sequence[T]) -> tuple[int, list[T]]:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
-
-
-def from_leader(value: object) -> Any:
-    """Rank 0's value on every rank, once all have come."""
-    return gather_objects(value)[0]

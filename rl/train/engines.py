@@ -35,7 +35,7 @@ def open_engine(config: Config, model: Any, modality: Any, run_dir: Path) -> Eng
         weights_dir=config.rollout.server.weights_dir or run_dir / "rollout_weights",
         eos_token_id=modality.tokenizer.eos_token_id,
         leader=distributed.rank() == 0,
-        from_leader=distributed.from_leader,
+        from_leader=lambda value: distributed.gather_objects(value)[0],
     )
 
 

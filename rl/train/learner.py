@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from rl.models.copies import trained_copy
 from rl.sections import OptimizerConfig
 from rl.train import distributed
 from rl.train.deepspeed_json import half_precision, read_deepspeed_config
-from rl.train.policy import trained_copy
 
 B = TypeVar("B")
 

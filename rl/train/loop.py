@@ -152,14 +152,7 @@ def _checkpoint(run: Run, step: int, updater: Updater, saved: Mapping[str, Saved
     state = {"costs": vars(run.costs), "world_size": distributed.world_size()}
     if updater.memory is not None:
         state["memory"] = updater.memory.state()
-    save_checkpoint(
-        run.folder,
-        step,
-        saved,
-        run.save_model,
-        state,
-        run.config.checkpoint.keep,
-    )
+    save_checkpoint(run.folder, step, saved, run.save_model, state, run.config.checkpoint.keep)
 
 
 def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any]:

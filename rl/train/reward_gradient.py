@@ -1,76 +1,28 @@
 """RL steps whose gradient goes through the sampler: sample with gradient -> reward with gradient -> KL -> update.
 
-The recipe brings the sampler (`GradientSampler`); nothing here knows what a sample is. A rollout comes in segments
-whose graphs stand alone. Each is a micro-batch of the update, back-propagated before the next one is sampled, so only
-one segment's graph is held at a time.
+The recipe brings the sampler (`rl/modalities/gradient.py`); nothing here knows what a sample is. A rollout comes in
+segments whose graphs stand alone. Each is a micro-batch of the update, back-propagated before the next one is sampled,
+so only one segment's graph is held at a time.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from rl.config import Config
+from rl.modalities.gradient import GradientSegment
 from rl.recipes.base import AnyRecipe
 from rl.sections import FilterConfig
-from rl.tasks.base import Row
 from rl.train import distributed
-from rl.train.policy import Policy
 from rl.train.rollouts import prompt_interval, request_seed, step_seed
 from rl.train.run import Costs, Run
 from rl.train.update import StepOutcome, Updater
-
-# Inputs with `score(model)` -> what they score, under one model's weights.
-Forward = Callable[[Any], Any]
-
-
-@dataclass
-class GradientSegment:
-    """A part of the rollouts of B rows, ready to be back-propagated.
-
-    Attributes:
-        kl: [B], this part's share of the path KL to the reference, with gradient.
-        reward: [B], with gradient; None in every segment but the last.
-        completions: what rewards and people see; empty in every segment but the last.
-        metrics: name -> mean over the rows.
-        forwards: times all rows went, or will go in the backward pass, through policy or reference.
-        tokens: positions of all rows in one of these forwards.
-    """
-
-    kl: torch.Tensor
-    forwards: int
-    tokens: int
-    reward: torch.Tensor | None = None
-    completions: Sequence[Any] = ()
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class GradientSampler(Protocol):
-    """What samples with a gradient. A modality and its relaxation write one.
-
-    Attributes:
-        num_segments: segments of every rollout.
-    """
-
-    num_segments: int
-
-    def segments(
-        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
-    ) -> Iterator[GradientSegment]:
-        """Sample one rollout per row.
-
-        Args:
-            policy: runs the learner.
-            reference: the same through the frozen policy, None without a KL term.
-            seeds: one per row; with the weights they determine the rollout.
-        """
-        ...
-
+from rl.values.model import Policy
 
 # Options that say nothing here, the value that says so, and why.
 _WITHOUT: dict[str, tuple[Any, str]] = {
@@ -178,20 +130,17 @@ class RewardGradientUpdater(Updater):
     def _metrics(self, done: list[GradientSegment]) -> dict[str, float]:
         """Means over the rollouts of all ranks, however they were cut into micro-batches."""
         rewards: list[float] = []
-        sums: dict[str, float] = defaultdict(float)
-        counts: dict[str, int] = defaultdict(int)
+        means = distributed.Means()
         for segment in done:
+            finished = 0
             if segment.reward is not None:
                 rewards += segment.reward.tolist()
-            sums["policy/path_kl"] += float(segment.kl.double().sum())
+                finished = len(segment.reward)
+            means.add("policy/path_kl", float(segment.kl.double().sum()), finished)
             for name, value in segment.metrics.items():
-                sums[name] += value * len(segment.kl)
-                counts[name] += len(segment.kl)
-        counts["policy/path_kl"] = len(rewards)
-        parts = distributed.gather_objects((rewards, sums, counts))
-        names = dict.fromkeys(name for _, theirs, _ in parts for name in theirs)
-        means = {name: sum(s[name] for _, s, _ in parts) / sum(c[name] for _, _, c in parts) for name in names}
-        values = torch.tensor([value for theirs, _, _ in parts for value in theirs], dtype=torch.float64)
+                means.add(name, value * len(segment.kl), len(segment.kl))
+        parts = distributed.gather_objects(rewards)
+        values = torch.tensor([value for theirs in parts for value in theirs], dtype=torch.float64)
         # Ranks hold whole prompts, one after the other.
         prompt = torch.arange(len(values)) // self.run.config.train.group_size
-        return prompt_interval(values, prompt) | means
+        return prompt_interval(values, prompt) | means.reduced()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,26 +62,11 @@ class ScoredRollouts:
         """Several batches of prompts as one."""
         if len(parts) == 1:
             return parts[0]
-
-        def chain(name: str) -> list[Any]:
-            return [value for part in parts for value in getattr(part, name)]
-
-        return ScoredRollouts(
-            examples=chain("examples"),
-            trajectories=chain("trajectories"),
-            completions=chain("completions"),
-            reward=torch.cat([part.reward for part in parts]),
-            group=joined_groups(part.group.tolist() for part in parts),
-            keep=torch.cat([part.keep for part in parts]),
-            counted=torch.cat([part.counted for part in parts]),
-            process_rewards=chain("process_rewards"),
-            reward_metrics=join_metrics([(part.reward_metrics, len(part.completions)) for part in parts]),
-            filtered=_sum([part.filtered for part in parts]),
-            stats=EngineStats(**_sum([vars(part.stats) for part in parts])),  # type: ignore[arg-type]
-            reward_seconds=sum(part.reward_seconds for part in parts),
-            reward_queries=sum(part.reward_queries for part in parts),
-            step_reward=None if parts[0].step_reward is None else chain("step_reward"),
-        )
+        joined = {name: _joined([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+        joined["group"] = joined_groups(part.group.tolist() for part in parts)
+        joined["reward_metrics"] = join_metrics([(part.reward_metrics, len(part.completions)) for part in parts])
+        joined["stats"] = EngineStats(**_joined([vars(part.stats) for part in parts]))
+        return ScoredRollouts(**joined)
 
     def lines(self, modality: Any, count: int | None = None) -> list[dict[str, Any]]:
         """Prompt, completion and reward of the first rollouts, of all without `count`, as plain JSON."""
@@ -110,9 +95,16 @@ def padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
     return table
 
 
-def _sum(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: sum(record.get(name, 0.0) for record in records) for name in names}
+def _joined(values: Sequence[Any]) -> Any:
+    """Lists and tensors one after the other; sums of numbers, and of the entries of dicts."""
+    first = values[0]
+    if isinstance(first, list):
+        return [item for value in values for item in value]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, dict):
+        return {name: sum(value[name] for value in values) for name in first}
+    return sum(values) if isinstance(first, int | float) else None
 
 
 def request_seed(seed: int, row: int, sample: int) -> int:
@@ -126,7 +118,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def requests(
-    run: Run, examples: Sequence[Row], group_size: int, seed: int, first: int, steps: Sequence[int | None] | None = None
+    run: Run, examples: Sequence[Row], group_size: int, seed: int, first: int = 0, steps: Sequence[int] | None = None
 ) -> list[Any]:
     """`group_size` requests for every example.
 
@@ -139,20 +131,10 @@ def requests(
     return run.modality.requests(examples, seeds, steps)
 
 
-def rollout(
-    run: Run,
-    engine: Engine,
-    examples: Sequence[Row],
-    group_size: int,
-    seed: int,
-    first: int = 0,
-    verifier: bool = False,
-    step_rewards: bool = False,
-) -> ScoredRollouts:
-    """Sample `group_size` rollouts of every example and score them; see `requests` and `scored`."""
-    trajectories = engine.generate(requests(run, examples, group_size, seed, first))
-    check_versions(trajectories, 0)
-    return scored(run, examples, group_size, trajectories, engine.stats, verifier, step_rewards)
+def rollout(run: Run, engine: Engine, examples: Sequence[Row], group_size: int, seed: int) -> ScoredRollouts:
+    """Sample `group_size` rollouts of every example and score them."""
+    trajectories = engine.generate(requests(run, examples, group_size, seed))
+    return scored(run, examples, group_size, trajectories, engine.stats)
 
 
 def scored(
@@ -161,23 +143,21 @@ def scored(
     group_size: int,
     trajectories: list[Any],
     stats: EngineStats,
-    verifier: bool = False,
     step_rewards: bool = False,
 ) -> ScoredRollouts:
     """Score and filter the trajectories of some examples, `group_size` of each.
 
     Args:
         stats: work of the engine that sampled them.
-        verifier: ask the verifier in place of the rewards (`Judge`).
         step_rewards: also score every step's x0 prediction.
     """
     started = time.perf_counter()
     repeated = [example for example in examples for _ in range(group_size)]
-    completions, table = run.judge.score(repeated, trajectories, group_size, verifier)
+    completions, table = run.judge.score(repeated, trajectories, group_size)
     reward = torch.tensor([float("nan") if v is None else v for v in table.values], dtype=torch.float64)
     of_steps, queries, judged = None, 0, reward
     if step_rewards:
-        of_steps, queries = run.judge.score_x0(repeated, trajectories, completions, table, group_size, verifier)
+        of_steps, queries = run.judge.score_x0(repeated, trajectories, completions, table, group_size)
         # A rollout with a failed prediction is left out, and counted, like one whose verdict failed.
         failed = torch.tensor([bool(np.isnan(row).any()) for row in of_steps], dtype=torch.bool)
         judged = reward.masked_fill(failed, torch.nan)
@@ -270,9 +250,7 @@ class RolloutSource:
                 if step + 1 < config.train.steps:
                     engine = self._engine(policy_version, recipe.branch_points(step + 1))
                     self.ahead.begin(engine, self._asked(step + 1)[1], policy_version)
-            part = scored(
-                run, examples, config.train.group_size, trajectories, stats, step_rewards=recipe.needs_step_rewards
-            )
+            part = scored(run, examples, config.train.group_size, trajectories, stats, recipe.needs_step_rewards)
             run.spend(
                 Costs(
                     forward_passes=stats.forwards,

@@ -10,14 +10,15 @@ import torch
 
 from rl.config import Config, save_config
 from rl.errors import about
+from rl.estimators.base import Rows
 from rl.modalities.base import Modality, open_modality
+from rl.models.copies import share_frozen, trained_copy
 from rl.tasks.load import load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services
 from rl.train import distributed
 from rl.train.judge import Judge
-from rl.train.policy import share_frozen, trained_copy
 
 
 @dataclass
@@ -30,6 +31,13 @@ class Costs:
     tokens_forwarded: float = 0
     reward_queries: float = 0
     updates: float = 0
+
+    def forwarded(self, rows: Rows, backward: bool = False) -> None:
+        """Add one forward of some rows, and its backward."""
+        self.forward_passes += 1
+        self.backward_passes += backward
+        self.sequence_forwards += rows.num_rows
+        self.tokens_forwarded += rows.num_tokens
 
     def as_metrics(self) -> dict[str, float]:
         return {f"cost/{name}": value for name, value in vars(self).items()}

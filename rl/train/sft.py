@@ -14,8 +14,8 @@ from rl.losses.aggregate import weighted_sum
 from rl.train import distributed
 from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
-from rl.train.policy import Policy
 from rl.train.run import Run
+from rl.values.model import Policy
 from rollouts.trajectory import TokenTrajectory, load_trajectories
 
 

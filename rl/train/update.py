@@ -17,11 +17,9 @@ from rl.recipes.base import Recipe
 from rl.train import distributed
 from rl.train.learner import Learner, TrainingError
 from rl.train.microbatch import Cutter, MicroBatch
-from rl.train.policy import Policy
 from rl.train.rollouts import RolloutSource, ScoredRollouts, joined_groups, padded, rollout_metrics, sample_lines
-from rl.train.run import Run
-from rl.train.tally import Tally
-from rl.values.model import PolicyWithValue, ValueModel
+from rl.train.run import Costs, Run
+from rl.values.model import Policy, PolicyWithValue, ValueModel
 from rl.values.targets import explained_variance
 from rollouts.engines.base import StaleVersionError
 
@@ -183,8 +181,10 @@ class PolicyUpdater(Updater):
             TrainingError: a value is not finite, or sampler and learner disagree beyond
                 `train.max_logprob_gap`.
         """
-        self.tally = Tally(lag, self.max_weight is not None)
-        before = self.learner.updates
+        self.spent, self.means = Costs(), distributed.Means()
+        # Older weights than the learner's make a gap that is no mistake.
+        self.measures_gap, self.gap_max = not lag, 0.0
+        before, norms, value_norms = self.learner.updates, [], []
         passes = self.cutter.passes(rollouts, self._advantage(rollouts, step))
         spare = self.cutter.spare(rollouts)
         # All are prepared before the first update, also those of a random estimator's later passes.
@@ -192,13 +192,22 @@ class PolicyUpdater(Updater):
         for epoch in range(self.train.epochs):
             for batches in passes[epoch % len(passes)]:
                 if self.critic is not None:
-                    self.tally.value_norms.append(self.critic.update(batches, self.value_loss, spare))
-                self.tally.norms.append(self.learner.update(batches, self.policy_loss, spare))
-                if len(self.tally.norms) == 1:
+                    value_norms.append(self.critic.update(batches, self.value_loss, spare))
+                norms.append(self.learner.update(batches, self.policy_loss, spare))
+                if len(norms) == 1:
                     self._check_gap()
-        self.run.spend(self.tally.spent)
+        self.run.spend(self.spent)
         self.run.costs.updates += self.learner.updates - before
-        return self.tally.metrics(self.run.device) | self._value_metrics([b for update in passes[0] for b in update])
+        metrics = self.means.reduced() | {"policy/grad_norm": sum(norms) / len(norms)}
+        metrics |= {name: metrics[name] / len(norms) for name in ("loss/total", "value/loss") if name in metrics}
+        if value_norms:
+            metrics["value/grad_norm"] = sum(value_norms) / len(value_norms)
+        # An estimator that scores other states than were sampled has no gap, and must not seem to have a small one.
+        if not lag and not metrics["policy/decisions"]:
+            metrics["policy/logprob_gap"] = 0.0
+        if "policy/logprob_gap" in metrics:
+            metrics["policy/logprob_gap_max"] = self.gap_max
+        return metrics | self._value_metrics([batch for update in passes[0] for batch in update])
 
     def _advantage(self, rollouts: ScoredRollouts, step: int) -> torch.Tensor:
         """[M] or [M, T] of this rank; the recipe sees the verdicts on the rollouts of all ranks."""
@@ -236,8 +245,8 @@ class PolicyUpdater(Updater):
             assert rows.sampler_logprob is not None, "a log-ratio needs an estimator of the sampler's own decisions"
             ratio = rows.sampler_logprob - rows.score(self.reference).logprob.double()
             total.index_add_(0, rows.trajectory.cpu() + start, ratio.cpu())
-            self.tally.forwarded(rows)
-        self.tally.add("policy/path_kl", float(total.sum()) / max(len(total), 1) / distributed.world_size())
+            self.spent.forwarded(rows)
+        self.means.add("policy/path_kl", float(total.sum()) / max(len(total), 1) / distributed.world_size(), 0)
         return total.tolist()
 
     @torch.no_grad()
@@ -252,25 +261,27 @@ class PolicyUpdater(Updater):
             for batch in (*batches, spare):
                 batch.rows.set_anchor(anchor)  # type: ignore[attr-defined]
                 if not batch.spare:
-                    self.tally.forwarded(batch.rows)
+                    self.spent.forwarded(batch.rows)
         elif self.reference is not None and not self.recipe.needs_log_ratio:
             for batch in batches:
                 batch.ref_logprob = batch.rows.score(self.reference).logprob.double()
-                self.tally.forwarded(batch.rows)
+                self.spent.forwarded(batch.rows)
         if self.critic_options is not None:
             learner = self.critic or self.learner
             for batch, output in zip(batches, self._forward(learner, batches, spare), strict=True):
                 batch.set_value(output if self.critic else output.value, self.critic_options)
         if self.max_weight is not None:
             for batch in batches:
-                self.tally.lagged(*batch.correct_lag(self.max_weight))
+                weight, truncated = batch.correct_lag(self.max_weight)
+                self.means.add("policy/lag_weight", float(weight.sum()), len(weight))
+                self.means.add("policy/lag_truncated", float(truncated.sum()), len(weight))
 
     def _forward(self, learner: Learner, batches: Sequence[MicroBatch], spare: MicroBatch) -> list[Any]:
         """Forward without gradient; every rank runs the same number, since a sharded forward is collective."""
         count = int(distributed.reduce_number(len(batches), "max", self.run.device))
         outputs = [learner.forward(batch.rows) for batch in [*batches, *[spare] * (count - len(batches))]]
         for batch in batches:
-            self.tally.forwarded(batch.rows)
+            self.spent.forwarded(batch.rows)
         return outputs[: len(batches)]
 
     def policy_loss(self, batch: MicroBatch) -> torch.Tensor:
@@ -283,16 +294,20 @@ class PolicyUpdater(Updater):
             loss = loss + self.critic_options.coef * self._value_terms(scores.value, batch)
         total = weighted_sum(loss, batch.weight)
         if not batch.spare:
-            self.tally.forwarded(batch.rows, backward=True)
-            self.tally.decided(batch.rows, scores.logprob, output.metrics)
-            self.tally.add("loss/total", float(total.detach()))
+            self.spent.forwarded(batch.rows, backward=True)
+            self.means.add("loss/total", float(total.detach()), 0)
+            self.means.add("policy/decisions", len(loss), 0)
+            for name, values in output.metrics.items():
+                self.means.add(f"policy/{name}", float(values.double().sum()), len(values))
+            if self.measures_gap and batch.rows.sampler_logprob is not None:
+                self._measure_gap(scores.logprob.detach(), batch.rows.sampler_logprob)
         return total
 
     def value_loss(self, batch: MicroBatch) -> torch.Tensor:
         """A micro-batch's share of the critic's loss."""
         assert self.critic is not None
         if not batch.spare:
-            self.tally.forwarded(batch.rows, backward=True)
+            self.spent.forwarded(batch.rows, backward=True)
         return weighted_sum(self._value_terms(self.critic.forward(batch.rows), batch), batch.weight)
 
     def _value_terms(self, value: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -300,16 +315,24 @@ class PolicyUpdater(Updater):
         old, returns = batch.old_value.to(value.dtype), batch.returns.to(value.dtype)
         terms = clipped_value_loss(value, old, returns, self.critic_options.clip)
         if not batch.spare:
-            self.tally.add("value/loss", float((terms.detach() * batch.weight).sum()))
+            self.means.add("value/loss", float((terms.detach() * batch.weight).sum()), 0)
         return terms
 
+    def _measure_gap(self, logprob: torch.Tensor, sampler_logprob: torch.Tensor) -> None:
+        # In the learner's precision: a float32 learner cannot be nearer than float32 rounding.
+        gap = (logprob - sampler_logprob.to(logprob.dtype)).abs()
+        self.means.add("policy/logprob_gap", float(gap.double().sum()), len(gap))
+        self.gap_max = max(self.gap_max, float(gap.max()))
+
     def _check_gap(self) -> None:
+        """End the measurement after the first update, whose log-probs are those of the weights that sampled."""
+        self.measures_gap = False
+        self.gap_max = distributed.reduce_number(self.gap_max, "max", self.run.device)
         limit = self.train.max_logprob_gap
-        gap = distributed.reduce_number(self.tally.gap_max, "max", self.run.device)
-        if limit is not None and gap > limit:
+        if limit is not None and self.gap_max > limit:
             raise TrainingError(
-                f"learner and sampler disagree on a recorded log-prob by {gap:.3g}, more than train.max_logprob_gap "
-                f"({limit:g}): what is trained is not what was sampled"
+                f"learner and sampler disagree on a recorded log-prob by {self.gap_max:.3g}, more than "
+                f"train.max_logprob_gap ({limit:g}): what is trained is not what was sampled"
             )
 
     def _value_metrics(self, batches: Sequence[MicroBatch]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The diffusion value model: the expected outcome of a partly denoised canvas.
+"""The policy as the learner wraps it, and the diffusion value model: the expected outcome of a partly denoised canvas.
 
 Wang et al. 2025 (arXiv 2509.06949): a copy of the policy's backbone with a linear head, zero at the start.
 The value of a decision is read at the decided position in the very row in which the decision is scored,
@@ -10,9 +10,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rl.estimators.base import Scores
+from rl.estimators.base import Rows, Scores
 from rl.estimators.rows import TokenRows
-from rl.train.policy import trained_copy
+from rl.models.copies import trained_copy
+
+
+class Policy(nn.Module):
+    """A model whose training forward is the scoring of rows, so that DeepSpeed sees every one of them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Rows) -> Scores:
+        return rows.score(self.model)
 
 
 class ValueHead(nn.Module):

@@ -1,4 +1,4 @@
-"""The policy as DeepSpeed sees it: rows in, log-probs of their decisions out."""
+"""Copies of a model that share its frozen weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import copy
 from typing import TypeVar
 
 from torch import nn
-
-from rl.estimators.base import Rows, Scores
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,14 +21,3 @@ def share_frozen(module: nn.Module, other: nn.Module) -> None:
         if not parameter.requires_grad:
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, parameter)
-
-
-class Policy(nn.Module):
-    """Wraps a denoiser so that every training forward goes through one `forward`."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows: Rows) -> Scores:
-        return rows.score(self.model)
