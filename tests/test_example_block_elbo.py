@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from docs.examples.block_elbo import BlockELBO
-from rl.estimators.masked_copies import copy_rows, scope_positions
+from rl.estimators.draws import scope_positions
+from rl.estimators.masked_copies import copy_rows
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.trajectory import TokenTrajectory
 from tests import runs

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from rl.estimators import draws
 from rl.estimators import masked_copies as masks
 from rl.estimators.combine import log_mean_exp, per_token
 from rl.estimators.trace_rows import packed_rows, remask_rows
@@ -92,7 +93,7 @@ class Script:
         return items[list(self._next())]
 
 
-def score(model: Any, trajectories: list[TokenTrajectory], draw: masks.Draw, **settings: Any) -> tuple:
+def score(model: Any, trajectories: list[TokenTrajectory], draw: draws.Draw, **settings: Any) -> tuple:
     """rows, weights and log-probs of the reads."""
     rows, weight = masks.copy_rows(trajectories, model, draw, **settings)
     with torch.no_grad():
@@ -109,11 +110,11 @@ def scripted(model: Any, trajectory: TokenTrajectory, draw: Callable, *values: A
 # --- reads, one by one ------------------------------------------------------------------------------------------------
 
 DRAWS = {
-    "everything hidden": masks.everything_hidden,
-    "random ratio": partial(masks.random_ratio, low=0.3),
-    "coupled": masks.coupled,
-    "coupled counts": partial(masks.coupled_counts, draws=2),
-    "block masks": partial(masks.block_masks, draws=3, block_length=2),
+    "everything hidden": draws.everything_hidden,
+    "random ratio": partial(draws.random_ratio, low=0.3),
+    "coupled": draws.coupled,
+    "coupled counts": partial(draws.coupled_counts, draws=2),
+    "block masks": partial(draws.block_masks, draws=3, block_length=2),
 }
 
 
@@ -157,7 +158,7 @@ def test_blocks_that_an_early_end_left_masked_are_never_scored(make_model) -> No
     trajectories = engine.generate([Request(PROMPT, seed=s) for s in range(30)])
     left = [int((t.final_canvas() == t.mask_token_id).sum()) for t in trajectories]
     assert set(left) == {0, 4}
-    rows, _, _ = score(model, trajectories, masks.everything_hidden, scope="canvas")
+    rows, _, _ = score(model, trajectories, draws.everything_hidden, scope="canvas")
     assert (rows.target != model.mask_token_id).all()
     assert np.bincount(rows.trajectory, minlength=30).tolist() == [6 - masked for masked in left]
 
@@ -198,7 +199,7 @@ def test_a_prompt_cannot_be_hidden_from_a_block_causal_model(make_model) -> None
     model = make_model("gpt2-block4")
     trajectories = sampled(model, 1, gen_length=8, num_inference_steps=4, block_length=4)
     with pytest.raises(ValueError, match=r"algorithm.prompt_mask is 0.15, but a block-causal .*: set it to 0"):
-        masks.copy_rows(trajectories, model, masks.coupled, prompt_mask=0.15)
+        masks.copy_rows(trajectories, model, draws.coupled, prompt_mask=0.15)
 
 
 def test_masks_depend_on_the_trajectory_and_the_pass_alone(make_model) -> None:
@@ -222,10 +223,10 @@ def test_prompt_tokens_are_hidden_at_their_rate(make_model) -> None:
     model = make_model("gpt2-full")
     (one,) = sampled(model, 1)
     many = [replace(one, seed=s) for s in range(2000)]
-    rows, _ = masks.copy_rows(many, model, masks.everything_hidden, prompt_mask=0.15)
+    rows, _ = masks.copy_rows(many, model, draws.everything_hidden, prompt_mask=0.15)
     share = float((rows.input_ids[:, :3] == model.mask_token_id).double().mean())
     assert abs(share - 0.15) < 4 * math.sqrt(0.15 * 0.85 / 6000)
-    untouched, _ = masks.copy_rows(many[:50], model, masks.everything_hidden)
+    untouched, _ = masks.copy_rows(many[:50], model, draws.everything_hidden)
     assert (untouched.input_ids[:, :3] == torch.tensor(PROMPT)).all()
 
 
@@ -247,7 +248,7 @@ def exact(make_model) -> list[tuple]:
 def test_coupled_counts_are_unbiased_for_the_lower_bound(exact) -> None:
     for model, trajectory, table in exact:
         values = [
-            scripted(model, trajectory, masks.coupled_counts, (count + 0.5) / 4, order)
+            scripted(model, trajectory, draws.coupled_counts, (count + 0.5) / 4, order)
             for count in range(4)
             for order in ORDERS
         ]
@@ -255,7 +256,7 @@ def test_coupled_counts_are_unbiased_for_the_lower_bound(exact) -> None:
         assert np.std(values) > 0.01
         # Two draws at one level take their counts from different halves, and average what each would give alone.
         for level, counts in ((0.25, (0, 2)), (0.75, (1, 3))):
-            pair = scripted(model, trajectory, partial(masks.coupled_counts, draws=2), level, ORDERS[3], ORDERS[5])
+            pair = scripted(model, trajectory, partial(draws.coupled_counts, draws=2), level, ORDERS[3], ORDERS[5])
             alone = [values[count * len(ORDERS) + order] for count, order in zip(counts, (3, 5), strict=True)]
             assert pair == pytest.approx(np.mean(alone), abs=1e-12)
 
@@ -265,12 +266,12 @@ def test_block_masks_are_unbiased_for_the_blockwise_lower_bound(exact) -> None:
     behind the first. With one block for everything it is the plain lower bound."""
     for model, trajectory, table in exact:
         whole = [
-            scripted(model, trajectory, partial(masks.block_masks, draws=1), (count + 0.5) / 3, 0, order)
+            scripted(model, trajectory, partial(draws.block_masks, draws=1), (count + 0.5) / 3, 0, order)
             for count in range(3)
             for order in ORDERS
         ]
         assert np.mean(whole) == pytest.approx(lower_bound(table, 3), abs=1e-12)
-        draw = partial(masks.block_masks, draws=1, block_length=2)
+        draw = partial(draws.block_masks, draws=1, block_length=2)
         first = [
             scripted(model, trajectory, draw, level, 0, order) for level in (0.2, 0.7) for order in ((0, 1), (1, 0))
         ]
@@ -288,7 +289,7 @@ def test_coupled_pairs_expect_one_and_a_half_log_probs(exact) -> None:
         for hidden in itertools.product([False, True], repeat=3):
             numbers = np.where(hidden, 0.0, 0.9)
             probability = np.prod(np.where(hidden, t, 1 - t))
-            total += probability * scripted(model, trajectory, masks.coupled, (t - 0.2) / 0.6, numbers)
+            total += probability * scripted(model, trajectory, draws.coupled, (t - 0.2) / 0.6, numbers)
         expected = 0.0
         for j in range(3):
             others = [k for k in range(3) if k != j]
@@ -308,7 +309,7 @@ def test_unweighted_pairs_are_off_the_lower_bound_by_the_missing_weights(exact) 
     """GDSD's S counts every token 1/2: it estimates half of a likelihood, at the ratios a pair happens to have."""
     gaps = []
     for model, trajectory, table in exact:
-        draw = partial(masks.coupled_counts, weighted=False)
+        draw = partial(draws.coupled_counts, weighted=False)
         values = [scripted(model, trajectory, draw, (count + 0.5) / 4, order) for count in range(4) for order in ORDERS]
         expected = 0.0
         for known, hidden in table.items():
@@ -322,7 +323,7 @@ def test_a_random_ratio_reads_each_token_in_the_states_of_its_ratio(exact) -> No
     """UniGRPO with the range (0, 1]: the number hidden is uniform on 1..L, each mask of a size alike."""
     for model, trajectory, table in exact:
         values = [
-            scripted(model, trajectory, masks.random_ratio, (count + 0.5) / 3, order)
+            scripted(model, trajectory, draws.random_ratio, (count + 0.5) / 3, order)
             for count in range(3)
             for order in ORDERS
         ]
@@ -338,16 +339,16 @@ def test_levels_are_spread_evenly_over_the_passes(make_model) -> None:
     for trajectory in sampled(model, 3):
         levels: list[float] = []
 
-        def draw(places: np.ndarray, rng: Any, level: float, seen: list[float] = levels) -> list[masks.Copy]:
+        def draw(places: np.ndarray, rng: Any, level: float, seen: list[float] = levels) -> list[draws.Copy]:
             seen.append(level)
-            return masks.everything_hidden(places, rng, level)
+            return draws.everything_hidden(places, rng, level)
 
         for iteration in range(13):
             masks.copy_rows([trajectory], model, draw, iteration=iteration)
             places = np.sort([*levels, levels[0]])
             assert iteration == 0 or np.diff(np.sort(levels)).min() > 0.38 / len(levels)
             assert len(places) == iteration + 2
-    counts = [len(masks.random_ratio(np.arange(100), Script(range(100)), level)[0].read) for level in (0, 0.295, 0.999)]
+    counts = [len(draws.random_ratio(np.arange(100), Script(range(100)), level)[0].read) for level in (0, 0.295, 0.999)]
     assert counts == [1, 30, 100]
 
 
@@ -364,7 +365,7 @@ def test_the_sandwich_holds_the_likelihood_of_a_random_order(exact) -> None:
         bounds = {}
         for power in (1.0, 1.5, 3.0):
 
-            def everything(places: np.ndarray, rng: Any, level: float) -> list[masks.Copy]:
+            def everything(places: np.ndarray, rng: Any, level: float) -> list[draws.Copy]:
                 return [one_block(places, *single) for single in itertools.product(range(3), ORDERS)]
 
             rows, weight = masks.copy_rows([trajectory], model, everything)
@@ -387,8 +388,8 @@ def test_the_sandwich_holds_the_likelihood_of_a_random_order(exact) -> None:
         assert lower < bounds[1.0] < bounds[1.5] < bounds[3.0]
 
 
-def one_block(places: np.ndarray, count: int, order: tuple[int, ...]) -> masks.Copy:
-    return masks.block_masks(places, Script(0, order), (count + 0.5) / 3, draws=1)[0]
+def one_block(places: np.ndarray, count: int, order: tuple[int, ...]) -> draws.Copy:
+    return draws.block_masks(places, Script(0, order), (count + 0.5) / 3, draws=1)[0]
 
 
 def test_two_draws_leave_the_upper_bound_biased(exact) -> None:
@@ -412,7 +413,7 @@ def test_two_draws_leave_the_upper_bound_biased(exact) -> None:
     assert min(biases) > 0.03 and 0.5 < max(biases) < 0.7
 
 
-def _draws(places: np.ndarray, rng: Any, level: float, singles: Any) -> list[masks.Copy]:
+def _draws(places: np.ndarray, rng: Any, level: float, singles: Any) -> list[draws.Copy]:
     return [one_block(places, *single) for single in singles]
 
 
@@ -441,7 +442,7 @@ def test_step_merge_goes_from_the_one_step_estimate_to_the_exact_trace(make_mode
                 assert float(logprob[at]) == pytest.approx(slow, abs=1e-9)
                 at += 1
         errors[segments] = float((logprob - recorded).abs().mean())
-    _, _, hidden = score(model, trajectories, masks.everything_hidden)
+    _, _, hidden = score(model, trajectories, draws.everything_hidden)
     order = np.argsort(np.concatenate([i * 100 + t.position for i, t in enumerate(trajectories)]))
     with torch.no_grad():
         first = remask_rows(trajectories, segments=1).score(model).logprob
@@ -476,7 +477,7 @@ def test_log_mean_exps_by_hand_and_for_tiny_probabilities() -> None:
 def test_decisions_add_up_their_reads(make_model) -> None:
     model = make_model("gpt2-full")
     trajectories = sampled(model, 3, gen_length=5, num_inference_steps=5)
-    rows, weight, logprob = score(model, trajectories, masks.coupled)
+    rows, weight, logprob = score(model, trajectories, draws.coupled)
     tokens = per_token(rows, weight)
     answers = masks.answer_decisions(rows, weight, [5, 5, 5])
     position = rows.position_ids[rows.row, rows.column]

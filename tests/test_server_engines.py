@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl.estimators.masked_copies import copy_rows, everything_hidden
+from rl.estimators.draws import everything_hidden
+from rl.estimators.masked_copies import copy_rows
 from rl.estimators.trace_rows import trace_rows
 from rollouts.engines.base import EngineError, StaleVersionError, WeightPushError, require
 from rollouts.engines.in_process import InProcessEngine, Request

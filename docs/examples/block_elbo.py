@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from rl.estimators.combine import CombinedRows
-from rl.estimators.masked_copies import Copy
+from rl.estimators.draws import Copy
 from rl.recipes.masked import MaskedRecipe
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
+from rl.estimators.draws import Copy, coupled
 from rl.recipes.masked import MaskedRecipe
 
 
@@ -29,7 +30,5 @@ class CoupledGRPO(
     ratio_low: float = Field(0.2, gt=0, lt=1, description="Smallest mask ratio.")
     ratio_high: float = Field(0.8, gt=0, lt=1, description="Largest mask ratio.")
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import coupled
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return coupled(places, rng, level, self.ratio_low, self.ratio_high)

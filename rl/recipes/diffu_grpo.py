@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rl.estimators.draws import Copy, everything_hidden
 from rl.recipes.masked import MaskedRecipe
 
 
@@ -26,7 +27,5 @@ class DiffuGRPO(
 ):
     per_token = True
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import everything_hidden
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return everything_hidden(places, rng, level)

@@ -17,13 +17,12 @@ from typing import Any
 
 from pydantic import Field
 
+from rl.estimators.draws import Copy, coupled_counts
 from rl.recipes.masked import MaskedRecipe
 
 
 class ESPO(MaskedRecipe, defaults={"kl_to": "reference", "kl_coef": 3e-3, "kl_estimator": "k2"}):
     draws: int = Field(2, ge=1, description="Pairs of complementary masks per answer (M).")
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import coupled_counts
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return coupled_counts(places, rng, level, self.draws)

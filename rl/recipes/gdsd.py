@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from rl.batch import DecisionBatch, LossOutput
+from rl.estimators.draws import Copy, coupled_counts
 from rl.recipes.masked import MaskedRecipe
 
 
@@ -26,9 +27,7 @@ class GDSD(MaskedRecipe, defaults={"clip_low": 4e-4, "clip_high": 4e-4, "kl_esti
     psi: float = Field(10.0, gt=0, description="Change of the score asked for per unit of advantage.")
     draws: int = Field(1, ge=1, description="Pairs of complementary masks per answer.")
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import coupled_counts
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return coupled_counts(places, rng, level, self.draws, weighted=False)
 
     def loss(self, batch: DecisionBatch) -> LossOutput:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from rl.batch import Tensor
 from rl.estimators.base import Rows
+from rl.estimators.draws import Copy, scope_positions
 from rl.recipes.base import Recipe
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rl.estimators.masked_copies import Copy
 
 
 class MaskedRecipe(Recipe, defaults={"aggregation": "trajectory_mean"}):
@@ -39,7 +36,7 @@ class MaskedRecipe(Recipe, defaults={"aggregation": "trajectory_mean"}):
         return {"step_maps"} if self.scope == "canvas" else set()
 
     def copies(self, places: np.ndarray, rng: np.random.Generator, level: float) -> list[Copy]:
-        """Masked copies of one answer, a `rl.estimators.masked_copies.Draw`."""
+        """Masked copies of one answer, a `rl.estimators.draws.Draw`."""
         raise NotImplementedError(f"recipe {self.name} has no copies()")
 
     def decide(self, rows: Any, weight: Tensor, lengths: Sequence[int]) -> Any:
@@ -50,8 +47,6 @@ class MaskedRecipe(Recipe, defaults={"aggregation": "trajectory_mean"}):
         return per_token(rows, weight) if self.per_token else answer_decisions(rows, weight, lengths)
 
     def length(self, trajectory: Any) -> int:
-        from rl.estimators.masked_copies import scope_positions
-
         return len(scope_positions(trajectory, self.scope))
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Rows:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from rl.batch import Tensor
 from rl.estimators.base import Verdicts
+from rl.estimators.draws import Copy, block_masks
 from rl.recipes.masked import MaskedRecipe
 
 
@@ -32,9 +33,7 @@ class SPG(MaskedRecipe, defaults={"prompt_mask": 0.15}):
         None, ge=1, description="Tokens per block of the masks; null takes the answer whole."
     )
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import block_masks
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return block_masks(places, rng, level, self.draws, self.mask_block)
 
     def decide(self, rows: Any, weight: Any, lengths: Any) -> Any:

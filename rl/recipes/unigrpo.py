@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
+from rl.estimators.draws import Copy, random_ratio
 from rl.recipes.masked import MaskedRecipe
 
 
@@ -25,9 +26,7 @@ class UniGRPO(MaskedRecipe, defaults={"scale": "std", "kl_to": "reference", "kl_
     ratio_low: float = Field(0.0, ge=0, lt=1, description="Smallest mask ratio.")
     ratio_high: float = Field(1.0, gt=0, le=1, description="Largest mask ratio.")
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import random_ratio
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return random_ratio(places, rng, level, self.ratio_low, self.ratio_high)
 
     def decide(self, rows: Any, weight: Any, lengths: Any) -> Any:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from rl.batch import Tensor
 from rl.estimators.base import Verdicts
+from rl.estimators.draws import Copy, everything_hidden
 from rl.recipes.masked import MaskedRecipe
 
 
@@ -27,9 +28,7 @@ class WD1(MaskedRecipe, defaults={"prompt_mask": 0.15}):
     old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: the gradient of the log-prob itself.")
     psi: float = Field(1.0, gt=0, description="Temperature of the weights.")
 
-    def copies(self, places: Any, rng: Any, level: float) -> Any:
-        from rl.estimators.masked_copies import everything_hidden
-
+    def copies(self, places: Any, rng: Any, level: float) -> list[Copy]:
         return everything_hidden(places, rng, level)
 
     def advantage(self, verdicts: Verdicts) -> Tensor:
