@@ -456,6 +456,25 @@ def test_a_family_by_a_wrong_name_is_one_line(tmp_path: Path) -> None:
     assert "config.json says model_type 'llada', which is not the sdar layout" in refusal(path, family="sdar")
 
 
+def test_a_family_of_an_installed_package_is_found_by_model_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry point needs no option: its family reads the folders of its model_type."""
+    package = tmp_path / "site"
+    (package / "plug-1.0.dist-info").mkdir(parents=True)
+    (package / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
+    (package / "plug-1.0.dist-info" / "entry_points.txt").write_text("[denoise_rl.families]\nmine = plug_family:Mine\n")
+    (package / "plug_family.py").write_text(
+        "from rl.models.families.dream import Dream\n\nclass Mine(Dream):\n    model_type = 'mine'\n"
+    )
+    folder = write(tmp_path / "mine", "dream", model_type="mine")
+    assert "known are diffusion_lm, llada, Dream, sdar, and masked" in refusal(folder)
+    monkeypatch.syspath_prepend(str(package))
+    assert torch.equal(load(folder).lm_head.weight, tensors("dream")["lm_head.weight"])
+    assert main(["export", str(folder), str(tmp_path / "out"), "--layout", "mine"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == PUBLISHED["dream"] | {"model_type": "mine"}
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 

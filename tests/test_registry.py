@@ -9,10 +9,10 @@ import pytest
 
 from rl.errors import about, is_message
 from rl.files import write_json, write_whole
-from rl.registry import MODALITIES, RECIPES, TASKS, Table
+from rl.registry import FAMILIES, MODALITIES, RECIPES, SEARCHES, TASKS, Table
 from rl.tasks.load import load_task
 
-TABLES = [RECIPES, TASKS, MODALITIES]
+TABLES = [RECIPES, TASKS, MODALITIES, FAMILIES, SEARCHES]
 
 
 @pytest.fixture

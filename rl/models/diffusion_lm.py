@@ -9,6 +9,7 @@ It saves and loads in Hugging Face format.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -105,44 +106,16 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
         self.post_init()
 
-    @property
-    def body(self) -> Any:
-        return self.backbone
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden)
-
-    @property
-    def mask_token_id(self) -> int:
-        return self.config.mask_token_id
-
-    @property
-    def attention(self) -> str:
-        return self.config.attention
-
-    @property
-    def block_length(self) -> int | None:
-        return self.config.block_length
-
-    @property
-    def logit_shift(self) -> int:
-        return self.config.logit_shift
-
-    @property
-    def max_length(self) -> int:
-        return self.backbone.config.max_position_embeddings
-
-    @property
-    def excluded_token_ids(self) -> Ranges:
-        return self.config.excluded_token_ids
-
-    @property
-    def vocab_size(self) -> int:
-        return self.lm_head.out_features
-
-    @property
-    def hidden_size(self) -> int:
-        return self.lm_head.in_features
+    body = property(attrgetter("backbone"))
+    head = property(attrgetter("lm_head"))
+    mask_token_id = property(attrgetter("config.mask_token_id"))
+    attention = property(attrgetter("config.attention"))
+    block_length = property(attrgetter("config.block_length"))
+    logit_shift = property(attrgetter("config.logit_shift"))
+    max_length = property(attrgetter("backbone.config.max_position_embeddings"))
+    excluded_token_ids = property(attrgetter("config.excluded_token_ids"))
+    vocab_size = property(attrgetter("lm_head.out_features"))
+    hidden_size = property(attrgetter("lm_head.in_features"))
 
     @property
     def wants_block_mask(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -106,42 +107,22 @@ class MaskedLM(TokenDenoiser):
         model.tie_weights()
         return cls(model, mask_token_id, **settings)
 
-    @property
-    def body(self) -> Any:
-        return self.model.base_model
+    body = property(attrgetter("model.base_model"))
+    hidden_size = property(attrgetter("config.hidden_size"))
+    vocab_size = property(attrgetter("config.vocab_size"))
+    dtype = property(attrgetter("model.dtype"))
+    device = property(attrgetter("model.device"))
+    mask_token_id = property(lambda self: self.settings["mask_token_id"])
+    excluded_token_ids = property(lambda self: self.settings["excluded_token_ids"])
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         return _head(self.model)(hidden)
-
-    @property
-    def mask_token_id(self) -> int:
-        return int(self.settings["mask_token_id"])
-
-    @property
-    def excluded_token_ids(self) -> Ranges:
-        return self.settings["excluded_token_ids"]
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config.vocab_size)
 
     @property
     def max_length(self) -> int:
         """Longest canvas; the tokens around it take positions too."""
         around = len(self.settings["begin_token_ids"]) + len(self.settings["end_token_ids"])
         return int(self.config.max_position_embeddings) - self._first_position - around
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
