@@ -1,7 +1,9 @@
-# Everything here needs only Python 3.11 or newer and make.
+# Everything here needs only Python 3.11 or newer and make. Packages come by uv where it is installed, else by pip
+# ("make UV= quickstart" takes pip in any case).
 #
 #   make quickstart   train a tiny diffusion policy by RL and show the result (SEED=1 picks the seed)
-#   make test         lint, then every test (WORKERS=2 processes)
+#   make test         lint, then every test but the few below (WORKERS=2 processes)
+#   make test-all     those too: long ones that are only worth running before a release
 #   make lint         style, format and types only
 #   make clean        remove build products and caches; runs/ and .venv/ stay
 
@@ -9,24 +11,31 @@ SEED ?= 0
 RUN ?= runs/quickstart-$(SEED)
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+UV ?= $(shell command -v uv)
 
 BIN := .venv/bin
+# What a run needs, and with what the tests need beside; whoever has the second has the first.
 READY := .venv/ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CORE := $(if $(wildcard $(READY)),$(READY),.venv/ready-core)
+PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# One thread per process: several processes share few cores, and a spinning thread pool makes all of them slow.
+# A file stays with one worker, which makes its fixtures once; tests/conftest.py puts the longest files first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-all lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-quickstart: $(READY)
+quickstart: $(CORE)
 	$(BIN)/denoise-rl train --config configs/quickstart.yaml run.seed=$(SEED) run.output_dir=$(RUN)
 
-# One thread per process: several processes share few cores, and a spinning thread pool makes all of them slow.
-# A file stays with one worker, which makes its fixtures once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(PYTEST)
+
+test-all: test
+	$(PYTEST) -m release
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,12 +46,20 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-# torch first and at the pinned version: otherwise another package's range would bring the newest one with it.
-$(READY): pyproject.toml constraints.txt
+# torch first and at the pinned version: otherwise another package's range would bring the newest one with it. editables
+# is what an editable install imports; uv reads pyproject.toml alone and would not know of it.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Installing into .venv: a few minutes the first time."
-	$(PYTHON) -m venv .venv
-	$(PIP) torch
-	$(PIP) --editable '.[dev]'
-	@touch $(READY)
+	@echo "Installing $(1) into .venv: a minute or three the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt torch editables
+	$(PIP) --constraint constraints.txt --editable '$(1)'
+	@touch $@
+endef
+
+.venv/ready-core: pyproject.toml constraints.txt
+	$(call install,.)
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,.[dev])

@@ -50,6 +50,15 @@ _BACKBONES = {
 }
 
 
+# The files that take longest, in CPU seconds. A worker that begins one of them last would work on alone.
+LONGEST = ("distributed", "ray_workers", "faults", "kill_loop", "sandbox_hostile", "presets", "loop", "sandbox")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data files, which is no part of the project; the test is skipped without it."""
