@@ -19,7 +19,7 @@ from rollouts.npz_file import read_records, write_records
 FORMAT_VERSION = 1
 _KIND = "latent trajectories"
 _ARRAYS = ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed")
-_ITEMS = ("splits", "clip", "sampler", "policy_version", "initial_logprob")
+_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob")
 
 
 @dataclass
@@ -44,7 +44,7 @@ class LatentTrajectory:
         conditioning: name -> array, this sample's row of what the model was given.
         seed: int64 [T+1]; entry 0 drew the initial noise, entry i + 1 the noise of step i. Trajectories of one
             call that agree in seed[:i + 1] are one rollout up to latents[i].
-        splits: steps before which rollouts of this call branched, ascending.
+        branch_steps: steps before which rollouts of this call branched, ascending.
         clip: bound on the predicted x0, None when it is not clipped.
         sampler: settings that define the steps (scheduler, eta, guidance_scale, min_std, ...).
         policy_version: optimizer steps taken by the weights that sampled this.
@@ -60,7 +60,7 @@ class LatentTrajectory:
     logprob: np.ndarray
     conditioning: Mapping[str, np.ndarray]
     seed: np.ndarray
-    splits: tuple[int, ...] = ()
+    branch_steps: tuple[int, ...] = ()
     clip: float | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
     policy_version: int = 0
@@ -102,8 +102,9 @@ class LatentTrajectory:
                 raise ValueError(f"trajectory field {name!r} holds a value that is not finite")
         if np.any(self.std < 0):
             raise ValueError("trajectory field 'std' must not be negative")
-        if list(self.splits) != sorted(set(self.splits)) or any(not 0 <= s < steps for s in self.splits):
-            raise ValueError("trajectory field 'splits' must ascend and lie in [0, T)")
+        branches = list(self.branch_steps)
+        if branches != sorted(set(branches)) or any(not 0 <= step < steps for step in branches):
+            raise ValueError("trajectory field 'branch_steps' must ascend and lie in [0, T)")
 
 
 def save_latents(path: str | os.PathLike[str], trajectories: Sequence[LatentTrajectory]) -> None:
@@ -128,10 +129,12 @@ def load_latents(path: str | os.PathLike[str]) -> list[LatentTrajectory]:
     trajectories = []
     for index, item in enumerate(items):
         names = item.pop("conditioning")
+        # Their name in files before it was the field's.
+        steps = item.pop("splits", None) or item.get("branch_steps", ())
         trajectory = LatentTrajectory(
             **{name: arrays[f"{index}/{name}"] for name in _ARRAYS},
             conditioning={name: arrays[f"{index}/conditioning/{name}"] for name in names},
-            **(item | {"splits": tuple(item["splits"])}),
+            **(item | {"branch_steps": tuple(steps)}),
         )
         trajectory.validate()
         trajectories.append(trajectory)

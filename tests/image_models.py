@@ -32,10 +32,10 @@ def rollouts(
     policy: ClassPolicy,
     options: LatentSamplerOptions,
     count: int = 3,
-    splits: tuple[tuple[int, int], ...] = (),
+    branch_points: tuple[tuple[int, int], ...] = (),
     **engine: Any,
 ) -> list[LatentTrajectory]:
     dtype = next(policy.parameters()).dtype
-    sampler = LatentEngine(policy, options, dtype=dtype, splits=splits, **engine)
+    sampler = LatentEngine(policy, options, dtype=dtype, branch_points=branch_points, **engine)
     prompts = [CLASSES[i % len(CLASSES)] for i in range(count)]
     return sampler.generate([SampleRequest(p, 10 + i) for i, p in enumerate(prompts) for _ in range(sampler.leaves)])

@@ -16,6 +16,7 @@ from rollouts.engines.base import SampleRequest
 from rollouts.engines.latent import LatentEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import load_latents, save_latents
+from rollouts.npz_file import read_records, write_records
 from rollouts.samplers.gaussian import GaussianSteps, gaussian_step, make_steps
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
@@ -250,14 +251,14 @@ def test_a_rollout_does_not_depend_on_its_batch() -> None:
 def test_branches_share_their_prefix_and_nothing_else() -> None:
     policy, chosen = tiny_policy(), options()
     plain = rollouts(policy, chosen, count=2)
-    tree = rollouts(policy, chosen, count=2, splits=((3, 2), (7, 3)))
+    tree = rollouts(policy, chosen, count=2, branch_points=((3, 2), (7, 3)))
     assert len(tree) == 2 * 6
     for request in range(2):
         leaves = tree[6 * request : 6 * request + 6]
         # The first branch is the rollout that would have been without branching.
         np.testing.assert_allclose(leaves[0].latents, plain[request].latents, atol=1e-12)
         for a, one in enumerate(leaves):
-            assert one.splits == (3, 7)
+            assert one.branch_steps == (3, 7)
             for b, other in enumerate(leaves):
                 shared = 10 if a == b else 7 if a // 3 == b // 3 else 3
                 equal = (one.latents == other.latents).reshape(11, -1).all(1)
@@ -267,7 +268,7 @@ def test_branches_share_their_prefix_and_nothing_else() -> None:
 
 def test_a_shared_prefix_is_computed_once() -> None:
     policy = tiny_policy()
-    engine = LatentEngine(policy, options(guidance_scale=2.0), dtype=torch.float64, splits=[(3, 2), (7, 3)])
+    engine = LatentEngine(policy, options(guidance_scale=2.0), dtype=torch.float64, branch_points=[(3, 2), (7, 3)])
     engine.generate([SampleRequest(prompt, 1) for prompt in ("one", "two") for _ in range(6)])
     assert engine.stats.sequence_forwards == 2 * (2 * 3 + 4 * 4 + 12 * 3)
     assert engine.stats.forwards == 10
@@ -281,14 +282,14 @@ def test_branch_seeds_differ() -> None:
     assert len(made.unique()) == 1000 + 2 * 1000 * 7
 
 
-@pytest.mark.parametrize("splits", [((7, 2), (3, 2)), ((10, 2),), ((-1, 2),)])
-def test_impossible_splits_are_refused(splits: tuple[tuple[int, int], ...]) -> None:
-    with pytest.raises(ValueError, match="splits must ascend"):
-        rollouts(tiny_policy(), options(), splits=splits)
+@pytest.mark.parametrize("branch_points", [((7, 2), (3, 2)), ((10, 2),), ((-1, 2),)])
+def test_impossible_branch_points_are_refused(branch_points: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="branch_points must ascend"):
+        rollouts(tiny_policy(), options(), branch_points=branch_points)
 
 
 def test_branches_of_two_prompts_are_refused() -> None:
-    engine = LatentEngine(tiny_policy(), options(), dtype=torch.float64, splits=[(2, 2)])
+    engine = LatentEngine(tiny_policy(), options(), dtype=torch.float64, branch_points=[(2, 2)])
     for prompts in (("one", "two"), ("one", "one", "one")):
         with pytest.raises(ValueError, match=r"train\.group_size must be a multiple"):
             engine.generate([SampleRequest(prompt, 1) for prompt in prompts])
@@ -316,14 +317,19 @@ def test_a_scheduler_that_does_not_fit_is_refused(chosen: dict, scheduler: dict,
 
 
 def test_trajectories_survive_a_file(tmp_path: Path) -> None:
-    saved = rollouts(tiny_policy(double=False), options(), splits=((4, 2),))
+    saved = rollouts(tiny_policy(double=False), options(), branch_points=((4, 2),))
     save_latents(tmp_path / "t.npz", saved)
     for before, after in zip(saved, load_latents(tmp_path / "t.npz"), strict=True):
         for name in ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed"):
             np.testing.assert_array_equal(getattr(before, name), getattr(after, name), strict=True)
         np.testing.assert_array_equal(before.conditioning["label"], after.conditioning["label"], strict=True)
-        assert (before.splits, before.clip, before.sampler) == (after.splits, after.clip, after.sampler)
+        assert (before.branch_steps, before.clip, before.sampler) == (after.branch_steps, after.clip, after.sampler)
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+    # Files from before branch points had this name.
+    items, arrays = read_records(tmp_path / "t.npz", "latent trajectories", 1)
+    old = [{"splits" if name == "branch_steps" else name: value for name, value in item.items()} for item in items]
+    write_records(tmp_path / "old.npz", "latent trajectories", 1, old, arrays)
+    assert [t.branch_steps for t in load_latents(tmp_path / "old.npz")] == [(4,), (4,)] * 3
 
 
 @pytest.mark.parametrize(
@@ -333,7 +339,7 @@ def test_trajectories_survive_a_file(tmp_path: Path) -> None:
         ("latents", lambda t: t.latents.astype(np.float16)),
         ("logprob", lambda t: t.logprob * np.nan),
         ("std", lambda t: -t.std),
-        ("splits", lambda t: (3, 2)),
+        ("branch_steps", lambda t: (3, 2)),
         ("mean", lambda t: t.mean[:, :, :2]),
     ],
 )

@@ -152,7 +152,7 @@ def test_node_advantage() -> None:
 def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
     recipe = BranchGRPO(branch_steps=[1, 3])
     trajectories = rollouts(
-        tiny_policy(), LatentSamplerOptions(num_inference_steps=5, min_std=0), count=1, splits=((1, 2), (3, 2))
+        tiny_policy(), LatentSamplerOptions(num_inference_steps=5, min_std=0), count=1, branch_points=((1, 2), (3, 2))
     )
     summaries = [recipe.summary(t) for t in trajectories]
     advantage = recipe.advantage(verdicts([0, 2, 2, 8], summaries, [0, 0, 0, 0]))
@@ -166,7 +166,7 @@ def test_branch_grpo_gives_every_depth_its_own_advantage() -> None:
 
 def test_notes_of_real_trajectories_tell_branch_points_apart() -> None:
     options = LatentSamplerOptions(num_inference_steps=5)
-    trajectories = rollouts(tiny_policy(), options, count=2, splits=((2, 3),))
+    trajectories = rollouts(tiny_policy(), options, count=2, branch_points=((2, 3),))
     seen = verdicts([0.0] * 6, [DDPO().summary(t) for t in trajectories], [0] * 3 + [1] * 3)
     assert branch_of(seen, 2).tolist() == [0, 0, 0, 1, 1, 1]
     assert branch_of(seen, 3).tolist() == [0, 1, 2, 3, 4, 5]

@@ -279,7 +279,7 @@ class RolloutSource:
                 engine.push_weights(policy_version, PolicyWeights(run.model, run.tokenizer, layout))
                 self._pushed = policy_version
                 self.push_seconds += time.perf_counter() - started
-        engine.splits = tuple(branch_points)
+        engine.branch_points = tuple(branch_points)
         return engine
 
     def _asked(self, step: int, turn: int = 0) -> tuple[list[Row], list[Any]]:

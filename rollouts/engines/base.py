@@ -177,7 +177,7 @@ class SampleRequest:
 class SharedModelEngine:
     """The common part of engines that sample the caller's own module, whose weights are always today's."""
 
-    splits: tuple[tuple[int, int], ...] = ()
+    branch_points: tuple[tuple[int, int], ...] = ()
 
     def capabilities(self) -> Capabilities:
         return IN_PROCESS
@@ -194,12 +194,12 @@ class Engine(Protocol):
 
     Attributes:
         options: the decoder; it may be set between two calls of `generate`.
-        splits: where rollouts branch (`LatentEngine`); empty for modalities without branches.
+        branch_points: where rollouts branch (`LatentEngine`); empty for modalities without branches.
         stats: the work of the last call.
     """
 
     options: Any
-    splits: tuple[tuple[int, int], ...]
+    branch_points: tuple[tuple[int, int], ...]
     stats: EngineStats
 
     def capabilities(self) -> Capabilities: ...

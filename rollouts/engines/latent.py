@@ -33,39 +33,39 @@ class LatentEngine(SharedModelEngine):
         max_batch_size: int = 256,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        splits: Sequence[tuple[int, int]] = (),
+        branch_points: Sequence[tuple[int, int]] = (),
     ):
         """
         Args:
             dtype: of the latents, float32 or float64; trajectories are never kept in less.
-            splits: (step, branches): before this step every rollout goes on as this many, which share all that came
-                before it and draw different noise after it. Branch 0 is the rollout that would have been without.
+            branch_points: (step, branches): before this step every rollout goes on as this many, which share all that
+                came before it and draw different noise after it. Branch 0 is the rollout that would have been without.
         """
         self.model, self.options = model, options
         self.max_batch_size, self.device, self.dtype = max_batch_size, torch.device(device), dtype
         self.steps = make_steps(model.scheduler, options, model.schedule_options(options.num_inference_steps))
-        self.splits = tuple(splits)
+        self.branch_points = tuple(branch_points)
         self.stats = EngineStats()
 
     @property
     def leaves(self) -> int:
         """Rollouts that one tree ends in."""
-        return math.prod(branches for _, branches in self.splits)
+        return math.prod(branches for _, branches in self.branch_points)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[LatentTrajectory]:
         """Denoise every request.
 
-        With splits, every `leaves` requests in a row are the leaves of one tree: they must share their prompt, and the
-        first one's seed is the tree's. A branch's leaves stand together.
+        With branch points, every `leaves` requests in a row are the leaves of one tree: they must share their prompt,
+        and the first one's seed is the tree's. A branch's leaves stand together.
 
         Raises:
-            ValueError: splits are out of order or range, or requests do not fill up trees of one prompt.
+            ValueError: branch points are out of order or range, or requests do not fill up trees of one prompt.
             NonFiniteError: the model's output is not finite.
         """
-        at = [step for step, _ in self.splits]
+        at = [step for step, _ in self.branch_points]
         if at != sorted(set(at)) or any(not 0 <= step < len(self.steps) for step in at):
-            raise ValueError(f"splits must ascend and lie in [0, {len(self.steps)}), got {at}")
+            raise ValueError(f"branch_points must ascend and lie in [0, {len(self.steps)}), got {at}")
         roots = requests[:: self.leaves]
         if any(request.prompt != roots[i // self.leaves].prompt for i, request in enumerate(requests)) or (
             len(roots) * self.leaves != len(requests)
@@ -77,9 +77,9 @@ class LatentEngine(SharedModelEngine):
         if not roots:
             return []
         started = time.perf_counter()
-        branches = dict(self.splits)
+        branches = dict(self.branch_points)
         given = self.encode([request.prompt for request in roots])
-        # `root` is the tree of every rollout, `origin` its place in the population before the last split.
+        # `root` is the tree of every rollout, `origin` its place in the population before the last branch point.
         root = torch.arange(len(roots), device=self.device)
         seed = torch.tensor([request.seed for request in roots], dtype=torch.int64, device=self.device)
         latent, initial = self._start(seed, given)
@@ -160,7 +160,7 @@ class LatentEngine(SharedModelEngine):
         origins: list[torch.Tensor],
         root: torch.Tensor,
         conditioning: Conditioning,
-        splits: tuple[int, ...],
+        branch_steps: tuple[int, ...],
         policy_version: int,
     ) -> list[LatentTrajectory]:
         """Follow every finished rollout back to its request."""
@@ -182,7 +182,7 @@ class LatentEngine(SharedModelEngine):
                 logprob=logprob[i],
                 conditioning={name: rows[i] for name, rows in kept.items()},
                 seed=seed[i],
-                splits=splits,
+                branch_steps=branch_steps,
                 clip=self.steps.clip,
                 sampler=self.options.record(),
                 policy_version=policy_version,

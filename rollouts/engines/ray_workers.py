@@ -88,12 +88,12 @@ class RayWorker:
         self.version = version
         return True
 
-    def generate(self, requests: Sequence[Any], options: Any, splits: Any, version: int) -> bytes:
+    def generate(self, requests: Sequence[Any], options: Any, branch_points: Any, version: int) -> bytes:
         """The trajectories and the work, pickled: arrays that Ray unpacks itself cannot be written to."""
         if self.version != version:
             raise StaleVersionError(f"a rollout worker has weights of version {self.version}, not {version}")
         engine = self.engine_of(options)
-        engine.splits = splits
+        engine.branch_points = branch_points
         trajectories = engine.generate(requests, version)
         return pickle.dumps((trajectories, engine.stats))
 
@@ -134,7 +134,7 @@ class RayEngine:
         self._max_restarts, self._start_seconds, self._timeout_seconds = max_restarts, start_seconds, timeout_seconds
         self._folder = None if weights_dir is None else Path(weights_dir)
         self.options = options
-        self.splits: tuple[tuple[int, int], ...] = ()
+        self.branch_points: tuple[tuple[int, int], ...] = ()
         self.stats = EngineStats()
         self._workers_lost = 0
         self._weights: _Weights | None = None
@@ -212,7 +212,7 @@ class RayEngine:
 
     def _parts(self, count: int) -> list[slice]:
         """Contiguous shares of the requests, one per worker; the branches of a tree stay together."""
-        leaves = math.prod(branches for _, branches in self.splits)
+        leaves = math.prod(branches for _, branches in self.branch_points)
         trees, workers = -(-count // leaves), len(self._workers)
         bounds = [trees * i // workers * leaves for i in range(workers)] + [count]
         return [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
@@ -229,7 +229,7 @@ class RayEngine:
         while waiting or running:
             while waiting and idle:
                 part, place = waiting.popleft(), idle.popleft()
-                ref = self._workers[place].generate.remote(parts[part], self.options, self.splits, version)
+                ref = self._workers[place].generate.remote(parts[part], self.options, self.branch_points, version)
                 running[ref] = part, place, time.monotonic() + self._timeout_seconds
             first_end = min(end for _, _, end in running.values())
             ready, _ = self._ray.wait(list(running), timeout=max(first_end - time.monotonic(), 0.0))

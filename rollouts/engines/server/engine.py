@@ -94,7 +94,7 @@ class ServerEngine:
         self.options = options
         self.weights_dir = Path(weights_dir)
         self.leader, self.from_leader = leader, from_leader
-        self.splits: tuple[tuple[int, int], ...] = ()
+        self.branch_points: tuple[tuple[int, int], ...] = ()
         self.stats = EngineStats()
         self._lock = threading.Lock()
         self._stop = threading.Event()
