@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rl import commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +83,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="denoise-rl", description="Reinforcement learning for diffusion models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: object, text: str, config: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+        command = parsers.add_parser(name, help=text, description=text)
         command.set_defaults(run=run, takes_overrides=config)
         if config:
             command.add_argument("--config", metavar="FILE", help="YAML config; without it the defaults")
@@ -95,19 +95,23 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
         return command
 
-    train = add("train", _train, "Warm-start (if the config says so), train by RL, evaluate, report.")
+    train = add("train", commands.train, "Warm-start (if the config says so), train by RL, evaluate, report.")
     train.add_argument("--dry-run", action="store_true", help="print the derived numbers and stop")
     train.add_argument("--options", action="store_true", help="list every config key and stop")
-    add("sft", _sft, "Run the supervised stage only and save the model.")
-    rollout = add("rollout", _rollout, "Sample rollouts of a model and save trajectories and scores.")
+    add("sft", commands.sft, "Run the supervised stage only and save the model.")
+    rollout = add("rollout", commands.rollout, "Sample rollouts of a model and save trajectories and scores.")
     rollout.add_argument("--output", metavar="FOLDER", required=True, help="where trajectories and scores go")
     rollout.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to sample")
     rollout.add_argument("--group-size", type=int, default=1, help="rollouts, or searches, per prompt")
     rollout.add_argument("--search", metavar="NAME", help="search for high rewards: best_of_n, svdd, ... (docs)")
-    rollout.add_argument("--search-params", metavar="YAML", help="options of the search, {num_samples: 16}")
-    compare = add("align", _align, "Compare searches and recipes that align one pretrained model with one reward.")
+    rollout.add_argument(
+        "--search-params", metavar="YAML", type=_mapping, help="options of the search, {num_samples: 16}"
+    )
+    compare = add(
+        "align", commands.align, "Compare searches and recipes that align one pretrained model with one reward."
+    )
     compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a table for each run.seed")
-    evaluate = add("eval", _eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
+    evaluate = add("eval", commands.eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
     evaluate.add_argument("--data", metavar="FILE", help="problems in the task's published file format")
     evaluate.add_argument(
         "--output", metavar="FOLDER", help="keep generations here and continue there (FILE.json: none)"
@@ -127,16 +131,20 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--export", metavar="FORMAT", help="also write samples for human-eval, evalplus or livecodebench")
     kept.add_argument("--reward", help="judge by another reward than the task's: a name, or {name: NAME, params: {}}")
     kept.add_argument("--rescore", metavar="FOLDER", help="judge the generations of a folder again, without a model")
-    check = add("check", _check, "Check a config, the installation and the DeepSpeed JSON without training.")
+    check = add("check", commands.check, "Check a config, the installation and the DeepSpeed JSON without training.")
     check.add_argument("--plan", action="store_true", help="estimate the memory per rank instead; needs no checkpoint")
     check.add_argument("--ranks", type=int, help="with --plan: number of ranks; this process's when not given")
     check.add_argument("--prompt-length", type=int, default=256, help="with --plan: tokens of a prompt")
     check.add_argument("--memory", type=float, metavar="GIB", help="with --plan: fail when a rank needs more")
-    score = add("score", _score, "Run a reward over a JSON-lines file of samples.", config=False)
+    score = add("score", commands.score, "Run a reward over a JSON-lines file of samples.", config=False)
     score.add_argument("file", metavar="FILE", help="one JSON object a line, with prompt and completion")
     score.add_argument("--reward", required=True, help="registered name, pkg.module:function, or path/file.py:function")
-    score.add_argument("--params", default="{}", metavar="YAML", help="parameters of the reward, {tolerance: 0.1}")
-    score.add_argument("--columns", default="{}", metavar="YAML", help="argument of the reward -> field of the file")
+    score.add_argument(
+        "--params", default={}, metavar="YAML", type=_mapping, help="parameters of the reward, {tolerance: 0.1}"
+    )
+    score.add_argument(
+        "--columns", default={}, metavar="YAML", type=_mapping, help="argument of the reward -> field of the file"
+    )
     score.add_argument("--prompt", default="prompt", help="field of the prompt")
     score.add_argument("--completion", default="completion", help="field of the completion or completions")
     score.add_argument("--output", metavar="FILE", help="write every verdict as JSON lines")
@@ -144,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--mode", choices=("inline", "process"), default="process", help="where the reward runs")
     score.add_argument("--num-workers", type=int, default=1, help="child processes in mode process")
     score.add_argument("--timeout-seconds", type=float, default=10.0, help="limit of one scoring call")
-    compare = add("compare", _compare, "Train recipes from the same warm starts over several seeds; table and plot.")
+    compare = add(
+        "compare", commands.compare, "Train recipes from the same warm starts over several seeds; table and plot."
+    )
     compare.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="recipes with their own defaults")
     compare.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar="NAME [key=value ...]", help="the config, changed"
@@ -153,19 +163,34 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", metavar="FOLDER", required=True, help="runs, table.md, results.json, budgets.png")
     compare.add_argument("--warm-start", metavar="FOLDER", help="one model for every seed, instead of a stage per seed")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    new_reward = add("new-reward", _new_reward, "Write a working reward plugin and its test.", config=False)
+    new_reward = add("new-reward", commands.new_reward, "Write a working reward plugin and its test.", config=False)
     new_reward.add_argument("name", help="my_reward, or folder/my_reward.py")
-    export = add("export", _export, "Copy the policy of a checkpoint to a plain folder, or convert it.", config=False)
+    export = add(
+        "export", commands.export, "Copy the policy of a checkpoint to a plain folder, or convert it.", config=False
+    )
     export.add_argument("checkpoint", help="run folder, one of its checkpoints/step_N, or a model folder")
     export.add_argument("output", help="new folder for the model and tokenizer")
     export.add_argument("--layout", metavar="NAME", help="published layout: llada, dream, sdar or file.py:Class")
     for name, run, text in (
-        ("plot", _plot, "Draw the learning curve of one run, or of several."),
-        ("report", _report, "Write the HTML report of a run."),
+        ("plot", commands.plot, "Draw the learning curve of one run, or of several."),
+        ("report", commands.report, "Write the HTML report of a run."),
     ):
         command = add(name, run, text, config=False)
         command.add_argument("runs", nargs="+" if name == "plot" else 1, metavar="RUN", help="run folder")
     return parser
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A mapping written as YAML on the command line."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a mapping like {{num_samples: 16}}")
+    return value
 
 
 def _dashed(extra: Sequence[str]) -> list[str]:
@@ -182,245 +207,6 @@ def _dashed(extra: Sequence[str]) -> list[str]:
         else:
             raise ValueError(f"override {word!r} has no value: write {word} VALUE or {word[2:]}=VALUE")
     return overrides
-
-
-def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from rl.config import load_config
-
-    return load_config(args.config, args.overrides)
-
-
-def _train(args: argparse.Namespace) -> int:
-    config = _config(args)
-    if args.options:
-        from rl.config import option_help
-
-        for key, default, text in option_help(config):
-            print(f"{key:34} {default:28} {text}")
-        return 0
-    from rl.train.plan import plan_lines
-
-    if args.dry_run:
-        print("\n".join(plan_lines(config)))
-        print("not looked at: task, rewards, files and what the recipe requires (denoise-rl check)")
-        return 0
-    from rl.train import distributed
-    from rl.train.finish import finish
-    from rl.train.plan import check_run
-    from rl.train.run import Run
-
-    check_run(config)
-    with Run.open(config) as run:
-        from rl.train.interrupt import EXIT_CODE, Stopped
-        from rl.train.loop import train
-
-        for line in plan_lines(config):
-            run.progress.message(line)
-        try:
-            train(run)
-        except Stopped:
-            distributed.stop()
-            return EXIT_CODE
-    if distributed.rank() == 0:
-        finish(run.folder)
-    distributed.stop()
-    return 0
-
-
-def _sft(args: argparse.Namespace) -> int:
-    config = _config(args)
-    if not config.sft.steps:
-        raise ValueError("sft.steps is 0: set it to the number of supervised updates")
-    from rl.train import distributed
-    from rl.train.plan import check_run
-    from rl.train.run import Run
-    from rl.train.sft import supervised
-
-    check_run(config)
-    with Run.open(config) as run:
-        summary = supervised(run)
-        if distributed.rank() == 0:
-            model = run.folder / "model"
-            # A comparison takes a folder of this name for a finished stage.
-            partial = model.with_name("model.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            run.save_model(partial)
-            shutil.rmtree(model, ignore_errors=True)
-            os.replace(partial, model)
-            print(f"model: {model}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
-    distributed.stop()
-    return 0
-
-
-def _rollout(args: argparse.Namespace) -> int:
-    config = _config(args)
-    folder = Path(args.output)
-    for number, name in ((args.num_prompts, "--num-prompts"), (args.group_size, "--group-size")):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output {folder} exists: name a new or empty folder")
-    if args.search is not None:
-        return _search(args, config, folder)
-    if args.search_params is not None:
-        raise ValueError("--search-params belongs to --search NAME")
-    from rl.train.rollouts import rollout
-    from rl.train.run import Run
-
-    with Run.open(config, write=False) as run:
-        rows = run.task.heldout_rows(args.num_prompts)
-        scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        run.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
-        with (folder / "rollouts.jsonl").open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality))
-    mean = float(scored.reward.nanmean())
-    print(
-        f"{len(scored.trajectories)} rollouts, mean reward {mean:.3f}, {scored.stats.sequence_forwards} sequence "
-        f"forwards, {scored.stats.generated_tokens / max(scored.stats.seconds, 1e-9):,.0f} tokens/s -> {folder}"
-    )
-    return 0
-
-
-def _search(args: argparse.Namespace, config: Any, folder: Path) -> int:
-    import yaml
-
-    from rl.evaluation.search import parse_search, search_rollouts, write_search
-    from rl.train.run import Run
-
-    try:
-        params = yaml.safe_load(args.search_params or "{}")
-    except yaml.YAMLError as error:
-        raise ValueError(f"--search-params is not valid YAML: {error}") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"--search-params must be a mapping like {{num_samples: 16}}, got {args.search_params!r}")
-    search = parse_search(args.search, params)
-    with Run.open(config, write=False) as run:
-        examples = run.task.heldout_rows(args.num_prompts)
-        found = search_rollouts(run, examples, search, args.group_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_search(folder, run, args.search, search, found)
-    budget, count = found.budget, found.num_requests
-    print(
-        f"{args.search}: {len(found.trajectories)} samples of {count} searches, mean reward {found.mean_reward():.3f}, "
-        f"per search {budget.denoiser_evaluations / count:.1f} denoiser and {budget.reward_evaluations / count:.1f} "
-        f"reward evaluations, {budget.unscored} without a verdict -> {folder}"
-    )
-    return 0
-
-
-def _align(args: argparse.Namespace) -> int:
-    config = _config(args)
-    from rl.evaluation.align import align, summary_lines
-
-    tables = []
-    for seed in args.seeds or [config.run.seed]:
-        folder = f"{config.run.output_dir}/seed-{seed}" if args.seeds else config.run.output_dir
-        run = config.run.model_copy(update={"seed": seed, "output_dir": folder})
-        tables.append(align(config.model_copy(update={"run": run})))
-    for line in summary_lines(tables):
-        print(line)
-    return 0
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from rl.evaluation.command import eval_command
-
-    for line in eval_command(args):
-        print(line)
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    config = _config(args)
-    from rl.train.plan import check_run, plan_lines
-
-    if args.plan:
-        from rl.train.memory import memory_lines
-
-        ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        for number, name in ((ranks, "--ranks"), (args.prompt_length, "--prompt-length")):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        print("\n".join([*plan_lines(config, ranks), *memory_lines(config, ranks, args.prompt_length, args.memory)]))
-        return 0
-    notes = check_run(config, new=False)
-    print("\n".join([*plan_lines(config), *notes]))
-    print("config ok")
-    return 0
-
-
-def _score(args: argparse.Namespace) -> int:
-    import yaml
-
-    from rewards.tools import score_file
-
-    report = score_file(
-        args.file,
-        args.reward,
-        params=yaml.safe_load(args.params),
-        columns=yaml.safe_load(args.columns),
-        prompt=args.prompt,
-        completion=args.completion,
-        output=args.output,
-        limit=args.limit,
-        mode=args.mode,
-        num_workers=args.num_workers,
-        timeout_seconds=args.timeout_seconds,
-    )
-    print(report.text())
-    return 0
-
-
-def _compare(args: argparse.Namespace) -> int:
-    from rl.evaluation.compare import ComparisonPlan, compare, recipe_overrides
-
-    config = _config(args)
-    mixed = next((name for name in args.recipes if "=" in name), None)
-    if mixed is not None:
-        raise ValueError(f"--recipes {mixed!r} is no recipe: overrides of all runs come before --recipes and --variant")
-    variants = {name: recipe_overrides(config, name) for name in args.recipes}
-    for name, *overrides in args.variant:
-        if name in variants or "=" in name:
-            raise ValueError(f"--variant {name!r} must begin with a name that no other variant has")
-        variants[name] = overrides
-    if not variants:
-        raise ValueError("there is nothing to compare: give --recipes or --variant")
-    comparison = ComparisonPlan(
-        args.config, variants, args.seeds, Path(args.output), args.overrides, args.warm_start, args.jobs
-    )
-    table, results, plot = compare(comparison)
-    print(f"{table}results: {results}\nplot:    {plot}")
-    return 0
-
-
-def _new_reward(args: argparse.Namespace) -> int:
-    from rewards.tools import new_reward
-
-    for path in new_reward(args.name):
-        print(path)
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from rl.train.checkpoint import export_policy
-
-    print(export_policy(args.checkpoint, args.output, args.layout))
-    return 0
-
-
-def _plot(args: argparse.Namespace) -> int:
-    from rl.track.plots import plot_learning_curve, plot_runs
-
-    print(plot_learning_curve(args.runs[0]) if len(args.runs) == 1 else plot_runs(args.runs))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from rl.track.report import write_report
-
-    print(write_report(args.runs[0]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest valid one. Importing this modu
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,23 @@ class Config(Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; everybody who types it means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _value(text: str) -> Any:
+    """A value on the command line: YAML, or else the text itself."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file, then the overrides.
 
@@ -108,7 +126,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         except OSError as error:
             raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
         try:
-            raw = yaml.safe_load(text) or {}
+            raw = yaml.load(text, _Loader) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(raw, dict):
@@ -124,7 +142,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
-        node[leaf] = _yaml_scalar(value)
+        node[leaf] = _value(value)
         if key == "sampler.preset" and node[leaf] is not None:
             node.update(preset_parts(str(node[leaf])))
     return _validate(raw)
@@ -151,23 +169,9 @@ def _modality(raw: dict[str, Any]) -> Any:
     return modality_of((raw.get("task") or {}).get("name", TaskConfig().name))
 
 
-def _yaml_scalar(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a string; everybody who types it means the number.
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _validate(raw: dict[str, Any]) -> Config:
     try:
-        return Config.model_validate(_numbers(raw))
+        return Config.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         path = [part for part in first["loc"] if not isinstance(part, int)]
@@ -185,20 +189,6 @@ def _validate(raw: dict[str, Any]) -> Config:
         if key and key not in message:
             message = f"config key {key!r}: {message}, got {first['input']!r}"
         raise ValueError(message) from None
-
-
-def _numbers(node: Any) -> Any:
-    """YAML 1.1 floats without a dot (1e-4) arrive as strings; turn them back everywhere."""
-    if isinstance(node, dict):
-        return {key: _numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_numbers(value) for value in node]
-    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
-        try:
-            return float(node)
-        except ValueError:
-            return node
-    return node
 
 
 def _section(path: Sequence[Any], raw: dict[str, Any]) -> type[BaseModel] | None:

@@ -141,6 +141,8 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text())["train"]["optimizer"]["lr"], str)
     assert load_config(path).train.optimizer.lr == 1e-4
     assert load_config(None, ["train.optimizer.lr=3e-4"]).train.optimizer.lr == 3e-4
+    params = load_config(None, ["task.params={a: [1e5, -2.5E-3], b: '1e5', c: 1e5x, d: 12}"]).task.params
+    assert params == {"a": [1e5, -2.5e-3], "b": "1e5", "c": "1e5x", "d": 12} and isinstance(params["d"], int)
 
 
 def test_pipeline_options_of_a_text_model_are_refused() -> None:

@@ -1,0 +1,230 @@
+"""What every sub-command of `denoise-rl` does with its arguments. Each imports what it needs when it is called.
+
+A command returns None, or an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from rl.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def train(args: argparse.Namespace) -> int | None:
+    config = _config(args)
+    if args.options:
+        from rl.config import option_help
+
+        for key, default, text in option_help(config):
+            print(f"{key:34} {default:28} {text}")
+        return None
+    from rl.train.plan import plan_lines
+
+    if args.dry_run:
+        print("\n".join(plan_lines(config)))
+        print("not looked at: task, rewards, files and what the recipe requires (denoise-rl check)")
+        return None
+    from rl.train import distributed
+    from rl.train.finish import finish
+    from rl.train.plan import check_run
+    from rl.train.run import Run
+
+    check_run(config)
+    with Run.open(config) as run:
+        from rl.train import loop
+        from rl.train.interrupt import EXIT_CODE, Stopped
+
+        for line in plan_lines(config):
+            run.progress.message(line)
+        try:
+            loop.train(run)
+        except Stopped:
+            distributed.stop()
+            return EXIT_CODE
+    if distributed.rank() == 0:
+        finish(run.folder)
+    distributed.stop()
+    return None
+
+
+def sft(args: argparse.Namespace) -> None:
+    config = _config(args)
+    if not config.sft.steps:
+        raise ValueError("sft.steps is 0: set it to the number of supervised updates")
+    from rl.train import distributed
+    from rl.train.plan import check_run
+    from rl.train.run import Run
+    from rl.train.sft import supervised
+
+    check_run(config)
+    with Run.open(config) as run:
+        summary = supervised(run)
+        if distributed.rank() == 0:
+            model = run.folder / "model"
+            # A comparison takes a folder of this name for a finished stage.
+            partial = model.with_name("model.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            run.save_model(partial)
+            shutil.rmtree(model, ignore_errors=True)
+            os.replace(partial, model)
+            print(f"model: {model}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
+    distributed.stop()
+
+
+def rollout(args: argparse.Namespace) -> None:
+    config = _config(args)
+    folder = Path(args.output)
+    for number, name in ((args.num_prompts, "--num-prompts"), (args.group_size, "--group-size")):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output {folder} exists: name a new or empty folder")
+    if args.search is not None:
+        return _search(args, config, folder)
+    if args.search_params is not None:
+        raise ValueError("--search-params belongs to --search NAME")
+    from rl.train.rollouts import rollout
+    from rl.train.run import Run
+
+    with Run.open(config, write=False) as run:
+        rows = run.task.heldout_rows(args.num_prompts)
+        scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        run.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
+        with (folder / "rollouts.jsonl").open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality))
+    mean = float(scored.reward.nanmean())
+    print(
+        f"{len(scored.trajectories)} rollouts, mean reward {mean:.3f}, {scored.stats.sequence_forwards} sequence "
+        f"forwards, {scored.stats.generated_tokens / max(scored.stats.seconds, 1e-9):,.0f} tokens/s -> {folder}"
+    )
+
+
+def _search(args: argparse.Namespace, config: Any, folder: Path) -> None:
+    from rl.evaluation.search import parse_search, search_rollouts, write_search
+    from rl.train.run import Run
+
+    search = parse_search(args.search, args.search_params or {})
+    with Run.open(config, write=False) as run:
+        examples = run.task.heldout_rows(args.num_prompts)
+        found = search_rollouts(run, examples, search, args.group_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_search(folder, run, args.search, search, found)
+    budget, count = found.budget, found.num_requests
+    print(
+        f"{args.search}: {len(found.trajectories)} samples of {count} searches, mean reward {found.mean_reward():.3f}, "
+        f"per search {budget.denoiser_evaluations / count:.1f} denoiser and {budget.reward_evaluations / count:.1f} "
+        f"reward evaluations, {budget.unscored} without a verdict -> {folder}"
+    )
+
+
+def align(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from rl.evaluation import align as aligning
+
+    tables = []
+    for seed in args.seeds or [config.run.seed]:
+        folder = f"{config.run.output_dir}/seed-{seed}" if args.seeds else config.run.output_dir
+        run = config.run.model_copy(update={"seed": seed, "output_dir": folder})
+        tables.append(aligning.align(config.model_copy(update={"run": run})))
+    for line in aligning.summary_lines(tables):
+        print(line)
+
+
+def eval(args: argparse.Namespace) -> None:
+    from rl.evaluation.command import eval_command
+
+    for line in eval_command(args):
+        print(line)
+
+
+def check(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from rl.train.plan import check_run, plan_lines
+
+    if args.plan:
+        from rl.train.memory import memory_lines
+
+        ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        for number, name in ((ranks, "--ranks"), (args.prompt_length, "--prompt-length")):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        print("\n".join([*plan_lines(config, ranks), *memory_lines(config, ranks, args.prompt_length, args.memory)]))
+        return
+    notes = check_run(config, new=False)
+    print("\n".join([*plan_lines(config), *notes]))
+    print("config ok")
+
+
+def score(args: argparse.Namespace) -> None:
+    from rewards.tools import score_file
+
+    report = score_file(
+        args.file,
+        args.reward,
+        params=args.params,
+        columns=args.columns,
+        prompt=args.prompt,
+        completion=args.completion,
+        output=args.output,
+        limit=args.limit,
+        mode=args.mode,
+        num_workers=args.num_workers,
+        timeout_seconds=args.timeout_seconds,
+    )
+    print(report.text())
+
+
+def compare(args: argparse.Namespace) -> None:
+    from rl.evaluation import compare as comparing
+
+    config = _config(args)
+    mixed = next((name for name in args.recipes if "=" in name), None)
+    if mixed is not None:
+        raise ValueError(f"--recipes {mixed!r} is no recipe: overrides of all runs come before --recipes and --variant")
+    variants = {name: comparing.recipe_overrides(config, name) for name in args.recipes}
+    for name, *overrides in args.variant:
+        if name in variants or "=" in name:
+            raise ValueError(f"--variant {name!r} must begin with a name that no other variant has")
+        variants[name] = overrides
+    if not variants:
+        raise ValueError("there is nothing to compare: give --recipes or --variant")
+    comparison = comparing.ComparisonPlan(
+        args.config, variants, args.seeds, Path(args.output), args.overrides, args.warm_start, args.jobs
+    )
+    table, results, plot = comparing.compare(comparison)
+    print(f"{table}results: {results}\nplot:    {plot}")
+
+
+def new_reward(args: argparse.Namespace) -> None:
+    from rewards import tools
+
+    for path in tools.new_reward(args.name):
+        print(path)
+
+
+def export(args: argparse.Namespace) -> None:
+    from rl.train.checkpoint import export_policy
+
+    print(export_policy(args.checkpoint, args.output, args.layout))
+
+
+def plot(args: argparse.Namespace) -> None:
+    from rl.track.plots import plot_learning_curve, plot_runs
+
+    print(plot_learning_curve(args.runs[0]) if len(args.runs) == 1 else plot_runs(args.runs))
+
+
+def report(args: argparse.Namespace) -> None:
+    from rl.track.report import write_report
+
+    print(write_report(args.runs[0]))
