@@ -17,7 +17,7 @@ import torch
 
 from rl.estimators.combine import CombinedRows, SandwichRows, per_token, per_trajectory
 from rl.estimators.draws import Draw, Scope, scope_positions
-from rl.estimators.rows import Document, Reads, TokenRows, assemble, check_sampled, noisy_document, whole_blocks
+from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, whole_blocks
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -52,17 +52,15 @@ def copy_rows(
     Raises:
         ValueError: a prompt is to be hidden from a block-causal model.
     """
-    check_sampled(trajectories)
     causal = model.attention == "block_causal"
     if causal and prompt_mask:
         raise ValueError(
             f"algorithm.prompt_mask is {prompt_mask}, but a block-causal model sees clean blocks before its own and so "
             "the prompt: set it to 0"
         )
-    documents: list[Document] = []
-    reads, weights = [], []
+    documents, reads, weights = [], [], []
     size = block or model.block_length if causal else None
-    for trajectory, padded in zip(trajectories, whole_blocks(trajectories, size), strict=True):
+    for index, (trajectory, padded) in enumerate(zip(trajectories, whole_blocks(trajectories, size), strict=True)):
         if scope == "canvas" and trajectory.detail == "sample":
             raise ValueError(
                 "algorithm.scope canvas scores what was decoded behind the answer, which this trajectory's engine does "
@@ -73,18 +71,15 @@ def copy_rows(
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
         response = np.arange(trajectory.prompt_length, padded.length)
         outside = np.setdiff1d(response, places)
-        own = []
-        for index, copy in enumerate(draw(places, rng, level)):
+        for step, copy in enumerate(draw(places, rng, level)):
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
             forgotten = rng.random(trajectory.prompt_length) < prompt_mask
             noisy[: trajectory.prompt_length][forgotten] = trajectory.mask_token_id
             document, shift = noisy_document(final, noisy, size)
-            number, step = np.full((len(copy.read), 2), [len(documents), index]).T
-            own.append((number, copy.read + shift, final[copy.read], step))
             documents.append(document)
+            reads.append(Reads(index, copy.read + shift, final[copy.read], step))
             weights.append(np.full(len(copy.read), copy.weight))
-        reads.append(Reads(*(np.concatenate(parts) for parts in zip(*own, strict=True))))
     rows = assemble(documents, reads, trajectories, logit_shift=model.logit_shift)
     return rows, torch.from_numpy(np.concatenate(weights))
 

@@ -169,20 +169,20 @@ class Document(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """The decisions of one trajectory.
+    """The decisions that are read in one document.
 
     Attributes:
-        document: int64 [E], index of the document in which each is read.
-        column: int64 [E], its place in that document.
+        trajectory: index of the trajectory they belong to.
+        column: int64 [E], the place of each in the document.
         target: int64 [E], the token that was chosen.
-        step: int64 [E].
+        step: int64 [E], or the step of all of them.
         sampler_logprob, weight_factor: float64 [E] or None.
     """
 
-    document: np.ndarray
+    trajectory: int
     column: np.ndarray
     target: np.ndarray
-    step: np.ndarray
+    step: np.ndarray | int
     sampler_logprob: np.ndarray | None = None
     weight_factor: np.ndarray | None = None
 
@@ -267,16 +267,15 @@ def assemble(
     """Lay documents out in rows.
 
     Args:
-        reads: one entry per trajectory.
+        reads: one entry per document.
         trajectories: give the sampling distribution and its guidance; without them it is the model's own.
         pack_to: put several documents into one row while they fit into this many tokens; a longer document has a row
             of its own. None gives every document a row, right-padded to the longest.
+
+    Raises:
+        ValueError: trajectories that were decoded greedily, or drawn from more than one distribution.
     """
-
-    def flat(name: str, dtype: type = np.int64) -> Any:
-        parts = [getattr(read, name) for read in reads]
-        return None if parts[0] is None else torch.from_numpy(np.concatenate(parts).astype(dtype))
-
+    sampler = _sampler_of(trajectories)
     lengths = [len(document.input_ids) for document in documents]
     row, offset = np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64)
     if pack_to is not None:
@@ -285,12 +284,8 @@ def assemble(
     # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.
     layout: dict[str, Any] = {"document": np.full(shape, -1)}
     layout |= {name: np.zeros(shape, dtype=np.int64) for name in Document._fields}
-    sampler = trajectories[0].sampler if trajectories else {}
     if sampler.get("cfg_scale"):
         layout["unprompted"] = np.zeros(shape, dtype=np.int64)
-    owner = np.zeros(len(documents), dtype=np.int64)
-    for index, read in enumerate(reads):
-        owner[read.document] = index
     for index in np.argsort(offset, kind="stable"):
         document = documents[index]
         place = (row[index], slice(offset[index], offset[index] + lengths[index]))
@@ -298,17 +293,25 @@ def assemble(
         for name, values in document._asdict().items():
             layout[name][place] = values
         if "unprompted" in layout:
-            trajectory = trajectories[owner[index]]
+            trajectory = trajectories[reads[index].trajectory]
             in_prompt = document.position_ids < trajectory.prompt_length
             layout["unprompted"][place] = np.where(in_prompt, trajectory.mask_token_id, document.input_ids)
-    at, counts = flat("document"), [len(read.target) for read in reads]
     layout = {name: torch.from_numpy(values) for name, values in layout.items()}
+    counts = [len(read.target) for read in reads]
+
+    def flat(name: str, dtype: type = np.int64) -> Any:
+        parts = [getattr(read, name) for read in reads]
+        if parts[0] is None:
+            return None
+        spread = [np.broadcast_to(part, count) for part, count in zip(parts, counts, strict=True)]
+        return torch.from_numpy(np.concatenate(spread).astype(dtype))
+
     return TokenRows(
         **layout,
-        row=torch.from_numpy(row)[at],
-        column=torch.from_numpy(offset)[at] + flat("column"),
+        row=torch.from_numpy(np.repeat(row, counts)),
+        column=torch.from_numpy(np.repeat(offset, counts)) + flat("column"),
         target=flat("target"),
-        trajectory=torch.from_numpy(np.repeat(np.arange(len(reads)), counts)),
+        trajectory=flat("trajectory"),
         step=flat("step"),
         sampler_logprob=flat("sampler_logprob", np.float64),
         weight_factor=flat("weight_factor", np.float64),
@@ -317,13 +320,13 @@ def assemble(
     )
 
 
-def check_sampled(trajectories: Sequence[TokenTrajectory]) -> None:
-    """Raise ValueError unless the trajectories were sampled, all from one kind of distribution."""
+def _sampler_of(trajectories: Sequence[TokenTrajectory]) -> dict[str, Any]:
     for index, trajectory in enumerate(trajectories):
         if trajectory.sampler.get("temperature", 0) == 0:
             raise ValueError(f"trajectory {index} was decoded greedily: set sampler.temperature > 0 to train on it")
-    if len({tuple(sorted(t.sampler.items())) for t in trajectories}) > 1:
-        raise ValueError("trajectories of one batch must share their sampler settings")
+        if trajectory.sampler != trajectories[0].sampler:
+            raise ValueError("trajectories of one batch must share their sampler settings")
+    return trajectories[0].sampler if trajectories else {}
 
 
 def whole_blocks(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:

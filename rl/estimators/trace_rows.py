@@ -1,106 +1,39 @@
 """The exact trace estimator: every token is scored in the very state in which it was chosen.
 
-TraceRL (Wang et al. 2025, arXiv 2509.06949) scores the tokens revealed at a step given the canvas before
-that step. Neighbouring steps may be merged by the shrink parameter s: the canvas before the first of s
-steps then predicts what all of them revealed; s = 1 is exact, larger s is cheaper and approximate.
+TraceRL (Wang et al. 2025, arXiv 2509.06949) scores the tokens of a step given the canvas before that step. The shrink
+parameter s merges neighbouring steps: the canvas before the first of s steps predicts the tokens of all of them; s = 1
+is exact, a larger s is cheaper and approximate.
 
-Tokens that were taken back or replaced are decisions like the others: a position counts once for every token it
-took, each in its own state, and remasking is no decision of its own. With classifier-free guidance a decision is
-scored on two canvases, with and without the prompt, and their logits are combined as the sampler did.
+Tokens that were taken back or replaced are decisions like the others. A position counts once for every token it took,
+each in its own state; remasking is no decision of its own. With classifier-free guidance a decision is scored on two
+canvases, with and without the prompt, and their logits are combined as the sampler did.
 
-The positions a step reveals are taken as given. That is exact when their order does not depend on the draws
-(left-most, random, scores "max_probability", "margin" and "neg_entropy"). With score "probability" the discarded draws
-had a say, their log-probs are left out as in the paper, and the policy gradient has a bias (measured in
-tests/test_exact_toy.py). docs/decoders.md lists which decoder is which.
+The positions of a step are taken as given. That is exact when their order does not depend on the draws (left-most,
+random, scores "max_probability", "margin" and "neg_entropy"). With score "probability" the discarded draws decide the
+order too; their log-probs are left out as in the paper, and the policy gradient has a bias (measured in
+tests/test_exact_toy.py). docs/decoders.md says which decoder is which.
 
-Two layouts give the same numbers:
+Two layouts give the same numbers, as documents that may share rows (`pack_to`):
 
-* `remask`: one copy of the canvas per (merged) step. Any model.
-* `packed`: block-causal models only. One sequence `[clean | noisy copies of blocks]` scores every step of
-  every block at once, because a block never sees what comes after it.
+* `remask_rows`: one copy of the canvas per (merged) step. Any model.
+* `packed_rows`: block-causal models only. One document `[clean | noisy copies of blocks]` scores every step of every
+  block at once, because a block never sees what comes after it.
 
-Either is a list of documents, and several documents may share a row (`pack_to`).
-
-Departures from the published code: the block grid is the trajectory's own (anchored at position 0), the
-terminal block is complete, ids are never re-tokenised, and temperature and filters are the sampler's.
+Departures from the published code: the block grid is the trajectory's own (anchored at position 0), the terminal block
+is complete, ids are never re-tokenised, and temperature and filters are the sampler's.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 
-from rl.estimators.rows import (
-    Document,
-    Reads,
-    TokenRows,
-    assemble,
-    block_document,
-    canvas_document,
-    check_sampled,
-    whole_blocks,
-)
+from rl.estimators.rows import Reads, TokenRows, assemble, block_document, canvas_document, whole_blocks
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
-
-
-def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:
-    """Index of the merged step of every reveal: distinct steps in order, grouped in runs of `shrink`.
-
-    Args:
-        segments: cut the distinct steps into this many runs of like length instead (StepMerge of d2, arXiv
-            2509.21474: 1 is the estimate from the first canvas alone, as many as there are steps is exact).
-    """
-    distinct, rank = np.unique(step, return_inverse=True)
-    if segments is None:
-        return rank // shrink
-    return rank * min(segments, len(distinct)) // max(len(distinct), 1)
-
-
-def _states(
-    trajectory: TokenTrajectory, edits: np.ndarray, shrink: int, segments: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Replay some edits: for every merged step that reveals, the canvas before it and its reveals.
-
-    Args:
-        edits: int64, indices of the edits to replay, ascending.
-
-    Yields:
-        a copy of the canvas, and int64 indices of reveals.
-    """
-    canvas = trajectory.canvas_at(0)
-    reveals = edits[trajectory.is_reveal[edits]]
-    group = merged_steps(trajectory.step[reveals], shrink, segments)
-    bounds = np.searchsorted(group, np.arange(group[-1] + 2 if len(group) else 1))
-    done = 0
-    for start, stop in itertools.pairwise(bounds):
-        before = np.searchsorted(trajectory.step[edits], trajectory.step[reveals[start]])
-        new = edits[done:before]
-        canvas[trajectory.position[new]] = trajectory.token[new]
-        done = before
-        yield canvas.copy(), reveals[start:stop]
-
-
-def _check(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None = None) -> None:
-    if shrink < 1:
-        raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
-    check_sampled(trajectories)
-    if any(t.detail == "sample" for t in trajectories):
-        raise ValueError(
-            "the trace of a trajectory without its steps is unknown (its engine returns finished samples): set "
-            "algorithm.name to a recipe on masked copies, such as diffu_grpo or espo"
-        )
-    # A position that was remasked or edited was decided more than once.
-    kept = all(t.is_reveal.all() and len(np.unique(t.position)) == len(t.position) for t in trajectories)
-    if kept:
-        return
-    needs = "needs trajectories without remasking or token editing"
-    if shrink > 1:
-        raise ValueError(f"algorithm.shrink > 1 {needs}: set algorithm.shrink to 1")
-    if segments is not None:
-        raise ValueError(f"algorithm.segments {needs}: use tracerl or mdpo on these")
 
 
 def trace_rows(
@@ -112,11 +45,11 @@ def trace_rows(
     pack_to: int | None = None,
     segments: int | None = None,
 ) -> TokenRows:
-    """The layout of the model's attention.
+    """The trace in the layout of the model's attention.
 
     Args:
         block: training block length, None for the rollout's.
-        shrink, segments: see `merged_steps`; pack_to: see `packed_rows`.
+        shrink, segments: see `merged_steps`; pack_to: see `assemble`.
     """
     assert steps is None, "the trace trains every step"
     if model.attention == "block_causal":
@@ -135,20 +68,17 @@ def remask_rows(
     """One document per merged step: the canvas before it.
 
     Args:
-        segments: see `merged_steps`.
+        shrink, segments: see `merged_steps`; pack_to: see `assemble`.
         block_length: None for full attention; a block-causal model's block size otherwise.
-        pack_to: see `packed_rows`; None gives every canvas a row, right-padded to the longest.
     """
-    _check(trajectories, shrink, segments)
-    documents: list[Document] = []
-    reads = []
-    for trajectory in trajectories:
-        document, step = np.empty((2, len(trajectory.step)), dtype=np.int64)
-        edits = np.arange(len(trajectory.step))
-        for index, (canvas, reveals) in enumerate(_states(trajectory, edits, shrink, segments)):
-            document[reveals], step[reveals] = len(documents), index
+    exact = _sampler_states(trajectories, shrink, segments)
+    documents, reads = [], []
+    for index, trajectory in enumerate(trajectories):
+        everything = np.arange(len(trajectory.step))
+        for step, (canvas, reveals) in enumerate(_states(trajectory, everything, shrink, segments)):
             documents.append(canvas_document(canvas, block_length))
-        reads.append(_reveals(trajectory, document, trajectory.position, step, shrink == 1 and segments is None))
+            logprob = trajectory.logprob[reveals] if exact else None
+            reads.append(Reads(index, trajectory.position[reveals], trajectory.token[reveals], step, logprob))
     return assemble(documents, reads, trajectories, pack_to, logit_shift)
 
 
@@ -161,18 +91,14 @@ def packed_rows(
 ) -> TokenRows:
     """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
 
-    The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside
-    each block.
+    The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside each block.
 
     Args:
+        shrink, segments: see `merged_steps`; pack_to: see `assemble`.
         block_length: training block size; the trajectory's own when None.
-        pack_to: put several documents into one row while they fit into this many tokens; a longer document has a
-            row of its own. None gives every document a row.
-        segments: see `merged_steps`; of each block.
     """
-    _check(trajectories, shrink, segments)
-    documents: list[Document] = []
-    reads = []
+    exact = _sampler_states(trajectories, shrink, segments)
+    documents, reads = [], []
     for index, trajectory in enumerate(trajectories):
         size = block_length or trajectory.block_length
         if size is None or trajectory.block_origin != 0 or trajectory.length % size:
@@ -184,26 +110,85 @@ def packed_rows(
         copies: list[tuple[int, np.ndarray]] = []
         column, step = np.empty((2, len(block)), dtype=np.int64)
         for b in np.unique(block):
-            # Before a block's first edit it holds what the initial canvas does: prompt and masks.
             for canvas, reveals in _states(trajectory, np.flatnonzero(block == b), shrink, segments):
                 step[reveals] = len(copies)
                 column[reveals] = len(clean) + len(copies) * size + trajectory.position[reveals] - b * size
                 copies.append((b, canvas[b * size : (b + 1) * size]))
         documents.append(block_document(clean, copies, size))
-        document = np.full(len(block), index)
-        reads.append(_reveals(trajectory, document, column, step, shrink == 1 and segments is None))
+        own = trajectory.is_reveal
+        logprob = trajectory.logprob[own] if exact else None
+        reads.append(Reads(index, column[own], trajectory.token[own], step[own], logprob))
     return assemble(documents, reads, trajectories, pack_to)
 
 
-def _reveals(
-    trajectory: TokenTrajectory, document: np.ndarray, column: np.ndarray, step: np.ndarray, exact: bool
-) -> Reads:
-    """The tokens that a trajectory revealed, as decisions.
+def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:
+    """Index of the merged step of every reveal. Example: steps [0, 0, 2, 3, 7] with shrink 2 give [0, 0, 0, 1, 1].
 
     Args:
-        document, column, step: int64 [E], place and merged step of each edit; read at reveals alone.
-        exact: they are scored in the states in which the sampler chose them.
+        step: int64, ascending.
+        shrink: distinct steps per merged step.
+        segments: number of merged steps of like length, in place of shrink (StepMerge of d2, arXiv 2509.21474). 1 is
+            the estimate from the first canvas alone, as many as there are steps is exact.
     """
-    reveal = trajectory.is_reveal
-    logprob = trajectory.logprob[reveal] if exact and trajectory.detail == "logprobs" else None
-    return Reads(document[reveal], column[reveal], trajectory.token[reveal], step[reveal], logprob)
+    distinct, rank = np.unique(step, return_inverse=True)
+    if segments is None:
+        return rank // shrink
+    return rank * min(segments, len(distinct)) // max(len(distinct), 1)
+
+
+def _states(
+    trajectory: TokenTrajectory, edits: np.ndarray, shrink: int, segments: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For every merged step of some edits (ascending indices): the canvas before it, and indices of its reveals."""
+    reveals = edits[trajectory.is_reveal[edits]]
+    group = merged_steps(trajectory.step[reveals], shrink, segments)
+    for own in np.split(reveals, np.flatnonzero(np.diff(group)) + 1):
+        if len(own):
+            yield trajectory.canvas_at(trajectory.step[own[0]]), own
+
+
+def _sampler_states(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None) -> bool:
+    """Whether tokens are scored in the states in which a sampler that gave its log-probs chose them.
+
+    Raises:
+        ValueError: these trajectories have no trace, or none whose steps can be merged.
+    """
+    if shrink < 1:
+        raise ValueError(f"algorithm.shrink must be at least 1, got {shrink}")
+    if any(t.detail == "sample" for t in trajectories):
+        raise ValueError(
+            "the trace of a trajectory without its steps is unknown (its engine returns finished samples): set "
+            "algorithm.name to a recipe on masked copies, such as diffu_grpo or espo"
+        )
+    if shrink == 1 and segments is None:
+        return all(t.detail == "logprobs" for t in trajectories)
+    # A position that was remasked or edited was decided more than once.
+    if not all(t.is_reveal.all() and len(np.unique(t.position)) == len(t.position) for t in trajectories):
+        needs = "needs trajectories without remasking or token editing"
+        if shrink > 1:
+            raise ValueError(f"algorithm.shrink > 1 {needs}: set algorithm.shrink to 1")
+        raise ValueError(f"algorithm.segments {needs}: use tracerl or mdpo on these")
+    return False
+
+
+def num_answered(trajectory: TokenTrajectory) -> int:
+    """Tokens revealed up to the answer's end token."""
+    inside = trajectory.position < trajectory.prompt_length + trajectory.stop_length
+    return int((trajectory.is_reveal & inside).sum())
+
+
+def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> TokenRows:
+    """Without the decisions behind an answer's end token; these tokens stay in the canvas where they were seen."""
+    end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
+    kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
+    flat = ("row", "column", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
+    return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
+
+
+def with_equal_steps(rows: TokenRows) -> TokenRows:
+    """With weight factors tokens / (steps x tokens of the step): every step of a trajectory counts the same."""
+    place = torch.stack([rows.trajectory, rows.step])
+    pairs, pair, size = torch.unique(place, dim=1, return_inverse=True, return_counts=True)
+    steps, tokens = torch.bincount(pairs[0]), torch.bincount(rows.trajectory)
+    factor = tokens[rows.trajectory] / (steps[rows.trajectory] * size[pair]).double()
+    return replace(rows, weight_factor=factor)

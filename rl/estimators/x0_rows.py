@@ -1,8 +1,8 @@
-"""Rows of a rollout's own steps whose targets are the full fill: what MDPO rewards and trains.
+"""Rows of a rollout's own steps whose decisions are the x0 prediction: the draws that MDPO rewards and trains.
 
-At step i the sampler drew a token for every masked position of the canvas x_i, committed or not; together with the
-canvas they are the fill that the verifier judged. The learner scores these very draws in that very canvas, so its
-log-probs equal the sampler's.
+At step i the sampler drew a token for every masked position of the canvas x_i, committed or not. Canvas and draws
+together are the x0 prediction that the verifier judged. The learner scores these draws in that canvas, so its log-probs
+equal the sampler's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl.estimators.rows import Document, Reads, TokenRows, assemble, canvas_document, check_sampled
+from rl.estimators.rows import Reads, TokenRows, assemble, canvas_document
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -23,13 +23,13 @@ Targets = Literal["masked", "committed"]
 
 @dataclass
 class StepSummary:
-    """What the choice and the comparison of steps need to know of a trajectory.
+    """The facts about a trajectory by which its steps are chosen and compared.
 
     Attributes:
         seed: the trajectory's own.
         canvas: int64 [T], a digest of the canvas of each step: equal digests, equal canvases.
-        surprisal: float64 [T], mean -log p of what the step committed; 0 where it committed nothing.
-        masked: int64 [T], masked positions of the canvas.
+        surprisal: float64 [T], mean -log p of the tokens that the step committed; 0 where it committed none.
+        masked: int64 [T], number of masked positions of the canvas.
     """
 
     seed: int
@@ -52,20 +52,20 @@ def step_summary(trajectory: TokenTrajectory) -> StepSummary:
 
 
 def x0_targets(trajectory: TokenTrajectory, step: int, targets: Targets) -> np.ndarray:
-    """int64: the positions whose draw at a step is trained, all of them or those it committed.
+    """int64: the positions whose draw at a step is trained, all of them or those that the step committed.
 
     Raises:
-        ValueError: the trajectory did not record its fills.
+        ValueError: the trajectory did not record its x0 predictions.
     """
     if trajectory.x0_logprob is None:
-        raise ValueError("a trajectory has no recorded fills: set sampler.record_x0=true")
+        raise ValueError("a trajectory has no recorded x0 predictions: set sampler.record_x0=true")
     if targets == "masked":
         return np.flatnonzero(~np.isnan(trajectory.x0_logprob[step]))
     return trajectory.position[(trajectory.step == step) & trajectory.is_reveal]
 
 
 def num_x0_targets(trajectory: TokenTrajectory, steps: np.ndarray | None, targets: Targets) -> int:
-    """Targets of the chosen steps, of all without a choice."""
+    """Targets of the chosen steps (bool [T]), of all steps without a choice."""
     return sum(len(x0_targets(trajectory, int(step), targets)) for step in _chosen(trajectory, steps))
 
 
@@ -81,36 +81,31 @@ def x0_rows(
     confidence: bool = True,
     num_steps: int | None = None,
 ) -> TokenRows:
-    """One row per chosen step: its canvas; decisions are the draws of its targets.
+    """One document per chosen step: its canvas; decisions are the draws of its targets.
+
+    With weights 1/decisions (aggregation trajectory_mean), the weight factors make a decision count
+    confidence / (min(S, T) x targets of its step) of its trajectory.
 
     Args:
         steps: bool [T] per trajectory; None takes the first `num_steps`, which are the longest to score.
-        confidence: weigh each draw by the confidence the sampler had in it.
-        num_steps: S, of which the chosen steps are a part: every step counts 1/min(S, T), also when fewer are chosen
-            (a step without advantage adds nothing, and leaving it out must not make the others count more). None
-            takes the number chosen.
-
-    Returns:
-        rows with weight factors: with weights 1/decisions (aggregation trajectory_mean), a decision counts
-        confidence / (min(S, T) x targets of its step) of its trajectory.
+        confidence: multiply by the sampler's confidence in each draw.
+        num_steps: S, the number of steps that a recipe chooses; None takes the number chosen here. A step without
+            advantage may be missing from `steps`; the others must not count more for it.
     """
-    check_sampled(trajectories)
-    if steps is None:
-        steps = [np.arange(t.num_steps) < (num_steps or t.num_steps) for t in trajectories]
-    documents: list[Document] = []
-    reads = []
-    for trajectory, chosen in zip(trajectories, steps, strict=True):
-        assert trajectory.x0_hat is not None and trajectory.x0_logprob is not None
-        assert trajectory.x0_confidence is not None
+    documents, reads = [], []
+    for index, trajectory in enumerate(trajectories):
+        chosen = (
+            np.arange(trajectory.num_steps) < (num_steps or trajectory.num_steps) if steps is None else steps[index]
+        )
         wanted = _chosen(trajectory, chosen)
         at = [x0_targets(trajectory, int(step), targets) for step in wanted]
-        sizes = np.array([len(a) for a in at])
-        step, column = np.repeat(wanted, sizes), np.concatenate([*at, np.zeros(0, dtype=np.int64)])
-        document = np.repeat(len(documents) + np.arange(len(wanted)), sizes)
-        documents += [canvas_document(trajectory.canvas_at(int(s))) for s in wanted]
-        factor = sizes.sum() / (np.repeat(sizes, sizes) * min(num_steps or len(wanted), trajectory.num_steps))
-        if confidence:
-            factor = factor * trajectory.x0_confidence[step, column]
-        token, logprob = trajectory.x0_hat[step, column], trajectory.x0_logprob[step, column]
-        reads.append(Reads(document, column, token, step, logprob, factor))
+        x0, logprob, certainty = trajectory.x0_hat, trajectory.x0_logprob, trajectory.x0_confidence
+        assert x0 is not None and logprob is not None and certainty is not None
+        total, share = sum(len(column) for column in at), min(num_steps or len(wanted), trajectory.num_steps)
+        for step, column in zip(wanted, at, strict=True):
+            factor = np.full(len(column), total / (len(column) * share)) if len(column) else np.zeros(0)
+            if confidence:
+                factor = factor * certainty[step, column]
+            documents.append(canvas_document(trajectory.canvas_at(int(step))))
+            reads.append(Reads(index, column, x0[step, column], int(step), logprob[step, column], factor))
     return assemble(documents, reads, trajectories, logit_shift=model.logit_shift)

@@ -168,14 +168,13 @@ def _rows(
     for row, (text, k) in enumerate(jobs):
         pattern = text.patterns[k]
         masked = np.concatenate([np.zeros(0, dtype=np.int64), *(places for places, _ in pattern)])
-        sizes = [len(places) for places, _ in pattern]
         noisy = text.canvas.copy()
         noisy[masked] = model.mask_token_id
         first = text.regions[0][0] // block if block and text.regions else 0
         document, shift = noisy_document(text.canvas, noisy, block, first)
         documents.append(document)
-        number, step = np.full((len(masked), 2), [row, 0]).T
-        reads.append(Reads(number, masked + shift, text.canvas[masked], step))
-        weights.append(np.repeat([factor for _, factor in pattern], sizes))
-        owner += [(row, region) for region, size in enumerate(sizes) for _ in range(size)]
-    return assemble(documents, reads, logit_shift=model.logit_shift), np.concatenate(weights), owner
+        reads.append(Reads(row, masked + shift, text.canvas[masked], 0))
+        for region, (places, factor) in enumerate(pattern):
+            owner += [(row, region)] * len(places)
+            weights += [factor] * len(places)
+    return assemble(documents, reads, logit_shift=model.logit_shift), np.array(weights), owner

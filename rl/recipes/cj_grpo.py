@@ -25,7 +25,7 @@ class CJGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_
     step_mean: bool = Field(True, description="Count every pass the same, and not every token.")
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
-        from rl.estimators.trace_decisions import with_equal_steps
+        from rl.estimators.trace_rows import with_equal_steps
 
         rows = super().rows(trajectories, model, block, steps)
         return with_equal_steps(rows) if self.step_mean else rows

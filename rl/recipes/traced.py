@@ -21,13 +21,12 @@ class TracedRecipe(Recipe):
 
     def traced(self, trajectories: Any, model: Any, block: Any, steps: Any, **settings: Any) -> Any:
         """The decisions in scope of `rl.estimators.trace_rows.trace_rows` with these settings."""
-        from rl.estimators.trace_decisions import answer_only
-        from rl.estimators.trace_rows import trace_rows
+        from rl.estimators.trace_rows import answer_only, trace_rows
 
         rows = trace_rows(trajectories, model, block, steps, **settings)
         return answer_only(rows, trajectories) if self.scope == "answer" else rows
 
     def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
-        from rl.estimators.trace_decisions import num_answered
+        from rl.estimators.trace_rows import num_answered
 
         return num_answered(trajectory) if self.scope == "answer" else super().num_decisions(trajectory)
