@@ -61,11 +61,15 @@ def group_advantage(
 
 def group_softmax(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """[M]: exp(value) over its mean in the group, so that weights average 1; NaN where the value is NaN."""
-    weight = torch.full_like(value, torch.nan)
+    return _softmax_in_groups(value, group) * torch.bincount(group[~torch.isnan(value)], minlength=len(value))[group]
+
+
+def _softmax_in_groups(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    result = torch.full_like(value, torch.nan)
     for index in group.unique():
-        mine = (group == index) & ~torch.isnan(value)
-        weight[mine] = torch.softmax(value[mine], 0) * int(mine.sum())
-    return weight
+        members = (group == index) & ~torch.isnan(value)
+        result[members] = value[members].softmax(0)
+    return result
 
 
 def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,23 +91,16 @@ def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch
 
 
 def contrast_advantage(advantage: torch.Tensor, group: torch.Tensor, temperature: float) -> torch.Tensor:
-    """What wd1 weighs log-likelihoods by: the softmax of the advantages minus that of their negatives.
+    """[M]: w+ - w- = softmax(A / psi) - softmax(-A / psi) over the rollouts of a prompt.
 
-    Tang et al. 2025 (arXiv 2507.08838): w+ = softmax(A / psi) and w- = softmax(-A / psi) over the rollouts of a
-    prompt; the loss is sum_k (w-_k - w+_k) log pi(o_k), so w+ - w- stands where an advantage does. It adds up to 0
-    in every group.
+    wd1 (Tang et al. 2025, arXiv 2507.08838): the loss is sum_k (w-_k - w+_k) log pi(o_k), so w+ - w- stands where an
+    advantage does. It adds up to 0 in every group; NaN stays NaN.
 
     Args:
-        advantage: [M], NaN where there is no reward.
         temperature: psi; the larger, the nearer to A itself (times 2 / (psi |group|)).
     """
-    valid = ~torch.isnan(advantage)
-    result = torch.full_like(advantage, torch.nan)
-    for index in group[valid].unique():
-        members = valid & (group == index)
-        scaled = advantage[members] / temperature
-        result[members] = scaled.softmax(0) - (-scaled).softmax(0)
-    return result
+    scaled = advantage / temperature
+    return _softmax_in_groups(scaled, group) - _softmax_in_groups(-scaled, group)
 
 
 def sandwich_advantage(advantage: torch.Tensor, omega: float) -> torch.Tensor:
@@ -116,9 +113,9 @@ def sandwich_advantage(advantage: torch.Tensor, omega: float) -> torch.Tensor:
 
 
 def step_values(reward: torch.Tensor, kind: str) -> torch.Tensor:
-    """What a denoising step is credited with, from the rewards of every step's full fill.
+    """The credit of every denoising step, from the rewards of every step's x0 prediction.
 
-    With r_i the reward of the fill at step i = 0..T-1 (MDPO, He et al. 2025, arXiv 2508.13148, in our time order):
+    With r_i the reward of step i = 0..T-1 (MDPO, He et al. 2025, arXiv 2508.13148, in our time order):
 
     * "final": r_{T-1} at every step, the terminal reward alone.
     * "step": r_i.
@@ -240,12 +237,12 @@ def mdpo_advantage(
     keeps them, so that it counts in the mean over rollouts. Its other steps weigh the same either way.
 
     Args:
-        verdicts: with the rewards of all fills, and `rl.estimators.x0_rows.StepSummary`.
+        verdicts: with the rewards of all x0 predictions, and `rl.estimators.x0_rows.StepSummary`.
         compare: "index" (same step index of the group) or "canvas" (same canvas of the group).
         mask_weight: multiply by response length over masked positions of the step.
         credit, scale, train_steps, select: see `step_values`, `step_advantage`, `select_steps`.
     """
-    assert verdicts.steps is not None, "MDPO needs the rewards of every fill"
+    assert verdicts.steps is not None, "MDPO needs the rewards of every x0 prediction"
     shape = verdicts.steps.shape
     masked, canvas, surprisal = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     surprisal = surprisal.double()
@@ -253,7 +250,7 @@ def mdpo_advantage(
         for into, values in ((masked, summary.masked), (canvas, summary.canvas), (surprisal, summary.surprisal)):
             into[row, : len(values)] = torch.from_numpy(values)
     value = step_values(verdicts.steps, credit)
-    # A failed last fill looks like a shorter rollout; its terminal reward says that it failed.
+    # A failed last verdict looks like a shorter rollout; its terminal reward says that it failed.
     value[torch.isnan(verdicts.reward)] = torch.nan
     inside = canvas if compare == "canvas" else torch.arange(shape[1]).expand(shape)
     pairs = torch.stack([verdicts.group[:, None].expand(shape), inside], dim=-1).reshape(-1, 2)

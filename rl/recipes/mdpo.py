@@ -1,9 +1,9 @@
-"""MDPO: every denoising step is rewarded by its own full fill, and the steps that matter are trained.
+"""MDPO: every denoising step is rewarded by its own x0 prediction, and the steps that matter are trained.
 
 He et al. 2025, "MDPO: Overcoming the Training-Inference Divide of Masked Diffusion Language Models" (arXiv
 2508.13148). The rollout follows the inference schedule (running-confidence remasking included, when the sampler uses
-it); the verifier judges the full fill of every step; a step's advantage compares its credit with that of the same step
-of the other rollouts; the S steps with the largest advantages are trained, on all draws of their masked positions.
+it); the verifier judges the x0 prediction of every step; a step's advantage compares its credit with that of the same
+step of the other rollouts; the S steps with the largest advantages are trained, on all draws of their masked positions.
 
 Choices: the paper's credit (improvement plus mean of the later rewards) and z-score per step index, S = T/16 of its
 main setting as a number of steps, token weights by confidence, L/|m| on the policy term, k2 KL of 0.02 to the
@@ -34,7 +34,7 @@ class MDPO(Recipe, defaults={"kl_to": "reference", "kl_coef": 0.02, "kl_estimato
         "trajectory_mean", description="Mean over targets, steps, rollouts."
     )
     credit: Literal["final", "step", "future", "delta", "delta_future"] = Field(
-        "delta_future", description="What a step is credited with, from the rewards of all fills (`step_values`)."
+        "delta_future", description="What a step is credited with, from the rewards of all predictions (`step_values`)."
     )
     compare: Literal["index", "canvas"] = Field(
         "index", description="Steps compared with each other: same index in the group, or same canvas in the group."
