@@ -44,13 +44,8 @@ class Saved(Protocol):
 
 
 def save_checkpoint(
-    run_dir: str | os.PathLike[str],
-    step: int,
-    learners: Mapping[str, Saved],
-    save_model: Any,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
+    run_dir: str | os.PathLike[str], step: int, learners: Mapping[str, Saved], save_model: Any, state: Any, keep: int
+) -> None:
     """Write `step_N` and drop the oldest beyond `keep`. Every rank must call this.
 
     Args:
@@ -58,6 +53,7 @@ def save_checkpoint(
         save_model: called on rank 0 with the path of the Hugging Face folder.
         state: JSON values to get back from `load_checkpoint`.
     """
+    state = state | {"world_size": distributed.world_size()}
     root = Path(run_dir) / FOLDER
     folder = root / f"step_{step}"
     if distributed.rank() == 0:
@@ -76,7 +72,6 @@ def save_checkpoint(
             if old != step:
                 shutil.rmtree(root / f"step_{old}")
     distributed.barrier()
-    return folder
 
 
 def find_checkpoint(run_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rl.models.copies import trained_copy
 from rl.sections import OptimizerConfig
@@ -69,26 +70,19 @@ class Learner:
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
         parameters = [p for p in module.parameters() if p.requires_grad]
-        settings: dict[str, Any] = {
-            "lr": optimizer.lr,
-            "betas": optimizer.betas,
-            "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay,
-        }
+        settings: Any = {name: getattr(optimizer, name) for name in ("lr", "betas", "eps", "weight_decay")}
         client = None
         offloaded = "offload_optimizer" in config.get("zero_optimization", {})
         if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
             config["optimizer"] = {"type": "AdamW", "params": settings}
         else:
             client = torch.optim.AdamW(parameters, fused=offloaded, **settings)
-
-        def schedule(torch_optimizer: torch.optim.Optimizer) -> Any:
-            return torch.optim.lr_scheduler.LambdaLR(
-                torch_optimizer, lambda step: rate_factor(optimizer, step, total_updates)
-            )
-
         self._engine, self.optimizer, _, self.schedule = deepspeed.initialize(
-            model=module, model_parameters=parameters, optimizer=client, config=config, lr_scheduler=schedule
+            model=module,
+            model_parameters=parameters,
+            optimizer=client,
+            config=config,
+            lr_scheduler=lambda adam: LambdaLR(adam, lambda update: rate_factor(optimizer, update, total_updates)),
         )
         self.device = device
         self.updates = 0

@@ -6,14 +6,14 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from rl.evaluation.accuracy import Accuracy, as_metrics, evaluate
+from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_json
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
-from rl.train.checkpoint import Saved, find_checkpoint, load_checkpoint, save_checkpoint
+from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
@@ -51,7 +51,7 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Row]) -> dict[str, An
         if config.sft.steps:
             summary |= supervised(run)
         summary |= _evaluated(run, "before", heldout, 0)
-        views_before = _views(run, run.model, heldout)
+        views_before = _views(run, heldout)
         if distributed.rank() == 0:
             run.save_model(run.folder / "warm_start")
             write_json(run.folder / "before.json", summary | {"views": views_before})
@@ -64,9 +64,12 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Row]) -> dict[str, An
             summary |= reinforce(run, source, checkpoint, told_to_stop)
         summary |= _evaluated(run, "after", heldout, summary["train_steps"])
         summary["goal"] = _goal(run, summary)
-    views = _views(run, run.model, heldout)
+    views = _views(run, heldout)
     if distributed.rank() == 0:
-        write_json(run.folder / "viewer.json", _viewer(run, views_before, views))
+        pairs = zip(views_before, views, strict=False)
+        items = [{"prompt": b["prompt"], "before": b["view"], "after": a["view"]} for b, a in pairs]
+        grid = list(run.task.grid) if run.task.grid else None
+        write_json(run.folder / "viewer.json", {"grid": grid, "items": items})
         write_json(run.folder / "summary.json", summary)
     distributed.barrier()
     return summary
@@ -88,15 +91,12 @@ def reinforce(
     """
     config = run.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
-    recipe = config.algorithm
-    source = source or RolloutSource(run)
-    resumed = checkpoint is not None
+    source, resumed, step = source or RolloutSource(run), checkpoint is not None, 0
     updater: Updater
-    if recipe.reward_gradient:
-        updater = RewardGradientUpdater(run, recipe, total, resumed)
+    if config.algorithm.reward_gradient:
+        updater = RewardGradientUpdater(run, config.algorithm, total, resumed)
     else:
-        updater = PolicyUpdater(source, recipe, total, resumed)
-    step = 0
+        updater = PolicyUpdater(source, config.algorithm, total, resumed)
     saved = dict(updater.learners) | ({"ahead": source.ahead} if source.ahead is not None else {})
     if checkpoint is not None:
         step, state = load_checkpoint(checkpoint, saved)
@@ -132,7 +132,10 @@ def reinforce(
             rows = validation_rows(run.task, config.eval.every_prompts)
             _evaluated(run, "on the way", rows, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _checkpoint(run, step, updater, saved)
+            state = {"costs": vars(run.costs)}
+            if updater.memory is not None:
+                state["memory"] = updater.memory.state()
+            save_checkpoint(run.folder, step, saved, run.save_model, state, config.checkpoint.keep)
         if ending == 2:
             run.progress.message(f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true")
             raise Stopped
@@ -148,35 +151,24 @@ def reinforce(
     }
 
 
-def _checkpoint(run: Run, step: int, updater: Updater, saved: Mapping[str, Saved]) -> None:
-    state = {"costs": vars(run.costs), "world_size": distributed.world_size()}
-    if updater.memory is not None:
-        state["memory"] = updater.memory.state()
-    save_checkpoint(run.folder, step, saved, run.save_model, state, run.config.checkpoint.keep)
-
-
 def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any]:
     """Evaluate the model as it is, log it, and give its part of the summary."""
     results, completions = evaluate(run, rows, run.config.eval.num_inference_steps)
-    measured = {
-        steps: run.modality.measure(
-            rows, [g.completion for g in made], [math.nan if g.reward is None else g.reward for g in made]
-        )
-        for steps, made in completions.items()
-    }
-    metrics = {f"eval/{key}@{steps}": value for steps, values in measured.items() for key, value in values.items()}
+    quality: dict[str, Any] = {}
+    for steps, made in completions.items():
+        rewards = [math.nan if answer.reward is None else answer.reward for answer in made]
+        quality[str(steps)] = run.modality.measure(rows, [answer.completion for answer in made], rewards)
+    metrics = {f"eval/{key}@{steps}": value for steps, values in quality.items() for key, value in values.items()}
     run.metrics.log(step, "eval", as_metrics(results) | metrics)
-    quality = {str(steps): values for steps, values in measured.items() if values}
-    return _accuracy(name, results) | ({f"{name}_quality": quality} if quality else {})
-
-
-def _accuracy(name: str, results: dict[int, Accuracy]) -> dict[str, Any]:
-    backslides = {str(steps): vars(result.backslide) for steps, result in results.items() if result.backslide}
-    return ({f"{name}_backslide": backslides} if backslides else {}) | {
-        name: {str(steps): result.accuracy for steps, result in results.items()},
-        f"{name}_interval": {str(steps): [result.low, result.high] for steps, result in results.items()},
-        f"{name}_unscored": {str(steps): result.unscored for steps, result in results.items()},
+    parts = {
+        "": {str(steps): result.accuracy for steps, result in results.items()},
+        "_interval": {str(steps): [result.low, result.high] for steps, result in results.items()},
+        "_unscored": {str(steps): result.unscored for steps, result in results.items()},
+        "_backslide": {str(steps): vars(result.backslide) for steps, result in results.items() if result.backslide},
+        "_quality": {steps: values for steps, values in quality.items() if values},
     }
+    optional = ("_backslide", "_quality")
+    return {f"{name}{suffix}": part for suffix, part in parts.items() if part or suffix not in optional}
 
 
 def _goal(run: Run, summary: dict[str, Any]) -> dict[str, Any] | None:
@@ -188,24 +180,17 @@ def _goal(run: Run, summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"metric": key, "before_max": goal.before_max, "after_min": goal.after_min, "met": met}
 
 
-def _views(run: Run, model: Any, heldout: list[Row]) -> list[dict[str, Any]]:
+def _views(run: Run, heldout: list[Row]) -> list[dict[str, Any]]:
     """Step-by-step views of the first held-out prompts (rank 0 decodes them all)."""
     rows = heldout[: run.config.eval.viewer_items]
     if not rows or distributed.rank() != 0:
         return []
     steps = run.config.eval.viewer_steps or run.modality.options().num_inference_steps
-    engine = run.engine(model, run.modality.evaluation_options(steps))
+    engine = run.engine(run.model, run.modality.evaluation_options(steps))
     trajectories = engine.generate(run.modality.requests(rows, [[i] for i in range(len(rows))], None))
     _, table = run.judge.score(rows, trajectories, verifier=True)
     views = run.modality.views(rows, trajectories, table.values)
     return [{"prompt": row["prompt"], "view": view} for row, view in zip(rows, views, strict=True)]
-
-
-def _viewer(run: Run, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    items = [
-        {"prompt": b["prompt"], "before": b["view"], "after": a["view"]} for b, a in zip(before, after, strict=False)
-    ]
-    return {"grid": list(run.task.grid) if run.task.grid else None, "items": items}
 
 
 def _log_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:

@@ -119,64 +119,57 @@ class Cutter:
         return self.recipe.rows(trajectories, self.run.model, self.block_length, steps, iteration).distinct()
 
     def passes(self, rollouts: ScoredRollouts, advantage: torch.Tensor) -> list[list[list[MicroBatch]]]:
-        """Micro-batches of every update of every pass over the rollouts; one pass serves all epochs, unless the
-        recipe's estimator is random.
+        """Micro-batches of every update of every pass over the rollouts.
+
+        One pass serves all epochs, unless the recipe's estimator is random.
+
+        Args:
+            advantage: [M] or [M, T], NaN where there is nothing to learn.
+        """
+        size, steps = self.train.micro_batch_size, self.train.micro_batch_steps
+        if any(given is not None for given in rollouts.process_rewards) and not self.has_critic:
+            raise TrainingError("a reward gives per-step values, which need a value model: set algorithm.value")
+        if steps is not None and advantage.dim() == 1:
+            raise ValueError("train.micro_batch_steps needs a recipe with an advantage for every step: set it to null")
+        updates, passes = self._updates(rollouts, ~torch.isnan(advantage)), []
+        for iteration in range(self.train.epochs if self.recipe.redraw else 1):
+            cut: list[list[MicroBatch]] = []
+            for chosen, weight in updates:
+                parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+                windows = [(part, own) for part in parts for own in _windows(advantage[part], steps)]
+                cut.append([self.micro_batch(rollouts, part, own, weight[part], iteration) for part, own in windows])
+            passes.append(cut)
+        return passes
+
+    def _updates(self, rollouts: ScoredRollouts, wanted: torch.Tensor) -> list[tuple[list[int], torch.Tensor]]:
+        """Of every update, the rollouts to learn from and the weights [M] of one decision of each.
 
         Prompts are split over the updates, never a prompt's group. Weights count the trajectories of the update
         over all ranks, with those that are left out because their rewards are all equal (`ScoredRollouts.counted`).
 
         Args:
-            advantage: [M] or [M, T], NaN where there is nothing to learn.
+            wanted: bool [M] or [M, T], where there is something to learn.
         """
-        if any(steps is not None for steps in rollouts.process_rewards) and not self.has_critic:
-            raise TrainingError("a reward gives per-step values, which need a value model: set algorithm.value")
-        if self.train.micro_batch_steps is not None and advantage.dim() == 1:
-            raise ValueError("train.micro_batch_steps needs a recipe with an advantage for every step: set it to null")
-        wanted = ~torch.isnan(advantage)
-        valid = rollouts.counted & (wanted if wanted.dim() == 1 else wanted.any(dim=1))
+        of_steps, device = wanted.dim() == 2, self.run.device
+        valid = rollouts.counted & (wanted.any(dim=1) if of_steps else wanted)
         used = valid & rollouts.keep
-        length = torch.tensor(
-            [
-                self.recipe.num_decisions(t, None if wanted.dim() == 1 else w.numpy())
-                for t, w in zip(rollouts.trajectories, wanted, strict=True)
-            ]
-        )
+        pairs = zip(rollouts.trajectories, wanted, strict=True)
+        length = torch.tensor([self.recipe.num_decisions(t, w.numpy() if of_steps else None) for t, w in pairs])
         updates = []
         for index in range(self.train.updates_per_step):
             # Every rank holds a multiple of updates_per_step prompts, so a prompt's update is the same on any
             # number of ranks.
             inside = rollouts.group % self.train.updates_per_step == index
             counted = inside & valid
-            decisions = distributed.reduce_number(float(length[counted].sum()), "sum", self.run.device)
-            trajectories = distributed.reduce_number(float(counted.sum()), "sum", self.run.device)
-            constant = self.run.modality.horizon
+            decisions = distributed.reduce_number(float(length[counted].sum()), "sum", device)
+            trajectories = distributed.reduce_number(float(counted.sum()), "sum", device)
             weight = decision_weights(
-                self.recipe.aggregation, length, max(decisions, 1.0), max(trajectories, 1.0), constant
+                self.recipe.aggregation, length, max(decisions, 1.0), max(trajectories, 1.0), self.run.modality.horizon
             )
             updates.append(((inside & used).nonzero().flatten().tolist(), weight))
-        count = self.train.epochs if self.recipe.redraw else 1
-        return [
-            [self._update(rollouts, chosen, advantage, weight, iteration) for chosen, weight in updates]
-            for iteration in range(count)
-        ]
+        return updates
 
-    def _update(
-        self,
-        rollouts: ScoredRollouts,
-        chosen: list[int],
-        advantage: torch.Tensor,
-        weight: torch.Tensor,
-        iteration: int,
-    ) -> list[MicroBatch]:
-        """The micro-batches of an update that learns from the chosen rollouts."""
-        size, batches = self.train.micro_batch_size, []
-        for start in range(0, len(chosen), size):
-            part = chosen[start : start + size]
-            for own in _windows(advantage[part], self.train.micro_batch_steps):
-                batches.append(self._micro_batch(rollouts, part, own, weight[part], iteration))
-        return batches
-
-    def _micro_batch(
+    def micro_batch(
         self,
         rollouts: ScoredRollouts,
         indices: list[int],
@@ -209,7 +202,7 @@ class Cutter:
         if not rollouts.trajectories:
             smallest = self.run.modality.smallest_trajectory(self.run.model)
             rollouts = replace(rollouts, trajectories=[smallest], reward=nothing, process_rewards=[])
-        batch = self._micro_batch(rollouts, [0], nothing, nothing)
+        batch = self.micro_batch(rollouts, [0], nothing, nothing)
         zeros = torch.zeros_like(batch.weight)
         return replace(batch, old_logprob=zeros, ref_logprob=zeros, old_value=zeros, returns=zeros, spare=True)
 

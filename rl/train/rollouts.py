@@ -70,10 +70,10 @@ class ScoredRollouts:
 
     def lines(self, modality: Any, count: int | None = None) -> list[dict[str, Any]]:
         """Prompt, completion and reward of the first rollouts, of all without `count`, as plain JSON."""
-        rewards = [None if value != value else value for value in self.reward.tolist()]
+        shown = list(zip(self.examples, self.completions, self.reward.tolist(), strict=True))[:count]
         return [
-            {"prompt": example["prompt"], "completion": modality.sample_line(completion), "reward": reward}
-            for example, completion, reward in list(zip(self.examples, self.completions, rewards, strict=True))[:count]
+            {"prompt": row["prompt"], "completion": modality.sample_line(sample), "reward": None if r != r else r}
+            for row, sample, r in shown
         ]
 
 

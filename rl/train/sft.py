@@ -47,21 +47,13 @@ def supervised(run: Run) -> dict[str, float]:
         loss = distributed.reduce_number(float(fit.total), "sum", run.device)
         seconds = time.perf_counter() - started
         speed = (step - first) * config.batch_size * run.modality.horizon / seconds
-        run.metrics.log(
-            step,
-            "sft",
-            {
-                "loss/total": loss,
-                "policy/grad_norm": norm,
-                "optimizer/lr": learner.learning_rate(),
-                "speed/tokens_per_s": speed,
-            },
-        )
+        metrics = {"loss/total": loss, "policy/grad_norm": norm, "optimizer/lr": learner.learning_rate()}
+        run.metrics.log(step, "sft", metrics | {"speed/tokens_per_s": speed})
         run.progress.update(step, loss=loss, tokens_per_s=speed)
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             learner.copy_weights_into(plain)
-            state = {"loss": loss, "world_size": distributed.world_size()}
-            save_checkpoint(folder, step, {"policy": learner}, run.save_model, state, run.config.checkpoint.keep)
+            keep = run.config.checkpoint.keep
+            save_checkpoint(folder, step, {"policy": learner}, run.save_model, {"loss": loss}, keep)
         out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
         if distributed.reduce_number(out_of_time, "max", run.device):
             # On all ranks or on none: one that went on alone would wait for the others forever.

@@ -185,7 +185,7 @@ class PolicyUpdater(Updater):
         # Older weights than the learner's make a gap that is no mistake.
         self.measures_gap, self.gap_max = not lag, 0.0
         before, norms, value_norms = self.learner.updates, [], []
-        passes = self.cutter.passes(rollouts, self._advantage(rollouts, step))
+        passes = self.cutter.passes(rollouts, self.advantages(rollouts, step))
         spare = self.cutter.spare(rollouts)
         # All are prepared before the first update, also those of a random estimator's later passes.
         self._prepare([batch for updates in passes for update in updates for batch in update], spare)
@@ -210,7 +210,7 @@ class PolicyUpdater(Updater):
             metrics["policy/logprob_gap_max"] = self.gap_max
         return metrics | self._value_metrics([batch for update in passes[0] for batch in update])
 
-    def _advantage(self, rollouts: ScoredRollouts, step: int) -> torch.Tensor:
+    def advantages(self, rollouts: ScoredRollouts, step: int) -> torch.Tensor:
         """[M] or [M, T] of this rank; the recipe sees the verdicts on the rollouts of all ranks."""
         recipe = self.recipe
         mine = (
