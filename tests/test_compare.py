@@ -81,6 +81,10 @@ def test_a_line_of_the_plot_is_the_mean_at_equal_budgets(tmp_path: Path) -> None
 def test_a_recipe_comes_with_what_it_requires() -> None:
     config = load_config(None, ["sampler.selector=threshold", "sampler.gen_length=8"])
     assert recipe_overrides(config, "espo") == ["algorithm={name: espo}"]
+    with pytest.raises(ValueError, match=r"algorithm.name 'ddpo' trains images, and task.name 'sudoku' is about text"):
+        recipe_overrides(config, "ddpo")
+    images = load_config(None, ["task.name=digits"])
+    assert recipe_overrides(images, "flow_grpo") == ["algorithm={name: flow_grpo}", 'sampler.kind="flow_sde"']
     assert recipe_overrides(config, "mdpo") == ["algorithm={name: mdpo}", "sampler.record_x0=true"]
     changed = load_config(None, ["sampler.gen_length=8", *recipe_overrides(config, "justgrpo")])
     # Rollouts one token a step, left to right; evaluations as the config has them.

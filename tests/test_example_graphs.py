@@ -60,10 +60,11 @@ def test_a_checkpoint_and_trajectories_are_read_back(trained: Path, tmp_path: Pa
     saved = f"model.path={trained / 'checkpoints' / 'step_20' / 'hf'}"
     output = ["--output", str(tmp_path / "out"), "--num-prompts", "3", "--group-size", "2"]
     assert main(["rollout", *arguments(tmp_path, saved), *output]) == 0
-    config = load_config(tmp_path / "graphs.yaml", [saved])
+    config = load_config(tmp_path / "graphs.yaml", [saved, "eval.sampler={num_atoms: 3}"])
     task: Any = modality_of(f"{FILE}:BondTask")
     modality = task.open(config, graphs.BondTask())
     model = modality.load_model()
+    assert modality.evaluation_options(7).model_dump() == {"num_inference_steps": 7, "num_atoms": 3}
     kept = modality.load_trajectories(tmp_path / "out" / "trajectories.npz")
     assert len(kept) == 6 and {t.prompt for t in kept} == {1, 2, 3}
     rows = config.algorithm.rows(kept, model)
@@ -143,6 +144,7 @@ def test_what_graphs_cannot_do_is_one_line(override: str, message: str, tmp_path
     [
         (["sft", "sft.steps=1"], "sft.steps: graphs have no supervised stage, set it to 0"),
         (["rollout", "--search", "best_of_n"], "--search is not known for graphs: write Graphs.search_sampler"),
+        (["eval", "--decoding", "static"], "generations are kept of text, and task.name"),
         (["check", "--plan"], "--plan is not known for graphs: write Graphs.memory"),
     ],
 )
@@ -151,7 +153,8 @@ def test_what_graphs_do_not_have_is_one_line(
 ) -> None:
     output = ["--output", str(tmp_path / "out")] if command[0] == "rollout" else []
     assert main([command[0], *arguments(tmp_path), *command[1:], *output]) == 2
-    assert capsys.readouterr().err == f"denoise-rl: {message}\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"denoise-rl: {message}") and error.count("\n") == 1
 
 
 def test_a_task_names_its_modality_by_class_by_address_or_by_name() -> None:

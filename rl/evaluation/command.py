@@ -17,6 +17,7 @@ from rl.evaluation.figures import Figures, table
 from rl.evaluation.generations import GenerationFolder
 from rl.evaluation.scoring import rescore
 from rl.tasks.base import Row
+from rl.tasks.load import modality_of
 from rl.tasks.templates import Template
 from rl.train.run import Run
 
@@ -89,6 +90,12 @@ def _kept(args: argparse.Namespace) -> list[str]:
         return report(*rescore(args.rescore, args.data, args.reward, config.reward, ks), args.export)
     if args.output and args.output.endswith(".json"):
         raise ValueError(f"--output {args.output} must name a folder: generations are kept with these options")
+    modality = modality_of(config.task.name).name
+    if modality != "text":
+        raise ValueError(
+            f"generations are kept of text, and task.name {config.task.name!r} is about {modality}: give no option but "
+            "--data and --output FILE.json"
+        )
     plan = EvalPlan(
         data=args.data,
         template=args.template,

@@ -20,7 +20,7 @@ from typing import Any
 from rl.config import Config, load_config
 from rl.evaluation.intervals import t_half_width
 from rl.registry import parse_recipe
-from rl.train.plan import plan_lines
+from rl.train.plan import check_modality, plan_lines
 
 COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")
 
@@ -50,13 +50,18 @@ class ComparisonPlan:
 def recipe_overrides(config: Config, name: str) -> list[str]:
     """A recipe with its own defaults, and what it requires of other sections.
 
-    Evaluations keep the config's own decoder where the recipe needs another one for its rollouts.
+    Evaluations of text keep the config's own decoder where the recipe needs another one for its rollouts.
+
+    Raises:
+        ValueError: there is no such recipe, or it trains another modality.
     """
+    recipe = parse_recipe({"name": name})
+    check_modality(recipe, config)
     overrides = [f"algorithm={{name: {name}}}"]
-    for key, value in parse_recipe({"name": name}).requires(config).items():
+    for key, value in recipe.requires(config).items():
         overrides.append(f"{key}={json.dumps(value)}")
         section, option = key.split(".")
-        if section == "sampler" and option not in ("record_x0", "num_inference_steps"):
+        if recipe.modality == "text" and section == "sampler" and option not in ("record_x0", "num_inference_steps"):
             overrides.append(f"eval.sampler.{option}={json.dumps(getattr(config.sampler, option))}")
     return overrides
 

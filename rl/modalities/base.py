@@ -167,12 +167,13 @@ class Modality:
         return self.config.sampler
 
     def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> Any:
-        """The sampler of evaluations at a number of denoising steps.
+        """The sampler of evaluations at a number of denoising steps: the rollouts', changed by `eval.sampler`.
 
         Args:
             temperature: of samplers that have one.
         """
-        return self.config.sampler.model_copy(update={"num_inference_steps": num_inference_steps})
+        changed = {**self.config.eval.sampler, "num_inference_steps": num_inference_steps}
+        return self.Options.model_validate({**self.config.sampler.model_dump(), **changed})
 
     def requests(
         self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rewards.load import load_reward
 from rl.config import Config, load_config
@@ -95,7 +96,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
         raise ValueError("the task has no rows: check task.params")
     modality = modality_class(task)
     if config.train.steps:
-        _check_recipe(config, modality.name)
+        _check_recipe(config)
         check_engine(config)
     for key, family in (("model.family", config.model.family), ("rollout.server.layout", config.rollout.server.layout)):
         if family is not None:
@@ -169,14 +170,20 @@ def check_engine(config: Config) -> None:
         )
 
 
-def _check_recipe(config: Config, modality: str) -> None:
-    """Raise ValueError when the recipe cannot train this modality, or not with the other sections as they are."""
-    recipe = config.algorithm
+def check_modality(recipe: Any, config: Config) -> None:
+    """Raise ValueError when a recipe does not train the modality of the config's task."""
+    modality = modality_of(config.task.name).name
     if recipe.modality != modality:
         raise ValueError(
             f"algorithm.name {recipe.name!r} trains {recipe.modality}, and task.name {config.task.name!r} is about "
             f"{modality}: choose another algorithm"
         )
+
+
+def _check_recipe(config: Config) -> None:
+    """Raise ValueError when the recipe cannot train the task's modality, or not with the other sections as they are."""
+    recipe = config.algorithm
+    check_modality(recipe, config)
     for key, value in recipe.requires(config).items():
         section, name = key.split(".")
         if getattr(getattr(config, section), name) != value:
