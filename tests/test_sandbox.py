@@ -101,9 +101,10 @@ def test_arrays_arrive() -> None:
 @pytest.mark.parametrize(
     "node",
     [
-        {"t": "int", "v": 5}, {"t": "tuple", "v": 5}, {"t": "dict", "v": [1]}, {"v": 1}, {"t": "dict", "v": [[[], 1]]},
-        {"t": "type", "v": "Popen"}, {"t": "namedtuple", "v": ["x", ["__eq__"], [1]]}, {"t": ["tuple"], "v": []},
-        {"t": "ndarray", "v": ["O", [1], ""]}, {"t": "bytes", "v": 3},
+        {"t": "int", "v": [5]}, {"t": "tuple", "v": 5}, {"t": "dict", "v": [1]}, {"v": 1},
+        {"t": "dict", "v": [[[], 1]]},
+        {"t": "type", "v": ["Popen"]}, {"t": "namedtuple", "v": ["x", ["__eq__"], [1]]}, {"t": ["tuple"], "v": []},
+        {"t": "ndarray", "v": ["O", [1], ""]}, {"t": "bytes", "v": [3]},
     ],
 )  # fmt: skip
 def test_what_is_no_value_is_an_error(node: object) -> None:

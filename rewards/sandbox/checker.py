@@ -30,7 +30,7 @@ from rewards.sandbox.arrays import guarded_numpy
 from rewards.sandbox.frames import FrameError, receive_frame, send_frame
 from rewards.sandbox.instances import Instances
 from rewards.sandbox.program import SHARED_MODULES
-from rewards.sandbox.program_object import ProgramObject
+from rewards.sandbox.program_object import ProgramObject, exception_class
 from rewards.sandbox.unjudgeable import unjudgeable
 from rewards.sandbox.values import TransferError, build_error, decode, describe_error, is_mutable, restore
 
@@ -64,7 +64,8 @@ def check(spec: Mapping[str, Any], requests: int, replies: int, out: int) -> Non
         send_frame(out, ["invalid", reason])
         return
     send_frame(out, ["begin", len(parts)])
-    if any(word in text for text in [spec["setup"], *spec["tests"]] for word in ("numpy", "scipy")):
+    texts = "\n".join([spec["preamble"], spec["setup"], *spec["tests"]])
+    if "numpy" in texts or "scipy" in texts:
         guarded_numpy()
     problem = link.start() or link.own(spec["preamble"])
     problem = problem or link.fill(trees, spec["entry_point"]) or link.run(before[1])
@@ -228,8 +229,7 @@ class Link:
             return False
         if tag == "exception":
             base = self._exception_class(node["v"][1:])
-            members = {"__program_class__": node["h"], "__getattr__": _ask_program, "__str__": _program_text}
-            found = type(str(node["v"][0]), (base,), members)
+            found = exception_class(str(node["v"][0]), base, node["h"])
             self.exceptions[found.__name__] = self.namespace[name] = found
             return True
         self.namespace[name] = value = self.decode(node)
@@ -397,15 +397,3 @@ class Link:
             if isinstance(found, type) and issubclass(found, Exception):
                 return RuntimeError if issubclass(found, StopIteration | StopAsyncIteration) else found
         return RuntimeError
-
-
-def _ask_program(error: Any, name: str) -> Any:
-    """An attribute that the program's own exception has, such as a property."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return getattr(error.__dict__["_object"], name)
-
-
-def _program_text(error: Any) -> str:
-    text = error.__dict__.get("_text")
-    return super(type(error), error).__str__() if text is None else text

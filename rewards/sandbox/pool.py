@@ -7,20 +7,19 @@ import dataclasses
 import json
 import logging
 import os
-import selectors
+import select
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 from rewards.sandbox import frames
 from rewards.sandbox.isolation import ISOLATIONS, REWARDS, bubblewrap
-from rewards.sandbox.records import Limits, Program, RunResult, SandboxReport
-from rewards.sandbox.supervise import LONGEST_RUN
+from rewards.sandbox.records import LONGEST_RUN, Limits, Program, RunResult, SandboxReport
 
 LOG = logging.getLogger(__name__)
 START_SECONDS = 60.0
@@ -38,6 +37,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+
+
+TRIAL = Program("print(6 * 7)")
 
 
 class SandboxError(RuntimeError):
@@ -74,6 +76,7 @@ class CodeSandbox:
         self.isolation = isolation
         self._report: SandboxReport | None = None
         self._workers: list[_Worker] = []
+        self._idle: list[_Worker] = []
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
@@ -95,7 +98,17 @@ class CodeSandbox:
                 self._workers, self._owner = [], os.getpid()
             for worker in [worker for worker in self._workers if worker.tmp_mb != self.limits.tmp_mb]:
                 self._remove_worker(worker)
-            return self._run(programs)
+            if programs and self._report is None:
+                self._workers.append(self._start_worker())
+            self._idle = list(self._workers)
+            with ThreadPoolExecutor(self.max_workers, "code sandbox") as threads:
+                try:
+                    return list(threads.map(self._judge, programs))
+                except BaseException:  # an interrupt: the answers on their way belong to nobody
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    while self._workers:
+                        self._remove_worker(self._workers[-1])
+                    raise
 
     def describe(self) -> SandboxReport:
         """Which protections are in force. Starts a worker when there is none. Raises SandboxError."""
@@ -122,56 +135,31 @@ class CodeSandbox:
         if getattr(self, "_workers", None):
             self.close()
 
-    def _run(self, programs: Sequence[Program]) -> list[RunResult]:
-        results: dict[int, RunResult] = {}
-        attempts = [0] * len(programs)
-        requests = [_request(program, self.limits) for program in programs]
-        for index, request in enumerate(requests):
-            if not request:
-                results[index] = RunResult("invalid", reason=f"program or tests above {frames.MAX_BYTES} bytes")
-        waiting = [index for index in range(len(programs)) if requests[index]][::-1]
-        selector = selectors.DefaultSelector()
-        busy: dict[_Worker, int] = {}
-        idle = list(self._workers)
-        try:
-            while len(results) < len(programs):
-                while waiting and (idle or len(busy) < self.max_workers):
-                    worker = idle.pop() if idle else self._add_worker()
-                    index = waiting.pop()
-                    attempts[index] += 1
-                    busy[worker] = index
-                    selector.register(worker.replies, selectors.EVENT_READ, worker)
-                    worker.send(requests[index], self.limits.wall)
-                patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = {key.data for key, _ in selector.select(patience)}
-                late = {worker for worker in busy if worker.deadline <= time.monotonic()}
-                for worker in ready | late:
-                    index = busy.pop(worker)
-                    selector.unregister(worker.replies)
-                    try:
-                        results[index] = worker.receive()
-                        idle.append(worker)
-                    except WorkerDied as error:
-                        self._remove_worker(worker)
-                        LOG.warning("code sandbox: a worker was replaced: %s", error)
-                        if attempts[index] < 2:
-                            waiting.append(index)
-                        else:
-                            results[index] = RunResult("infrastructure", reason=f"sandbox: {error}, twice")
-        finally:
-            selector.close()
-            for worker in busy:  # only after an exception: their answers belong to nobody
+    def _judge(self, program: Program) -> RunResult:
+        request = _request(program, self.limits)
+        if not request:
+            return RunResult("invalid", reason=f"program or tests above {frames.MAX_BYTES} bytes")
+        problem = ""
+        for _ in range(2):
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                worker = self._start_worker()
+                self._workers.append(worker)
+            try:
+                result = worker.judge(request, self.limits.wall)
+            except WorkerDied as error:
+                LOG.warning("code sandbox: a worker was replaced: %s", error)
+                problem = str(error)
                 self._remove_worker(worker)
-        return [results[index] for index in range(len(programs))]
-
-    def _add_worker(self) -> _Worker:
-        worker = self._start_worker()
-        self._workers.append(worker)
-        return worker
+                continue
+            self._idle.append(worker)
+            return result
+        return RunResult("infrastructure", reason=f"sandbox: {problem}, twice")
 
     def _remove_worker(self, worker: _Worker) -> None:
-        worker.stop()
         self._workers.remove(worker)
+        worker.stop()
 
     def _start_worker(self) -> _Worker:
         if self._report is not None:
@@ -197,7 +185,6 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         self.process, self.tmp_mb = process, tmp_mb
         self.requests, self.replies = process.stdin.fileno(), process.stdout.fileno()
-        self.deadline = time.monotonic() + START_SECONDS
 
     @classmethod
     def start(cls, isolation: str, tmp_mb: int) -> tuple[_Worker, dict[str, Any]]:
@@ -215,25 +202,22 @@ class _Worker:
         )
         worker = cls(process, tmp_mb)
         try:
-            hello = worker._receive()
+            hello = worker._receive(START_SECONDS)
+            if "error" in hello:
+                raise WorkerDied(hello["error"])
+            trial = worker.judge(_request(TRIAL, Limits()), START_SECONDS)
+            if trial.stdout != "42\n":
+                raise WorkerDied(f"{trial.reason} {trial.stderr}".strip())
         except WorkerDied as error:
             worker.stop()
             raise SandboxError(str(error)) from None
-        if "error" in hello:
-            worker.stop()
-            raise SandboxError(hello["error"])
         return worker, hello
 
-    def send(self, messages: bytes, wall_seconds: float) -> None:
-        """Hand over one program that may take `wall_seconds`."""
-        self.deadline = time.monotonic() + wall_seconds * LONGEST_RUN + GRACE_SECONDS
-        # A worker that is gone is noticed when its answer is read.
-        with contextlib.suppress(OSError):
-            frames.write_all(self.requests, messages)
-
-    def receive(self) -> RunResult:
-        """The result of the program sent last. Raises WorkerDied."""
-        return RunResult.from_message(self._receive())
+    def judge(self, request: bytes, wall_seconds: float) -> RunResult:
+        """The result of a program that may take `wall_seconds`. Raises WorkerDied."""
+        with contextlib.suppress(OSError):  # a worker that is gone is noticed when its answer is read
+            frames.write_all(self.requests, request)
+        return RunResult.from_message(self._receive(wall_seconds * LONGEST_RUN + GRACE_SECONDS))
 
     def stop(self) -> None:
         """End the process, and with it whatever it is running."""
@@ -246,11 +230,11 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def _receive(self) -> Any:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.replies, selectors.EVENT_READ)
-            if not selector.select(max(0.0, self.deadline - time.monotonic())):
-                raise WorkerDied("worker did not answer in time")
+    def _receive(self, patience: float) -> Any:
+        poll = select.poll()
+        poll.register(self.replies, select.POLLIN)
+        if not poll.poll(patience * 1000):
+            raise WorkerDied("worker did not answer in time")
         try:
             return frames.receive_frame(self.replies)
         except (frames.FrameError, OSError):

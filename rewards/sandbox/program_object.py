@@ -82,3 +82,20 @@ for _name in DELEGATED.split():
     setattr(ProgramObject, f"__{_name}__", _unary(_name))
 for _name in COMPARISONS_AND_ARITHMETIC.split():
     setattr(ProgramObject, f"__{_name}__", _binary(_name))
+
+
+def exception_class(name: str, base: type[Exception], number: int) -> type[Exception]:
+    """A class for the exceptions of one class of the program, whose handle is `number`.
+
+    An instance that came from the program has `_object`, the program's own, and `_text`, what it shows.
+    """
+
+    def ask(error: Any, attribute: str) -> Any:  # such as a property
+        if attribute.startswith("_"):
+            raise AttributeError(attribute)
+        return getattr(error.__dict__["_object"], attribute)
+
+    def text(error: Any) -> str:
+        return error.__dict__.get("_text") or base.__str__(error)
+
+    return type(name, (base,), {"__program_class__": number, "__getattr__": ask, "__str__": text})

@@ -9,6 +9,8 @@ from typing import Any, Literal
 # "invalid" and "infrastructure" are no verdict on the program: the tests cannot be used, or the sandbox failed.
 Status = Literal["ok", "error", "timeout", "output", "invalid", "infrastructure"]
 
+LONGEST_RUN = 5  # times the wall limit, however busy the machine is
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -7,25 +7,32 @@ never held another program's output, and never holds the tests: those are read b
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import os
 import random
+import select
 import signal
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rewards.sandbox import checker, folders, frames, program
+from rewards.sandbox.children import Child, Sink
 from rewards.sandbox.isolation import FIRST_UID, NUM_UIDS, Protection
-from rewards.sandbox.records import Limits
-from rewards.sandbox.supervise import Child, Sink, watch
+from rewards.sandbox.records import LONGEST_RUN, Limits
 
 STDERR_KEPT = 64 * 1024
 MESSAGES_KEPT = 16 * 1024 * 1024
 READY = b"\x01"
 FIRST_HIGH_DESCRIPTOR = 64
+LOOK_SECONDS = 0.02  # between two looks into the temporary folder, or three times as long as a look takes
 REASONS = {"": "", "timeout": "time limit reached", "output": "output limit reached"}
+
+
+class ParentGone(Exception):
+    """Whoever asked for this run has closed the connection."""
 
 
 class Runner:
@@ -80,7 +87,7 @@ class Runner:
         out_read, out = self._pipe()
         err_read, err = self._pipe()
         source = self._nameless_file(stdin)
-        child, ready = self._spawn(lambda: program.run_script(code), [source, out, err], limits)
+        child, ready = self._spawn(lambda: program.run_script(code), [source, out, err], limits, program.attach_streams)
         stdout = Sink(out_read, limits.output_kb * 1024, stop_at_limit=True)
         stderr = Sink(err_read, STDERR_KEPT)
         stopped = self._watch([child], [stdout, stderr, ready], child.reap, limits)
@@ -101,23 +108,19 @@ class Runner:
         reply_read, reply_write = self._pipe(blocking=True)
         nothing = self._keep(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
 
-        def serve() -> int:
-            program.serve_program(code, requests=3, replies=4)
-            return 0
+        def check() -> None:
+            checker.check(spec[0], requests=3, replies=4, out=5)
 
-        def read_tests() -> Callable[[], int]:
-            spec = frames.receive_frame(6)
+        def read_tests() -> None:
+            spec.append(frames.receive_frame(6))
             os.close(6)
 
-            def check() -> int:
-                checker.check(spec, requests=3, replies=4, out=5)
-                return 0
-
-            return check
-
-        served, ready = self._spawn(serve, [nothing, out, err, request_read, reply_write], limits)
+        spec: list[Any] = []
+        ends = [nothing, out, err, request_read, reply_write]
+        serve = functools.partial(program.serve_program, code, requests=3, replies=4)
+        served, ready = self._spawn(serve, ends, limits, program.attach_streams)
         ends = [nothing, nothing, nothing, request_write, reply_read, verdict, self.control]
-        checked, checker_ready = self._spawn(None, ends, limits, prepare=read_tests)
+        checked, checker_ready = self._spawn(check, ends, limits, read_tests)
         # Ours must be closed for either side to notice that the other has ended.
         for fd in (request_read, request_write, reply_read, reply_write, verdict):
             self._close(fd)
@@ -137,15 +140,11 @@ class Runner:
     # -- processes ----------------------------------------------------------------------------------------------
 
     def _spawn(
-        self,
-        run: Callable[[], int] | None,
-        descriptors: list[int],
-        limits: Limits,
-        prepare: Callable[[], Callable[[], int]] | None = None,
+        self, run: Callable[[], int | None], descriptors: list[int], limits: Limits, prepare: Callable[[], None]
     ) -> tuple[Child, Sink]:
-        """Start `run` (or what `prepare` returns) in a confined process with `descriptors` as its 0, 1, 2 ...
+        """Call `prepare` and `run` in a confined process with `descriptors` as its 0, 1, 2 ...
 
-        Returns the process, and a sink that holds `READY` once it was confined, or else the reason why not.
+        Returns the process, and a sink that holds `READY` once `prepare` is done, or else the reason why not.
         """
         ready_read, ready = self._pipe()
         uid = self.uids[len(self.children)] if self.found.own_uid else os.getuid()
@@ -165,39 +164,73 @@ class Runner:
             tempfile.tempdir = None
             random.seed(0)  # a verdict should be the same tomorrow
             gc.enable()
-            if prepare is None:
-                program.attach_streams()
-            else:
-                run = prepare()
-            assert run is not None
+            prepare()
         except BaseException as error:
             os.write(ready, f"{type(error).__name__}: {error}".encode()[:1000])
             os._exit(1)
         try:
             os.write(ready, READY)
             os.close(ready)
-            code = run()
-        finally:
-            _leave(code)
+            code = run() or 0
+        finally:  # without running anything it inherited from the worker
+            program.flush_streams()
+            os._exit(code)
 
-    def _watch(self, children: list[Child], sinks: list[Sink], finished: Callable[[], bool], limits: Limits) -> str:
-        stopped = watch(
-            children,
-            sinks,
-            finished,
-            cpu_limit=limits.cpu_seconds,
-            wall_limit=limits.wall,
-            overfull=lambda: folders.holds_too_much(self.found.folder, limits.tmp_mb << 20),
-            wakeup=self.wakeup,
-            control=self.control,
-            proc=self.found.proc,
-        )
+    def _watch(
+        self, children: Sequence[Child], sinks: Sequence[Sink], finished: Callable[[], bool], limits: Limits
+    ) -> str:
+        """Wait until `finished()`; returns "" then, else which limit was hit: "timeout" or "output".
+
+        `sinks` are read meanwhile. CPU time is counted for each child, wall time without that in which a child waited
+        for a processor.
+
+        Raises:
+            ParentGone: when `control` was closed at its other end.
+        """
+        stopped = self._wait(children, sinks, finished, limits)
         if stopped:
             for child in children:
                 child.kill()
         for sink in sinks:
             sink.drain()
         return stopped or ("output" if any(sink.overflow and sink.stop_at_limit for sink in sinks) else "")
+
+    def _wait(
+        self, children: Sequence[Child], sinks: Sequence[Sink], finished: Callable[[], bool], limits: Limits
+    ) -> str:
+        start, starved, next_look = time.monotonic(), 0.0, time.monotonic() + LOOK_SECONDS
+        poll = select.poll()
+        poll.register(self.wakeup, select.POLLIN)
+        poll.register(self.control, 0)  # only its hang-up: a message for the checker may be waiting there
+        by_fd = {sink.fd: sink for sink in sinks}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        while not finished():
+            now = time.monotonic()
+            passed = now - start
+            if passed - starved >= limits.wall:
+                starved = sum(child.starved_seconds(self.found.proc) for child in children)
+            left = min(limits.wall - passed + starved, limits.wall * LONGEST_RUN - passed)
+            left = min(left, *(limits.cpu_seconds - child.cpu_seconds for child in children))
+            if left <= 0:
+                return "timeout"
+            if now >= next_look:
+                if folders.holds_too_much(self.found.folder, limits.tmp_mb << 20):
+                    return "output"
+                next_look = now + max(LOOK_SECONDS, 3 * (time.monotonic() - now))
+            for fd, _ in poll.poll(max(0.0, min(left, next_look - now)) * 1000 + 1):
+                if fd == self.control:
+                    raise ParentGone
+                if fd == self.wakeup:
+                    os.read(self.wakeup, 4096)
+                    continue
+                sink = by_fd[fd]
+                sink.read()
+                if not sink.open:
+                    poll.unregister(fd)
+                if sink.overflow and sink.stop_at_limit:
+                    return "output"
+        return ""
 
     # -- descriptors, given back by clean_up --------------------------------------------------------
 
@@ -230,12 +263,6 @@ def _become(descriptors: list[int]) -> int:
         os.dup2(fd, number)
     os.closerange(len(descriptors), 1 << 16)
     return len(descriptors) - 1
-
-
-def _leave(code: int) -> NoReturn:
-    """End this process without running anything it inherited from the worker."""
-    program.flush_streams()
-    os._exit(code)
 
 
 def _outcome(stopped: str, *ready: Sink) -> dict[str, Any]:

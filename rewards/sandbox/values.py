@@ -18,6 +18,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import functools
 import io
 import pathlib
 import sys
@@ -50,13 +51,13 @@ def encode(value: Any, other: Other) -> Any:
         return value
     if kind is int:
         small = -LARGEST_JSON_INTEGER < value < LARGEST_JSON_INTEGER
-        return value if small else {"t": "int", "v": hex(value)}
+        return value if small else {"t": "int", "v": [hex(value)]}
     if kind is list:
         if set(map(type, value)) <= AS_IS:
             return list(value)
         return [encode(item, other) for item in value]
-    if kind in _ENCODERS:
-        return {"t": kind.__name__, "v": _ENCODERS[kind](value, other)}
+    if kind in _CODECS:
+        return {"t": kind.__name__, "v": [encode(part, other) for part in _CODECS[kind][0](value)]}
     return _encode_unusual(value, kind, other)
 
 
@@ -73,7 +74,7 @@ def decode(node: Any, handle: Other) -> Any:
         return [decode(item, handle) for item in node]
     try:
         tag = node["t"]
-        return _DECODERS[tag](node["v"], handle) if tag in _DECODERS else handle(node)
+        return _NAMED[tag](*[decode(part, handle) for part in node["v"]]) if tag in _NAMED else handle(node)
     except TransferError:
         raise
     except Exception as error:
@@ -120,7 +121,7 @@ def merged(old: Any, new: Any) -> Any:
 
 def _encode_unusual(value: Any, kind: type, other: Other) -> Any:
     if isinstance(value, type) and TYPES.get(value.__name__) is value:
-        return {"t": "type", "v": value.__name__}
+        return {"t": "type", "v": [value.__name__]}
     if _is_array(value) and value.dtype.kind in ARRAY_KINDS:
         if value.ndim == 0 and value.dtype.kind not in "mM":
             return encode(value.item(), other)
@@ -183,112 +184,71 @@ def load_numpy() -> Any:
     return numpy
 
 
-def _items(values: Iterable[Any], other: Other) -> list[Any]:
-    return [encode(value, other) for value in values]
+def _base64(value: bytes) -> list[str]:
+    return [base64.b64encode(value).decode("ascii")]
 
 
-def _pairs(mapping: Any, other: Other) -> list[Any]:
-    return [[encode(key, other), encode(value, other)] for key, value in dict.items(mapping)]
+def _text(value: Any) -> list[str]:
+    return [str(value)]
 
 
-def _text(value: Any, other: Other) -> str:
-    return str(value)
+def _iso(value: Any) -> list[str]:
+    return [value.isoformat()]
 
 
-def _iso(value: Any, other: Other) -> str:
-    return value.isoformat()
+def _pairs(mapping: Any) -> list[Any]:
+    return [[key, value] for key, value in dict.items(mapping)]
 
 
-_ENCODERS: dict[type, Callable[[Any, Other], Any]] = {
-    tuple: _items,
-    set: _items,
-    frozenset: _items,
-    collections.deque: lambda value, other: [_items(value, other), value.maxlen],
-    dict: _pairs,
-    collections.OrderedDict: _pairs,
-    collections.Counter: _pairs,
-    collections.defaultdict: _pairs,
-    type({}.keys()): _items,
-    type({}.values()): _items,
-    type({}.items()): _items,
-    bytes: lambda value, other: base64.b64encode(value).decode("ascii"),
-    bytearray: lambda value, other: base64.b64encode(value).decode("ascii"),
-    complex: lambda value, other: [value.real, value.imag],
-    range: lambda value, other: _items((value.start, value.stop, value.step), other),
-    slice: lambda value, other: _items((value.start, value.stop, value.step), other),
-    type(...): lambda value, other: 0,
-    decimal.Decimal: _text,
-    fractions.Fraction: _text,
-    datetime.datetime: _iso,
-    datetime.date: _iso,
-    datetime.time: _iso,
-    pathlib.PosixPath: _text,
-    pathlib.PurePosixPath: _text,
-    io.StringIO: lambda value, other: [value.getvalue(), value.tell()],
-    io.BytesIO: lambda value, other: [base64.b64encode(value.getvalue()).decode("ascii"), value.tell()],
-    datetime.timedelta: lambda value, other: [value.days, value.seconds, value.microseconds],
+def _stream(kind: Callable[[Any], Any], content: Any, position: int) -> Any:
+    stream = kind(content)
+    stream.seek(position)
+    return stream
+
+
+# A type -> the parts of a value, which are values themselves, and what is made of them again.
+_CODECS: dict[type, tuple[Callable[[Any], Iterable[Any]], Callable[..., Any]]] = {
+    tuple: (list, lambda *parts: parts),
+    set: (list, lambda *parts: set(parts)),
+    frozenset: (list, lambda *parts: frozenset(parts)),
+    collections.deque: (lambda value: (list(value), value.maxlen), collections.deque),
+    dict: (_pairs, lambda *parts: dict(parts)),
+    collections.OrderedDict: (_pairs, lambda *parts: collections.OrderedDict(parts)),
+    collections.Counter: (_pairs, lambda *parts: collections.Counter(dict(parts))),
+    collections.defaultdict: (_pairs, lambda *parts: collections.defaultdict(None, parts)),
+    type({}.keys()): (list, lambda *parts: dict.fromkeys(parts).keys()),
+    type({}.values()): (list, lambda *parts: dict(enumerate(parts)).values()),
+    type({}.items()): (lambda value: map(list, value), lambda *parts: dict(parts).items()),
+    bytes: (_base64, base64.b64decode),
+    bytearray: (_base64, lambda text: bytearray(base64.b64decode(text))),
+    complex: (lambda value: (value.real, value.imag), lambda real, imag: complex(float(real), float(imag))),
+    range: (lambda value: (value.start, value.stop, value.step), range),
+    slice: (lambda value: (value.start, value.stop, value.step), slice),
+    type(...): (lambda value: (), lambda: ...),
+    decimal.Decimal: (_text, decimal.Decimal),
+    fractions.Fraction: (_text, fractions.Fraction),
+    pathlib.PosixPath: (_text, pathlib.PosixPath),
+    pathlib.PurePosixPath: (_text, pathlib.PurePosixPath),
+    io.StringIO: (lambda value: (value.getvalue(), value.tell()), functools.partial(_stream, io.StringIO)),
+    io.BytesIO: (lambda value: (value.getvalue(), value.tell()), functools.partial(_stream, io.BytesIO)),
+    datetime.datetime: (_iso, datetime.datetime.fromisoformat),
+    datetime.date: (_iso, datetime.date.fromisoformat),
+    datetime.time: (_iso, datetime.time.fromisoformat),
+    datetime.timedelta: (lambda value: (value.days, value.seconds, value.microseconds), datetime.timedelta),
 }
+_NAMED = {kind.__name__: make for kind, (_, make) in _CODECS.items()}
 
 
-def _decode_pairs(node: Any, handle: Other) -> dict[Any, Any]:
-    return {decode(key, handle): decode(value, handle) for key, value in node}
-
-
-def _decode_items(node: Any, handle: Other) -> list[Any]:
-    return [decode(item, handle) for item in node]
-
-
-def _decode_namedtuple(node: Any, handle: Other) -> Any:
-    name, fields, values = node
-    return collections.namedtuple(name, fields)(*_decode_items(values, handle))
-
-
-def _decode_array(node: Any, handle: Other) -> Any:
+def _make_array(dtype: Any, shape: list[int], data: str) -> Any:
     numpy = load_numpy()
-    dtype, shape, data = node
     if not isinstance(dtype, str) or numpy.dtype(dtype).kind not in ARRAY_KINDS:
         raise TransferError(f"array of {dtype}")
     return numpy.frombuffer(base64.b64decode(data), dtype=dtype).reshape(shape).copy()
 
 
-def _decode_stream(kind: Callable[[Any], Any], node: Any, content: Any) -> Any:
-    stream = kind(content)
-    stream.seek(node[1])
-    return stream
-
-
-_DECODERS: dict[str, Callable[[Any, Other], Any]] = {
-    "int": lambda node, handle: int(node, 16),
-    "tuple": lambda node, handle: tuple(_decode_items(node, handle)),
-    "set": lambda node, handle: set(_decode_items(node, handle)),
-    "frozenset": lambda node, handle: frozenset(_decode_items(node, handle)),
-    "deque": lambda node, handle: collections.deque(_decode_items(node[0], handle), node[1]),
-    "dict": _decode_pairs,
-    "OrderedDict": lambda node, handle: collections.OrderedDict(_decode_pairs(node, handle)),
-    "Counter": lambda node, handle: collections.Counter(_decode_pairs(node, handle)),
-    "defaultdict": lambda node, handle: collections.defaultdict(None, _decode_pairs(node, handle)),
-    "dict_keys": lambda node, handle: dict.fromkeys(_decode_items(node, handle)).keys(),
-    "dict_values": lambda node, handle: dict(enumerate(_decode_items(node, handle))).values(),
-    "dict_items": lambda node, handle: dict(_decode_items(node, handle)).items(),
-    "PosixPath": lambda node, handle: pathlib.PosixPath(node),
-    "PurePosixPath": lambda node, handle: pathlib.PurePosixPath(node),
-    "StringIO": lambda node, handle: _decode_stream(io.StringIO, node, node[0]),
-    "BytesIO": lambda node, handle: _decode_stream(io.BytesIO, node, base64.b64decode(node[0])),
-    "bytes": lambda node, handle: base64.b64decode(node),
-    "bytearray": lambda node, handle: bytearray(base64.b64decode(node)),
-    "complex": lambda node, handle: complex(float(node[0]), float(node[1])),
-    "range": lambda node, handle: range(*_decode_items(node, handle)),
-    "slice": lambda node, handle: slice(*_decode_items(node, handle)),
-    "ellipsis": lambda node, handle: ...,
-    "Decimal": lambda node, handle: decimal.Decimal(node),
-    "Fraction": lambda node, handle: fractions.Fraction(node),
-    "datetime": lambda node, handle: datetime.datetime.fromisoformat(node),
-    "date": lambda node, handle: datetime.date.fromisoformat(node),
-    "time": lambda node, handle: datetime.time.fromisoformat(node),
-    "timedelta": lambda node, handle: datetime.timedelta(*node),
-    "type": lambda node, handle: TYPES[node],
-    "namedtuple": _decode_namedtuple,
-    "ndarray": _decode_array,
+_NAMED |= {
+    "int": lambda text: int(text, 16),
+    "type": lambda name: TYPES[name],
+    "namedtuple": lambda name, fields, parts: collections.namedtuple(name, fields)(*parts),
+    "ndarray": _make_array,
 }
-
-assert {kind.__name__ for kind in _ENCODERS} <= _DECODERS.keys(), sys.modules[__name__]

@@ -17,15 +17,12 @@ from typing import NoReturn
 
 from rewards.sandbox import frames, linux
 from rewards.sandbox.isolation import Protection, protect
-from rewards.sandbox.runner import Runner
-from rewards.sandbox.supervise import ParentGone
+from rewards.sandbox.runner import ParentGone, Runner
 
 # Imported once here, so that programs find them loaded; anything else they import for themselves.
 PRELOAD = "abc array base64 bisect calendar cmath collections copy csv dataclasses datetime decimal enum fractions"
 PRELOAD += " functools hashlib heapq inspect itertools json math numbers operator queue random re statistics string"
 PRELOAD += " struct textwrap time typing types unicodedata zlib"
-
-TRIAL = {"code": "print(6 * 7)", "stdin": "", "limits": {}}
 
 
 def main() -> None:
@@ -46,10 +43,6 @@ def main() -> None:
     gc.freeze()  # forked processes share these pages until they write to them
     gc.disable()
     try:
-        trial = _trial(found, control)
-        if trial:
-            frames.send_frame(replies, {"error": trial})
-            return
         frames.send_frame(replies, {"layers": found.names, "missing": found.missing})
         while select.select([control], [], []):
             pid = os.fork()
@@ -75,20 +68,3 @@ def _serve_one(found: Protection, control: int, replies: int) -> NoReturn:
             runner.clean_up()
     finally:
         os._exit(code)
-
-
-def _trial(found: Protection, control: int) -> str:
-    """Run a program once; "" when that works."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        frames.send_frame(write, Runner(found, read).answer(TRIAL))
-        os._exit(0)
-    os.close(write)
-    try:
-        result = frames.receive_frame(read)
-    except frames.FrameError:
-        result = {"reason": "the trial run ended without a result"}
-    os.close(read)
-    os.waitpid(pid, 0)
-    return "" if result.get("stdout") == "42\n" else f"{result['reason']} {result.get('stderr', '')}".strip()
