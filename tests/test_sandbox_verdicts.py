@@ -285,14 +285,14 @@ UNJUDGEABLE = {
 
 @pytest.mark.parametrize(("tests", "reason"), UNJUDGEABLE.items())
 def test_what_cannot_be_judged_is_no_score_and_says_why(tests: str, reason: str) -> None:
-    assert unjudgeable([ast.parse(tests)], []).startswith(f"the tests {reason}")
+    assert unjudgeable([*ast.walk(ast.parse(tests))], []).startswith(f"the tests {reason}")
 
 
 def test_harmless_relatives_are_judged() -> None:
     for tests in ("import pandas\nassert f(1) == 1", "class A: pass\nclass B(A): pass\nassert f(B())", "t.open(1)",
                   "import os\nassert f(os.sep) == os.path.join('a', 'b')", "patch = 3\nassert f(patch)",
                   "class T(Exception): pass", "assert trie.exists('a')"):  # fmt: skip
-        assert unjudgeable([ast.parse(tests)], []) == ""
+        assert unjudgeable([*ast.walk(ast.parse(tests))], []) == ""
 
 
 def test_no_score_for_every_program_alike(sandbox: CodeSandbox) -> None:

@@ -58,9 +58,9 @@ def check(spec: Mapping[str, Any], requests: int, replies: int, out: int) -> Non
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         send_frame(out, ["invalid", f"the tests do not compile: {error}"])
         return
-    trees = [tree for tree, _ in [before, *parts]]
-    link = Link(requests, replies, trees, spec["preamble"])
-    if reason := unjudgeable(trees, link.shared):
+    nodes = [node for tree, _ in [before, *parts] for node in ast.walk(tree)]
+    link = Link(requests, replies, nodes, spec["preamble"])
+    if reason := unjudgeable(nodes, link.shared):
         send_frame(out, ["invalid", reason])
         return
     send_frame(out, ["begin", len(parts)])
@@ -68,7 +68,7 @@ def check(spec: Mapping[str, Any], requests: int, replies: int, out: int) -> Non
     if "numpy" in texts or "scipy" in texts:
         guarded_numpy()
     problem = link.start() or link.own(spec["preamble"])
-    problem = problem or link.fill(trees, spec["entry_point"]) or link.run(before[1])
+    problem = problem or link.fill(nodes, spec["entry_point"]) or link.run(before[1])
     num_passed = 0
     for _, code in parts:
         reason = problem or link.run(code)
@@ -139,7 +139,7 @@ def _one_line(error: BaseException) -> str:
 class Link:
     """The checker's end of the connection to one program."""
 
-    def __init__(self, requests: int, replies: int, trees: Sequence[ast.Module] = (), preamble: str = "") -> None:
+    def __init__(self, requests: int, replies: int, nodes: Sequence[ast.AST] = (), preamble: str = "") -> None:
         self.requests, self.replies = requests, replies
         self.used = False  # whether the tests asked the program for anything
         self.fault = ""  # what went wrong with the program in the current test
@@ -151,7 +151,6 @@ class Link:
         self.callbacks: list[Callable[..., Any]] = []
         self.streams = sys.stdin, sys.stdout
         self.instances = Instances(0, self._class)
-        nodes = [node for tree in trees for node in ast.walk(tree)]
         self.imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
         self.sources = {node.name: ast.unparse(node) for node in nodes if isinstance(node, ast.ClassDef)}
         self.shared = {node.name for node in _complete(preamble).body if isinstance(node, ast.ClassDef)}
@@ -177,11 +176,10 @@ class Link:
         """Define here what the task gave to every program, so that no program can define it otherwise."""
         return self.run(compile(_complete(preamble), "<preamble>", "exec", dont_inherit=True, optimize=0))
 
-    def fill(self, trees: Sequence[ast.Module], entry_point: str | None) -> str:
+    def fill(self, nodes: Sequence[ast.AST], entry_point: str | None) -> str:
         """Bind the names that the tests take from the program."""
         if entry_point and entry_point.isidentifier() and entry_point not in self.names:
             return f"the program does not define {entry_point}"
-        nodes = [node for tree in trees for node in ast.walk(tree)]
         used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
         bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}

@@ -88,7 +88,7 @@ class Protection:
         read_all: with it a process keeps the right to read any file, which Landlock confines: root's interpreter
             lies in a folder closed to others.
         num_tasks: tasks the user already has, which count against the limit on processes.
-        folder: where the temporary folders of programs are made.
+        folder: holds the temporary folders of the program, 0, and of the checker, 1.
         proc: descriptor of the /proc folder, which the worker cannot open later.
     """
 
@@ -156,7 +156,9 @@ def protect(isolation: str) -> Protection:
     found.names.append("resource limits")
     if isolation != "bubblewrap":
         found.folder = tempfile.mkdtemp(prefix="sandbox_")  # last, when nothing can fail any more
-        os.chmod(found.folder, 0o711)
+    for number in (0, 1):  # of the program and of the checker
+        os.mkdir(f"{found.folder}/{number}", 0o700)
+    os.chmod(found.folder, 0o511 if isolation == "bubblewrap" else 0o711)
     return found
 
 

@@ -78,7 +78,8 @@ class Runner:
             child.kill()
         for fd in self.open:
             os.close(fd)
-        folders.empty(self.found.folder)
+        for number in range(len(self.children)):
+            folders.empty(f"{self.found.folder}/{number}")
         self.children, self.open = [], []
 
     # -- the two kinds of run -----------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class Runner:
         """
         ready_read, ready = self._pipe()
         uid = self.uids[len(self.children)] if self.found.own_uid else os.getuid()
-        folder = tempfile.mkdtemp(dir=self.found.folder)
+        folder = f"{self.found.folder}/{len(self.children)}"
         if self.found.own_uid:
             os.chown(folder, uid, uid)
         pid = os.fork()

@@ -21,14 +21,13 @@ FILES = {"write_text", "read_text", "write_bytes", "read_bytes"}
 PATCHES = {"builtins.input", "builtins.print", "sys.stdin", "sys.stdout"}
 
 
-def unjudgeable(trees: Sequence[ast.Module], defined: Iterable[str]) -> str:
+def unjudgeable(nodes: Sequence[ast.AST], defined: Iterable[str]) -> str:
     """Why no verdict is possible with these tests; "" when nothing speaks against it.
 
     Args:
-        trees: the tests and their setup.
+        nodes: all of the tests and their setup.
         defined: names that the task itself defines.
     """
-    nodes = [node for tree in trees for node in ast.walk(tree)]
     modules = {"pd": "pandas"}
     known = {*defined, *dir(builtins)}
     for node in nodes:
