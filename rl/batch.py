@@ -1,7 +1,6 @@
-"""What a loss sees: one record, flat over decisions.
+"""The input and output of a loss, flat over decisions.
 
-Shape legend: N decisions of a micro-batch (revealed tokens, or whatever the estimator's decisions are; see
-`rl/estimators/base.py`), M trajectories of the whole update.
+Shape legend: N decisions of a micro-batch (see `rl.estimators.base.Rows`), M trajectories of the whole update.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ class DecisionBatch:
         )
 
     Attributes:
-        logprob: [N], with gradient, log pi_theta(token | recorded state), the sampling distribution's.
+        logprob: [N], with gradient, log pi_theta(token | recorded state) under the sampling distribution.
         entropy: [N], with gradient, entropy of that distribution, nats.
-        old_logprob: [N], no gradient, what the ratio divides by.
+        old_logprob: [N], no gradient, the denominator of the ratio.
         ref_logprob: [N] under a frozen reference, or None when no reference is kept.
         advantage: [N], no gradient.
         weight: [N], share of each decision in the loss of the whole update. Weights are made once per
             update over all micro-batches and ranks (`losses/aggregate.py`), so sums simply add up.
-        trajectory: int64 [N], whose decision it is, an index into the trajectories of this micro-batch, or None.
+        trajectory: int64 [N], index of its trajectory in this micro-batch, or None.
         step: int64 [N], its denoising step, or None.
         kl, negative: [N], with gradient, see `rl.estimators.base.Scores`.
     """

@@ -1,4 +1,4 @@
-"""Which masked copies of an answer are scored: one function per paper. No torch at import."""
+"""The choice of masked copies of an answer: one function per paper. No torch at import."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ Scope = Literal["answer", "canvas"]
 class Copy:
     """One masked copy of a trajectory's final canvas.
 
+    Example: `Copy(hidden=[5, 6, 7], read=[5], weight=3.0)` masks positions 5 to 7 and scores the token at 5.
+
     Attributes:
-        hidden: int64 positions that carry the mask token.
-        read: int64 positions whose token is scored, all of them hidden.
+        hidden: int64, the positions that carry the mask token.
+        read: int64, the positions whose token is scored, all of them hidden.
         weight: factor of their log-probs.
     """
 
@@ -34,7 +36,7 @@ Draw = Callable[[np.ndarray, np.random.Generator, float], list[Copy]]
 
 
 def scope_positions(trajectory: TokenTrajectory, scope: Scope) -> np.ndarray:
-    """int64: the answer up to and including the end token (published by most), or all that was decoded."""
+    """int64: the positions of the answer with its end token (most papers), or of everything that was decoded."""
     start = trajectory.prompt_length
     if scope == "answer":
         return np.arange(start, start + trajectory.stop_length)
@@ -53,7 +55,7 @@ def random_ratio(
     """One copy at a uniform mask ratio (UniGRPO; Yang et al. 2025, arXiv 2505.15809).
 
     Args:
-        low, high: range of the ratio; the number hidden is that share rounded up, at least 1.
+        low, high: range of the ratio; the number of hidden tokens is ratio x answer length rounded up, at least 1.
     """
     count = int(np.ceil((low + (high - low) * level) * len(places)))
     hidden = _some(places, max(1, count), rng)
@@ -65,8 +67,8 @@ def coupled(
 ) -> list[Copy]:
     """A random mask, its complement and the fully hidden canvas (coupled-GRPO; Gong et al. 2025, arXiv 2506.20639).
 
-    Each token is hidden with probability t in the first copy, and in the second when it is not. The published
-    estimate of a token is half the sum of its log-prob in the full copy and of 1/t (or 1/(1-t)) times the other one.
+    The first copy hides each token with probability t, the second one the other tokens, the third all. The published
+    estimate of a token is the mean of two: its log-prob in the full copy, and 1/t or 1/(1-t) times the other log-prob.
     """
     ratio = low + (high - low) * level
     hidden = rng.random(len(places)) < ratio
@@ -77,11 +79,11 @@ def coupled(
 def coupled_counts(
     places: np.ndarray, rng: np.random.Generator, level: float, draws: int = 1, weighted: bool = True
 ) -> list[Copy]:
-    """`draws` pairs of complementary masks, the number hidden uniform on 0..L, stratified over the draws.
+    """`draws` pairs of complementary masks; the number l of hidden tokens is uniform on 0..L, stratified over draws.
 
-    With the weights (L+1)/l and (L+1)/(L-l), halved, the sum over reads is an unbiased estimate of the evidence lower
-    bound (ESPO; Ou et al. 2025, arXiv 2512.03759). Without them (GDSD, arXiv 2605.29398) every token counts 1/2 in
-    the one copy that hides it.
+    The weights of a pair are (L+1)/l and (L+1)/(L-l), halved. With them the sum over reads is an unbiased estimate of
+    the evidence lower bound (ESPO; Ou et al. 2025, arXiv 2512.03759). Without them (GDSD, arXiv 2605.29398) every token
+    counts 1/2 in the one copy that hides it.
     """
     length, copies = len(places), []
     for index in range(draws):
@@ -98,9 +100,9 @@ def block_masks(
 ) -> list[Copy]:
     """Copies with one random block partly hidden, the blocks before it clean, those behind it hidden (SPG).
 
-    Wang et al. 2025 (arXiv 2510.09541). Block and number of hidden tokens are uniform, the latter stratified over the
-    draws. The weight makes the mean over draws of the sum over reads an unbiased estimate of the (block by block)
-    lower bound, and the mean weight of any token 1.
+    Wang et al. 2025 (arXiv 2510.09541). The block is uniform; the number of hidden tokens is uniform and stratified
+    over the draws. With the weights, the mean over draws of the sum over reads is an unbiased estimate of the (block
+    by block) lower bound, and the mean weight of any token is 1.
     """
     size, copies = block_length or len(places), []
     num_blocks = -(-len(places) // size)

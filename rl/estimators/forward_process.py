@@ -1,4 +1,4 @@
-"""DiffusionNFT's estimator: finished samples noised again, and the model's denoising of them, forwards and reflected.
+"""DiffusionNFT's estimator: finished samples are noised again, and the model's predictions of them are scored.
 
 Zheng et al. 2025 (arXiv 2509.16117). With x the model's prediction of x0 and y that of the policy that sampled, the
 implicit positive and negative predictions are y + beta (x - y) and y - beta (x - y). The estimator needs no trajectory
@@ -50,7 +50,7 @@ class ForwardRows(LatentRows):
         self.old_x0 = self.x0(model)
 
     def score(self, model: Any) -> Scores:
-        assert self.old_x0 is not None, "set_anchor to the policy that sampled first"
+        assert self.old_x0 is not None, "call set_anchor with the policy that sampled first"
         move = self.beta * (self.x0(model) - self.old_x0)
         positive, negative = self._error(self.old_x0 + move), self._error(self.old_x0 - move)
         return Scores(-positive, torch.zeros_like(positive), negative=-negative)

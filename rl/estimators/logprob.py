@@ -1,7 +1,6 @@
 """Log-prob and entropy of decisions from their logits, with one [N, V] tensor kept for backward.
 
-Written out as separate operations, autograd would keep four of them; at a vocabulary of 150 thousand that is
-what limits the batch.
+Autograd would keep four of them for the separate operations; at a vocabulary of 150 thousand they limit the batch.
 """
 
 from __future__ import annotations
@@ -44,7 +43,9 @@ class _LogprobAndEntropy(torch.autograd.Function):
 def logprob_and_entropy(
     logits: torch.Tensor, target: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the sampling distribution (`rollouts/samplers/distribution.py`), whose support keeps the targets.
+    """Log-prob and entropy under the sampling distribution (`rollouts/samplers/distribution.py`).
+
+    Every target is in its support, whatever the filters say.
 
     Args:
         logits: [N, V].

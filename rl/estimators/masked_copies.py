@@ -1,11 +1,10 @@
 """Likelihood estimates from artificial masks: copies of a finished answer with some tokens hidden again.
 
-The answer is scored in states that the sampler never visited, so none of these is the log-prob of the rollout. What
-each estimates instead, and how far off it is, stands in docs/algorithms.md and is measured in
-tests/test_masked_copies.py.
+The answer is scored in states that the sampler never visited, so none of these is the log-prob of the rollout.
+docs/algorithms.md says what each of them estimates and how large its error is; tests/test_masked_copies.py measures it.
 
-The masks of a trajectory are a function of its own seed (which comes from run seed, RL step, prompt and sample) and of
-the pass over the rollouts (`iteration`): old, new and reference policy see the same ones, however an update is cut.
+The masks of a trajectory are a function of its seed (from run seed, RL step, prompt and sample) and of the pass over
+the rollouts (`iteration`). So old, new and reference policy see the same masks, in any cut of an update.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ def copy_rows(
     iteration: int = 0,
     block: int | None = None,
 ) -> tuple[TokenRows, torch.Tensor]:
-    """Draw the copies of every trajectory and say where to read them.
+    """The copies of every trajectory, one document each.
 
-    Response positions outside the scope are hidden in every copy and never read: the answer is scored as if what
-    follows it had not been decided yet. A block-causal model gets `[clean | noisy copy of every block]` instead of
-    the noisy canvas, as in its supervised training (`masking.py`): what a copy hides in a block is hidden from that
-    block alone, and the blocks before it are clean.
+    Response positions outside the scope are hidden in every copy and never read: the answer is scored as if the tokens
+    behind it were not decided yet. A block-causal model gets `[clean | noisy copy of every block]` in place of the
+    noisy canvas, as in its supervised training (`masking.py`): every block sees its own hidden tokens and the clean
+    blocks before it.
 
     Args:
-        draw: gives the copies; it is handed the scope's positions.
-        prompt_mask: hide each prompt token of each copy with this probability (d1).
+        draw: chooses the copies; its argument is the scope's positions.
+        prompt_mask: probability with which each prompt token of each copy is hidden (d1).
         iteration: pass over the rollouts; each has masks of its own.
         block: training block length of a block-causal model, None for its own.
 
@@ -69,8 +68,7 @@ def copy_rows(
         final, places = padded.final_canvas(), scope_positions(trajectory, scope)
         rng = np.random.default_rng([trajectory.seed, iteration])
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
-        response = np.arange(trajectory.prompt_length, padded.length)
-        outside = np.setdiff1d(response, places)
+        outside = np.setdiff1d(np.arange(trajectory.prompt_length, padded.length), places)
         for step, copy in enumerate(draw(places, rng, level)):
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
@@ -86,8 +84,8 @@ def copy_rows(
 
 def answer_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int]) -> CombinedRows:
     """One decision per answer: all weighted reads added up, per token of the answer."""
-    share = weight / torch.tensor(lengths, dtype=weight.dtype)[rows.trajectory]
-    return per_trajectory(rows, share, len(lengths))
+    size = torch.tensor(lengths, dtype=weight.dtype)[rows.trajectory]
+    return per_trajectory(rows, weight / size, len(lengths))
 
 
 def sandwich_decisions(
@@ -96,7 +94,7 @@ def sandwich_decisions(
     """Two decisions per answer, both per token: step 0 the lower bound, step 1 the upper bound of SPG.
 
     The lower bound is the mean over the draws of the weighted log-probs. The upper one is the sum over tokens of
-    (1/b) log mean over the draws of weight p^b; a token that no draw hid is left out of it (its mean would be 0).
+    (1/b) log mean over the draws of weight p^b. A token that no draw hid has no part in it (its mean would be 0).
     """
     size = torch.tensor(lengths, dtype=weight.dtype)
     lower = per_trajectory(rows, weight / num_draws / size[rows.trajectory], len(lengths))

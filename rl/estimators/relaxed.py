@@ -1,4 +1,4 @@
-"""Canvases whose free positions hold tokens or mixtures of tokens, as the learner's engine runs them."""
+"""Canvases whose free positions hold tokens or mixtures of tokens: the rows of a reward gradient on text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class SoftCanvas:
     """B canvases of full-attention models, N positions of which are free.
 
     Attributes:
-        input_ids: int64 [B, L], prompts and whatever does not change.
+        input_ids: int64 [B, L], prompts and all other tokens that do not change.
         length: int64 [B], valid positions of each canvas.
-        free: where the free positions are.
-        token: int64 [N], or [N, V] a distribution over tokens, embedded as the mean embedding.
+        free: the free positions.
+        token: int64 [N], or [N, V] a distribution over tokens, embedded as its mean embedding.
         temperature: of the sampling distribution.
     """
 
@@ -62,8 +62,8 @@ def free_canvas(prompts: list[list[int]], gen_length: int, seeds: list[int], mod
     """Prompts followed by `gen_length` masks, every one of them free.
 
     Raises:
-        ValueError: a block-causal model (its later blocks are not there while an earlier one is decided), or a
-            canvas that is too long for the model.
+        ValueError: a block-causal model (while one block is decided, the later ones are not there yet), or a canvas
+            that is too long for the model.
     """
     if model.attention != "full":
         raise ValueError("algorithm.gradient pathwise needs a model with full attention: this one is block-causal")

@@ -1,15 +1,15 @@
-"""How likely a model finds a given text: the masked-diffusion bound, by random masks or exactly.
+"""The likelihood of a given text under a model: the masked-diffusion bound, by random masks or exactly.
 
-For the n tokens that one noisy region holds (the whole text under full attention; a block's share of it in a
-block-causal model), the bound of MDLM (Sahoo et al. 2024, arXiv 2406.07524) on log p(text | context) is the sum
-over all non-empty sets S of them of
+A noisy region holds n tokens: the whole text under full attention, a block's part of it in a block-causal model. The
+bound of MDLM (Sahoo et al. 2024, arXiv 2406.07524) on log p(text | context) is the sum over all non-empty sets S of
+these tokens of
 
     sum over i in S of log p(token i | everything but S)  /  (|S| * C(n, |S|))
 
-which is also the average over all orders of decoding one token at a time (LLaDA, arXiv 2502.09992, eq. 6). It is
-estimated by drawing |S| uniformly (stratified) and then S, with weight n / |S|. Where all sets are fewer than the
-samples asked for, they are summed instead, and no error is left. With one token per region there is one set, and the
-bound is the log-likelihood itself: a block-causal model with block length 1 is scored exactly, in one forward.
+It equals the average over all orders of decoding one token at a time (LLaDA, arXiv 2502.09992, eq. 6). The estimate
+draws |S| uniformly (stratified) and then S, with weight n / |S|. When there are fewer sets than samples asked for, the
+sets are summed instead, and no error is left. With one token per region there is one set, and the bound is the
+log-likelihood itself: a block-causal model with block length 1 is scored exactly, in one forward.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Likelihood:
     Example: `Likelihood(-12.3, num_samples=128, std_error=0.4, exact=False)`.
 
     Attributes:
-        logprob: the value; never above the true log-likelihood but for its error.
-        num_samples: mask patterns it is made of.
+        logprob: the value; apart from its error never above the true log-likelihood.
+        num_samples: number of mask patterns in it.
         std_error: standard error over the patterns; 0 where all patterns were summed.
-        exact: it is the log-likelihood itself, not a bound on it.
+        exact: the value is the log-likelihood itself, not a bound on it.
     """
 
     logprob: float
@@ -48,20 +48,27 @@ class Likelihood:
     exact: bool
 
 
+# Masked positions int64 [m] of one canvas, and the weight of each token's log-prob.
+Pattern = tuple[np.ndarray, np.ndarray]
+
+
 @dataclass
 class _Text:
-    """One text laid out: where its targets are, and which of them every pattern masks.
+    """One text laid out.
 
     Attributes:
         canvas: int64 [L], context, text, and masks up to the end of the last block.
-        regions: absolute positions of the targets, region by region.
-        patterns: patterns[k][r]: the masked positions of region r in pattern k, and their weight.
+        start: position of the text's first token.
+        patterns: the masks it is scored under.
+        summed: they are all there are.
+        exact: every region has one token.
     """
 
     canvas: np.ndarray
-    regions: list[np.ndarray]
-    patterns: list[list[tuple[np.ndarray, float]]]
+    start: int
+    patterns: list[Pattern]
     summed: bool
+    exact: bool
 
 
 def log_likelihoods(
@@ -72,7 +79,7 @@ def log_likelihoods(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[Likelihood]:
-    """Score texts given their contexts.
+    """The likelihoods of texts given their contexts.
 
     Args:
         pairs: (context ids, text ids), a context of at least one token each.
@@ -86,32 +93,27 @@ def log_likelihoods(
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
     texts = [_layout(model, context, text, num_samples, seed) for context, text in pairs]
-    sums = [np.zeros((len(text.patterns), len(text.regions))) for text in texts]
+    sums = [np.zeros(len(text.patterns)) for text in texts]
     jobs = [(index, k) for index, text in enumerate(texts) for k in range(len(text.patterns))]
     # Rows of like length share a forward.
     jobs.sort(key=lambda job: -len(texts[job[0]].canvas))
     with torch.no_grad():
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            rows, weight, owner = _rows(model, [(texts[index], k) for index, k in batch])
-            logprob = rows.to(device).score(model).logprob
-            values = logprob.double().cpu().numpy() * weight
-            for value, (job, region) in zip(values, owner, strict=True):
-                index, k = batch[job]
-                sums[index][k, region] += value
+            rows, weight = _rows(model, [(texts[index], texts[index].patterns[k]) for index, k in batch])
+            logprob = rows.to(device).score(model).logprob.double().cpu().numpy()
+            totals = np.bincount(rows.trajectory.numpy(), logprob * weight, minlength=len(batch))
+            for total, (index, k) in zip(totals, batch, strict=True):
+                sums[index][k] = total
     return [_likelihood(text, total) for text, total in zip(texts, sums, strict=True)]
 
 
 def _likelihood(text: _Text, sums: np.ndarray) -> Likelihood:
-    if not text.regions:
-        return Likelihood(0.0, 0, 0.0, True)
-    count = len(text.patterns)
-    exact = all(len(region) == 1 for region in text.regions)
+    count = len(sums)
     if text.summed:
-        return Likelihood(float(sums.sum()), count, 0.0, exact)
-    draws = sums.sum(axis=1)
-    error = float(draws.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
-    return Likelihood(float(draws.mean()), count, error, exact)
+        return Likelihood(float(sums.sum()), count, 0.0, text.exact)
+    error = float(sums.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
+    return Likelihood(float(sums.mean()), count, error, text.exact)
 
 
 def _layout(model: DenoisingModel, context: Ids, text: Ids, num_samples: int, seed: int) -> _Text:
@@ -129,14 +131,22 @@ def _layout(model: DenoisingModel, context: Ids, text: Ids, num_samples: int, se
     regions = [region for region in regions if len(region)]
     largest = max((len(region) for region in regions), default=0)
     # 2**20 sets are never summed, and the power is not even computed for a long text.
-    if largest <= 20 and 2**largest - 1 <= num_samples:
+    summed = largest <= 20 and 2**largest - 1 <= num_samples
+    if summed:
         sets = [list(_all_sets(region)) for region in regions]
-        none = (np.zeros(0, dtype=np.int64), 0.0)
-        patterns = [[own[k] if k < len(own) else none for own in sets] for k in range(2**largest - 1)]
-        return _Text(canvas, regions, patterns, summed=True)
-    rng = np.random.default_rng([seed, len(context), zlib.crc32(canvas.tobytes())])
-    draws = [list(_drawn_sets(region, num_samples, rng)) for region in regions]
-    return _Text(canvas, regions, [[own[k] for own in draws] for k in range(num_samples)], summed=False)
+    else:
+        rng = np.random.default_rng([seed, len(context), zlib.crc32(canvas.tobytes())])
+        sets = [list(_drawn_sets(region, num_samples, rng)) for region in regions]
+    patterns = [
+        _joined([own[k] for own in sets if k < len(own)]) for k in range(2**largest - 1 if summed else num_samples)
+    ]
+    return _Text(canvas, len(context), patterns, summed, all(len(region) == 1 for region in regions))
+
+
+def _joined(sets: Sequence[tuple[np.ndarray, float]]) -> Pattern:
+    """One set of every region as a mask of the whole canvas."""
+    weight = np.repeat([weight for _, weight in sets], [len(places) for places, _ in sets])
+    return np.concatenate([places for places, _ in sets]), weight
 
 
 def _all_sets(region: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
@@ -155,26 +165,19 @@ def _drawn_sets(region: np.ndarray, count: int, rng: np.random.Generator) -> Ite
         yield rng.choice(region, size, replace=False), n / size
 
 
-def _rows(
-    model: DenoisingModel, jobs: Sequence[tuple[_Text, int]]
-) -> tuple[TokenRows, np.ndarray, list[tuple[int, int]]]:
-    """One row per job (text, pattern): the noisy canvas, or `[clean | noisy copies of the text's blocks]`.
+def _rows(model: DenoisingModel, jobs: Sequence[tuple[_Text, Pattern]]) -> tuple[TokenRows, np.ndarray]:
+    """One document per job: the noisy canvas, or `[clean | noisy copies of the text's blocks]`.
 
     Returns:
-        rows, weight float64 [N], and for every decision the job and region it belongs to.
+        rows, whose `trajectory` is the job, and weight float64 [N].
     """
     block = model.block_length if model.attention == "block_causal" else None
-    documents, reads, weights, owner = [], [], [], []
-    for row, (text, k) in enumerate(jobs):
-        pattern = text.patterns[k]
-        masked = np.concatenate([np.zeros(0, dtype=np.int64), *(places for places, _ in pattern)])
+    documents, reads = [], []
+    for index, (text, (masked, _)) in enumerate(jobs):
         noisy = text.canvas.copy()
         noisy[masked] = model.mask_token_id
-        first = text.regions[0][0] // block if block and text.regions else 0
-        document, shift = noisy_document(text.canvas, noisy, block, first)
+        document, shift = noisy_document(text.canvas, noisy, block, text.start // block if block else 0)
         documents.append(document)
-        reads.append(Reads(row, masked + shift, text.canvas[masked], 0))
-        for region, (places, factor) in enumerate(pattern):
-            owner += [(row, region)] * len(places)
-            weights += [factor] * len(places)
-    return assemble(documents, reads, logit_shift=model.logit_shift), np.array(weights), owner
+        reads.append(Reads(index, masked + shift, text.canvas[masked], 0))
+    rows = assemble(documents, reads, logit_shift=model.logit_shift)
+    return rows, np.concatenate([weight for _, (_, weight) in jobs])

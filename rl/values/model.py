@@ -1,8 +1,8 @@
 """The policy as the learner wraps it, and the diffusion value model: the expected outcome of a partly denoised canvas.
 
-Wang et al. 2025 (arXiv 2509.06949): a copy of the policy's backbone with a linear head, zero at the start.
-The value of a decision is read at the decided position in the very row in which the decision is scored,
-so it knows exactly what the policy knew.
+Wang et al. 2025 (arXiv 2509.06949): a copy of the policy's backbone with a linear head, zero at the start. The value of
+a decision is read at the decided position of the row in which the decision is scored, so the value model knows exactly
+what the policy knew.
 """
 
 from __future__ import annotations

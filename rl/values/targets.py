@@ -1,8 +1,7 @@
 """Returns and advantages over denoising steps (generalised advantage estimation, Schulman et al. 2016).
 
-A step decides several tokens at once, so rewards and values are first averaged within each step
-(Wang et al. 2025, arXiv 2509.06949); a token then starts from its own value and bootstraps on the aggregates of
-the *next* step:
+A step decides several tokens at once, so rewards and values are first averaged within each step (Wang et al. 2025,
+arXiv 2509.06949). A token then starts from its own value and bootstraps on the averages of the *next* step:
 
     r*_t = mean r_j,   V*_t = mean V_j                  over the tokens j of step t
     R*_t = r*_t + gamma R*_{t+1}                        R_j = r_j + gamma R*_{t+1}
