@@ -182,6 +182,9 @@ class PolicyUpdater(Updater):
                 `train.max_logprob_gap`.
         """
         self.spent, self.means = Costs(), distributed.Means()
+        # There also when nothing is learned from.
+        for name in ("decisions", *(["lag_weight", "lag_truncated"] if self.max_weight is not None else [])):
+            self.means.add(f"policy/{name}", 0.0, 0)
         # Older weights than the learner's make a gap that is no mistake.
         self.measures_gap, self.gap_max = not lag, 0.0
         before, norms, value_norms = self.learner.updates, [], []
