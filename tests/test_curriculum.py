@@ -122,7 +122,7 @@ def test_countdown_prompts_of_fixed_width_hold_the_same_problems(tmp_path: Path)
     file = tmp_path / "problems.jsonl"
     file.write_text('{"input": "3,200,7", "output": 21}\n')
     assert CountdownTask().file_rows(str(file))[0]["prompt"] == "3,200,7=21:"
-    with pytest.raises(ValueError, match=r"problems\.jsonl:1: larger than task\.params\.fixed_width has room for"):
+    with pytest.raises(ValueError, match=r"problems\.jsonl: row 1: larger than task\.params\.fixed_width has room for"):
         CountdownTask(fixed_width=True).file_rows(str(file))
 
 
