@@ -1,4 +1,4 @@
-"""Rewards written for other frameworks, unchanged; and ours inside TRL.
+"""Rewards written for other frameworks (TRL, verl, verifiers), unchanged; and ours inside TRL.
 
 Ours need no adapter in TRL's GRPOTrainer: a `Score` converts to the float it expects. `as_trl_reward` adds that the
 metrics of scores are logged, and it turns a failure into TRL's None.
@@ -7,82 +7,195 @@ metrics of scores are logged, and it turns a failure into TRL's None.
 from __future__ import annotations
 
 import inspect
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.call import one_line
 from rewards.score import RewardFunction, Score, as_score
-from rewards.text import text_of
+from rewards.signature import accepted, parameters
+from rewards.text import as_messages, text_of
+
+GROUP_ARGUMENTS = {"states", "prompts", "completions", "answers", "tasks", "infos"}
 
 
 class TrlReward:
-    """A function of `trl.rewards`: they read chat messages only, so plain text is wrapped into one message."""
+    """A function that reads chats only, as those of `trl.rewards`: plain text is wrapped into one message."""
 
     def __init__(self, function: RewardFunction) -> None:
         self.function = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__name__ = _name(function)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
         return self.function(
-            prompts=[_messages(prompt, "user") for prompt in prompts],
-            completions=[_messages(completion, "assistant") for completion in completions],
+            prompts=[as_messages(prompt, "user") for prompt in prompts],
+            completions=[as_messages(completion, "assistant") for completion in completions],
             **columns,
         )
 
 
-class VerlReward:
-    """A verl `compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)`, sync or async.
+class OneByOne:
+    """A function of another framework that judges one completion a call, sync or async.
 
-    Columns, as in verl's data files: `data_source` and `extra_info` (optional), and the reference in `ground_truth`
-    or in `reward_model["ground_truth"]`. A dict answer gives its `score`; its other numbers become metrics. An
-    exception costs its own completion only.
+    A call gets those of its arguments that the function names, or all when it takes `**kwargs`. An exception costs its
+    own completion only.
 
     Args:
-        function: the `compute_score`.
-        params: verl's `reward_kwargs`.
+        function: the function.
+        params: its parameters from the config.
     """
 
     def __init__(self, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
-        self.compute_score = function
+        self.judge = function
         self.params = dict(params)
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__name__ = _name(function)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        answers: list[Any] = []
+        for call in self.calls(prompts, completions, columns):
+            try:
+                answers.append(self.answer(call))
+            except Exception as error:
+                answers.append(error)
+        if any(map(inspect.isawaitable, answers)):
+            return self._finish(answers)
+        return [self.score(answer) for answer in answers]
+
+    async def _finish(self, answers: Sequence[Any]) -> list[Score]:
+        import asyncio  # slow to import, and most rewards are not async
+
+        awaited = [answer if inspect.isawaitable(answer) else _given(answer) for answer in answers]
+        return [self.score(answer) for answer in await asyncio.gather(*awaited, return_exceptions=True)]
+
+    def calls(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """What each completion's call may be given."""
+        raise NotImplementedError
+
+    def answer(self, call: Mapping[str, Any]) -> Any:
+        """The function's answer, perhaps to be awaited."""
+        return self.judge(**accepted(self.judge, call))
+
+    def score(self, answer: Any) -> Score:
+        """The answer, or the exception, as a score. A dict gives its `score`; its other numbers become metrics."""
+        if isinstance(answer, BaseException):
+            return Score(None, reason=one_line(answer))
+        if not isinstance(answer, Mapping):
+            return as_score(answer)
+        value = answer.get("score", answer.get("reward"))
+        if value is None:
+            return Score(None, reason=f"{self.__name__} returned a dict without 'score': {sorted(answer)}"[:300])
+        score = as_score(value)
+        numbers = {name: float(number) for name, number in answer.items() if isinstance(number, int | float)}
+        numbers = {name: number for name, number in numbers.items() if name not in ("score", "reward")}
+        return Score(score.value, reason=score.reason, metrics=numbers, applicable=score.applicable)
+
+
+class VerlReward(OneByOne):
+    """A verl `compute_score`: any of `data_source, solution_str, ground_truth, extra_info` and `reward_kwargs`.
+
+    The batch form (`data_sources, solution_strs, ground_truths, extra_infos`) is called once for a batch. Columns, as
+    in verl's data files: `data_source` and `extra_info` (optional), and the reference in `ground_truth` or in
+    `reward_model["ground_truth"]`. As in verl, `extra_info` is a dict even where the row has none, and holds
+    `num_turns` and `rollout_reward_scores` too.
+    """
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        if not any(parameter.name == "solution_strs" for parameter in parameters(self.judge)):
+            return super().__call__(prompts, completions, **columns)
+        calls = self.calls(prompts, completions, columns)
+        listed = {f"{name}s": [call[name] for call in calls] for name in calls[0] if name not in self.params}
+        answers = self.judge(**accepted(self.judge, {**listed, **self.params}))
+        return self._batch(answers) if inspect.isawaitable(answers) else [self.score(answer) for answer in answers]
+
+    async def _batch(self, answers: Awaitable[Any]) -> list[Score]:
+        return [self.score(answer) for answer in await answers]
+
+    def calls(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
         count = len(completions)
         if "ground_truth" not in columns and "reward_model" not in columns:
             raise ValueError(f"verl reward {self.__name__} needs the column `ground_truth` (or `reward_model`)")
-        truths = columns.get("ground_truth") or [row["ground_truth"] for row in columns["reward_model"]]
+        truths = columns.get("ground_truth") or [_plain(row)["ground_truth"] for row in columns["reward_model"]]
         sources = columns.get("data_source") or [""] * count
         extras = columns.get("extra_info") or [None] * count
-        calls = [
+        added: dict[str, Any] = {"num_turns": None, "rollout_reward_scores": {}}
+        return [
             {
                 "data_source": sources[item],
                 "solution_str": text_of(completions[item]),
                 "ground_truth": truths[item],
-                "extra_info": extras[item],
+                "extra_info": {**added, **(_plain(extras[item]) or {})},
                 **self.params,
             }
             for item in range(count)
         ]
-        if inspect.iscoroutinefunction(self.compute_score):
-            return self._score_all(calls)
-        return [self._score_one(call) for call in calls]
 
-    def _score_one(self, call: Mapping[str, Any]) -> Score:
-        try:
-            return _verl_score(self.compute_score(**call))
-        except Exception as error:
-            return Score(None, reason=one_line(error))
 
-    async def _score_all(self, calls: Sequence[Mapping[str, Any]]) -> list[Score]:
-        import asyncio  # slow to import, and most rewards are not async
+class VerifiersReward(OneByOne):
+    """A reward function, a rubric or an environment of `verifiers` (prime-rl's environments), judged offline.
 
-        answers = await asyncio.gather(*(self.compute_score(**call) for call in calls), return_exceptions=True)
-        return [
-            Score(None, reason=one_line(answer)) if isinstance(answer, BaseException) else _verl_score(answer)
-            for answer in answers
+    A function gets, by name, those it asks for of `prompt` and `completion` (chat messages), `answer`, `info`, `task`,
+    `state`, `parser`, the rubric's objects and the row's other columns. A rubric's value is the weighted sum of its
+    functions; each is a metric. Unlike there, an exception is a failed score and not 0. Functions that compare a group
+    are refused.
+
+    Args:
+        found: the function, rubric, rubric group or environment.
+        params: further arguments of the functions, such as a `parser`.
+
+    Raises:
+        ValueError: it is neither, or one of its functions compares a group.
+    """
+
+    def __init__(self, found: Any, params: Mapping[str, Any]) -> None:
+        rubric = getattr(found, "rubric", found)
+        parts = getattr(rubric, "rubrics", None) or [rubric]
+        self.parts: list[tuple[Callable[..., Any], float, Mapping[str, Any]]] = []
+        for part in parts:
+            functions = getattr(part, "funcs", None) or ([part] if callable(part) else [])
+            weights = getattr(part, "weights", None) or [1.0] * len(functions)
+            objects = {"parser": getattr(part, "parser", None), **getattr(part, "class_objects", {})}
+            self.parts += [(function, weight, objects) for function, weight in zip(functions, weights, strict=True)]
+        super().__init__(found, params)
+        if not self.parts:
+            raise ValueError(f"reward 'verifiers': {self.__name__} is no function and has no reward functions")
+        for function, _, _ in self.parts:
+            asked = sorted({parameter.name for parameter in parameters(function)} & GROUP_ARGUMENTS)
+            if asked:
+                raise ValueError(
+                    f"reward 'verifiers': {_name(function)} asks for `{asked[0]}`, so it compares a group; "
+                    "only functions of one completion can be used"
+                )
+
+    def calls(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        calls = []
+        for item, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            row = {name: values[item] for name, values in columns.items() if isinstance(values, Sequence)}
+            call = {"answer": "", "task": None, **row, "info": _plain(row.get("info")) or {}}
+            call |= {"prompt": as_messages(prompt, "user"), "completion": as_messages(completion, "assistant")}
+            calls.append({**call, "state": {**call, "input": row, "trajectory": [], "is_completed": True}})
+        return calls
+
+    def answer(self, call: Mapping[str, Any]) -> Any:
+        values = [
+            function(**accepted(function, {**call, **objects, **self.params})) for function, _, objects in self.parts
         ]
+        return self._sum(values) if any(map(inspect.isawaitable, values)) else self._weighted(values)
+
+    async def _sum(self, values: Sequence[Any]) -> dict[str, float]:
+        return self._weighted([await value if inspect.isawaitable(value) else value for value in values])
+
+    def _weighted(self, values: Sequence[Any]) -> dict[str, float]:
+        numbers = [float(value) for value in values]
+        total = math.fsum(weight * number for (_, weight, _), number in zip(self.parts, numbers, strict=True))
+        names = [_name(function) for function, _, _ in self.parts]
+        return {**dict(zip(names, numbers, strict=True)), "score": total}
 
 
 class AsTrlReward:
@@ -90,7 +203,7 @@ class AsTrlReward:
 
     def __init__(self, function: RewardFunction) -> None:
         self.function = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__name__ = _name(function)
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         return self._plain(self.function(prompts=prompts, completions=completions, **columns), columns)
@@ -122,16 +235,14 @@ def as_trl_reward(function: RewardFunction) -> Callable[..., Any]:
     return (AsAsyncTrlReward if is_async else AsTrlReward)(function)
 
 
-def _messages(text: Any, role: str) -> Any:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
+async def _given(answer: Any) -> Any:
+    return answer
 
 
-def _verl_score(answer: Any) -> Score:
-    if not isinstance(answer, Mapping):
-        return as_score(answer)
-    if "score" not in answer:
-        return Score(None, reason=f"compute_score returned a dict without 'score': {sorted(answer)}"[:300])
-    score = as_score(answer["score"])
-    numbers = {name: float(value) for name, value in answer.items() if isinstance(value, int | float)}
-    numbers.pop("score", None)
-    return Score(score.value, reason=score.reason, metrics=numbers, applicable=score.applicable)
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _plain(cell: Any) -> Any:
+    """A dict that a CSV or JSON file holds as text."""
+    return json.loads(cell) if isinstance(cell, str) and cell.startswith("{") else cell

@@ -91,15 +91,32 @@ def _module(name: str, what: str) -> ModuleType:
 
 
 def _module_from_file(location: str, what: str) -> ModuleType:
+    """The module in a file; `from .sibling import x` and `from ..package import x` work in it.
+
+    A file beside an `__init__.py` gets the names of the packages around it. These are empty stand-ins: no `__init__.py`
+    runs but one named itself.
+    """
     path = Path(location).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"{what}: no file {path}")
-    name = f"denoise_rl_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    folders, stem = [path.parent], path.stem
+    while (folders[0] / "__init__.py").is_file():
+        folders.insert(0, folders[0].parent)
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"denoise_rl_file_{stem}_{digest}"
+    if len(folders) > 1:
+        name = f"denoise_rl_package_{digest}"
+        names = [folder.name for folder in folders[1:]] + ([] if stem == "__init__" else [stem.replace(".", "_")])
+        for folder, child in zip(folders, names, strict=False):
+            sys.modules.setdefault(name, ModuleType(name)).__path__ = [str(folder)]
+            name += f".{child}"
     if name in sys.modules:
         return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # at the end: helpers beside the file are found, nothing is shadowed
-    module_spec = importlib.util.spec_from_file_location(name, path)
+    for place in (folders[-1], folders[0]):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))  # at the end: helpers beside the file are found, nothing is shadowed
+    inside = [str(path.parent)] if len(folders) == 1 or stem == "__init__" else None
+    module_spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=inside)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module

@@ -11,6 +11,7 @@ from typing import Any
 
 from rewards.score import RewardFunction, Score, TransientRewardError, as_score
 from rewards.signature import missing_columns
+from rewards.text import is_chat
 
 TRANSIENT = (TransientRewardError, ConnectionError, TimeoutError)
 
@@ -78,7 +79,7 @@ def call_reward(
             raise ValueError(f"the reward returned {len(scores)} entries for {len(completions)} completions")
         outcome.scores = scores
     except (Exception, SystemExit) as error:
-        outcome.error = one_line(error)
+        outcome.error = one_line(error) + _hint(error, completions)
         outcome.transient = isinstance(error, TRANSIENT)
     outcome.seconds = time.perf_counter() - start
     return outcome
@@ -87,6 +88,15 @@ def call_reward(
 def one_line(error: BaseException, limit: int = 300) -> str:
     """`Type: message` on one line of at most `limit` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
+def _hint(error: BaseException, completions: Sequence[Any]) -> str:
+    """What to do when a reward took text for chats, or chats for text."""
+    if "string indices must be integers" in str(error) and isinstance(completions[0], str):
+        return " (it reads chats, the data is text: name it trl:FILE.py:FUNCTION or trl:MODULE:FUNCTION)"
+    if isinstance(error, AttributeError | TypeError) and is_chat(completions[0]) and "list" in str(error):
+        return " (the prompts are chats, so completions are too: rewards.text.text_of(completion) is the text)"
+    return ""
 
 
 def _run_async(answer: Awaitable[Any]) -> Any:

@@ -32,9 +32,13 @@ class Child:
 
     It is started as a bare interpreter, not through multiprocessing: the user's main script is not imported again,
     and no lock or CUDA state of the trainer is inherited.
+
+    Args:
+        memory_mb: memory limit in MiB, None for none.
+        import_seconds: how long all imports inside calls may take; `deadline` does not run meanwhile.
     """
 
-    def __init__(self, memory_mb: int | None) -> None:
+    def __init__(self, memory_mb: int | None, import_seconds: float = 120.0) -> None:
         self.token = secrets.token_hex(8)
         self.channel, theirs = socket.socketpair()
         self.channel.setblocking(False)
@@ -55,6 +59,8 @@ class Child:
         self.job: Job | None = None
         self.call = 0
         self.deadline = 0.0
+        self._import_left = import_seconds
+        self._importing: tuple[float, float] | None = None  # when the import began, how far the deadline was then
         self._buffer = bytearray()
         self._next_census = 0.0
         self._killed = False
@@ -97,9 +103,11 @@ class Child:
             pass
         except ConnectionError:
             raise self._death() from None
-        payload = take_frame(self._buffer)
-        if payload is not None:
-            return json.loads(payload)
+        while (payload := take_frame(self._buffer)) is not None:
+            answer: dict[str, Any] = json.loads(payload)
+            if "importing" not in answer:
+                return answer
+            self._note_import(bool(answer["importing"]))
         if self.process.poll() is not None:  # dead, but a process it started keeps the socket open
             raise self._death()
         now = time.monotonic()
@@ -109,6 +117,17 @@ class Child:
             if count > MAX_PROCESSES:
                 raise WorkerLostError(f"killed: the reward had {count} processes running")
         return None
+
+    def _note_import(self, begins: bool) -> None:
+        now = time.monotonic()
+        if begins:
+            self._importing = now, self.deadline - now
+            self.deadline = now + self._import_left
+        elif self._importing is not None:
+            start, left = self._importing
+            self._import_left -= now - start
+            self.deadline = now + left
+            self._importing = None
 
     def receive(self, deadline: float) -> dict[str, Any] | None:
         """Wait for the next answer; None when the deadline passes."""

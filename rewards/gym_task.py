@@ -57,6 +57,8 @@ class ReasoningGymReward:
 
     def _score_one(self, text: str, question: str, answer: Any, metadata: Any) -> Score:
         details = json.loads(metadata) if isinstance(metadata, str) else metadata
+        if self.task in ("arc_agi", "rearc"):  # their boards are compared as tuples, which JSON makes lists
+            details = {**details, "output": tuple(map(tuple, details["output"]))}
         try:
             score = float(self.score_answer(text, {"question": question, "answer": answer, "metadata": details}))
         except Exception as error:  # verifiers trip over odd answers; that costs this one its score

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards.text import as_messages, is_chat
+
 
 @dataclass(frozen=True)
 class Job:
@@ -21,7 +23,8 @@ class Batch:
     """B completions with everything a reward may ask about them.
 
     Attributes:
-        prompts, completions: [B] each.
+        prompts: [B] texts, or chats: lists of messages `{"role": ..., "content": ...}`.
+        completions: [B] texts; where the prompt is a chat, a chat of one assistant message (as TRL has it).
         columns: name -> [B] values.
         trainer_state: one object for the whole batch.
         extra: filled by the runner with what rewards logged through `log_extra`.
@@ -36,6 +39,8 @@ class Batch:
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.completions):
             raise ValueError(f"{len(self.prompts)} prompts but {len(self.completions)} completions; give one of each")
+        pairs = zip(self.prompts, self.completions, strict=True)
+        self.completions = [as_messages(text, "assistant") if is_chat(prompt) else text for prompt, text in pairs]
         for name, values in self.columns.items():
             if len(values) != len(self.prompts):
                 raise ValueError(f"column '{name}' has {len(values)} entries for {len(self.prompts)} completions")

@@ -6,8 +6,9 @@ Accepted names:
     my_plugin                       entry point in the group `denoise_rl.rewards` of an installed distribution
     package.module:function         any importable module (the working folder counts)
     path/to/file.py:function        any file
-    trl:accuracy_reward             any function of `trl.rewards`
+    trl:accuracy_reward             any function of `trl.rewards`; trl:path/to/file.py:function gives one of yours chats
     verl:path/to/file.py:function   a verl `compute_score`
+    verifiers:module:NAME           a reward function, rubric, environment or `load_environment` of verifiers
     reasoning_gym:countdown         the verifier of a reasoning-gym task
 
 One rule for parameters: **a class, or a name that ends in `()`, is called once with the parameters and the result
@@ -20,7 +21,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from rewards.adapters import TrlReward, VerlReward
+from rewards.adapters import OneByOne, TrlReward, VerifiersReward, VerlReward
 from rewards.address import entry_points, load_address, load_entry_point
 from rewards.score import RewardFunction
 from rewards.signature import check_params, check_takes_columns, nearest
@@ -63,6 +64,9 @@ NAMES = {
 }
 
 
+ADAPTERS: dict[str, type[OneByOne]] = {"verl": VerlReward, "verifiers": VerifiersReward}
+
+
 class BoundReward:
     """A reward function with its parameters; picklable, and named like the function."""
 
@@ -93,24 +97,27 @@ def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFun
     params = dict(params or {})
     target, is_factory = (spec[:-2], True) if spec.endswith("()") else (spec, False)
     kind, _, rest = target.partition(":")
-    if kind == "verl" and rest:
-        function = _find(rest)
-        check_params(spec, function, params, called_once=False)
-        return VerlReward(function, params)
     if kind == "reasoning_gym" and rest:
         target, params = kind, {"task": rest, **params}
+    elif kind in ADAPTERS or (kind == "trl" and ":" in rest):
+        target = rest
+    elif kind == "trl":
+        target = f"trl.rewards:{rest}"
 
-    found = _find(f"trl.rewards:{rest}" if kind == "trl" and rest else target)
-    if is_factory or inspect.isclass(found):
+    found = _find(target)
+    if is_factory or inspect.isclass(found) or (kind == "verifiers" and target.endswith(":load_environment")):
         check_params(spec, found, params, called_once=True)
         found = found(**params)
         params = {}
+    if kind in ADAPTERS:
+        check_params(spec, found, params, called_once=False, takes_any=True)
+        return ADAPTERS[kind](found, params)
     if not callable(found):
         raise ValueError(f"reward '{spec}' is a {type(found).__name__}, not something that can be called")
     check_params(spec, found, params, called_once=False)
     check_takes_columns(spec, found)
     reward = BoundReward(found, params) if params else found
-    return TrlReward(reward) if kind == "trl" and rest else reward
+    return TrlReward(reward) if kind == "trl" else reward
 
 
 def reward_name(function: Any) -> str:

@@ -83,7 +83,7 @@ class WorkerPool:
                     child.job = None
 
     def _start(self) -> Child:
-        child = Child(self.memory_mb)
+        child = Child(self.memory_mb, self.load_seconds)
         for number, part in self.parts.items():
             child.send({"load": (number, part.name, dict(part.params))})
         child.deadline = time.monotonic() + self.load_seconds

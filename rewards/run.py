@@ -42,7 +42,8 @@ class RewardRunner:
         mode: "inline" calls rewards in this process: fastest, for rewards you trust, and a hang is a hang.
             "process" calls them in `num_workers` child processes that are killed and replaced when stuck.
         num_workers: child processes, shared by all parts.
-        timeout_seconds: wall limit of one call in process mode (the CPU limit follows from it).
+        timeout_seconds: wall limit of one call in process mode (the CPU limit follows from it). Imports that a reward
+            makes inside a call do not count; `load_seconds` limits them.
         max_failure_share: raise `RewardFailureError` when more than this share of a part's latest 256 verdicts
             (at least a whole batch) failed; 0 tolerates none, 1 all.
         cache_size: scores to remember by content; only for rewards that always judge the same the same.

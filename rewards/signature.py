@@ -1,4 +1,4 @@
-"""What a reward function says about its own arguments: used to report mistakes, never to decide how to call it."""
+"""The arguments that a function names: to report mistakes, and to call the functions of other frameworks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def parameters(function: Any) -> list[inspect.Parameter]:
         return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
 
 
-def check_params(spec: str, function: Any, params: Mapping[str, Any], called_once: bool) -> None:
+def check_params(
+    spec: str, function: Any, params: Mapping[str, Any], called_once: bool, takes_any: bool = False
+) -> None:
     """Refuse parameters that `function` does not have.
 
     Args:
@@ -35,13 +37,15 @@ def check_params(spec: str, function: Any, params: Mapping[str, Any], called_onc
         params: the parameters.
         called_once: True for a class or factory, whose `**kwargs` take whatever the config says; in a function
             `**columns` is for the dataset.
+        takes_any: True where `**kwargs` of a function take parameters too, as in verl.
 
     Raises:
         ValueError: naming the parameter and the nearest one there is.
     """
     found = parameters(function)
     valid = [parameter.name for parameter in found if parameter.kind in NAMED and parameter.name not in RESERVED]
-    takes_any = called_once and any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found)
+    takes_any |= called_once
+    takes_any &= any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found)
     for name in params:
         if takes_any or name in valid:
             continue
@@ -52,6 +56,15 @@ def check_params(spec: str, function: Any, params: Mapping[str, Any], called_onc
         missing = [p.name for p in found if p.kind in NAMED and p.default is p.empty and p.name not in params]
         if missing:
             raise ValueError(f"reward '{spec}' needs the parameter '{missing[0]}'")
+
+
+def accepted(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that a function names, or all of them when it takes `**kwargs`."""
+    found = parameters(function)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found):
+        return dict(arguments)
+    names = {parameter.name for parameter in found if parameter.kind in NAMED}
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 def check_takes_columns(spec: str, function: Any) -> None:

@@ -28,6 +28,18 @@ def text_of(message: Any) -> str:
     raise TypeError(f"expected text or a list of chat messages, got {type(message).__name__}")
 
 
+def as_messages(text: Any, role: str) -> Any:
+    """A chat of one message around a str; anything else as it is."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def is_chat(prompt: Any) -> bool:
+    """True for a non-empty list of messages, each a dict with a role."""
+    return (
+        isinstance(prompt, list) and bool(prompt) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+    )
+
+
 def answer_part(completion: str) -> str:
     """The content of the last `<answer>...</answer>`, or of one that is never closed, or all of the text."""
     end = completion.rfind("</answer>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import importlib
 import io
 import json
 import math
@@ -35,12 +36,53 @@ def main(descriptor: int, memory_mb: int | None) -> None:
     _cap_output()
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     rewards: dict[int, Any] = {}
+    imports = _Imports(channel, own_pid)
     while True:
         request = pickle.loads(_receive(channel))
+        imports.told = "load" not in request
         answer = _load(rewards, *request["load"]) if "load" in request else _call(rewards, memory_mb, **request)
+        imports.told = False
         if os.getpid() != own_pid:
             os._exit(0)  # a child the reward forked has returned from the reward as well
         channel.sendall(frame(json.dumps(answer).encode()))
+
+
+class _Imports:
+    """Tells the trainer when an import inside a call begins and ends: loading torch is not scoring.
+
+    `importlib._bootstrap._find_and_load` is where the import statement and `import_module` meet, once a module is not
+    loaded yet.
+    """
+
+    def __init__(self, channel: socket.socket, pid: int) -> None:
+        self.channel, self.pid = channel, pid
+        self.told = False
+        self.depth = 0
+        self.find_and_load = importlib._bootstrap._find_and_load  # type: ignore[attr-defined]
+        importlib._bootstrap._find_and_load = self  # type: ignore[attr-defined]
+
+    def __call__(self, name: str, import_: Any) -> Any:
+        outermost = self.told and not self.depth and os.getpid() == self.pid
+        if not outermost or threading.current_thread() is not threading.main_thread():
+            return self.find_and_load(name, import_)
+        self.depth += 1
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        start = time.process_time()
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+        self.tell(True)
+        try:
+            return self.find_and_load(name, import_)
+        finally:
+            self.depth -= 1
+            used = math.ceil(time.process_time() - start)
+            limit = soft if soft == resource.RLIM_INFINITY else soft + used
+            resource.setrlimit(
+                resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+            )
+            self.tell(False)
+
+    def tell(self, begins: bool) -> None:
+        self.channel.sendall(frame(json.dumps({"importing": begins}).encode()))
 
 
 def _load(rewards: dict[int, Any], part: int, spec: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,8 @@ class RewardPartConfig(Section):
     weight: float = Field(1.0, description="Weight in the sum of rewards.")
     params: dict[str, Any] = Field({}, description="Keyword arguments of the reward.")
     normalize: Literal["none", "group", "batch"] = Field("none", description="Normalise this part before the sum.")
+    label: str | None = Field(None, description="Name in metrics, where several rewards have one name.")
+    columns: dict[str, str] = Field({}, description="Argument of the reward: the dataset column that feeds it.")
 
 
 class RewardConfig(Section):
@@ -213,9 +215,10 @@ class RewardConfig(Section):
         0.0, ge=0, description="Wait this long for a reward server that is down before its verdicts count as failed."
     )
 
-    def params_of(self, name: str) -> dict[str, Any]:
-        """Parameters that `functions` gives a reward; none where it does not name it."""
-        return next((part.params for part in self.functions if part.name == name), {})
+    def alone(self, name: str) -> RewardPartConfig:
+        """A reward by itself, with the parameters and columns that `functions` gives it, where that names it."""
+        found = next((part for part in self.functions if part.name == name), RewardPartConfig(name=name))
+        return RewardPartConfig(name=name, params=found.params, columns=found.columns)
 
 
 class BlockStage(Section):

@@ -379,3 +379,41 @@ def is_worker(pid):
             return f"{TOKEN_VARIABLE}=".encode() in file.read()
     except OSError:
         return False
+
+
+SLOW_IMPORT = """
+def lazily(prompts, completions, **columns):
+    import {module}
+    return [float({module}.VALUE)] * len(completions)
+
+def hangs_after(prompts, completions, **columns):
+    import {module}
+    import time
+    time.sleep(600)
+
+def forever(prompts, completions, **columns):
+    import importlib
+    importlib.import_module("never_ends_{module}")
+"""
+
+
+def test_an_import_inside_a_reward_is_no_scoring_time(tmp_path):
+    """A reward that imported torch in its body was killed at every call, and its worker started again each time."""
+    (tmp_path / "slow_import_a.py").write_text(
+        "import time\nend = time.process_time() + 2.5\nwhile time.process_time() < end:\n    pass\nVALUE = 3\n"
+    )
+    (tmp_path / "never_ends_slow_import_a.py").write_text("import time\ntime.sleep(600)\n")
+    path = tmp_path / "lazy_reward.py"
+    path.write_text(SLOW_IMPORT.format(module="slow_import_a"))
+    limits = {"mode": "process", "timeout_seconds": 0.8, "max_failure_share": 1.0, "load_seconds": 20.0}
+    with RewardRunner([RewardPart(f"{path}:lazily")], **limits) as runner:
+        first = tokens(runner)
+        assert runner.score([""] * 2, ["a", "b"]).values == [3.0, 3.0]
+        assert runner.score([""], ["a"]).values == [3.0]
+        assert tokens(runner) == first  # the same process
+    with RewardRunner([RewardPart(f"{path}:hangs_after")], **limits) as runner:
+        started = time.monotonic()
+        assert runner.score([""], ["a"]).parts["hangs_after"][0].reason == "timeout after 0.8 s"
+        assert time.monotonic() - started < 15
+    with RewardRunner([RewardPart(f"{path}:forever")], **{**limits, "load_seconds": 4.0}) as runner:
+        assert runner.score([""], ["a"]).values == [None]

@@ -201,7 +201,7 @@ def judge_samples(run: Run, samples: Samples, pretrained: str) -> dict[str, floa
         **{name: [part] for name, part in config.align.judges.items()},
     }
     for name, parts in named.items():
-        runner = RewardRunner([RewardPart(p.name, p.weight, p.params, p.normalize) for p in parts], mode="inline")
+        runner = RewardRunner([RewardPart(**part.model_dump()) for part in parts], mode="inline")
         columns = {key: [row.get(key) for row in samples.rows] for key in samples.rows[0] if key != "prompt"}
         with runner:
             table = runner.score(samples.prompts, samples.texts, columns)

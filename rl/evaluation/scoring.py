@@ -34,10 +34,12 @@ def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | 
     """
     part: Any = yaml.safe_load(reward) if isinstance(reward, str) and reward.startswith("{") else reward
     if not isinstance(part, Mapping):
-        part = {"name": part or task.reward, "params": {} if part else config.params_of(task.reward)}
-    if not part.keys() <= {"name", "params"} or "name" not in part:
-        raise ValueError(f"--reward {reward!r} must be a name, or {{name: NAME, params: {{...}}}}")
-    functions = [RewardPartConfig(name=part["name"], params=part.get("params") or {})]
+        part = {"name": part} if part else config.alone(task.reward).model_dump(include={"name", "params", "columns"})
+    if not part.keys() <= {"name", "params", "columns"} or "name" not in part:
+        raise ValueError(f"--reward {reward!r} must be a name, or {{name: NAME, params: {{...}}, columns: {{...}}}}")
+    functions = [
+        RewardPartConfig(name=part["name"], params=part.get("params") or {}, columns=part.get("columns") or {})
+    ]
     return config.model_copy(update={"functions": functions, "max_failure_share": 1.0})
 
 
@@ -49,7 +51,7 @@ def reward_settings(config: RewardConfig) -> dict[str, Any]:
 def open_judge(config: RewardConfig) -> RewardRunner:
     """A runner for the reward of `judge_of`, not entered yet."""
     return RewardRunner(
-        [RewardPart(part.name, params=part.params) for part in config.functions],
+        [RewardPart(**part.model_dump()) for part in config.functions],
         mode=config.mode,
         num_workers=config.num_workers,
         timeout_seconds=config.timeout_seconds,

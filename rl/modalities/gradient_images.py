@@ -27,8 +27,8 @@ class PixelReward:
         """
         parts = run.config.reward.functions or [RewardPartConfig(name=run.task.reward)]
         parts = [part for part in parts if part.weight]
-        self.parts: list[tuple[Any, float]] = [(load_reward(part.name, part.params), part.weight) for part in parts]
-        for (reward, _), part in zip(self.parts, parts, strict=True):
+        self.parts: list[tuple[Any, RewardPartConfig]] = [(load_reward(part.name, part.params), part) for part in parts]
+        for reward, part in self.parts:
             if not getattr(reward, "differentiable", False) or not hasattr(reward, "on_tensors"):
                 raise ValueError(
                     f"reward {part.name!r} has no gradient to images: algorithm.name "
@@ -39,9 +39,11 @@ class PixelReward:
         """[B] of images [B, C, H, W] in [0, 1] for the prompts of B rows."""
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
         prompts = [row["prompt"] for row in rows]
-        return torch.stack(
-            [weight * reward.on_tensors(prompts, images, **columns) for reward, weight in self.parts]
-        ).sum(0)
+        values = []
+        for reward, part in self.parts:
+            named = {argument: columns[column] for argument, column in part.columns.items()}
+            values.append(part.weight * reward.on_tensors(prompts, images, **columns | named))
+        return torch.stack(values).sum(0)
 
 
 class GradientImages:

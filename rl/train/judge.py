@@ -28,8 +28,8 @@ class Judge:
     def __init__(self, options: RewardConfig, task: Any, modality: Any):
         """Load every reward, so that a wrong name or parameter is an error before any sampling."""
         self.modality = modality
-        parts = [RewardPart(p.name, p.weight, p.params, p.normalize) for p in options.functions]
-        own = [RewardPart(task.reward, params=options.params_of(task.reward))]
+        parts = [RewardPart(**part.model_dump()) for part in options.functions]
+        own = [RewardPart(**options.alone(task.reward).model_dump())]
         self.rewards, self.verifier = (
             RewardRunner(
                 chosen,
