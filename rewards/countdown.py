@@ -51,7 +51,7 @@ def _score_one(
     given = Counter(int(number) for number in (re.findall(r"-?\d+", numbers) if isinstance(numbers, str) else numbers))
     expression = expression_of(completion)
     value = evaluate(expression)
-    used = Counter(int(number) for number in re.findall(r"\d+", expression))
+    used = Counter(int(number) for number in re.findall(r"\d+", expression[:MAX_CHARACTERS]))
     legal = value is not None and (used == given if use_all else used <= given)
     right = legal and value == Fraction(str(target))
     return Score(1.0 if right else valid_reward if legal else 0.0, metrics={"legal": float(legal)})

