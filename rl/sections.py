@@ -304,7 +304,8 @@ class EvalConfig(Section):
     viewer_steps: int | None = Field(None, ge=1, description="Step count of the viewer; null takes the sampler's.")
     sampler: dict[str, Any] = Field({}, description="Sampler options that evaluations change, {selector: top_n}.")
     backslide: bool = Field(
-        False, description="Also judge every step's full fill: how often an answer was right before the end was wrong."
+        False,
+        description="Also judge every step's x0 prediction: how often one was right and the answer wrong.",
     )
 
 

@@ -74,7 +74,7 @@ class TokenTrajectory:
         detail: "logprobs" when everything is known; "steps" without log-probs and confidences, which are NaN; "sample"
             when only the answer is: every token then seems to be revealed at step 0, with NaN too, and what was
             decoded behind the answer is missing.
-        x0_hat: int64 [T, L], the full fill of every step, recorded on request only: the canvas with a draw for
+        x0_hat: int64 [T, L], the x0 prediction of every step, recorded on request only: the canvas with a draw for
             every masked position, committed or not.
         x0_confidence: float32 [T, L], recorded with it: `confidence` of each of these draws; NaN where the step
             drew nothing (the position held a token).
@@ -157,10 +157,10 @@ class TokenTrajectory:
         if not 0 <= self.stop_length <= self.length - self.prompt_length:
             raise ValueError(f"trajectory field 'stop_length' is {self.stop_length}, outside the response")
         for name in FILL_FIELDS:
-            fill = getattr(self, name)
-            if fill is not None and fill.shape != (self.num_steps, self.length):
+            values = getattr(self, name)
+            if values is not None and values.shape != (self.num_steps, self.length):
                 raise ValueError(
-                    f"trajectory field {name!r} has shape {fill.shape}, num_steps and length are "
+                    f"trajectory field {name!r} has shape {values.shape}, num_steps and length are "
                     f"{(self.num_steps, self.length)}"
                 )
         if self.detail not in DETAILS:
@@ -186,9 +186,9 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
         arrays[name] = _concatenate((getattr(t, name) for t in trajectories), dtype)
     for index, trajectory in enumerate(trajectories):
         for name, dtype in FILL_FIELDS.items():
-            fill = getattr(trajectory, name)
-            if fill is not None:
-                arrays[f"{name}_{index}"] = fill.astype(dtype, copy=False)
+            values = getattr(trajectory, name)
+            if values is not None:
+                arrays[f"{name}_{index}"] = values.astype(dtype, copy=False)
     items = [
         {
             "length": t.length,

@@ -102,7 +102,7 @@ def test_two_recipes_from_one_warm_start(tmp_path: Path) -> None:
     assert results["seeds"] == [5] and list(results["runs"]) == ["wd1", "mdpo"]
     (wd1,), (mdpo,) = results["runs"].values()
     assert wd1["before"] == mdpo["before"] and wd1["algorithm"] == "wd1" and mdpo["algorithm"] == "mdpo"
-    # The same rollouts begin both runs; MDPO asks about the fills of every step too.
+    # The same rollouts begin both runs; MDPO asks about the x0 predictions of every step too.
     rewards = [series(folder / f"{name}-5", "train", "reward/mean") for name in ("wd1", "mdpo")]
     assert rewards[0][0] == rewards[1][0]
     assert wd1["reward_queries"] == 32 < mdpo["reward_queries"]

@@ -37,7 +37,7 @@ def test_recipes_say_what_they_need() -> None:
     assert set(needs("algorithm.name=tracerl", "algorithm.old_logprob=recompute")) == {"step_maps"}
     assert needs("algorithm.name=wd1") == {} == needs("algorithm.name=espo")
     assert set(needs("algorithm.name=drakes")) == {"gradients"}
-    assert set(needs("algorithm.name=mdpo", "sampler.record_x0=true")) == {"step_maps", "sampled_logprobs", "fills"}
+    assert set(needs("algorithm.name=mdpo", "sampler.record_x0=true")) == {"step_maps", "sampled_logprobs", "x0"}
     assert needs("algorithm.name=wd1", "sampler.reviser=rcr", "train.mixed_steps=[2, 4]") == {
         "remasking": "sampler.reviser rcr",
         "request_steps": "train.mixed_steps",

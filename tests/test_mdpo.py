@@ -1,4 +1,4 @@
-"""MDPO: the rows of recorded fills, per-step advantages, and what a run does with them."""
+"""MDPO: the rows of recorded x0 predictions, per-step advantages, and what a run does with them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def sampled(model: Any, count: int = 4, **settings: Any) -> list[TokenTrajectory
 @pytest.mark.parametrize("targets", ["masked", "committed"])
 @pytest.mark.parametrize("block_length", [None, 4])
 @pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted", "qwen3-full"])
-def test_the_learner_scores_the_recorded_fills(make_model, family: str, block_length: Any, targets: Any) -> None:
+def test_the_learner_scores_the_recorded_x0_predictions(
+    make_model, family: str, block_length: Any, targets: Any
+) -> None:
     """Sampler, learner and one plain forward of the canvas agree on every draw, prompts of three lengths in a batch."""
     model = make_model(family)
     trajectories = sampled(model, block_length=block_length)
@@ -198,30 +200,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def test_a_run_takes_one_optimizer_step_per_batch(run) -> None:
     train = lines(run[0], "train")
     assert [line["cost/updates"] for line in train] == [1, 2]
-    # Exact, in the learner's precision: the sampler's log-prob of every draw of the fills.
+    # Exact, in the learner's precision: the sampler's log-prob of every draw of the x0 predictions.
     assert all(line["policy/logprob_gap_max"] < 1e-4 for line in train)
     # 16 rollouts, at most 2 steps each, with at most 16 and 12 masked positions.
     assert all(16 < line["policy/decisions"] <= 16 * 28 for line in train)
     assert all(line["policy/grad_norm"] > 0 for line in train)
 
 
-def test_every_distinct_fill_is_verified_once(run) -> None:
-    """An RL step of 8 prompts and 2 rollouts of 4 steps: 16 terminal texts, then every other distinct fill of a prompt.
+def test_every_distinct_x0_prediction_is_verified_once(run) -> None:
+    """An RL step of 8 prompts and 2 rollouts of 4 steps: 16 terminal texts, then every other x0 prediction.
 
-    The last fill is the terminal text, which has its verdict.
+    The last prediction is the terminal text, which has its verdict.
     """
     train = lines(run[0], "train")
     queries, first = run[1], int(train[0]["cost/reward_queries"])
     assert train[-1]["cost/reward_queries"] == len(queries)
     for mine in (queries[:first], queries[first:]):
-        fills = mine[16:]
-        assert 0 < len(fills) == len(set(fills)) < 16 * 3
-        assert not set(mine[:16]) & set(fills)
+        others = mine[16:]
+        assert 0 < len(others) == len(set(others)) < 16 * 3
+        assert not set(mine[:16]) & set(others)
 
 
 FAILING = """
 def dense(prompts, completions, **columns):
-    # Fills come without the columns of a trajectory: every verdict is given, and no fill has one.
+    # Predictions come without the columns of a trajectory: every verdict is given, and no prediction has one.
     return [0.25 if "num_steps" in columns else float("nan") for _ in completions]
 """
 
@@ -234,7 +236,7 @@ def test_failed_fills_are_counted_like_failed_verdicts(tmp_path: Path) -> None:
     )  # fmt: skip
     train_here(arguments)
     (line,) = lines(tmp_path / "run", "train")
-    # All 16 rollouts have a verdict; those with a fill that none of their prompt ended in (nearly all) are left out.
+    # All 16 rollouts have a verdict; left out are those with a prediction that no rollout of the prompt ended in.
     asked = line["cost/reward_queries"] - 16
     assert asked > 16 and line["reward/dense/failures"] == line["reward/masked"] == asked
     assert line["reward/mean"] == 0.25 and 8 < line["reward/failed"] == line["filters/unscored"] <= 16
@@ -300,7 +302,7 @@ def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, override: str, m
 
 
 def test_answer_backslide_by_hand() -> None:
-    """Right, right, wrong; wrong, right; wrong twice; right, wrong; and one with an unscored fill, left out."""
+    """Right, right, wrong; wrong, right; wrong twice; right, wrong; and one with an unscored prediction, left out."""
     rewards = [[1, 1, 0], [0, 1], [0.9, 0], [2, 0.5], [1, NAN, 0]]
     report = backslide_of([np.array(r, dtype=np.float64) for r in rewards])
     assert (report.share, report.steps, report.ever, report.unscored) == (2 / 4, 1.5, 3 / 4, 1)
@@ -316,7 +318,7 @@ def test_answer_backslide_by_hand() -> None:
 
 
 def test_a_run_reports_backslide_before_and_after(tmp_path: Path) -> None:
-    """With eval.backslide the verifier sees the fills of held-out problems; a budget of sequences ends the run."""
+    """With eval.backslide the verifier sees the x0 predictions of held-out problems; a budget ends the run."""
     arguments = tiny_config(
         tmp_path, "algorithm.entropy_coef=0", "eval.backslide=true", "eval.sampler.selector=left_most",
         "train.max_sequence_forwards=150", "eval.viewer_items=0",

@@ -216,13 +216,13 @@ class Modality:
 
     # What some recipes, searches and stages ask for.
 
-    def fills(self, trajectory: Any) -> list[Any]:
+    def x0_predictions(self, trajectory: Any) -> list[Any]:
         """[T] completions: what every step would have the sample be.
 
         Raises:
             ValueError: the trajectory did not record them.
         """
-        raise ValueError(f"recipes that score every step's fill are for text: choose a recipe for {self.name}")
+        raise ValueError(f"recipes that score every step's x0 prediction are for text: choose a recipe for {self.name}")
 
     def search_sampler(self, engine: Any, rows: Sequence[Row]) -> Any:
         """The engine's sampler as searches use it (`rollouts.search.protocol.SearchSampler`); rows condition it.

@@ -105,10 +105,10 @@ class TextModality(TextPlan):
         }
         return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True), columns
 
-    def fills(self, trajectory: TokenTrajectory) -> list[str]:
-        """[T] texts of the full fills, each up to its own end token."""
+    def x0_predictions(self, trajectory: TokenTrajectory) -> list[str]:
+        """[T] texts of the x0 predictions, each up to its own end token."""
         if trajectory.x0_hat is None:
-            raise ValueError("this recipe scores every step's full fill: set sampler.record_x0=true")
+            raise ValueError("this recipe scores every step's x0 prediction: set sampler.record_x0=true")
         end = trajectory.prompt_length + min(
             trajectory.length - trajectory.prompt_length, self.config.sampler.gen_length
         )
@@ -133,8 +133,8 @@ class TextModality(TextPlan):
 
     def smallest_trajectory(self, model: Any) -> TokenTrajectory:
         length = model.block_length or 2
-        fills: dict[str, Any] = {"x0_hat": np.zeros((1, length), dtype=np.int64)}
-        fills |= {
+        recorded: dict[str, Any] = {"x0_hat": np.zeros((1, length), dtype=np.int64)}
+        recorded |= {
             "x0_confidence": np.ones((1, length)),
             "x0_logprob": np.where(np.arange(length) == 1, 0.0, np.nan)[None],
         }
@@ -151,7 +151,7 @@ class TextModality(TextPlan):
             stop_length=1,
             block_length=model.block_length,
             sampler=self.config.sampler.distribution(),
-            **(fills if self.config.sampler.record_x0 else {}),
+            **(recorded if self.config.sampler.record_x0 else {}),
         )
 
     def supervised(

@@ -91,7 +91,7 @@ class TextPlan(Modality):
         if config.sampler.reviser != "none":
             needs["remasking"] = f"sampler.reviser {config.sampler.reviser}"
         if config.sampler.record_x0:
-            needs["fills"] = "sampler.record_x0"
+            needs["x0"] = "sampler.record_x0"
         return needs
 
     @classmethod

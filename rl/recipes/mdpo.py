@@ -7,7 +7,7 @@ step of the other rollouts; the S steps with the largest advantages are trained,
 
 Choices: the paper's credit (improvement plus mean of the later rewards) and z-score per step index, S = T/16 of its
 main setting as a number of steps, token weights by confidence, L/|m| on the policy term, k2 KL of 0.02 to the
-starting policy. Fills that occur twice are verified once. Steps whose advantage is 0 are not trained.
+starting policy. Predictions that occur twice are verified once. Steps whose advantage is 0 are not trained.
 
 Departs from the published code: one optimizer step per batch (it takes one for every S-th of a batch and logs one);
 old log-probs are the sampler's, so further epochs are PPO (there they crash); groups are prompts, not ranks;

@@ -91,7 +91,7 @@ class Judge:
         where = []
         for index, trajectory in enumerate(trajectories):
             indices = []
-            predictions = self.modality.fills(trajectory)
+            predictions = self.modality.x0_predictions(trajectory)
             for text in predictions:
                 key = (index // group_size, text)
                 if key not in place:

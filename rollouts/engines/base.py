@@ -71,7 +71,7 @@ NEEDS = {
     "step_maps": "the step of every token, the complete terminal block included",
     "sampled_logprobs": "log-probs of the sampling distribution at the step that chose the token",
     "remasking": "tokens that were taken back or replaced",
-    "fills": "the full fill of every step",
+    "x0": "the x0 prediction of every step",
     "request_steps": "a number of denoising steps of each request's own",
     "branches": "rollouts that branch",
     "gradients": "samples with a gradient",
@@ -92,7 +92,7 @@ class Capabilities:
     step_maps: bool = False
     sampled_logprobs: bool = False
     remasking: bool = False
-    fills: bool = False
+    x0: bool = False
     request_steps: bool = False
     branches: bool = False
     gradients: bool = False
@@ -106,7 +106,7 @@ IN_PROCESS = Capabilities(
     step_maps=True,
     sampled_logprobs=True,
     remasking=True,
-    fills=True,
+    x0=True,
     request_steps=True,
     branches=True,
     gradients=True,

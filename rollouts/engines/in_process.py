@@ -89,7 +89,9 @@ class InProcessEngine(SharedModelEngine):
             options = options.model_copy(update={"block_length": model.block_length})
             options.steps_per_block()
         if self.block_causal and options.record_x0:
-            raise ValueError("sampler.record_x0 needs a full-attention model: a block-causal one has no full fill")
+            raise ValueError(
+                "sampler.record_x0 needs a full-attention model: a block-causal one predicts no whole canvas"
+            )
         if approximate_cache != "none" and options.record_x0:
             raise ValueError("sampler.record_x0 needs forwards of the whole canvas: set rollout.cache to none")
         cached = self.block_causal or approximate_cache != "none"

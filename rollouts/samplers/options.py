@@ -111,7 +111,7 @@ class SamplerOptions(BaseModel):
     )
     max_post_steps: int = Field(16, ge=0, description="Steps of a complete block in which tokens are still edited.")
     record_x0: bool = Field(
-        False, description="Also record the full fill of every step, its confidences and log-probs (MDPO)."
+        False, description="Also record the x0 prediction of every step, its confidences and log-probs (MDPO)."
     )
 
     @model_validator(mode="before")

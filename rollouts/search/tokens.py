@@ -41,13 +41,13 @@ class TokenSampler:
             prompts: token ids, one sequence per conditioning.
 
         Raises:
-            ValueError: an approximate cache, recorded fills, a decoder that takes tokens back or is guided, or a prompt
-                that does not fit.
+            ValueError: an approximate cache, recorded x0 predictions, a decoder that takes tokens back or is guided, or
+                a prompt that does not fit.
         """
         if engine.approximate_cache != "none":
             raise ValueError("a search needs exact states: set rollout.cache to none")
         if engine.options.record_x0:
-            raise ValueError("a search records no fills: set sampler.record_x0 to false")
+            raise ValueError("a search records no x0 predictions: set sampler.record_x0 to false")
         if engine.options.reviser != "none" or engine.options.cfg_scale:
             raise ValueError(
                 "a search revises states itself and draws from the plain model: set sampler.reviser to none and "
