@@ -29,7 +29,7 @@ _EDIT_FIELDS = {
     "logprob": np.float64,
     "confidence": np.float32,
 }
-FILL_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
+X0_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
 
 # How much of a rollout is known, each with what comes before it: the finished answer, the step of every token, and the
 # log-prob it was drawn with. Our own engines know everything, serving engines often not.
@@ -156,7 +156,7 @@ class TokenTrajectory:
             raise ValueError("trajectory field 'position' must lie behind the prompt and inside the canvas")
         if not 0 <= self.stop_length <= self.length - self.prompt_length:
             raise ValueError(f"trajectory field 'stop_length' is {self.stop_length}, outside the response")
-        for name in FILL_FIELDS:
+        for name in X0_FIELDS:
             values = getattr(self, name)
             if values is not None and values.shape != (self.num_steps, self.length):
                 raise ValueError(
@@ -185,7 +185,7 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
     for name, dtype in _EDIT_FIELDS.items():
         arrays[name] = _concatenate((getattr(t, name) for t in trajectories), dtype)
     for index, trajectory in enumerate(trajectories):
-        for name, dtype in FILL_FIELDS.items():
+        for name, dtype in X0_FIELDS.items():
             values = getattr(trajectory, name)
             if values is not None:
                 arrays[f"{name}_{index}"] = values.astype(dtype, copy=False)
@@ -222,7 +222,7 @@ def load_trajectories(path: str | os.PathLike[str]) -> list[TokenTrajectory]:
         edits = slice(*arrays["edit_offsets"][index : index + 2])
         trajectory = TokenTrajectory(
             prompt_ids=arrays["prompt_ids"][prompt],
-            **{name: arrays[f"{name}_{index}"] for name in FILL_FIELDS if f"{name}_{index}" in arrays},
+            **{name: arrays[f"{name}_{index}"] for name in X0_FIELDS if f"{name}_{index}" in arrays},
             **{name: arrays[name][edits] for name in _EDIT_FIELDS},
             **item,
         )

@@ -158,8 +158,8 @@ WITNESSED = [
 
 @pytest.mark.parametrize(("attention", "lengths", "settings"), WITNESSED)
 def test_learner_and_sampler_see_the_same_state(attention: str, lengths: range, settings: dict[str, Any]) -> None:
-    """Defects W1 (training grid starts at the response, rollout grid at 0), W6 (the terminal block is rebuilt)
-    and W10 (padding in view): each would give some decision another visible token than it was made with."""
+    """Published code has a training grid that starts at the response and a rollout grid that starts at 0, rebuilds the
+    terminal block, or leaves padding in view. Each would show some decision another token than it was made with."""
     witness = Witness("full" if attention == "shifted" else attention, logit_shift=int(attention == "shifted"))
     # 63 ids: the first prompt token names the request in every state.
     trajectories = rollouts(witness, lengths, **settings)
@@ -189,7 +189,7 @@ def test_learner_and_sampler_see_the_same_state(attention: str, lengths: range, 
 
 
 def test_the_witness_sees_a_wrong_grid() -> None:
-    """The comparison above can fail: scored on the grid that starts at the response, most states differ (W1)."""
+    """The comparison above can fail: scored on the grid that starts at the response, most states differ."""
     witness = Witness("block_causal")
     trajectories = rollouts(witness, range(5, 6), eos=None)
     sampler_states = {(int(s[0]), int(s[-1])): s.tolist() for state in witness.states for s in state}
@@ -209,8 +209,8 @@ def test_the_witness_sees_a_wrong_grid() -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
 @pytest.mark.parametrize("family", BLOCK)
 def test_block_models_score_what_they_sampled(make_model, family: str, distribution: dict[str, Any]) -> None:
-    """Defect W1, for every prompt length from 1 to 3B: sampler, packed learner, re-masked learner and one plain
-    uncached forward per step agree on every log-prob."""
+    """For every prompt length from 1 to 3B: sampler, packed learner, re-masked learner and one plain uncached forward
+    per step agree on every log-prob."""
     model = make_model(family)
     trajectories = rollouts(model, range(1, 3 * B + 1), **distribution)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_block_models_score_what_they_sampled(make_model, family: str, distribut
 def test_full_models_score_what_they_sampled(
     make_model, family: str, block_length: int | None, distribution: dict[str, Any]
 ) -> None:
-    """Defect W10: prompts of several lengths in one batch, padded differently in rollout and training."""
+    """Prompts of several lengths in one batch, padded differently in rollout and training."""
     model = make_model(family)
     settings = {**distribution, "num_inference_steps": 8 if block_length == 1 else 4}
     trajectories = rollouts(model, range(1, 5), block_length, **settings)
@@ -390,7 +390,7 @@ def test_gradients_are_those_of_one_forward_per_step(make_model) -> None:
 @pytest.mark.parametrize("family", ["gpt2-full", "gpt2-block4"])
 @pytest.mark.parametrize("shrink", [1, 2, 3])
 def test_every_revealed_token_is_a_target_exactly_once(make_model, family: str, shrink: int) -> None:
-    """Defect W6 too: the tokens behind the end token are among them."""
+    """The tokens behind the end token are among them."""
     model = make_model(family)
     trajectories = rollouts(model, range(1, 10), None if family == "gpt2-block4" else 4, temperature=2.0)
     rows = rows_for(model, trajectories, shrink)
@@ -479,7 +479,7 @@ def test_visible_equals_the_element_wise_rule(make_model) -> None:
 
 
 def test_a_batch_scores_as_its_rows_alone(make_model) -> None:
-    """Padding, neighbours and their number change nothing (W10)."""
+    """Padding, neighbours and their number change nothing."""
     for family in ("gpt2-full", "qwen3-block4"):
         model = make_model(family)
         trajectories = rollouts(model, range(1, 10, 2), None if family == "qwen3-block4" else 4)
@@ -530,7 +530,7 @@ def test_a_larger_training_block_is_scored_on_its_own_grid(make_model, family: s
 
 
 def test_ids_are_never_made_from_text() -> None:
-    """Defect W2: decoding and encoding again is not the identity; the learner gets the sampler's ids."""
+    """Decoding and encoding again is not the identity; the learner gets the sampler's ids."""
     from tokenizers import Tokenizer, models
 
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))

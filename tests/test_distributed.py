@@ -174,7 +174,7 @@ def test_an_update_does_not_depend_on_its_micro_batches(one_rank: Path, cut: str
 
 @pytest.mark.parametrize("stage", runs.ZERO)
 def test_two_ranks_equal_one(one_rank: Path, two_ranks: Path, stage: int) -> None:
-    """Also defect W12: ranks that sample unseeded, overlapping or dropped prompts would give another run."""
+    """Ranks that sample unseeded, overlapping or dropped prompts would give another run."""
     same_run(two_ranks / f"zero{stage}" / "run", one_rank / "plain" / "run")
 
 

@@ -212,7 +212,7 @@ def assert_same_rollout(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3-full", "qwen3-block4", "gpt2-block4"])
 def test_neighbours_order_and_batch_size_change_nothing(make_model, family: str) -> None:
-    """Also defect W10: prompts of several lengths share a batch, and padding must not reach the logits."""
+    """Prompts of several lengths share a batch, and padding must not reach the logits."""
     model = make_model(family)
     options = SamplerOptions(**STEPS, block_length=4, selector="dynamic", threshold=0.6)
     everyone = [*requests(), Request([5, 5], 1, num_inference_steps=2), Request([3], 2, num_inference_steps=8)]
@@ -373,7 +373,7 @@ def test_caches_that_cannot_be_are_refused(make_model) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3-full", "qwen3-block4"])
 def test_the_terminal_block_is_kept_whole(make_model, family: str) -> None:
-    """Defect W6: what was decoded behind the end token stays in the record, since the policy saw it."""
+    """The tokens decoded behind the end token stay in the record, since the policy saw it."""
     engine = InProcessEngine(
         make_model(family), SamplerOptions(**STEPS, block_length=4, temperature=2.0), eos_token_id=EOS
     )
@@ -423,7 +423,7 @@ def test_without_an_end_token_a_response_is_exactly_as_long_as_asked(make_model)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_that_names_it(make_model) -> None:
-    """Defect W3: published code drops long prompts and keeps their rewards, which shifts all later ones.
+    """Published code drops long prompts and keeps their rewards, which shifts all later ones.
     Here a prompt is decoded or the whole call is refused, and results keep the requests' order."""
     engine = InProcessEngine(make_model("gpt2-full"), SamplerOptions(**STEPS))
     with pytest.raises(
@@ -521,7 +521,7 @@ class Saturated:
 
 @pytest.mark.parametrize("selector", ["top_n", "threshold", "dynamic", "left_most"])
 def test_prompts_survive_confidences_of_exactly_one(selector: str) -> None:
-    """Defect W11: published decoders re-select fixed positions, prompt tokens too, once confidences tie."""
+    """Published decoders re-select fixed positions, prompt tokens too, once confidences tie."""
     options = SamplerOptions(gen_length=8, num_inference_steps=4, block_length=4, selector=selector)
     trajectories = InProcessEngine(Saturated(), options).generate([Request([4] * n, seed=n) for n in range(1, 6)])
     for trajectory in trajectories:

@@ -264,7 +264,7 @@ class InProcessEngine(SharedModelEngine):
         result = denoise_step(state, logits, options, eos_token_id=self.eos_token_id)
         request = slots.index[group]
         if options.record_x0:
-            record.add_fill(result, tokens, masked, request)
+            record.add_x0(result, tokens, masked, request)
         if running is not None:
             assert result.running is not None
             running[where] = result.running

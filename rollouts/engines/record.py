@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rollouts.samplers.step import StepResult
-from rollouts.trajectory import FILL_FIELDS
+from rollouts.trajectory import X0_FIELDS
 
 _COLUMNS = ("request", "step", "position", "token", "logprob", "confidence")
 
@@ -25,9 +25,7 @@ class Record:
         self._parts: list[np.ndarray] = []
         self.length = np.zeros(num_requests, dtype=np.int64)
         self.num_steps = np.zeros(num_requests, dtype=np.int64)
-        self._fills: list[dict[str, list[np.ndarray]]] = [
-            {name: [] for name in FILL_FIELDS} for _ in range(num_requests)
-        ]
+        self._x0: list[dict[str, list[np.ndarray]]] = [{name: [] for name in X0_FIELDS} for _ in range(num_requests)]
 
     def add(
         self, result: StepResult, request: np.ndarray, step: np.ndarray, mask_token_id: int
@@ -54,8 +52,8 @@ class Record:
             self._parts.append(np.concatenate([[request[back], step[back], position], masks, nothing]))
         return row, token
 
-    def add_fill(self, result: StepResult, canvas: torch.Tensor, masked: torch.Tensor, request: np.ndarray) -> None:
-        """Keep what a step drew everywhere.
+    def add_x0(self, result: StepResult, canvas: torch.Tensor, masked: torch.Tensor, request: np.ndarray) -> None:
+        """Keep all draws of a step.
 
         Args:
             canvas: int64 [N, L], before the step.
@@ -66,14 +64,14 @@ class Record:
         drawn = masked[result.row, result.position] | result.reveal
         place, token = (result.row[drawn], result.position[drawn]), result.token[drawn]
         unknown = torch.full(canvas.shape, torch.nan, dtype=torch.float64, device=canvas.device)
-        fills = {
+        drawn_fields = {
             "x0_hat": canvas.index_put(place, token),
             "x0_confidence": unknown.index_put(place, result.confidence.double()[drawn]),
             "x0_logprob": unknown.index_put(place, result.logprob.double()[drawn]),
         }
-        for name, values in fills.items():
-            for i, row in zip(request, values.cpu().numpy().astype(FILL_FIELDS[name]), strict=True):
-                self._fills[i][name].append(row)
+        for name, values in drawn_fields.items():
+            for i, row in zip(request, values.cpu().numpy().astype(X0_FIELDS[name]), strict=True):
+                self._x0[i][name].append(row)
 
     def by_request(self) -> list[dict[str, Any]]:
         """For every request its fields of a `TokenTrajectory`: length, number of steps, edits and x0 predictions."""
@@ -94,6 +92,6 @@ class Record:
             fields: dict[str, Any] = {"length": length, "num_steps": int(self.num_steps[request]), **columns}
             for name, kind in (("step", np.int32), ("position", np.int32), ("confidence", np.float32)):
                 fields[name] = columns[name].astype(kind)
-            x0 = {name: np.stack(rows)[:, :length] for name, rows in self._fills[request].items() if rows}
+            x0 = {name: np.stack(rows)[:, :length] for name, rows in self._x0[request].items() if rows}
             records.append(fields | x0)
         return records
