@@ -66,6 +66,10 @@ class Rows:
         """The same decisions with equal inputs forwarded once, where that can happen."""
         return self
 
+    def set_anchor(self, model: Any) -> None:
+        """Keep what `score` needs of another policy; asked of an estimator whose recipe names one (`Recipe.anchor`)."""
+        raise NotImplementedError
+
     def score(self, model: Any) -> Scores:
         """The numbers of every decision under the model's weights."""
         raise NotImplementedError

@@ -106,9 +106,3 @@ def per_token(rows: TokenRows, weight: torch.Tensor) -> CombinedRows:
     found, part = torch.unique(torch.stack([rows.trajectory, position], dim=1), dim=0, return_inverse=True)
     step = torch.zeros_like(found[:, 0])
     return CombinedRows(rows=rows, part=part, weight=weight, trajectory=found[:, 0], step=step)
-
-
-def per_trajectory(rows: TokenRows, weight: torch.Tensor, count: int) -> CombinedRows:
-    """One decision for each of `count` trajectories: the weighted sum of all its reads."""
-    index = torch.arange(count)
-    return CombinedRows(rows=rows, part=rows.trajectory, weight=weight, trajectory=index, step=torch.zeros_like(index))

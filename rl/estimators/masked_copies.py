@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rl.estimators.combine import CombinedRows, SandwichRows, per_token, per_trajectory
+from rl.estimators.combine import CombinedRows, SandwichRows, per_token
 from rl.estimators.draws import Draw, Scope, scope_positions
 from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, whole_blocks
 from rollouts.model_protocol import DenoisingModel
@@ -85,7 +85,10 @@ def copy_rows(
 def answer_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int]) -> CombinedRows:
     """One decision per answer: all weighted reads added up, per token of the answer."""
     size = torch.tensor(lengths, dtype=weight.dtype)[rows.trajectory]
-    return per_trajectory(rows, weight / size, len(lengths))
+    index = torch.arange(len(lengths))
+    return CombinedRows(
+        rows=rows, part=rows.trajectory, weight=weight / size, trajectory=index, step=torch.zeros_like(index)
+    )
 
 
 def sandwich_decisions(
@@ -96,8 +99,7 @@ def sandwich_decisions(
     The lower bound is the mean over the draws of the weighted log-probs. The upper one is the sum over tokens of
     (1/b) log mean over the draws of weight p^b. A token that no draw hid has no part in it (its mean would be 0).
     """
-    size = torch.tensor(lengths, dtype=weight.dtype)
-    lower = per_trajectory(rows, weight / num_draws / size[rows.trajectory], len(lengths))
+    lower = answer_decisions(rows, weight / num_draws, lengths)
     tokens = per_token(rows, weight)
     return SandwichRows(
         rows=rows,
@@ -109,5 +111,5 @@ def sandwich_decisions(
         token=tokens.part,
         token_weight=weight / num_draws,
         answer=tokens.trajectory,
-        scale=1.0 / size[tokens.trajectory],
+        scale=1.0 / torch.tensor(lengths, dtype=weight.dtype)[tokens.trajectory],
     )

@@ -263,7 +263,7 @@ class PolicyUpdater(Updater):
             # run.model still has the weights before the first update.
             anchor = self.reference if self.recipe.anchor == "reference" else self.run.model
             for batch in (*batches, spare):
-                batch.rows.set_anchor(anchor)  # type: ignore[attr-defined]
+                batch.rows.set_anchor(anchor)
                 if not batch.spare:
                     self.spent.forwarded(batch.rows)
         elif self.reference is not None and not self.recipe.needs_log_ratio:
