@@ -71,7 +71,7 @@ class OneByOne:
     def calls(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """What each completion's call may be given."""
+        """Per completion, the arguments that a call may take."""
         raise NotImplementedError
 
     def answer(self, call: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ class ScoreCache:
         self._scores: OrderedDict[str, Score] = OrderedDict()
 
     def split(self, reward: str, batch: Batch) -> tuple[dict[int, Score], list[int], dict[int, int]]:
-        """What is known of a batch.
+        """Split a batch into known and fresh completions.
 
         Returns:
             known: index -> score of the completions judged before.

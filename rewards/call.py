@@ -18,7 +18,7 @@ TRANSIENT = (TransientRewardError, ConnectionError, TimeoutError)
 
 @dataclass
 class Outcome:
-    """What one call gave: a score per completion, or the reason why the call as a whole has none.
+    """The result of one call: a score per completion, or the reason why the call as a whole has none.
 
     Example: `Outcome(scores=[Score(1.0)], seconds=0.002)`, `Outcome(error="KeyError: 'answer'")`.
 
@@ -91,7 +91,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def _hint(error: BaseException, completions: Sequence[Any]) -> str:
-    """What to do when a reward took text for chats, or chats for text."""
+    """The way out for a reward that took text for chats, or chats for text."""
     if "string indices must be integers" in str(error) and isinstance(completions[0], str):
         return " (it reads chats, the data is text: name it trl:FILE.py:FUNCTION or trl:MODULE:FUNCTION)"
     if isinstance(error, AttributeError | TypeError) and is_chat(completions[0]) and "list" in str(error):

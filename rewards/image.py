@@ -1,4 +1,4 @@
-"""What an image is to a reward, defined once. Imports Pillow and NumPy, never torch.
+"""The form of an image for rewards, defined once. Imports Pillow and NumPy, never torch.
 
 An image is a uint8 array [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey), or a Pillow image of mode "RGB" or "L".
 It takes the place of the text in `completions`; all else of the contract stays as it is. Both forms cross to a

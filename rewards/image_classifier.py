@@ -89,7 +89,7 @@ class ImageClassifier:
         return self._value(self.model(images).float(), wanted)
 
     def features(self, images: Sequence[Any]) -> np.ndarray:
-        """What the last layer sees, float64 [B, D]: the representation that distances between images are taken in.
+        """The input of the last layer, float64 [B, D]: the representation that distances between images are taken in.
 
         Raises:
             ValueError: the model has no linear layer that gives its logits.

@@ -214,7 +214,7 @@ def _same(gold: Answer, answer: Answer, ordered: bool) -> bool:
         return False
     names = gold.name.lower(), answer.name.lower()
     if all(name.isalpha() for name in names) and names[0] != names[1]:
-        return False
+        return gold.kind == answer.kind == "value" and _same_relation(_equation(gold), _equation(answer))
     if "relation" in (gold.kind, answer.kind):
         gold, answer = _as_intervals(gold, answer), _as_intervals(answer, gold)
     elif {gold.kind, answer.kind} == {"list", r"\cup"}:
@@ -280,9 +280,11 @@ def _as_intervals(side: Answer, other: Answer) -> Answer:
     r"""`side` in the form of `other`: a relation as an interval, `y = 2x` as an equation."""
     if side.kind == "relation" and other.kind in INTERVALS:
         return _interval(side)
-    if side.kind == "value" and side.name and other.tokens == ("=",):
-        return Answer("relation", (Answer("value", tokens=tokenise(side.name)), replace(side, name="")), ("=",))
-    return side
+    return _equation(side) if side.kind == "value" and side.name and other.tokens == ("=",) else side
+
+
+def _equation(named: Answer) -> Answer:
+    return Answer("relation", (Answer("value", tokens=tokenise(named.name)), replace(named, name="")), ("=",))
 
 
 def _interval(relation: Answer) -> Answer:

@@ -45,7 +45,7 @@ POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 NO_UNITS = set(
     "and or to mod modulo if when times plus minus divided over choose base less more than squared cubed factorial "
-    "is for not half with between from equal at but".split()
+    "is for not half with between from equal at but no".split()
 )
 TOKEN = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?|\\?[A-Za-z]+|\\.|\.\.\.|\*\*|[<>!=]=|\S")
 SPACING = re.compile(
@@ -109,7 +109,7 @@ def tokenise(text: str) -> tuple[str, ...]:
         token = SAME.get(found.group(), found.group())
         if is_word(token):
             attached = re.match(r"[\d})]", text[found.start() - 1 : found.start()])
-            known = token.lower() in NO_UNITS or unit_name((token,)) in UNITS.values()
+            known = token.lower() in NO_UNITS | POWERS.keys() or unit_name((token,)) in UNITS.values()
             tokens += [token] if known or (len(token) > 2 and not attached) else list(token)
         else:
             tokens.append(token)

@@ -1,4 +1,4 @@
-"""What goes into a runner and what comes out of it: `RewardPart`, `ScoreTable`."""
+"""The input of a runner and its output: `RewardPart`, `ScoreTable`."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ KINDS = {  # kind -> pairs that are equal, pairs that differ
     "units": (
         [("18", "18 dollars"), ("800", "800 ml"), ("32", "32 recipes"), ("50", "50%"), (r"50\%", "50 percent"),
          ("45°", "45 degrees"), ("18", "€18"), ("5 km", "5 kilometers"), ("12 km/h", "12 kilometers per hour"),
-         (r"9.8 \text{ m/s}^2", "9.8 m/s^2"), (r"25 \text{ cm}^2", "25 square centimeters"), ("25", "25 cm²"),
+         (r"9.8 \text{ m/s}^2", "9.8 m/s^2"), (r"25 \text{ cm}^2", "25 square centimeters"), ("25", "25 cm²"), ("16", "16 sq cm"),
          ("5 million", "5,000,000"), ("20", "20°C"), (r"\cos 60^\circ", "1/2"), ("3/4", "3/4 of the cake")],
         [("5 cm", "5 m"), ("5 cm", "5 cm^2"), ("$5", "5%"), ("5 days", "5 hours"), ("3 million", "3"),
         ("18", "81 dollars"),
@@ -243,7 +243,7 @@ KINDS = {  # kind -> pairs that are equal, pairs that differ
     ),
     "names": (
         [("(1,2)", "(x,y)=(1,2)"), ("(1,2)", "x = 1, y = 2"), ("x=1,y=2", "y=2,x=1"), ("2,3", "x=2 or x=3"),
-         (r"(r,\theta)=(3,\pi/2)", r"(3,\frac{\pi}{2})"), ("f(x)=2x", "2x"), ("y=2x+1", "2x-y+1=0"),
+         (r"(r,\theta)=(3,\pi/2)", r"(3,\frac{\pi}{2})"), ("f(x)=2x", "2x"), ("y=2x+1", "2x-y+1=0"), ("a=b", "b=a"),
          ("12", r"3\cdot4=12")],
         [("(1,2)", "(y,x)=(1,2)"), ("x=1,y=2", "x=2,y=1"), ("(1,2)", "x=2,y=1"), ("(1,2)", "1,2"), ("x=5", "y=5"),
          ("2,3", "x=2"), ("13", r"3\cdot4=13"), ("f(x)=0", r"\forall x>0, f(x)=0")],
