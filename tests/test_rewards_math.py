@@ -229,7 +229,8 @@ KINDS = {  # kind -> pairs that are equal, pairs that differ
     "units": (
         [("18", "18 dollars"), ("800", "800 ml"), ("32", "32 recipes"), ("50", "50%"), (r"50\%", "50 percent"),
          ("45°", "45 degrees"), ("18", "€18"), ("5 km", "5 kilometers"), ("12 km/h", "12 kilometers per hour"),
-         (r"9.8 \text{ m/s}^2", "9.8 m/s^2"), (r"25 \text{ cm}^2", "25 square centimeters"), ("25", "25 cm²"), ("16", "16 sq cm"),
+         (r"9.8 \text{ m/s}^2", "9.8 m/s^2"), (r"25 \text{ cm}^2", "25 square centimeters"), ("25", "25 cm²"),
+         ("16", "16 sq cm"),
          ("5 million", "5,000,000"), ("20", "20°C"), (r"\cos 60^\circ", "1/2"), ("3/4", "3/4 of the cake")],
         [("5 cm", "5 m"), ("5 cm", "5 cm^2"), ("$5", "5%"), ("5 days", "5 hours"), ("3 million", "3"),
         ("18", "81 dollars"),
