@@ -27,7 +27,9 @@ def group_advantage(
         group: int64 [M], group index of each reward, 0..num_groups-1.
         baseline: "mean" of the group, or "leave_one_out" (mean of the others; RLOO, Ahmadian et al. 2024).
         scale: "none" (Dr. GRPO, Liu et al. 2025), "std" (population standard deviation of the group plus
-            eps; GRPO, Shao et al. 2024), or "batch_std" (that of all advantages given).
+            eps; GRPO, Shao et al. 2024), "reward_std" (that of all rewards given; Flow-GRPO, Liu et al. 2025) or
+            "batch_std" (that of all advantages given). Rewards 0, 1 and 10, 11 of two groups: +-0.5 over 5.02, the
+            spread between the groups included, or over 0.5.
 
     Returns:
         [M], NaN where the reward is NaN.
@@ -54,8 +56,10 @@ def group_advantage(
     elif scale == "batch_std":
         # Advantages have mean 0 in every group, so the root mean square is their standard deviation.
         advantage = advantage / (advantage[valid].square().mean().sqrt() + eps)
+    elif scale == "reward_std":
+        advantage = advantage / (reward[valid].std(correction=0) + eps) if valid.any() else advantage
     elif scale != "none":
-        raise ValueError(f"algorithm.scale must be none, std or batch_std, got {scale!r}")
+        raise ValueError(f"algorithm.scale must be none, std, reward_std or batch_std, got {scale!r}")
     return torch.where(valid, advantage, torch.full_like(advantage, torch.nan))
 
 

@@ -11,16 +11,19 @@ import torch
 class PromptHistory:
     """The last `steps` RL steps before the current one, per prompt; a recipe's memory."""
 
-    def __init__(self, steps: int, min_count: int = 2):
+    def __init__(self, steps: int, min_count: int = 2, correction: int = 1, eps: float = 1e-8):
         """
         Args:
-            min_count: rewards a prompt needs for statistics of its own; with fewer, those of all prompts stand in.
+            min_count: rewards a prompt needs for statistics of its own; with fewer, those of all prompts of the
+                current step stand in, their remembered rewards included.
+            correction: 1 for the sample standard deviation (n - 1; B²-DiffuRL), 0 for the population's (n; DDPO).
+            eps: added to the standard deviation.
         """
-        self.steps, self.min_count = steps, min_count
+        self.steps, self.min_count, self.correction, self.eps = steps, min_count, correction, eps
         self._rewards: dict[str, list[list[float]]] = {}
 
-    def z_scores(self, reward: torch.Tensor, prompts: Sequence[Hashable], eps: float = 1e-8) -> torch.Tensor:
-        """[M] rewards of this step, each minus the mean of its prompt, over its standard deviation (n - 1).
+    def z_scores(self, reward: torch.Tensor, prompts: Sequence[Hashable]) -> torch.Tensor:
+        """[M] rewards of this step, each minus the mean of its prompt, over its standard deviation plus eps.
 
         The statistics cover this step and the remembered ones, and this step is remembered. NaN stays NaN.
         """
@@ -39,9 +42,9 @@ class PromptHistory:
             if value != value:
                 continue
             pool = pools[name] if len(pools[name]) >= self.min_count else everything
-            spread = float(pool.std()) if len(pool) > 1 else 0.0
+            spread = float(pool.std(correction=self.correction)) if len(pool) > 1 else 0.0
             # Equal rewards have no better and no worse; dividing rounding errors by eps would invent them.
-            result[index] = 0.0 if spread < eps else (value - float(pool.mean())) / (spread + eps)
+            result[index] = 0.0 if spread < self.eps else (value - float(pool.mean())) / (spread + self.eps)
         for name, values in now.items():
             self._rewards[name] = [*self._rewards.get(name, []), values][-self.steps :] if self.steps else []
         return result

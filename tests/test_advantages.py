@@ -39,6 +39,8 @@ GROUP = torch.tensor([0, 0, 1, 0, 1, 0])
         ("leave_one_out", "std", [4 / 3, -4 / 3, -2, -4 / 3, 2, 4 / 3]),
         # All six centred rewards: mean square (4 * 1/4 + 2) / 6 = 1/2.
         ("mean", "batch_std", [x * math.sqrt(2) for x in (0.5, -0.5, -1, -0.5, 1, 0.5)]),
+        # All six rewards: mean 10/6, mean square 36/6, variance 6 - 25/9 = 29/9.
+        ("mean", "reward_std", [x * 3 / math.sqrt(29) for x in (0.5, -0.5, -1, -0.5, 1, 0.5)]),
     ],
 )
 def test_advantages_by_hand(baseline: str, scale: str, expected: list[float]) -> None:
@@ -50,7 +52,7 @@ def test_eps_keeps_a_group_without_variance_finite() -> None:
     flat = vector(2, 2, 2)
     group = torch.zeros(3, dtype=torch.int64)
     for baseline in ("mean", "leave_one_out"):
-        for scale in ("none", "std", "batch_std"):
+        for scale in ("none", "std", "reward_std", "batch_std"):
             assert group_advantage(flat, group, baseline, scale).tolist() == [0, 0, 0]
     assert group_advantage(vector(0, 2), group[:2], "mean", "std", eps=1.0).tolist() == [-0.5, 0.5]
 
@@ -68,10 +70,13 @@ def test_a_missing_reward_takes_no_part() -> None:
     scaled = group_advantage(reward, group, "mean", "batch_std", eps=0.0)
     assert scaled[[0, 2, 3]].tolist() == pytest.approx([0.5 * math.sqrt(6), -0.5 * math.sqrt(6), 0])
     assert scaled[[1, 4]].isnan().all()
+    # 1, 0 and 7: mean 8/3, mean square 50/3, variance 86/9.
+    scaled = group_advantage(reward, group, "mean", "reward_std", eps=0.0)
+    assert scaled[[0, 2, 3]].tolist() == pytest.approx([1.5 / math.sqrt(86), -1.5 / math.sqrt(86), 0])
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
-@pytest.mark.parametrize("scale", ["none", "std", "batch_std"])
+@pytest.mark.parametrize("scale", ["none", "std", "reward_std", "batch_std"])
 def test_nothing_scored_nothing_learned(baseline: str, scale: str) -> None:
     group = torch.tensor([0, 0, 1])
     assert group_advantage(vector(NAN, NAN, NAN), group, baseline, scale).isnan().all()
@@ -106,7 +111,7 @@ def test_groups_without_variance() -> None:
     ("settings", "message"),
     [
         ({"baseline": "median"}, r"algorithm\.baseline must be mean or leave_one_out, got 'median'"),
-        ({"scale": "max"}, r"algorithm\.scale must be none, std or batch_std, got 'max'"),
+        ({"scale": "max"}, r"algorithm\.scale must be none, std, reward_std or batch_std, got 'max'"),
     ],
 )
 def test_unknown_choices_are_errors(settings: dict[str, str], message: str) -> None:

@@ -20,6 +20,7 @@ from rl.recipes.b2_diffurl import B2DiffuRL
 from rl.recipes.branch_grpo import BranchGRPO
 from rl.recipes.ddpo import DDPO
 from rl.recipes.diffusion_nft import DiffusionNFT
+from rl.recipes.flow_grpo import FlowGRPO
 from rl.recipes.images import ImageRecipe, PathSummary, branch_of
 from rl.registry import RECIPES, parse_recipe
 from rollouts.samplers.latent_options import LatentSamplerOptions
@@ -92,6 +93,9 @@ def test_z_scores_by_prompt_over_the_remembered_steps() -> None:
     third = history.z_scores(tensor(9, 9), ["a", "a"])
     # The step before last is forgotten: 5, 9, 9.
     torch.testing.assert_close(third, tensor(4 / 3, 4 / 3) / (16 / 3) ** 0.5)
+    # The population's standard deviation: 1 for 1 and 3.
+    population = PromptHistory(0, correction=0, eps=1.0).z_scores(tensor(1, 3), ["a", "a"])
+    torch.testing.assert_close(population, tensor(-0.5, 0.5))
     flat = PromptHistory(0).z_scores(tensor(0.1, 0.1, 0.1), ["a"] * 3)
     assert (flat == 0).all()
 
@@ -129,10 +133,22 @@ def test_ddpo_trains_every_step_and_with_backward_progress_the_last_ones() -> No
     summaries = tree("a", 1, 2, split=0)
     both = verdicts([0, 1], summaries, [0, 0])
     everywhere = advantage_of(DDPO(min_count=2), both)
-    torch.testing.assert_close(everywhere, tensor(-1, 1)[:, None].expand(2, 4) / 2**0.5)
+    # Mean 1/2, population standard deviation 1/2, as the published tracker.
+    torch.testing.assert_close(everywhere, tensor(-0.5, 0.5)[:, None].expand(2, 4) / (0.5 + 1e-6), rtol=0, atol=1e-12)
     late = advantage_of(DDPO(min_count=2, progressive=True, first_interval=3, interval_steps=10), both)
     assert late[:, 0].isnan().all()
     torch.testing.assert_close(late[:, 1:], everywhere[:, 1:])
+
+
+def test_flow_grpo_divides_by_the_spread_of_all_rewards() -> None:
+    """Groups 0, 1 and 10, 11: mean 5.5, variance (30.25 + 20.25) / 2 = 25.25, so +-0.5 / (5.0249 + 1e-4)."""
+    summaries = tree("a", 1, 2, split=0) + tree("b", 2, 2, split=0)
+    advantage = advantage_of(FlowGRPO(), verdicts([0, 1, 10, 11], summaries, [0, 0, 1, 1]))
+    expected = tensor(-1, 1, -1, 1)[:, None].expand(4, 4) * 0.5 / (25.25**0.5 + 1e-4)
+    torch.testing.assert_close(advantage, expected, rtol=0, atol=1e-12)
+    assert advantage.abs().max().item() == pytest.approx(0.0995, abs=1e-4)
+    own = advantage_of(FlowGRPO(scale="batch_std"), verdicts([0, 1, 10, 11], summaries, [0, 0, 1, 1]))
+    torch.testing.assert_close(own.abs(), torch.full_like(own, 0.5 / (0.5 + 1e-4)), rtol=0, atol=1e-12)
 
 
 def test_advantages_are_clamped() -> None:

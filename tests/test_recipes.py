@@ -72,7 +72,7 @@ def test_a_recipe_of_ones_own_changes_defaults_and_goes_to_other_processes(tmp_p
         [sys.executable, "-c", code, str(tmp_path / "pickled")], capture_output=True, text=True, cwd=ROOT
     )
     assert shown.stdout.split() == ["Mine", "2"], shown.stderr
-    with pytest.raises(ValueError, match=r"algorithm\.scale.*'none', 'std' or 'batch_std'"):
+    with pytest.raises(ValueError, match=r"algorithm\.scale.*'none', 'std', 'reward_std' or 'batch_std'"):
         load_config(None, [f"algorithm.name={tmp_path}/mine.py:Wrong"])
     with pytest.raises(TypeError, match="recipe Worse gives a default to 'clip_lo', which is none of its options"):
         type("Worse", (TraceRL,), {"__module__": __name__}, defaults={"clip_lo": 0.1})

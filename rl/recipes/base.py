@@ -106,7 +106,11 @@ class Recipe(AnyRecipe):
     redraw: ClassVar[bool] = False
 
     baseline: Literal["mean", "leave_one_out"] = Field("mean", description="Baseline of the group advantage.")
-    scale: Literal["none", "std", "batch_std"] = Field("none", description="What advantages are divided by.")
+    scale: Literal["none", "std", "reward_std", "batch_std"] = Field(
+        "none",
+        description="What advantages are divided by: the standard deviation of the group's rewards, of all rewards "
+        "of the step (reward_std), or of all advantages of the step (batch_std).",
+    )
     aggregation: Literal["token_mean", "trajectory_mean", "constant"] = Field(
         "token_mean", description="How decisions are averaged into the loss."
     )

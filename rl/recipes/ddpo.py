@@ -1,11 +1,14 @@
 """DDPO: policy gradient on denoising steps, with importance ratios and per-prompt statistics.
 
 Black et al. 2023, "Training Diffusion Models with Reinforcement Learning" (arXiv 2305.13301), the importance-sampling
-estimator: every step of a rollout is an action with the final reward, z-scored by prompt, and PPO's clip.
+estimator: every step of a rollout is an action with the final reward, z-scored by prompt (population standard deviation
+plus 1e-6), and PPO's clip.
 
-Departs from the published code: statistics cover whole RL steps instead of the last 16 or 32 rewards, trajectories
-are float32 and never re-rounded, steps without a density are left out. `progressive` adds B²-DiffuRL's backward
-progressive training and nothing else; `kl_to: reference` with a `kl_coef` is the regulariser of DPOK (`dpok`).
+Departs from the published code: statistics cover whole RL steps instead of the last 16 or 32 rewards; a prompt with
+fewer than `min_count` rewards takes the statistics of all prompts of the step with their remembered rewards, instead of
+those of this step's rewards alone; equal rewards have advantage 0; trajectories are float32 and never re-rounded, steps
+without a density are left out. `progressive` adds B²-DiffuRL's backward progressive training and nothing else;
+`kl_to: reference` with a `kl_coef` is the regulariser of DPOK (`dpok`).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class DDPO(IntervalRecipe, defaults={"progressive": False}):
     def memory(self) -> Any:
         from rl.prompt_history import PromptHistory
 
-        return PromptHistory(self.history, self.min_count)
+        return PromptHistory(self.history, self.min_count, correction=0, eps=1e-6)
 
     def advantage(self, verdicts: Verdicts) -> Tensor:
         z = verdicts.memory.z_scores(verdicts.reward, [n.prompt for n in verdicts.summaries])

@@ -1,7 +1,7 @@
 """Flow-GRPO: group-relative advantages on the SDE of a flow-matching model.
 
 Liu et al. 2025, "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv 2505.05470): sampler `flow_sde`,
-reward minus the group's mean over the standard deviation of the whole batch, KL to the starting policy.
+reward minus the group's mean over the standard deviation of all rewards of the step, KL to the starting policy.
 
 `shared_noise` starts all rollouts of a prompt from one initial noise, as DanceGRPO does (Xue et al. 2025, arXiv
 2505.07818). Departs from the published code: the KL between two steps is the exact one, whose variance includes the
@@ -20,7 +20,7 @@ from rl.estimators.base import Verdicts
 from rl.recipes.images import ImageRecipe, on_steps
 
 
-class FlowGRPO(ImageRecipe, defaults={"scale": "batch_std", "kl_to": "reference", "kl_coef": 0.04}):
+class FlowGRPO(ImageRecipe, defaults={"scale": "reward_std", "kl_to": "reference", "kl_coef": 0.04}):
     shared_noise: int = Field(
         1, ge=1, description="Rollouts that start from one initial noise; train.group_size is DanceGRPO."
     )
