@@ -32,17 +32,16 @@ class Ahead:
     def begin(self, engine: Engine, requests: Sequence[Any], policy_version: int) -> None:
         """Start to sample; one call at a time."""
         assert not self.begun()
-
-        def sample() -> None:
-            try:
-                trajectories = engine.generate(requests, policy_version)
-                check_versions(trajectories, policy_version)
-                self._result = trajectories, engine.stats
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=sample, daemon=True)
+        self._thread = threading.Thread(target=self._sample, args=(engine, requests, policy_version), daemon=True)
         self._thread.start()
+
+    def _sample(self, engine: Engine, requests: Sequence[Any], policy_version: int) -> None:
+        try:
+            trajectories = engine.generate(requests, policy_version)
+            check_versions(trajectories, policy_version)
+            self._result = trajectories, engine.stats
+        except BaseException as error:
+            self._error = error
 
     def wait(self) -> None:
         """Until the rollouts that were begun are there.

@@ -1,23 +1,21 @@
-"""The rollout engine a config names: what the run needs of it, and how it gets the policy's weights."""
+"""The rollout engine a config names, and how it gets the policy's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
+
+import torch
+from torch import nn
 
 from rl.config import Config
 from rl.modalities.base import open_modality
 from rl.tasks.load import load_task
 from rl.train import distributed
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from rollouts.engines.base import Engine
+from rollouts.engines.base import Engine
 
 
 def open_engine(config: Config, model: Any, modality: Any, run_dir: Path) -> Engine | None:
@@ -73,8 +71,6 @@ class WorkerModel:
     device: str
 
     def __call__(self) -> tuple[nn.Module, Callable[[Any], Engine]]:
-        import torch
-
         if self.config.run.num_threads:
             torch.set_num_threads(self.config.run.num_threads)
         modality = open_modality(self.config, load_task(self.config.task.name, self.config.task.params))
