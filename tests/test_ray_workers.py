@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from rl.config import load_config
-from rl.train import update
+from rl.train import distributed, update
 from rl.train.microbatch import MicroBatch
 from rl.train.plan import check_engine
 from rl.train.rollouts import RolloutSource, sample_lines
@@ -57,6 +57,8 @@ def one_ray() -> Iterator[None]:
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
     signal.signal(signal.SIGTERM, handler)
+    # A process group that a training began here goes by variables that are dropped now.
+    distributed.stop()
     os.environ.clear()
     os.environ.update(environment)
 
