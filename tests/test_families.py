@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 from rl.cli import main
 from rl.config import Config, load_config
 from rl.modalities.text import TextModality
+from rl.models import attention
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.export import write_published
 from rl.models.families.family import SIZES, Family, Part
@@ -33,6 +34,7 @@ from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
 from rl.train.plan import check_run
 from rl.values.model import Policy
+from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from tests import runs
@@ -384,6 +386,38 @@ def test_rotary_frequencies_survive_casts(family: str, tmp_path: Path) -> None:
         frequencies = model.backbone.rotary_emb.inv_freq
         assert frequencies.dtype == torch.float32
         torch.testing.assert_close(frequencies, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("precise", [True, False])
+@torch.no_grad()
+def test_llada_rotates_in_float32_where_its_config_says_so(precise: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """Queries and keys in bfloat16 as attention gets them, against pairs turned one by one."""
+    model = load(write(tmp_path, "llada", rope_full_precision=precise)).to(torch.bfloat16)
+    taken, raw = [], []
+    plain = attention.scaled_dot_product_attention
+
+    def watch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any) -> torch.Tensor:
+        taken.append((query, key, value))
+        return plain(query, key, value, **rest)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watch)
+    layer = model.backbone.layers[0].self_attn
+    for projection in (layer.q_proj, layer.k_proj):
+        projection.register_forward_hook(lambda module, arguments, output: raw.append(output))
+    cache = BlockCache(1, len(IDS))
+    cache.aim([0], torch.arange(len(IDS))[None], len(IDS))
+    model.hidden_states(torch.tensor([IDS]), position_ids=torch.arange(len(IDS))[None], cache=cache)
+    width = head_dim("llada")
+    angle = torch.arange(len(IDS))[:, None] * THETA ** (-2 * torch.arange(width // 2) / width)
+    for got, flat in zip(taken[0][:2], raw, strict=True):
+        assert got.dtype == taken[0][2].dtype == torch.bfloat16
+        x = flat.unflatten(-1, (-1, width)).transpose(1, 2)
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = x.to(dtype).split(width // 2, dim=-1)
+            cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+            by_hand = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).bfloat16()
+            # Angles may differ by an ulp of float32, which now and then rounds to the next bfloat16.
+            assert ((got != by_hand).float().mean() < 0.01) == (precise == (dtype == torch.float32))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

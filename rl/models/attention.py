@@ -29,6 +29,8 @@ def diffusion_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: [B, H, Q, D/H] queries, [B, H', K, D/H] keys -> [B, Q, H, D/H]."""
+    # Rotation in float32 (`rl/models/rotary.py`) leaves queries and keys in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
     special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))

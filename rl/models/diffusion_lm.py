@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from rl.models import attention, conv
+from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
 from rl.models.vocabulary import Ranges
 
@@ -40,6 +41,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         published: dict[str, Any] | None = None,
         family: str | None = None,
         conditions: dict[str, str] | None = None,
+        rope_full_precision: bool = False,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
@@ -50,6 +52,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.family = family
         # Prompt tokens added to the vocabulary, see `rl/models/conditions.py`.
         self.conditions = conditions or {}
+        # Rotate queries and keys in float32 whatever the weights' dtype (LLaDA).
+        self.rope_full_precision = rope_full_precision
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -99,6 +103,8 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         # Built as sdpa first: transformers then refuses backbones whose attention is not interchangeable.
         self.backbone = AutoModel.from_config(backbone_config, attn_implementation="sdpa")
         self.backbone.set_attn_implementation(attention.NAME)
+        if config.rope_full_precision:
+            rotate_in_float32(self.backbone.rotary_emb)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             table = next(n for n, m in self.backbone.named_modules() if m is self.backbone.get_input_embeddings())

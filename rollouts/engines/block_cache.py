@@ -47,10 +47,10 @@ class BlockCache:
         """Store [B, H, Q, D/H] states and return [B, H, K, D/H] of the aimed slots."""
         if layer_idx not in self._layers:
             shape = (self.num_slots, key_states.shape[1], self.max_length, key_states.shape[3])
-            self._layers[layer_idx] = (key_states.new_zeros(shape), value_states.new_zeros(shape))
+            self._layers[layer_idx] = (value_states.new_zeros(shape), value_states.new_zeros(shape))
         keys, values = self._layers[layer_idx]
         where = (self._slots[:, None], slice(None), self._positions)
-        keys[where] = key_states.transpose(1, 2)
+        keys[where] = key_states.transpose(1, 2).to(keys.dtype)
         values[where] = value_states.transpose(1, 2)
         return self._hold(keys), self._hold(values)
 

@@ -2,6 +2,9 @@
 
 The published code is OLMo's: many switches, of which the checkpoints use one setting each. Its tokenizer has no
 mask token (`tokenizer.mask_token` is None), the id stands in config.json; 126,464 embeddings, fewer tokens.
+
+Queries and keys are rotated in float32 whatever the weights' dtype where config.json has `rope_full_precision` (the
+checkpoints do), as in the published code; transformers' Llama rotates in bfloat16. docs/models.md: the difference.
 """
 
 from __future__ import annotations
@@ -60,11 +63,15 @@ class Llada(Family):
         "weight_tying": False,
     }
     template: ClassVar[Mapping[str, Any]] = {
-        "rope_full_precision": True,
+        "rope_full_precision": False,
         "attention_dropout": 0.0,
         "residual_dropout": 0.0,
         "embedding_dropout": 0.0,
     }
+
+    def fields(self, described: Mapping[str, Any], block_length: int | None = None) -> dict[str, Any]:
+        precise = bool(described.get("rope_full_precision", True))
+        return super().fields(described, block_length) | {"rope_full_precision": precise}
 
     def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
         sizes = {
