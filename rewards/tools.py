@@ -71,22 +71,14 @@ class ScoreReport:
     """What a reward says about a file.
 
     Example: `print(score_file("samples.jsonl", "math_answer", columns={"answer": "gold"}).text())`.
-
-    Attributes:
-        reward: its name.
-        values: one per completion, None where there is no score.
-        reasons: why scores are missing -> how often.
-        metrics: the metrics the reward reported, averaged over all completions.
-        seconds: wall time of scoring, without loading the reward.
-        load_seconds: wall time of loading it.
     """
 
     reward: str
-    values: list[float | None]
-    reasons: Counter[str]
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    load_seconds: float = 0.0
+    values: list[float | None]  # one per completion, None where there is no score
+    reasons: Counter[str]  # why scores are missing -> how often
+    metrics: dict[str, float] = field(default_factory=dict)  # as the reward reports them, mean over all completions
+    seconds: float = 0.0  # wall time of scoring
+    load_seconds: float = 0.0  # wall time of loading the reward
 
     def text(self) -> str:
         """A report of a few lines: counts, mean, distribution, failures, timing."""
@@ -124,16 +116,13 @@ def score_file(
     """Run a reward over a JSONL file of samples.
 
     Args:
-        path: one JSON object a line. The completion may be a text, a chat, or a list of texts (several samples of
-            one prompt).
-        reward: any name `load_reward` takes.
-        params: parameters of the reward.
+        path: one JSON object a line. The completion may be a text, a chat, or a list of texts (samples of one prompt).
+        reward, params: any name `load_reward` takes, and parameters of it.
         columns: argument of the reward -> field of the file, where the names differ.
         prompt, completion: fields that hold the prompt ("" when absent) and the completion.
         output: write every completion with its score to this JSONL file.
-        limit: score only the first so many completions.
+        limit, batch_size: score only the first so many completions, so many at once.
         mode, num_workers, timeout_seconds: of the `RewardRunner`; "inline" shows the reward's own prints.
-        batch_size: completions per batch.
 
     Raises:
         ValueError: for a broken line, a missing completion, an unknown reward or parameter.
@@ -145,9 +134,8 @@ def score_file(
     report = ScoreReport(reward, [], Counter())
     totals: dict[str, list[float]] = {}
     begin = time.perf_counter()
-    with RewardRunner(
-        [part], mode=mode, num_workers=num_workers, timeout_seconds=timeout_seconds, max_failure_share=1.0
-    ) as runner:
+    how: dict[str, Any] = {"mode": mode, "num_workers": num_workers, "timeout_seconds": timeout_seconds}
+    with RewardRunner([part], **how, max_failure_share=1.0) as runner:
         start = time.perf_counter()
         report.load_seconds = start - begin
         for at in range(0, len(rows), batch_size):
@@ -172,13 +160,7 @@ def score_file(
 
 
 def new_reward(path: str | Path) -> tuple[Path, Path]:
-    """Write a working reward and its test.
-
-    Args:
-        path: `my_reward` or `folder/my_reward.py`; the file name is the name of the reward function.
-
-    Returns:
-        The reward file and the test file beside it.
+    """Write a working reward, `my_reward` or `folder/my_reward.py`, named like its file; returns it and its test.
 
     Raises:
         ValueError: when the name is no Python name or a standard-library module, or when a file exists already.
@@ -213,14 +195,11 @@ def _samples(path: Path, prompt: str, completion: str, limit: int | None) -> Ite
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error
             if not isinstance(row, dict) or completion not in row:
                 fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(
-                    f"{path}:{number} has no '{completion}', it has {fields}; name the field of completions"
-                )
-            several = row[completion]
-            texts = (
-                several if isinstance(several, list) and all(isinstance(text, str) for text in several) else [several]
-            )
-            for text in texts:
+                has = f"{path}:{number} has no '{completion}', it has {fields}"
+                raise ValueError(f"{has}; name the field of completions")
+            found = row[completion]
+            several = isinstance(found, list) and all(isinstance(text, str) for text in found)
+            for text in found if several else [found]:
                 if limit is not None and count >= limit:
                     return
                 count += 1

@@ -43,14 +43,10 @@ class ProgramStopped(BaseException):
 
 
 def check(spec: Mapping[str, Any], requests: int, replies: int, out: int) -> None:
-    """Run every test and report on `out`, ["begin", number], one ["test", passed, reason] each, ["done"].
+    """Run every test of `spec` (see `records.Program`) over the pipes `requests` and `replies`, and report on `out`.
 
-    ["invalid", reason] instead says that the tests say nothing about any program.
-
-    Args:
-        spec: `tests`, `setup`, `preamble` and `entry_point` as in `records.Program`.
-        requests, replies: descriptors of the pipes to and from the program.
-        out: descriptor of the pipe to whoever wants the verdict.
+    The report is ["begin", number], one ["test", passed, reason] each, ["done"]; ["invalid", reason] instead says that
+    the tests say nothing about any program.
     """
     try:
         parts = [_compiled(text, f"<test {i}>") for i, text in enumerate(spec["tests"])]
@@ -82,15 +78,9 @@ def check(spec: Mapping[str, Any], requests: int, replies: int, out: int) -> Non
 
 
 def verdict(messages: Iterable[Sequence[Any]], status: str = "ok", stopped: str = "") -> dict[str, Any]:
-    """What the messages of `check` add up to, completed by failures for the tests it never came to.
+    """`tests`, `status` and `reason` of a `RunResult`, from the messages of `check`.
 
-    Args:
-        messages: in order; they may break off.
-        status: how the run ended otherwise: "ok", "timeout" or "output".
-        stopped: why the messages break off, if they do.
-
-    Returns:
-        `tests`, `status` and `reason` as in `records.RunResult`.
+    The messages may break off: `status` and `stopped` say how else the run ended, and the tests not come to failed.
     """
     tests: list[list[Any]] = []
     num_tests, done = 0, False
@@ -106,11 +96,8 @@ def verdict(messages: Iterable[Sequence[Any]], status: str = "ok", stopped: str 
         status = "error"
     tests += [[False, f"not reached: {stopped}"]] * (num_tests - len(tests))
     failed = [reason for passed, reason in tests if not passed]
-    return {
-        "tests": tests,
-        "status": status,
-        "reason": "" if status == "ok" and not failed else (failed or [stopped])[0],
-    }
+    reason = "" if status == "ok" and not failed else (failed or [stopped])[0]
+    return {"tests": tests, "status": status, "reason": reason}
 
 
 def _compiled(text: str, name: str) -> tuple[ast.Module, CodeType]:

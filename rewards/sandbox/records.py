@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 # "invalid" and "infrastructure" are no verdict on the program: the tests cannot be used, or the sandbox failed.
@@ -16,25 +16,16 @@ LONGEST_RUN = 5  # times the wall limit, however busy the machine is
 class Limits:
     """What one program may use.
 
-    CPU time, not wall time, is the first limit: a verdict must not depend on how busy the machine is.
-
-    Attributes:
-        cpu_seconds: CPU time of the program (all its threads), fractions allowed; the checker gets the same.
-        wall_seconds: wall time, for programs that sleep; None means 2 * cpu_seconds + 5. Time in which a program
-            could have run but others had the processors does not count.
-        memory_mb: address space, MiB.
-        output_kb: standard output, KiB; a program that writes more is stopped with status "output". Standard
-            error beyond the same size is dropped.
-        tmp_mb: size of the private temporary folder, MiB.
-        max_threads: threads (and, where a kernel cannot forbid them, processes) at once.
+    CPU time, not wall time, is the first limit: a verdict must not depend on how busy the machine is. Time in which a
+    program could have run but others had the processors does not count as wall time.
     """
 
-    cpu_seconds: float = 10.0
-    wall_seconds: float | None = None
-    memory_mb: int = 1024
-    output_kb: int = 8192
-    tmp_mb: int = 64
-    max_threads: int = 32
+    cpu_seconds: float = 10.0  # of the program, all its threads; the checker gets the same
+    wall_seconds: float | None = None  # for programs that sleep; None means 2 * cpu_seconds + 5
+    memory_mb: int = 1024  # address space, MiB
+    output_kb: int = 8192  # standard output, KiB; more of it stops the program, with the status "output"
+    tmp_mb: int = 64  # the temporary folder, MiB
+    max_threads: int = 32  # at once
 
     def __post_init__(self) -> None:
         for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_kb", "tmp_mb", "max_threads"):
@@ -140,16 +131,11 @@ class SandboxReport:
     """Which isolation is in force, for the log.
 
     Example: `SandboxReport("process", layers=("seccomp", "Landlock", "resource limits"), missing=("no bubblewrap",))`.
-
-    Attributes:
-        isolation: "bubblewrap", "process", "none" or "remote".
-        layers: what holds a program, strongest first.
-        missing: one entry per protection that is not there, and why.
     """
 
-    isolation: str
-    layers: tuple[str, ...] = field(default=())
-    missing: tuple[str, ...] = field(default=())
+    isolation: str  # "bubblewrap", "process", "none" or "remote"
+    layers: tuple[str, ...] = ()  # what holds a program, strongest first
+    missing: tuple[str, ...] = ()  # one entry per protection that is not there, and why
 
     def __str__(self) -> str:
         weaker = f"; weaker: {'; '.join(self.missing)}" if self.missing else ""

@@ -90,19 +90,14 @@ class RemoteSandbox:
 
     def _post(self, code: str, stdin: str, language: str) -> dict[str, Any] | RunResult:
         """The server's account of the run, or a result that says why there is none."""
-        body = {
-            "code": code,
-            "language": language,
-            "stdin": stdin,
-            "run_timeout": self.limits.wall,
-            "compile_timeout": self.limits.wall,
-            "memory_limit_MB": self.limits.memory_mb,
-        }
+        wall, memory = self.limits.wall, self.limits.memory_mb
+        body = {"code": code, "language": language, "stdin": stdin, "memory_limit_MB": memory}
+        body |= {"run_timeout": wall, "compile_timeout": wall}
         request = urllib.request.Request(
             f"{self.url}/run_code", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=2 * self.limits.wall + NETWORK_SECONDS) as response:
+            with urllib.request.urlopen(request, timeout=2 * wall + NETWORK_SECONDS) as response:
                 answer = json.load(response)
             if answer["status"] == "SandboxError":
                 return RunResult("infrastructure", reason=f"sandbox server: {answer['message']}"[:300])
@@ -119,13 +114,8 @@ class RemoteSandbox:
 
 def _script_result(ran: dict[str, Any]) -> RunResult:
     code = ran.get("return_code")
-    result = RunResult(
-        "ok",
-        stdout=ran.get("stdout") or "",
-        stderr=ran.get("stderr") or "",
-        exit_code=code,
-        wall_seconds=ran.get("execution_time") or 0.0,
-    )
+    stdout, stderr, seconds = ran.get("stdout") or "", ran.get("stderr") or "", ran.get("execution_time") or 0.0
+    result = RunResult("ok", stdout=stdout, stderr=stderr, exit_code=code, wall_seconds=seconds)
     if ran["status"] == "TimeLimitExceeded":
         return replace(result, status="timeout", reason="time limit reached")
     if code:

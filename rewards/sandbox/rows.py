@@ -33,15 +33,10 @@ assert _got == _want or (isinstance(_want, list) and len(_want) == 1 and _got ==
 
 @dataclass(frozen=True)
 class CodeTask:
-    """What one answer has to do.
+    """What one answer has to do."""
 
-    Attributes:
-        programs: what to run: one with tests, or one per input.
-        expected: the outputs wanted, one per program; empty when the programs carry tests.
-    """
-
-    programs: list[Program]
-    expected: list[str]
+    programs: list[Program]  # one with tests, or one per input
+    expected: list[str]  # the outputs wanted, one per program; empty when the programs carry tests
 
     @property
     def num_tests(self) -> int:
@@ -49,11 +44,7 @@ class CodeTask:
 
 
 def code_task(code: str, row: Mapping[str, Any]) -> CodeTask:
-    """The programs that judge `code`.
-
-    Args:
-        code: the answer's source text.
-        row: the dataset columns of this row; None counts as absent.
+    """The programs that judge an answer's `code` by the columns of its row, where None counts as absent.
 
     Raises:
         ValueError: when the row holds no tests, or not in a form listed above.

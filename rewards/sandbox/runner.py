@@ -36,12 +36,7 @@ class ParentGone(Exception):
 
 
 class Runner:
-    """Serves one request of the pool.
-
-    Args:
-        found: the protections to apply.
-        control: descriptor the request is read from.
-    """
+    """Serves one request of the pool, which was read from the descriptor `control`."""
 
     def __init__(self, found: Protection, control: int) -> None:
         self.found, self.control = found, control
@@ -55,9 +50,8 @@ class Runner:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run one program; a `RunResult` as a JSON object.
 
-        Args:
-            request: `code`, `limits`, and `stdin` (text) or None: then a second message follows on `control`,
-                with the rest of the `Program`, which only the checker's process reads.
+        The request has `code`, `limits`, and `stdin`, a text or None: then a second message follows on `control`, with
+        the tests, which only the checker's process reads.
         """
         limits = Limits(**request["limits"])
         start = time.monotonic()
@@ -182,11 +176,8 @@ class Runner:
     ) -> str:
         """Wait until `finished()`; returns "" then, else which limit was hit: "timeout" or "output".
 
-        `sinks` are read meanwhile. CPU time is counted for each child, wall time without that in which a child waited
-        for a processor.
-
-        Raises:
-            ParentGone: when `control` was closed at its other end.
+        CPU time is counted for each child, wall time without that in which a child waited for a processor. Raises
+        ParentGone when `control` was closed at its other end.
         """
         stopped = self._wait(children, sinks, finished, limits)
         if stopped:

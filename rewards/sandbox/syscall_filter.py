@@ -54,16 +54,10 @@ def _by_argument(number: int, position: int, values: tuple[int, ...], found: byt
 
 @functools.lru_cache(maxsize=8)
 def filter_program(own_pid: int, keep_files: bool, machine: str | None = None) -> bytes:
-    """The filter as BPF instructions.
+    """The filter as BPF instructions, for a process that may signal only `own_pid`.
 
-    Args:
-        own_pid: the only process that may be signalled.
-        keep_files: for a disk whose size nothing limits: a file must stay where its size can be seen, so removing
-            files is answered with success and not done, and files without a name are refused.
-        machine: architecture; this one's by default.
-
-    Raises:
-        OSError: where the architecture is not known.
+    `keep_files` is for a disk whose size nothing limits: a file must stay where its size is seen, so removing one is
+    answered with success and not done, and files without a name are refused. Raises OSError on other architectures.
     """
     machine = machine or platform.machine()
     numbers = linux.syscall_numbers(machine)

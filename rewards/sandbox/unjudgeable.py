@@ -22,11 +22,9 @@ PATCHES = {"builtins.input", "builtins.print", "sys.stdin", "sys.stdout"}
 
 
 def unjudgeable(nodes: Sequence[ast.AST], defined: Iterable[str]) -> str:
-    """Why no verdict is possible with these tests; "" when nothing speaks against it.
+    """Why no verdict is possible with tests of these nodes (setup included), or "".
 
-    Args:
-        nodes: all of the tests and their setup.
-        defined: names that the task itself defines.
+    `defined` are the names of classes that the task gives to every program.
     """
     modules = {"pd": "pandas"}
     known = {*defined, *dir(builtins)}

@@ -62,11 +62,7 @@ def encode(value: Any, other: Other) -> Any:
 
 
 def decode(node: Any, handle: Other) -> Any:
-    """The value of a node; `handle(node)` gives the object of a tag that is not data.
-
-    Raises:
-        TransferError: when it is no node, whatever was sent.
-    """
+    """The value of a node; `handle(node)` gives that of a tag that is not data. Raises TransferError for nonsense."""
     kind = type(node)
     if kind in AS_IS or kind is int:
         return node
