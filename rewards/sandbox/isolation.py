@@ -10,7 +10,6 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +21,13 @@ SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.co
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 REWARDS = str(Path(__file__).resolve().parents[1])
 WRITABLE = "/tmp/sandbox"  # in bubblewrap; a folder of its own, as an interpreter may live below /tmp
-FORBIDDEN_PATH = "/proc/self/status"  # exists, harmless, and never among the readable paths
+# Prints which of two layers hold it back.
+SECCOMP, LANDLOCK = "seccomp", "Landlock"
+TRIAL = f"""import os
+for name, action in (({SECCOMP!r}, lambda: os.chmod('.', 0o700)), ({LANDLOCK!r}, lambda: open('/proc/self/status'))):
+    try: action()
+    except PermissionError: print(name)
+"""
 # What a worker of root needs to give each process a user id and a folder of its own, and to end both.
 CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETUID", "SETGID")
 # Each process of root's sandbox gets a user id that nobody else has, so nothing on the machine is its own.
@@ -113,16 +118,18 @@ class Protection:
 
 
 def protect(isolation: str) -> Protection:
-    """Set this process up as a worker; for "bubblewrap" it is already inside. Raises OSError where it cannot be."""
-    found = Protection(isolation, proc=os.open("/proc", os.O_PATH | os.O_CLOEXEC))
+    """Set this process up as a worker; for "bubblewrap" it is already inside. Raises OSError where it cannot be.
+
+    Whether the layers hold is seen by the trial program that the pool runs next.
+    """
+    found = Protection(isolation, num_tasks=_count_tasks(), proc=os.open("/proc", os.O_PATH | os.O_CLOEXEC))
     if isolation == "bubblewrap":
         found.names += ["own pid, mount, net, ipc and uts namespaces", "nothing to write but a folder in memory"]
-    found.num_tasks = _count_tasks(os.getuid())
+    if isolation != "none":
+        _find_layers(found)
+    found.names.append("resource limits")
     # Other processes of the same user may not look into this one. Not sooner: it also closes our own /proc/self.
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
-    if isolation != "none":
-        _try_layers(found)
-    found.names.append("resource limits")
     if isolation != "bubblewrap":
         found.folder = tempfile.mkdtemp(prefix="sandbox_")  # last, when nothing can fail any more
     for number in (0, 1):  # of the program and of the checker
@@ -131,85 +138,39 @@ def protect(isolation: str) -> Protection:
     return found
 
 
-def _try_layers(found: Protection) -> None:
+def _find_layers(found: Protection) -> None:
+    try:
+        landlock.version()
+        found.landlock = True
+    except OSError as error:
+        if found.isolation == "process":
+            raise
+        found.missing.append(f"no Landlock ({error}): programs see each other's temporary folders")
     if os.geteuid() == 0:
-        problem = attempt(lambda: _become_user(FIRST_UID))
-        found.own_uid = not problem
-        found.read_all = not problem and bool(attempt(_read_interpreter_as_stranger))
-        if problem:
-            found.missing.append(f"programs run as root without capabilities, threads uncounted ({problem})")
-        else:
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+        mapped = any(int(start) + int(size) >= FIRST_UID + NUM_UIDS for start, _, size in map(str.split, lines))
+        library = Path(os.__file__)
+        found.read_all = any(folder.stat().st_mode & 5 != 5 for folder in library.parents)
+        found.own_uid = mapped and (found.landlock or not found.read_all)
+        if found.own_uid:
             found.num_tasks = 0
             found.names.append("a user id for each process")
-    problem = attempt(lambda: _try_filter(found))
-    if problem:  # nothing else would stop a program from starting others
-        raise OSError(f"no system call filter ({problem})")
+        else:
+            found.missing.append("programs run as root without capabilities, and their threads are not counted")
     found.seccomp = True
-    found.names.append("seccomp (no new process, program, socket; no signal to others)")
-    problem = attempt(lambda: _try_landlock(found))
-    if problem and (found.isolation == "process" or found.read_all):
-        raise OSError(f"no Landlock ({problem})")
-    if problem:
-        found.missing.append(f"no Landlock ({problem}): programs see each other's temporary folders")
-    else:
-        found.landlock = True
-        found.names.append("Landlock (no files but the interpreter and a temporary folder)")
+    found.names.append(f"{SECCOMP} (no new process, program, socket; no signal to others)")
+    found.names += [f"{LANDLOCK} (no files but the interpreter and a temporary folder)"] * found.landlock
 
 
-def attempt(action: Callable[[], object]) -> str:
-    """Try something irreversible in a throwaway process; "" when it worked, else the reason in one line."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        reason = ""
-        try:
-            action()
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
-        os.write(write, reason.encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        reason = pipe.read().decode()
-    _, status = os.waitpid(pid, 0)
-    return reason or ("" if status == 0 else f"ended with status {status}")
-
-
-def _try_filter(found: Protection) -> None:
-    program = syscall_filter.filter_program(os.getpid(), found.keep_files)
-    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-    syscall_filter.install(program)
-    try:
-        os.kill(os.getppid(), 0)
-    except PermissionError:
-        return
-    raise OSError("the filter does not hold")
-
-
-def _try_landlock(found: Protection) -> None:
-    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-    landlock.restrict(found.readable, "/tmp", found.keep_files)
-    try:
-        open(FORBIDDEN_PATH).close()
-    except PermissionError:
-        return
-    raise OSError("Landlock does not hold")
-
-
-def _become_user(uid: int, keep_capabilities: bool = False) -> None:
+def _become_user(uid: int, keep_capabilities: bool) -> None:
     linux.prctl(linux.PR_SET_KEEPCAPS, int(keep_capabilities))
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 
 
-def _read_interpreter_as_stranger() -> None:
-    _become_user(FIRST_UID)
-    os.listdir(os.path.dirname(os.__file__))
-
-
-def _count_tasks(uid: int) -> int:
-    count = 0
+def _count_tasks() -> int:
+    count, uid = 0, os.getuid()
     for entry in os.listdir("/proc"):
         try:
             if entry.isdigit() and os.stat(f"/proc/{entry}").st_uid == uid:

@@ -19,14 +19,19 @@ RULE_PATH_BENEATH = 1
 SCOPES = 3  # abstract unix sockets and signals to processes outside, from version 6
 
 
+def version() -> int:
+    """Version of the interface. Raises OSError where the kernel has none."""
+    return linux.syscall("landlock_create_ruleset", None, 0, 1)
+
+
 def restrict(readable: Iterable[str], folder: str, keep_files: bool) -> None:
     """Confine this process to reading `readable` and writing below `folder` and to /dev/null.
 
     With `keep_files` what is made there cannot be removed or renamed. Raises OSError where the kernel cannot.
     """
-    version = linux.syscall("landlock_create_ruleset", None, 0, 1)
-    rights = (1 << NUM_RIGHTS.get(version, 16)) - 1
-    words = [rights, 0, SCOPES] if version >= 6 else [rights]
+    found = version()
+    rights = (1 << NUM_RIGHTS.get(found, 16)) - 1
+    words = [rights, 0, SCOPES] if found >= 6 else [rights]
     attributes = (ctypes.c_uint64 * len(words))(*words)
     ruleset = linux.syscall("landlock_create_ruleset", attributes, ctypes.sizeof(attributes), 0)
     try:

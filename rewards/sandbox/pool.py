@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from rewards.sandbox import frames
-from rewards.sandbox.isolation import ISOLATIONS, REWARDS, bubblewrap
+from rewards.sandbox.isolation import ISOLATIONS, LANDLOCK, REWARDS, SECCOMP, TRIAL, bubblewrap
 from rewards.sandbox.records import LONGEST_RUN, Limits, Program, RunResult, SandboxReport
 
 LOG = logging.getLogger(__name__)
@@ -37,9 +37,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-
-
-TRIAL = Program("print(6 * 7)")
 
 
 class SandboxError(RuntimeError):
@@ -202,9 +199,11 @@ class _Worker:
             hello = worker._receive(START_SECONDS)
             if "error" in hello:
                 raise WorkerDied(hello["error"])
-            trial = worker.judge(_request(TRIAL, Limits()), START_SECONDS)
-            if trial.stdout != "42\n":
-                raise WorkerDied(f"{trial.reason} {trial.stderr}".strip())
+            trial = worker.judge(_request(Program(TRIAL), Limits()), START_SECONDS)
+            named = [layer for layer in (SECCOMP, LANDLOCK) if any(name.startswith(layer) for name in hello["layers"])]
+            broken = [layer for layer in named if layer not in trial.stdout.split()]
+            if trial.status != "ok" or broken:
+                raise WorkerDied(f"{trial.reason or ' and '.join(broken) + ' without effect'} {trial.stderr}".strip())
         except WorkerDied as error:
             worker.stop()
             raise SandboxError(str(error)) from None
