@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from rewards.sandbox import CodeSandbox, Limits, Program, RunResult
+from rewards.sandbox import CodeSandbox, Limits, RunResult
 from rewards.sandbox.compare import outputs_match
 from rewards.sandbox.remote import RemoteSandbox
 from rewards.sandbox.rows import COLUMNS, CodeTask, code_task
@@ -22,16 +22,6 @@ from rewards.text import text_of
 
 FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)(.*)", re.DOTALL)
 PYTHON_TAGS = {"python", "python3", "py"}
-
-
-class Sandbox(Protocol):
-    """What runs the programs: local (`CodeSandbox`) or remote (`RemoteSandbox`)."""
-
-    max_workers: int
-
-    def run(self, programs: Sequence[Program]) -> list[RunResult]: ...
-
-    def close(self) -> None: ...
 
 
 class CodeTests:
@@ -71,7 +61,7 @@ class CodeTests:
         self.aggregate = aggregate
         self.float_tolerance = float_tolerance
         limits = Limits(cpu_seconds=timeout_seconds, memory_mb=memory_mb)
-        self.sandbox: Sandbox
+        self.sandbox: CodeSandbox | RemoteSandbox
         if sandbox_url:
             self.sandbox = RemoteSandbox(sandbox_url, max_workers=max_workers, limits=limits)
         else:
@@ -80,16 +70,10 @@ class CodeTests:
     __name__ = "code_tests"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
-        """Score completions.
-
-        Args:
-            prompts: not used.
-            completions: texts or chat message lists.
-            columns: the tests, in one of the forms of `rewards.sandbox.rows`.
+        """Score completions, which are texts or chats, by tests in `columns` (the forms of `rewards.sandbox.rows`).
 
         Returns:
-            One `Score` per completion, with metrics `tests_passed` (share), `timeout` (0 or 1) and, where known,
-            `cpu_seconds`.
+            One `Score` per completion, with metrics `tests_passed` (share), `timeout` (0 or 1) and `cpu_seconds`.
 
         Raises:
             ValueError: when no column holds tests.

@@ -200,6 +200,8 @@ KINDS: dict[str, tuple[str, str, bool]] = {
     "except* and its group": (GROUP.format("TypeError"), "try: f(1); assert 0\nexcept* TypeError: pass", True),
     "an answer that is an import": ("from math import gcd", "assert gcd(12, 18) == 6", True),
     "a wrong one": ("from math import lcm as gcd", "assert gcd(12, 18) == 6", False),
+    "an import beside one that does not cross": (
+        "import yaml\nfrom math import gcd", "assert gcd(4, 6) == 2 and (lambda: yaml)", True),
     "an endless iterator": (
         "import itertools\ndef f(it): return list(itertools.islice(it, 3))",
         "import itertools\nit = itertools.count(5)\nassert f(it) == [5, 6, 7] and next(it) == 8", True),

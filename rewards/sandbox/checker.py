@@ -34,7 +34,6 @@ from rewards.sandbox.program_object import ProgramObject, exception_class
 from rewards.sandbox.unjudgeable import unjudgeable
 from rewards.sandbox.values import TransferError, build_error, decode, describe_error, is_mutable, restore
 
-MODULE_ALIASES = {"np": "numpy"}
 PATCHED = {"input": builtins.input, "print": builtins.print}  # what tests may replace for the program too
 
 
@@ -179,7 +178,7 @@ class Link:
             if entry_point in shadowing or (not entry_point and not own and len(shadowing) == 1):
                 self._bind(entry_point or shadowing.pop())
             elif not own:  # an answer such as `from math import gcd`
-                for name in sorted(offered - shadowing - bound):
+                for name in (offered - shadowing - bound) & self.namespace.keys():
                     self.namespace[name] = self._counted(self.namespace[name])
             self._follow_seeds(nodes)
         except (Exception, ProgramStopped) as error:
@@ -202,11 +201,12 @@ class Link:
         node = self._ask(["global", name])[0]
         tag = node.get("t") if isinstance(node, dict) else None
         if tag == "module":
-            if node["v"] == MODULE_ALIASES.get(name, name) and node["v"].split(".")[0] in (
+            module = node["v"]
+            if module == {"np": "numpy"}.get(name, name) and module.split(".")[0] in (
                 *sys.stdlib_module_names,
-                *MODULE_ALIASES.values(),
+                "numpy",
             ):
-                self.namespace[name] = guarded_numpy() if node["v"] == "numpy" else importlib.import_module(node["v"])
+                self.namespace[name] = guarded_numpy() if module == "numpy" else importlib.import_module(module)
             return False
         if tag == "shared":
             if node["v"] in SHARED_MODULES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -27,11 +28,8 @@ class Child:
     def starved_seconds(self, proc: int) -> float:
         """How long it was ready to run while others had the processors (`proc` is the open /proc folder)."""
         try:
-            fd = os.open(f"{self.pid}/schedstat", os.O_RDONLY, dir_fd=proc)
-            try:
-                return int(os.read(fd, 100).split()[1]) / 1e9
-            finally:
-                os.close(fd)
+            with open(os.open(f"{self.pid}/schedstat", os.O_RDONLY, dir_fd=proc)) as file:
+                return int(file.read().split()[1]) / 1e9
         except (OSError, ValueError, IndexError):
             return 0.0
 
@@ -50,10 +48,8 @@ class Child:
     def kill(self) -> None:
         """End it and its process group, and wait for that."""
         for end in (os.killpg, os.kill):
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 end(self.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
         self.reap(block=True)
 
 

@@ -10,10 +10,8 @@ def outputs_match(actual: str, expected: str, float_tolerance: float | None = No
 
     Example: `outputs_match("1  2 \n", "1 2")` is True, `outputs_match("1\n2", "1 2")` is False.
 
-    Args:
-        actual, expected: whole outputs.
-        float_tolerance: when given, two words that are both finite numbers match if they differ by at most this,
-            absolutely or relative to the expected one; otherwise words must be the same text.
+    With `float_tolerance` two words that are finite numbers match if they differ by at most this, absolutely or
+    relative to the expected one; otherwise words must be the same text.
     """
     left = [line.split() for line in actual.strip().splitlines()]
     right = [line.split() for line in expected.strip().splitlines()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import copy
 import importlib
 import io
@@ -64,10 +65,8 @@ def attach_streams() -> None:
 def flush_streams() -> None:
     """Write out what is buffered; a closed stream is no error."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(Exception):
             stream.flush()
-        except Exception:
-            continue
 
 
 def serve_program(code: str, requests: int, replies: int) -> None:
@@ -109,26 +108,18 @@ class Server:
         self.instances = Instances(-1, self._class)
 
     def run(self, code: str) -> None:
-        try:
+        with contextlib.suppress(FrameError, OSError):
             # ["run", names]: the checker has its tests and is watching.
             self.shared.update(receive_frame(self.requests)[1])
             self._answer(self._execute, code)
             while True:
                 self._serve(receive_frame(self.requests))
-        except (FrameError, OSError):
-            return
 
     # -- what the checker may ask -------------------------------------------------------------------------------
 
     def _serve(self, request: Any) -> None:
         kind, *arguments = request
-        functions: dict[str, Callable[..., list[Any]]] = {
-            "global": self._global,
-            "define": self._define,
-            "call": self._call,
-            "op": self._operate,
-        }
-        self._answer(functions[kind], *arguments)
+        self._answer(getattr(self, f"_{kind}"), *arguments)
 
     def _answer(self, function: Callable[..., Any], *arguments: Any) -> None:
         try:
@@ -148,10 +139,8 @@ class Server:
     def _define(self, names: list[str], sources: list[str]) -> list[Any]:
         """Take over classes of the tests, as if they had been defined after the program."""
         for source in sources:
-            try:
+            with contextlib.suppress(Exception):  # an import that only the tests need
                 exec(source, self.module.__dict__)
-            except Exception:  # an import that only the tests need
-                continue
         self.shared.update(names)
         return ["ok", all(isinstance(self.module.__dict__.get(name), type) for name in names)]
 
@@ -213,7 +202,7 @@ class Server:
             changed["instances"] = self._pack(arrived)
         return changed
 
-    def _operate(self, name: str, args: list[Any]) -> list[Any]:
+    def _op(self, name: str, args: list[Any]) -> list[Any]:
         return ["ok", self._pack(OPERATIONS[name](*map(self._unpack, args)))]
 
     # -- values -------------------------------------------------------------------------------------------------

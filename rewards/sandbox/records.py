@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# "invalid" and "infrastructure" are no verdict on the program: the tests cannot be used, or the sandbox failed.
 Status = Literal["ok", "error", "timeout", "output", "invalid", "infrastructure"]
 
 LONGEST_RUN = 5  # times the wall limit, however busy the machine is
@@ -89,24 +88,17 @@ class RunResult:
 
     Example: `RunResult("ok", tests=(TestResult(True),), cpu_seconds=0.004, wall_seconds=0.006)`.
 
-    Attributes:
-        status: "ok" (ran to its end), "error" (exception, non-zero exit, killed), "timeout", "output" (wrote too
-            much), or no verdict: "invalid" (the tests do not compile, or never call the program) and
-            "infrastructure" (the sandbox itself failed).
-        tests: one per test, in order; empty in standard-input mode.
-        stdout, stderr: what the program wrote, undecodable bytes replaced.
-        exit_code: exit code, negative for a signal; None when it was stopped or under tests.
-        reason: one line, for any status but "ok".
-        cpu_seconds, wall_seconds: used by the program; CPU is 0 where it cannot be measured (remote).
+    The status is "ok" (ran to its end), "error" (exception, non-zero exit, killed), "timeout", "output" (wrote too
+    much), or no verdict: "invalid" (the tests are of no use) and "infrastructure" (the sandbox itself failed).
     """
 
     status: Status
-    tests: tuple[TestResult, ...] = ()
-    stdout: str = ""
+    tests: tuple[TestResult, ...] = ()  # in order; none in standard-input mode
+    stdout: str = ""  # undecodable bytes replaced
     stderr: str = ""
-    exit_code: int | None = None
-    reason: str = ""
-    cpu_seconds: float = 0.0
+    exit_code: int | None = None  # negative for a signal; None when it was stopped or under tests
+    reason: str = ""  # one line, for any status but "ok"
+    cpu_seconds: float = 0.0  # 0 where it cannot be measured (remote)
     wall_seconds: float = 0.0
 
     @property

@@ -29,16 +29,10 @@ NETWORK_SECONDS = 30.0
 
 
 class RemoteSandbox:
-    """Runs programs on a SandboxFusion server. Same use as `CodeSandbox`.
+    """Runs programs on a SandboxFusion server at `url`, such as "http://localhost:8080". Same use as `CodeSandbox`.
 
-    A server that cannot be reached, answers nonsense or reports an error of its own gives the status
-    "infrastructure". Time limits are wall time there, so `Limits.wall` is what counts. The server keeps the first
-    MiB of an output.
-
-    Args:
-        url: address of the server, such as "http://localhost:8080".
-        max_workers: requests at once.
-        limits: what each program may use.
+    A server that cannot be reached, answers nonsense or reports an error of its own gives the status "infrastructure".
+    Time limits are wall time there, so `Limits.wall` is what counts. The server keeps the first MiB of an output.
 
     Raises:
         ValueError: for an address that is not http(s), or max_workers below 1.

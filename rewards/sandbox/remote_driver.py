@@ -6,25 +6,22 @@ the secret are ever in the program's memory; then it forbids other processes of 
 
 import json
 import os
+import resource
 import sys
 import tempfile
 import types
 
 
-def load(modules):
+def load(task):
+    cpu = int(task["cpu_seconds"])
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu + 1, cpu + 2))
     for package in ("rewards", "rewards.sandbox"):
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
-    for name, source in modules.items():
+    for name, source in task["modules"].items():
         module = types.ModuleType("rewards.sandbox." + name)
         sys.modules[module.__name__] = module
         exec(compile(source, name + ".py", "exec"), module.__dict__)
-
-
-def limit_cpu(seconds):
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
 
 
 def be_program(requests, replies, source):
@@ -33,8 +30,7 @@ def be_program(requests, replies, source):
         os.dup2(nowhere, number)
     with os.fdopen(source) as pipe:
         task = json.load(pipe)
-    limit_cpu(task["cpu_seconds"])
-    load(task["modules"])
+    load(task)
     sys.modules["rewards.sandbox.program"].serve_program(task["code"], requests, replies)
 
 
@@ -48,8 +44,7 @@ def be_checker(requests, replies, source):
     task = json.load(sys.stdin)
     with os.fdopen(source, "w") as pipe:
         json.dump({key: task[key] for key in ("modules", "code", "cpu_seconds")}, pipe)
-    limit_cpu(task["cpu_seconds"])
-    load(task["modules"])
+    load(task)
     frames = sys.modules["rewards.sandbox.frames"]
     verdict = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -86,9 +86,8 @@ def _function_tests(code: str, row: Mapping[str, Any]) -> list[str] | None:
 def _call_test(call: str, args: Any, want: Any) -> str:
     # LiveCodeBench gives the arguments as JSON texts, one per line, and the result as JSON; APPS gives values.
     values = [json.loads(line) for line in args.splitlines()] if isinstance(args, str) else args
-    return CALL_TEMPLATE.format(
-        call=call, args=json.dumps(values), want=want if isinstance(want, str) else json.dumps(want)
-    )
+    wanted = want if isinstance(want, str) else json.dumps(want)
+    return CALL_TEMPLATE.format(call=call, args=json.dumps(values), want=wanted)
 
 
 def _input_output(row: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
