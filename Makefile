@@ -4,6 +4,7 @@
 #   make quickstart   train a tiny diffusion policy by RL and show the result (SEED=1 picks the seed)
 #   make test         lint, then every test but the few below (WORKERS=2 processes)
 #   make test-all     those too: long ones that are only worth running before a release
+#   make mutants      plant bugs, one line each, and see whether the tests notice (docs/testing.md)
 #   make lint         style, format and types only
 #   make clean        remove build products and caches; runs/ and .venv/ stay
 
@@ -23,7 +24,7 @@ PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-all mutants lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,6 +37,9 @@ test: lint
 
 test-all: test
 	$(PYTEST) -m release
+
+mutants: $(READY)
+	$(BIN)/python scripts/mutants.py --jobs $(WORKERS) --write docs/testing.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

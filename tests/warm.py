@@ -14,9 +14,12 @@ import signal
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _IMPORTED = ["deepspeed", "transformers", "rl.cli", "rl.train.loop", "rl.models.load", "tests.warm", "tests.many_runs"]
@@ -57,16 +60,15 @@ def run(
 
 
 def _start(process: multiprocessing.process.BaseProcess, path: str) -> None:
-    """The first start also starts the process that is forked, which must find this tree."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = path
-    try:
+    """The first start also starts the process that is forked, which must find this tree.
+
+    A child would import the caller's main module again, whatever that is: it is shown an empty one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
         forkserver.ensure_running()
         process.start()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
 
 
 def _child(words: list[str], cwd: str, environment: dict[str, str], out: Path, err: Path) -> None:
