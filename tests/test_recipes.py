@@ -249,12 +249,52 @@ def test_every_pass_counts_the_same_whatever_it_committed(make_model) -> None:
     trajectories = InProcessEngine(model, options).generate([Request([1, 2], seed=s) for s in range(2)])
     recipe = parse_recipe({"name": "cj_grpo"})
     rows = recipe.rows(trajectories, model, None, None)
-    assert recipe.aggregation == "trajectory_mean"
+    assert recipe.aggregation == "trajectory_step_mean"
     weight = rows.weight_factor / (2 * 8)
     sizes = torch.bincount(rows.trajectory * 3 + rows.step)
     assert sizes.tolist() == [1, 2, 5] * 2
     torch.testing.assert_close(weight, (1 / 6 / sizes[rows.trajectory * 3 + rows.step]).double())
-    assert parse_recipe({"name": "cj_grpo", "step_mean": False}).rows(trajectories, model).weight_factor is None
+    plain = parse_recipe({"name": "cj_grpo", "aggregation": "trajectory_mean"})
+    assert plain.rows(trajectories, model).weight_factor is None
+    with pytest.raises(
+        ValueError, match=r"algorithm.step_mean is called algorithm.aggregation \(true is trajectory_step"
+    ):
+        load_config(None, ["algorithm={name: cj_grpo, step_mean: false}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "decisions", "expected"),
+    [
+        # Rollout A took tokens in steps 0, 0, 0, 2 and B in 0, 1, 5: five steps, worth 1/5 each, or halves of 1/2 and
+        # thirds of it.
+        ("aggregation: step_mean", [2, 3], [1 / 15] * 3 + [1 / 5] * 4),
+        ("aggregation: trajectory_step_mean", [4, 3], [1 / 12] * 3 + [1 / 4] + [1 / 6] * 3),
+        # Two neighbouring steps share a state: A is one step of 4, B steps of 2 and 1.
+        ("aggregation: step_mean, shrink: 2, old_logprob: recompute", [1, 2], [1 / 12] * 4 + [1 / 6] * 2 + [1 / 3]),
+        # The answers end after 3 and 2 tokens: A has steps of 2 and 1 token left, B two steps of 1.
+        ("aggregation: step_mean, scope: answer", [2, 2], [1 / 8] * 2 + [1 / 4] * 3),
+    ],
+)
+def test_a_mean_over_steps_by_hand(make_model, options: str, decisions: list[int], expected: list[float]) -> None:
+    """TraceRL's average on full-attention models: within a step, then over the steps of all rollouts."""
+    model = make_model("gpt2-full", vocab_size=8)
+    trajectories = []
+    for step, position, stop in (([0, 0, 0, 2], [2, 3, 5, 4], 3), ([0, 1, 5], [2, 4, 3], 2)):
+        count = len(step)
+        trajectories.append(
+            TokenTrajectory(
+                prompt_ids=np.array([1, 2]), length=6, mask_token_id=model.mask_token_id, num_steps=6,
+                step=np.array(step), position=np.array(position), token=np.full(count, 3), logprob=np.zeros(count),
+                confidence=np.ones(count, dtype=np.float32), stop_length=stop, block_length=None, block_origin=0,
+                sampler={"temperature": 1.0, "top_p": 1.0, "top_k": 0}, policy_version=0,
+            )
+        )  # fmt: skip
+    recipe = load_config(None, [f"algorithm={{name: tracerl, {options}}}"]).algorithm
+    counted = [recipe.num_decisions(t) for t in trajectories]
+    assert counted == decisions
+    rows = recipe.rows(trajectories, model)
+    weight = decision_weights(recipe.aggregation, torch.tensor(counted), sum(counted), 2, 4)
+    torch.testing.assert_close(weight[rows.trajectory] * rows.weight_factor, torch.tensor(expected).double())
 
 
 def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:

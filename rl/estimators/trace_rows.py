@@ -171,10 +171,18 @@ def _sampler_states(trajectories: Sequence[TokenTrajectory], shrink: int, segmen
     return False
 
 
-def num_answered(trajectory: TokenTrajectory) -> int:
-    """Tokens revealed up to the answer's end token."""
-    inside = trajectory.position < trajectory.prompt_length + trajectory.stop_length
-    return int((trajectory.is_reveal & inside).sum())
+def trained_steps(
+    trajectory: TokenTrajectory, shrink: int = 1, segments: int | None = None, answer: bool = False
+) -> np.ndarray:
+    """int64 [U]: the step of every decision, merged over the whole rollout (`merged_steps`).
+
+    Args:
+        answer: leave out what was revealed behind the answer's end token.
+    """
+    reveal = trajectory.is_reveal
+    step = merged_steps(trajectory.step[reveal], shrink, segments)
+    inside = trajectory.position[reveal] < trajectory.prompt_length + trajectory.stop_length
+    return step[inside] if answer else step
 
 
 def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> TokenRows:
@@ -185,10 +193,16 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
 
 
-def with_equal_steps(rows: TokenRows) -> TokenRows:
-    """With weight factors tokens / (steps x tokens of the step): every step of a trajectory counts the same."""
-    place = torch.stack([rows.trajectory, rows.step])
-    pairs, pair, size = torch.unique(place, dim=1, return_inverse=True, return_counts=True)
-    steps, tokens = torch.bincount(pairs[0]), torch.bincount(rows.trajectory)
-    factor = tokens[rows.trajectory] / (steps[rows.trajectory] * size[pair]).double()
-    return replace(rows, weight_factor=factor)
+def with_equal_steps(rows: TokenRows, steps: Sequence[np.ndarray], within: bool) -> TokenRows:
+    """With weight factors by which the tokens of a step share one weight.
+
+    Args:
+        steps: of each trajectory, the step of every decision (`trained_steps`).
+        within: the steps of a trajectory share what its tokens would have: factors tokens / (steps x tokens of the
+            step). Otherwise 1 / tokens of the step.
+    """
+    factors = []
+    for own in steps:
+        distinct, place, size = np.unique(own, return_inverse=True, return_counts=True)
+        factors.append((len(own) if within else 1) / ((len(distinct) if within else 1) * size[place]))
+    return replace(rows, weight_factor=torch.from_numpy(np.concatenate(factors).astype(np.float64)))

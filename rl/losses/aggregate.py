@@ -20,7 +20,9 @@ def decision_weights(
     Args:
         mode: "token_mean" (1 / all decisions of the update; DAPO), "trajectory_mean" (1 / |trace| within
             each trajectory, then the mean over trajectories; the form in the TraceRL paper), or
-            "constant" (1 / constant, then the mean over trajectories; Dr. GRPO).
+            "constant" (1 / constant, then the mean over trajectories; Dr. GRPO). "step_mean" and "trajectory_step_mean"
+            are the first two with a factor by which the tokens of a step share one weight (`with_equal_steps`); for
+            step_mean a step is what is counted.
         trace_length: int64 [M], decisions of the trajectories to weight.
         constant: the divisor of mode "constant", usually the generation length.
 
@@ -28,9 +30,9 @@ def decision_weights(
         float64 [M], the weight of one decision of trajectory m.
     """
     length = trace_length.double()
-    if mode == "token_mean":
+    if mode in ("token_mean", "step_mean"):
         return torch.full_like(length, 1.0 / total_decisions)
-    if mode == "trajectory_mean":
+    if mode in ("trajectory_mean", "trajectory_step_mean"):
         return 1.0 / (length * total_trajectories)
     if mode == "constant":
         return torch.full_like(length, 1.0 / (constant * total_trajectories))

@@ -4,7 +4,7 @@ arXiv 2509.23924. Token PPO on what each pass committed, in the canvas of that p
 estimator without merged steps, value model or packing; rewards are z-scored in the group.
 
 Choices (published code): the loss is the mean over the tokens of a pass, then over passes, so that a pass counts the
-same whatever it committed (`step_mean`); what follows the end token is trained like the rest (`scope`). Clip 0.2; old
+same whatever it committed (`aggregation`); what follows the end token is trained like the rest (`scope`). Clip 0.2; old
 log-probs are the sampler's, which are exact here. The doubling schedule (ASS), which makes a full replay cheap, and the
 end-token discount (EOSER) belong to decoders, not to a recipe.
 
@@ -14,18 +14,12 @@ that was sampled, the code scores the untempered one. Not built: ASS over blocks
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import Field
+from typing import ClassVar
 
 from rl.recipes.traced import TracedRecipe
 
 
-class CJGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_mean"}):
-    step_mean: bool = Field(True, description="Count every pass the same, and not every token.")
-
-    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
-        from rl.estimators.trace_rows import with_equal_steps
-
-        rows = super().rows(trajectories, model, block, steps)
-        return with_equal_steps(rows) if self.step_mean else rows
+class CJGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_step_mean"}):
+    renamed: ClassVar[dict[str, str]] = {
+        "step_mean": "aggregation (true is trajectory_step_mean, false trajectory_mean)"
+    }

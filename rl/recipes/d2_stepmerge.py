@@ -30,5 +30,6 @@ class D2StepMerge(
     )
     segments: int = Field(8, ge=1, description="Segments of the trajectory (N).")
 
-    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
-        return self.traced(trajectories, model, block, steps, segments=self.segments)
+    @property
+    def layout(self) -> dict[str, Any]:
+        return {"segments": self.segments}

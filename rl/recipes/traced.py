@@ -12,21 +12,38 @@ from rl.recipes.base import Recipe
 class TracedRecipe(Recipe):
     """Every revealed token is a decision, scored in the canvas in which it was revealed."""
 
+    aggregation: Literal["token_mean", "trajectory_mean", "constant", "step_mean", "trajectory_step_mean"] = Field(  # type: ignore[assignment]
+        "token_mean",
+        description="How decisions are averaged into the loss. step_mean: over the tokens of a step, then over all "
+        "steps; trajectory_step_mean: over the tokens of a step, the steps of a rollout, the rollouts.",
+    )
     scope: Literal["canvas", "answer"] = Field(
         "canvas", description="Tokens trained: all that were revealed, or those of the answer up to its end token."
     )
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Arguments of `rl.estimators.trace_rows.trace_rows`: which steps share a state, what shares a row."""
+        return {}
+
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
-        return self.traced(trajectories, model, block, steps)
+        from rl.estimators.trace_rows import answer_only, trace_rows, with_equal_steps
 
-    def traced(self, trajectories: Any, model: Any, block: Any, steps: Any, **settings: Any) -> Any:
-        """The decisions in scope of `rl.estimators.trace_rows.trace_rows` with these settings."""
-        from rl.estimators.trace_rows import answer_only, trace_rows
+        rows = trace_rows(trajectories, model, block, steps, **self.layout)
+        if self.scope == "answer":
+            rows = answer_only(rows, trajectories)
+        if not self.aggregation.endswith("step_mean"):
+            return rows
+        return with_equal_steps(rows, [self.trained(t) for t in trajectories], self.aggregation != "step_mean")
 
-        rows = trace_rows(trajectories, model, block, steps, **settings)
-        return answer_only(rows, trajectories) if self.scope == "answer" else rows
+    def trained(self, trajectory: Any) -> Any:
+        """int64 [U]: the merged step of every decision."""
+        from rl.estimators.trace_rows import trained_steps
+
+        merging = {name: value for name, value in self.layout.items() if name != "pack_to"}
+        return trained_steps(trajectory, answer=self.scope == "answer", **merging)
 
     def num_decisions(self, trajectory: Any, steps: Any = None) -> int:
-        from rl.estimators.trace_rows import num_answered
-
-        return num_answered(trajectory) if self.scope == "answer" else super().num_decisions(trajectory)
+        """What the loss is a mean over: tokens, or their steps."""
+        trained = self.trained(trajectory)
+        return len(set(trained.tolist())) if self.aggregation == "step_mean" else len(trained)

@@ -4,13 +4,21 @@ Wang et al. 2025, "Revolutionizing Reinforcement Learning Framework for Diffusio
 (arXiv 2509.06949). Every token is scored in the state in which it was revealed; s neighbouring steps may
 share a state (`shrink`).
 
-Choices: group advantage without division by the standard deviation, token mean over the batch, old
-log-probs from the sampler (they are exact here, so no second forward is needed).
+Choices: group advantage without division by the standard deviation, token mean over the batch, old log-probs from the
+sampler (they are exact here, so no second forward is needed), no KL.
 
-Departs from the published code, which z-scores rewards, divides by the padded response length, recomputes
-old log-probs, drops what follows the end token and adds a KL of 0.01 to the old policy: each of these is an option
-below. The block grid, the terminal block, token ids and the sampling temperature are the rollout's (see
-`rl/estimators/trace_rows.py`).
+Departs from the published code in these defaults; its own are options:
+
+* it z-scores rewards, population standard deviation: `scale: std`;
+* on block-causal models it divides by the padded response length and by the number of rows: `aggregation: constant`
+  divides by the response length and the number of rollouts;
+* on full-attention models it averages within a (merged) step, then over the rows, which are the steps of all rollouts:
+  `aggregation: step_mean`, with `shrink: 8`;
+* it recomputes old log-probs, without the sampler's temperature and filters, which hold here: `old_logprob: recompute`;
+* it drops what follows the end token: `scope: answer`. Those tokens stay in the canvas here, as they were sampled;
+* its KL of 0.01 is to the old policy: `kl_to: old`, `kl_coef: 0.01`, `kl_estimator: k3`.
+
+The block grid, the terminal block and the token ids are the rollout's (see `rl/estimators/trace_rows.py`).
 """
 
 from __future__ import annotations
@@ -46,8 +54,9 @@ class TraceRL(TracedRecipe):
             raise ValueError("algorithm.value learns from every revealed token: set algorithm.scope to canvas")
         return self
 
-    def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
-        return self.traced(trajectories, model, block, steps, shrink=self.shrink, pack_to=self.pack_to)
+    @property
+    def layout(self) -> dict[str, Any]:
+        return {"shrink": self.shrink, "pack_to": self.pack_to}
 
     def critic(self) -> ValueOptions | None:
         return self.value
