@@ -33,7 +33,7 @@ import torch
 
 from rl.batch import DecisionBatch
 from rl.estimators.base import Scores
-from rl.estimators.rows import TokenRows
+from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.losses.aggregate import weighted_sum
 from rl.losses.policy_gradient import clipped_policy_loss
@@ -75,39 +75,24 @@ def sample(model: DiffusionLM, args: argparse.Namespace) -> list[TokenTrajectory
     return InProcessEngine(model, options).generate(requests)
 
 
-def round_rows(trajectory: TokenTrajectory) -> TokenRows:
-    """One row per round: the clean canvas, then every block as it was before its r-th step."""
+def round_rows(trajectory: TokenTrajectory) -> tuple[TokenRows, torch.Tensor]:
+    """One row per round: the clean canvas, then every block as it was before its r-th step.
+
+    Returns:
+        rows, and int64 [N]: the edit that each decision is.
+    """
     size = trajectory.block_length
-    assert size is not None
-    final, first = trajectory.final_canvas(), trajectory.prompt_length // size * size
-    block = trajectory.position // size
-    start = np.array([trajectory.step[block == b].min() for b in block])
-    rank = trajectory.step - start
-    length, num_rounds = trajectory.length, int(rank.max()) + 1
-    rows = []
-    for r in range(num_rounds):
-        tail = final.copy()
-        tail[trajectory.position[rank >= r]] = trajectory.mask_token_id
-        rows.append(np.concatenate([final, tail[first:]]))
-    positions = np.concatenate([np.arange(length), np.arange(first, length)])
-    segment = np.concatenate([np.zeros(length, dtype=np.int64), np.arange(first, length) // size + 1])
-
-    def repeated(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.tile(values, (num_rounds, 1)))
-
-    decisions = len(trajectory.step)
-    return TokenRows(
-        input_ids=torch.from_numpy(np.stack(rows)),
-        position_ids=repeated(positions),
-        document=repeated(np.zeros_like(positions)),
-        segment=repeated(segment),
-        block=repeated(positions // size),
-        row=torch.from_numpy(rank.astype(np.int64)),
-        column=torch.from_numpy(length + trajectory.position.astype(np.int64) - first),
-        target=torch.from_numpy(trajectory.token),
-        trajectory=torch.zeros(decisions, dtype=torch.int64),
-        step=torch.from_numpy(trajectory.step.astype(np.int64)),
-    )
+    final, block = trajectory.final_canvas(), trajectory.position // size
+    rank = trajectory.step - np.array([trajectory.step[block == b].min() for b in block])
+    documents, reads, order = [], [], []
+    for r in range(int(rank.max()) + 1):
+        noisy, mine = final.copy(), np.flatnonzero(rank == r)
+        noisy[trajectory.position[rank >= r]] = trajectory.mask_token_id
+        document, shift = noisy_document(final, noisy, size, trajectory.prompt_length // size)
+        documents.append(document)
+        reads.append(Reads(0, trajectory.position[mine] + shift, trajectory.token[mine], trajectory.step[mine]))
+        order.append(mine)
+    return assemble(documents, reads), torch.from_numpy(np.concatenate(order))
 
 
 def one_row_each(rows: TokenRows) -> Iterator[tuple[TokenRows, torch.Tensor]]:
@@ -135,10 +120,12 @@ def micro_batches(
         if layout == "packed":
             yield packed_rows([trajectory]), index, everything, TokenRows.score
         elif layout == "rounds, gathered":
-            yield round_rows(trajectory), index, everything, TokenRows.score
+            rows, order = round_rows(trajectory)
+            yield rows, index, order, TokenRows.score
         elif layout == "rounds (published)":
-            for rows, mine in one_row_each(round_rows(trajectory)):
-                yield rows, index, mine, score_everywhere
+            whole, order = round_rows(trajectory)
+            for rows, mine in one_row_each(whole):
+                yield rows, index, order[mine], score_everywhere
         else:
             for rows, mine in one_row_each(remask_rows([trajectory], block_length=trajectory.block_length)):
                 yield rows, index, mine, TokenRows.score
