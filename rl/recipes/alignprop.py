@@ -2,11 +2,14 @@
 
 Clark et al. 2024, "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (arXiv 2309.17400):
 `truncation: fixed`. Prabhudesai et al. 2023, "Aligning Text-to-Image Diffusion Models with Reward Backpropagation"
-(arXiv 2310.03739): `truncation: uniform`, a K for every image.
+(arXiv 2310.03739): `truncation: uniform`.
 
 The objective is E[reward] - alpha * KL(path of the policy || path of the starting policy), as in DRAKES. Neither paper
-has the KL, so alpha is 0; without it the reward is soon over-optimised. Departs from AlignProp's code in maximising the
-reward itself (it minimises the distance to a target), and has no DRaFT-LV, which noises the finished image again.
+has the KL, so alpha is 0; without it the reward is soon over-optimised.
+
+Departs from AlignProp's code: it maximises the reward itself (there the distance to a target is minimised), and K is
+drawn for every image from 1 to `gradient_steps` (there one for a batch, from all steps or around the last eight).
+DRaFT-LV, which noises the finished image again, is not built.
 """
 
 from __future__ import annotations

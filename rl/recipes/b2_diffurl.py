@@ -10,7 +10,9 @@ enough and the worst if it is low enough; the rest is thrown away, and counted i
 Each part has a switch: `progressive`, `branches: 1`, `selection: all`, `compare`. The advantage of the paper compares
 within a branch point; the code uses the z-score by prompt: `compare: branch` or `prompt`.
 
-Departs from the published code in its clip alone (0.1 on a mean log-prob, which never clips).
+Departs from the published code: the clip is 1e-4 (there 0.1 on a mean log-prob, which never clips); a prompt's only
+reward is compared with those of all prompts (there NaN), and equal rewards have z-score 0; trajectories are float32,
+and steps without a density are not trained.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Li et al. 2025, "BranchGRPO" (arXiv 2509.06040): the value of a node is the mean reward of its leaves, and the steps
 below a branch point are credited with the node's value, z-scored over all nodes of that depth.
 
-Departs from the published code: branches draw ordinary noise (it multiplies it by 4 and keeps the density of 1), and
-nodes are compared within their prompt; no pruning.
+Departs from the published code: branches draw ordinary noise (it multiplies it by 4 and keeps the density of 1); nodes
+are compared within their prompt; the clip is 1e-4 (there 1e-3); a node's value is always the plain mean (there weighted
+by the children's likelihood, as an option); no pruning.
 """
 
 from __future__ import annotations

@@ -37,9 +37,11 @@ class DDPO(IntervalRecipe, defaults={"progressive": False}):
 
 
 class DPOK(DDPO, defaults={"kl_to": "reference"}):
-    """Fan et al. 2023, DPOK (arXiv 2305.16381): the same with the exact KL to the starting policy at every step.
+    """Fan et al. 2023, DPOK (arXiv 2305.16381): the same with an exact KL to the starting policy at every step.
 
-    Its value network is left out: per-prompt statistics are the baseline.
+    Departs from the published code: per-prompt z-scores stand for its value network and its reward weight of 10 (1000
+    for many prompts); the clip is PPO's (it clamps the ratio on both sides); rollouts are used once, it keeps a replay
+    buffer.
     """
 
     kl_coef: float = Field(0.01, gt=0, description="Weight of the KL term.")

@@ -1,11 +1,14 @@
 """DiffusionNFT: learn on the forward process, from good samples and away from bad ones.
 
 Zheng et al. 2025, "DiffusionNFT: Online Diffusion Reinforcement with Forward Process" (arXiv 2509.16117). A finished
-sample is noised again; the loss weighs the errors of an implicit positive and an implicit negative prediction by
-r = clip(A / (2 advantage_clip) + 1/2, 0, 1), A the group advantage over the batch's standard deviation.
+sample is noised again; the loss weighs the errors of an implicit positive and an implicit negative prediction by r =
+clip(A / (2 advantage_clip) + 1/2, 0, 1), A the reward minus its group's mean over the standard deviation of all such
+differences (`scale: batch_std`).
 
 Departs from the published code: the old policy is the one that sampled (its moving average starts at 0 too), noise
-levels are stratified, and there is no distance to the starting policy (weight 1e-4 there).
+levels are stratified, there is no distance to the starting policy (weight 1e-4 there), and the loss has no factor of 5,
+which Adam does not see. We do not know whether it divides by the spread of differences or, as Flow-GRPO, of rewards:
+that is `scale: reward_std`.
 """
 
 from __future__ import annotations

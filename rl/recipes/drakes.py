@@ -4,7 +4,8 @@ Wang et al. 2024, "Fine-Tuning Discrete Diffusion Models via Reward Optimization
 Design" (arXiv 2410.13643). `gradient: pathwise` is the published estimator; the others maximise the same objective.
 
 Departs from the published code in the KL's weight and in how soft states keep their mass (`relaxed.kl_weight`,
-`relaxed.carry_over`: `released` restores both); reference and oracle are frozen; nothing is sampled or scored twice.
+`relaxed.carry_over`: `released` restores both), so that alpha is not its 0.001; reference and oracle are frozen;
+nothing is sampled or scored twice.
 """
 
 from __future__ import annotations

@@ -7,11 +7,14 @@ step of the other rollouts; the S steps with the largest advantages are trained,
 
 Choices: the paper's credit (improvement plus mean of the later rewards) and z-score per step index, S = T/16 of its
 main setting as a number of steps, token weights by confidence, L/|m| on the policy term, k2 KL of 0.02 to the
-starting policy. Predictions that occur twice are verified once. Steps whose advantage is 0 are not trained.
+starting policy. Equal x0 predictions of a prompt are verified once.
 
-Departs from the published code: one optimizer step per batch (it takes one for every S-th of a batch and logs one);
-old log-probs are the sampler's, so further epochs are PPO (there they crash); groups are prompts, not ranks;
-temperature and filters of the rollout hold in the loss too. More: docs/algorithms.md.
+Departs from the published code: the S steps are chosen by each rollout's own |A|. There |A| is summed over the rollouts
+of a device, and all of them train the same steps; with one rollout a device, as published, that is the same, and here
+the choice must not depend on how rollouts are spread over devices. Steps whose advantage is 0 are not trained (there
+the KL acts on them); one optimizer step per batch (there one for every S-th of a batch, of which one is logged); old
+log-probs are the sampler's, so further epochs are PPO (there they crash); groups are prompts, not ranks; temperature
+and filters of the rollout hold in the loss too. More: docs/algorithms.md.
 """
 
 from __future__ import annotations
