@@ -86,9 +86,8 @@ class ScoreReport:
         lines = [f"{self.reward}: {len(self.values)} completions, {len(present)} scored"]
         if present:
             spread = statistics.pstdev(present)
-            lines.append(
-                f"mean {statistics.fmean(present):.4f}  std {spread:.4f}  min {min(present):g}  max {max(present):g}"
-            )
+            mean = statistics.fmean(present)
+            lines.append(f"mean {mean:.4f}  std {spread:.4f}  min {min(present):g}  max {max(present):g}")
             lines += [f"  {label:>20}  {count:>7}  {count / len(present):6.1%}" for label, count in _histogram(present)]
         for name, value in sorted(self.metrics.items()):
             lines.append(f"{name}: {value:.4g}")

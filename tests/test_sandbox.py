@@ -478,9 +478,11 @@ def test_what_a_program_may_write(isolation: str) -> None:
     try:
         with CodeSandbox(max_workers=1, limits=Limits(cpu_seconds=5, tmp_mb=8), isolation=isolation) as sandbox:
             results = sandbox.run([Program(deleting), Program(at_once), Program(unseen)])
+            (torch,) = sandbox.run([Program("import torch")])  # needs /dev/null to write
     except SandboxError as error:
         pytest.skip(str(error))
-    assert [result.status for result in results[:1]] == ["ok"], results[0]
+    assert results[0].status == "ok", results[0]
+    assert torch.status == "ok" or "No module named" in torch.reason, torch
     assert all(result.status == "output" or result.stdout == "True\n" for result in results[1:]), results
 
 

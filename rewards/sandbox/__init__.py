@@ -18,12 +18,6 @@ __all__ = [
 
 
 def describe_sandbox(isolation: str = "auto") -> SandboxReport:
-    """Find out which protections this machine allows, by starting a worker and asking it.
-
-    Example: `print(describe_sandbox())`.
-
-    Raises:
-        SandboxError: when `isolation` is not possible here.
-    """
+    """Which protections this machine allows, as a worker finds them. Raises SandboxError where it has none."""
     with CodeSandbox(max_workers=1, isolation=isolation) as sandbox:
         return sandbox.describe()

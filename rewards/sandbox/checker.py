@@ -2,17 +2,8 @@
 
 A test such as `assert f(1) == 2` runs here. `f` is a `ProgramObject`: calling it sends the arguments to the
 program's process and brings the answer back as data. The expected value, the comparison and the verdict never
-leave this process. What a program can still do is answer; so these rules close what answers could reach:
-
-* Data arrives as builtin types. An object of the program arrives as a handle, which is never equal to data, and
-  has no arithmetic, ordering or `in` with data: those would let the program answer in place of the comparison.
-* What the task itself defines for every program (`preamble`) is defined here too, and not taken from the program.
-* A name that is a builtin's stays the builtin, so `def abs(x): return 0` changes nothing in a test; except
-  for the function under test (`entry_point`, or the only thing of the program that the tests use).
-* `StopIteration` out of a call becomes an error, as it would silently end a loop of the tests.
-* A call in which the program exits, or dies, fails its test even when the test catches everything.
-
-Standard library only: runs inside the sandbox.
+leave this process. What a program can still do is answer; the rules that close what answers could reach are in
+docs/sandbox.md, "Who makes the verdict". Standard library only: runs inside the sandbox.
 """
 
 from __future__ import annotations

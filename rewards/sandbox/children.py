@@ -33,10 +33,6 @@ class Child:
         except (OSError, ValueError, IndexError):
             return 0.0
 
-    @property
-    def exit_code(self) -> int | None:
-        return None if self.status is None else os.waitstatus_to_exitcode(self.status)
-
     def reap(self, block: bool = False) -> bool:
         """Collect the exit status if it is there; True once the process has ended."""
         if self.status is None:

@@ -54,11 +54,6 @@ class CodeSandbox:
     or "process" (resource limits, seccomp, Landlock), which most containers allow. Where neither works nothing runs,
     unless `isolation` is "none": resource limits only. See docs/sandbox.md for what each one holds back.
 
-    Args:
-        max_workers: programs run at once.
-        limits: what each program may use.
-        isolation: "auto", or the one to insist on.
-
     Raises:
         ValueError: for an unknown isolation, or max_workers below 1.
     """

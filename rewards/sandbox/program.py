@@ -43,7 +43,18 @@ OPERATIONS |= {"enter": lambda value: value.__enter__(), "exit": lambda value: v
 def run_script(code: str) -> int:
     """Run `code` as `__main__` on this process's standard streams; returns the exit code."""
     sys.argv = ["main.py"]
-    status = _guarded(code, _fresh_module("__main__"))
+    module = _fresh_module("__main__")
+    status = 1
+    try:  # like the interpreter does: traceback and exit code included
+        exec(compile(code, "main.py", "exec", dont_inherit=True, optimize=0), module.__dict__)
+        status = 0
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            status = (stop.code or 0) & 0xFF
+        else:
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     for finish in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
         try:
             finish()
@@ -79,21 +90,6 @@ def _fresh_module(name: str) -> ModuleType:
     module.__dict__["__builtins__"] = builtins
     sys.modules[name] = module
     return module
-
-
-def _guarded(code: str, module: ModuleType) -> int:
-    """Execute like the interpreter does: traceback and exit code included."""
-    try:
-        exec(compile(code, "main.py", "exec", dont_inherit=True, optimize=0), module.__dict__)
-    except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            return (stop.code or 0) & 0xFF
-        print(stop.code, file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 class Server:

@@ -45,27 +45,23 @@ class Program:
     Examples: `Program("print(int(input()) + 1)", stdin="41")` and
     `Program("def f(x): return x + 1", tests=["assert f(1) == 2"])`.
 
+    The tests run in another process than `code`, which sees nothing of them but the arguments of the calls they make.
+
     Attributes:
-        code: source text.
-        stdin: text for standard input; used when `tests` is None.
-        tests: Python snippets, each of which raises when it fails. They run in another process than `code`, which
-            sees nothing of them but the arguments of the calls they make.
-        setup: snippet run before the first test, after `code`.
         preamble: what the task gives to every program and `code` begins with (imports, helper functions). With an
             `entry_point` the tests use these definitions, not what the program made of them. Ignored when it is no
             complete Python text.
         entry_point: name of the function under test. Needed with a `preamble`, and when it is also the name of a
             builtin and the tests use other functions of the program too.
-        language: "python"; others only in a remote sandbox, on standard input.
     """
 
     code: str
-    stdin: str = ""
-    tests: Sequence[str] | None = None
-    setup: str = ""
+    stdin: str = ""  # used when `tests` is None
+    tests: Sequence[str] | None = None  # Python snippets, each of which raises when it fails
+    setup: str = ""  # run before the first test, after `code`
     preamble: str = ""
     entry_point: str | None = None
-    language: str = "python"
+    language: str = "python"  # others only in a remote sandbox, on standard input
 
     def __post_init__(self) -> None:
         if self.preamble and self.tests is not None and not self.entry_point:

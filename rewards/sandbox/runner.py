@@ -15,7 +15,7 @@ import select
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rewards.sandbox import checker, folders, frames, program
@@ -89,10 +89,10 @@ class Runner:
         result = _outcome(stopped, ready)
         result |= {"stdout": stdout.text, "stderr": stderr.text, "cpu_seconds": child.cpu_seconds}
         if result["status"] == "ok":
-            result["exit_code"] = child.exit_code
-            if child.exit_code:
+            result["exit_code"] = exit_code = os.waitstatus_to_exitcode(child.status or 0)
+            if exit_code:
                 last_line = stderr.text.strip().rpartition("\n")[2]
-                result |= {"status": "error", "reason": f"exit code {child.exit_code}: {last_line}"[:300]}
+                result |= {"status": "error", "reason": f"exit code {exit_code}: {last_line}"[:300]}
         return result
 
     def _tests(self, code: str, limits: Limits) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Runner:
             raise frames.FrameError(result["reason"])  # the stream may be anywhere: this worker is done
         served.kill()
         if result["status"] != "infrastructure":
-            stopped_at = result["reason"] or f"the checker stopped (exit code {checked.exit_code})"
+            stopped_at = result["reason"] or f"the checker stopped (wait status {checked.status})"
             result |= checker.verdict(frames.split_frames(messages.data), result["status"], stopped_at)
         return result | {"stdout": stdout.text, "stderr": stderr.text, "cpu_seconds": served.cpu_seconds}
 
@@ -171,9 +171,7 @@ class Runner:
             program.flush_streams()
             os._exit(code)
 
-    def _watch(
-        self, children: Sequence[Child], sinks: Sequence[Sink], finished: Callable[[], bool], limits: Limits
-    ) -> str:
+    def _watch(self, children: list[Child], sinks: list[Sink], finished: Callable[[], bool], limits: Limits) -> str:
         """Wait until `finished()`; returns "" then, else which limit was hit: "timeout" or "output".
 
         CPU time is counted for each child, wall time without that in which a child waited for a processor. Raises
@@ -187,9 +185,7 @@ class Runner:
             sink.drain()
         return stopped or ("output" if any(sink.overflow and sink.stop_at_limit for sink in sinks) else "")
 
-    def _wait(
-        self, children: Sequence[Child], sinks: Sequence[Sink], finished: Callable[[], bool], limits: Limits
-    ) -> str:
+    def _wait(self, children: list[Child], sinks: list[Sink], finished: Callable[[], bool], limits: Limits) -> str:
         start, starved, next_look = time.monotonic(), 0.0, time.monotonic() + LOOK_SECONDS
         poll = select.poll()
         poll.register(self.wakeup, select.POLLIN)
