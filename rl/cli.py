@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,9 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if foreign:
         return _complain(foreign, 2)
     try:
-        parsed, extra = _parser().parse_known_args(arguments)
+        parsed, extra = _parser().parse_known_args([_at_home(word) for word in arguments])
         if extra and not getattr(parsed, "takes_overrides", False):
             raise ValueError(f"unknown argument {extra[0]!r}: see denoise-rl {parsed.command} --help")
+        for word in extra:
+            # An override has a dot in its key; anything else with dashes is a flag that there is not.
+            if word.startswith("--") and "." not in word.split("=")[0]:
+                raise ValueError(f"unknown argument {word!r}: {_nearest_flag(word, parsed.parser)}")
         parsed.overrides = [*getattr(parsed, "overrides", []), *_dashed(extra)]
         return int(parsed.run(parsed) or 0)
     except ValueError as error:
@@ -81,13 +87,37 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        # Slow to import, and nothing else here needs it.
+        from importlib.metadata import version
+
+        print(f"denoise-rl {version('denoise-rl')}")
+        parser.exit()
+
+
+def _nearest_flag(word: str, command: argparse.ArgumentParser) -> str:
+    """A hint for a flag that a command does not have."""
+    near = difflib.get_close_matches(word.split("=")[0], re.findall(r"--[\w-]+", command.format_help()), n=1)
+    return f"did you mean {near[0]}?" if near else f"see {command.prog} --help"
+
+
+def _at_home(word: str) -> str:
+    """A word with `~/` at its start or behind its `=` in the user's home: a shell replaces only the first."""
+    key, equals, value = word.partition("=")
+    if equals and value.startswith("~/"):
+        return f"{key}={Path(value).expanduser()}"
+    return str(Path(word).expanduser()) if word.startswith("~/") else word
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="denoise-rl", description="Reinforcement learning for diffusion models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: object, text: str, config: bool = True) -> argparse.ArgumentParser:
         command = parsers.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run, takes_overrides=config)
+        command.set_defaults(run=run, takes_overrides=config, parser=command)
         if config:
             command.add_argument("--config", metavar="FILE", help="YAML config; without it the defaults")
             command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, train.steps=10")
@@ -177,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add(name, run, text, config=False)
         command.add_argument("runs", nargs="+" if name == "plot" else 1, metavar="RUN", help="run folder")
+        if name == "plot":
+            command.add_argument("--output", metavar="FILE", help="PNG to write; one in the (first) run's folder else")
     return parser
 
 

@@ -221,7 +221,8 @@ def export(args: argparse.Namespace) -> None:
 def plot(args: argparse.Namespace) -> None:
     from rl.track.plots import plot_learning_curve, plot_runs
 
-    print(plot_learning_curve(args.runs[0]) if len(args.runs) == 1 else plot_runs(args.runs))
+    one = len(args.runs) == 1
+    print(plot_learning_curve(args.runs[0], args.output) if one else plot_runs(args.runs, args.output))
 
 
 def report(args: argparse.Namespace) -> None:

@@ -9,11 +9,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from rl.files import read_text
 from rl.registry import parse_recipe, recipe_class
 from rl.sections import (
     AlignConfig,
@@ -93,7 +94,18 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; everybody who types it means the number."""
+    """YAML 1.1 reads 1e-4 as text, and of a key that is there twice the last one: everybody who types it means a
+    number, and nobody means the second section alone."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice: remove one", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -121,10 +133,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     raw: dict[str, Any] = {}
     if path is not None:
-        try:
-            text = Path(path).read_text()
-        except OSError as error:
-            raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
+        text = read_text(path, "config file")
         try:
             raw = yaml.load(text, _Loader) or {}
         except yaml.YAMLError as error:
@@ -145,7 +154,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         node[leaf] = _value(value)
         if key == "sampler.preset" and node[leaf] is not None:
             node.update(preset_parts(str(node[leaf])))
-    return _validate(raw)
+    return _validate(_at_home(raw))
+
+
+def _at_home(value: Any) -> Any:
+    """Paths that begin with `~/`, wherever a value is one, in the user's home: no shell has replaced it in a file."""
+    if isinstance(value, dict):
+        return {key: _at_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _without_image_sampler(raw: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +203,10 @@ def _validate(raw: dict[str, Any]) -> Config:
             raise ValueError(f"unknown config key {key!r}: {hint} (keys of {where})") from None
         if first["type"] == "missing":
             raise ValueError(f"config key {key!r} is required: {_description(path, raw)}") from None
+        if first["type"] in ("model_type", "model_attributes_type") and path:
+            names = _section_keys(path, raw)
+            one = f"{key}.{names[0]}" if names else key
+            raise ValueError(f"config key {key!r} is a section, not a value: set a key of it, such as {one}") from None
         message = first["msg"].removeprefix("Value error, ")
         if key and key not in message:
             message = f"config key {key!r}: {message}, got {first['input']!r}"
@@ -224,7 +246,10 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def option_help(config: Config) -> list[tuple[str, str, str]]:
-    """(key, default, sentence) of every option, those of the config's recipe and modality among them."""
+    """(key, default, sentence) of every option, those of the config's recipe and modality among them.
+
+    The sentence ends with the allowed values, where an option is a choice.
+    """
     lines: list[tuple[str, str, str]] = []
     chosen = {"sampler": type(config.sampler), "algorithm": type(config.algorithm)}
 
@@ -235,7 +260,16 @@ def option_help(config: Config) -> list[tuple[str, str, str]]:
                 visit(nested, f"{prefix}{name}.")
             else:
                 default = "required" if field.is_required() else repr(field.get_default())
-                lines.append((prefix + name, default, field.description or ""))
+                choices = ", ".join(str(value) for value in _choices(field.annotation))
+                text = (field.description or "") + (f" [{choices}]" if choices else "")
+                lines.append((prefix + name, default, text))
 
     visit(Config, "")
     return lines
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The values of the Literals in a type: of `list[Literal["a", "b"]] | None`, a and b."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for part in get_args(annotation) for value in _choices(part)]

@@ -1,9 +1,11 @@
-"""Files that are whole or absent: a reader never sees half of one, whenever the writer is stopped."""
+"""Text files, read in one way; files that are whole or absent, whenever their writer is stopped."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,30 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], object
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return path
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A UTF-8 text file without its byte-order mark, unpacked where its name ends in `.gz`.
+
+    Args:
+        what: what the file is, for messages: `data file`, `config file`.
+
+    Raises:
+        ValueError: one line: there is no such file, it cannot be read, or it is not UTF-8 (with its line).
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{what} {path} {'is a folder' if file.is_dir() else 'does not exist'}")
+    try:
+        data = file.read_bytes()
+        data = gzip.decompress(data) if file.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{what} {path} cannot be read: {error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 (byte {data[error.start]:#04x}): save the file as UTF-8") from None
 
 
 def write_json(path: str | Path, value: Any) -> Path:

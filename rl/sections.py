@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rl.errors import about
+from rl.run_folder import model_folder
 from rl.tasks.load import modality_of
 from rollouts.engines.server.options import ServerOptions
 
@@ -75,7 +76,11 @@ class LoraOptions(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = Field(None, description="Folder or hub name of a model to start from; null builds a new one.")
+    path: str | None = Field(
+        None,
+        description="Folder or hub name of a model to start from; a run folder stands for its newest checkpoint, null "
+        "builds a new one.",
+    )
     family: str | None = Field(
         None,
         description="Layout of the model in path: llada, dream, sdar, file.py:Class or pkg.module:Class; null goes by "
@@ -126,6 +131,11 @@ class ModelConfig(Section):
     wrap: bool = Field(
         True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _of_a_run(cls, path: str | None) -> str | None:
+        return None if path is None else model_folder(path)
 
 
 class TaskConfig(Section):

@@ -30,8 +30,8 @@ TRAINING = {
     "wrong type": (["train.steps=many"], "config key 'train.steps'"),
     "override without value": (["--train.steps"], "override '--train.steps' has no value"),
     "override without key": (["nonsense"], "must have the form section.key=value"),
-    "missing config file": (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read"),
-    "folder for a config file": (["--config", "{folder}"], "cannot be read: Is a directory"),
+    "missing config file": (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+    "folder for a config file": (["--config", "{folder}"], "is a folder"),
     "broken YAML": (["--config", "{broken.yaml}"], "is not valid YAML"),
     "YAML that is a list": (["--config", "{list.yaml}"], "must hold a mapping of sections"),
     "prompt longer than the context": (["model.backbone.n_positions=20"], "does not fit the model's 20 positions"),
@@ -72,7 +72,10 @@ TRAINING = {
 }
 # What only building it can tell.
 BUILDING = {
-    "no such backbone": (["model.backbone={model_type: gpt9}"], "model.backbone: "),
+    "no such backbone": (
+        ["model.backbone={model_type: gpt9}"],
+        "model.backbone.model_type 'gpt9' is unknown: did you mean",
+    ),
     "backbone that does not divide": (["model.backbone.n_head=5"], "model.backbone: "),
     "block length missing": (["model.attention=block_causal"], "model.block_length must be set"),
     "service that is not installed": (["run.services=[wandb]"], "wandb is not installed"),
@@ -229,7 +232,7 @@ def test_eval_refuses_bad_data(
         (["report", "{folder}"], "is not a run folder"),
         (["plot", "{nowhere/model}"], "has no metrics.jsonl"),
         (["plot", "a", "--colour"], "--colour"),
-        (["export", "{nowhere/model}", "out"], "holds no complete checkpoint"),
+        (["export", "{nowhere/model}", "out"], "holds no model and no complete checkpoint"),
         (["score", "{nowhere.jsonl}", "--reward", "sudoku"], "nowhere.jsonl"),
         (["trian"], "invalid choice: 'trian'"),
         ([], "required: COMMAND"),

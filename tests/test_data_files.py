@@ -112,7 +112,7 @@ def test_numbers_are_text_and_other_cells_are_refused_by_row(tmp_path: Path) -> 
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud83d"}\n', "row 2: column 'prompt' holds half of a surrogate"),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "\\ude00"}]}\n', "row 1: column 'prompt' holds half"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl:2: not JSON"),
-        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: BadGzipFile"),
+        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
         ("a.parquet", b"not parquet", "data file"),
         ("a.txt", "a", "the ending must be"),
     ],

@@ -473,7 +473,7 @@ def test_configs_that_are_read_otherwise_are_refused(
 def test_the_block_size_can_be_chosen(tmp_path: Path) -> None:
     assert load(write(tmp_path, "sdar"), block_length=8).block_length == 8
     assert load(write(tmp_path / "b", "sdar", block_size="absent"), block_length=2).block_length == 2
-    with pytest.raises(ValueError, match="block_length must be set for attention block_causal, and only for it"):
+    with pytest.raises(ValueError, match="block_length is for attention block_causal, and this model's is full"):
         load_policy(ModelConfig(path=str(write(tmp_path / "c", "dream")), block_length=2), TOKENIZER, 0)
 
 

@@ -107,8 +107,8 @@ def test_logits_are_computed_where_they_are_read_only(make_model) -> None:
     [
         ({"backbone": {"vocab_size": 8}}, r"model\.backbone needs model_type"),
         ({"attention": "causal"}, r"model\.attention must be full or block_causal, got 'causal'"),
-        ({"attention": "block_causal"}, r"model\.block_length must be set for attention block_causal"),
-        ({"block_length": 4}, r"model\.block_length must be set for attention block_causal, and only for it"),
+        ({"attention": "block_causal"}, r"model\.block_length must be set: the model's attention is block_causal"),
+        ({"block_length": 4}, r"model\.block_length is for attention block_causal, and this model's is full"),
         ({"logit_shift": 2}, r"model\.logit_shift must be 0 or 1, got 2"),
         (
             {"logit_shift": 1, "attention": "block_causal", "block_length": 4},

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.run_folder import find_checkpoint, incomplete
 from rl.tasks.base import Row
 from rl.tasks.sudoku import SudokuTask
-from rl.train.checkpoint import find_checkpoint, incomplete
 from tests import runs
 
 STEPS = ["train.steps=6", "checkpoint.every=2", "checkpoint.keep=3", "train.optimizer.schedule=cosine", "eval.every=3"]

@@ -16,7 +16,7 @@ from rl.estimators.rows import TokenRows
 from rl.modalities.text_plan import TextPlan, review
 from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Row, Task
-from rl.tasks.chat import answer_text, prompt_text
+from rl.tasks.chat import answer_text, prompt_text, token_ids
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
@@ -83,7 +83,7 @@ class TextModality(TextPlan):
         self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
     ) -> list[Request]:
         prompts = [self.prompt_text(row) for row in rows]
-        prompt_ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
+        prompt_ids = token_ids(self.tokenizer, prompts)
         return [
             Request(ids, seed, steps[i] if steps else None) for i, ids in enumerate(prompt_ids) for seed in seeds[i]
         ]
@@ -208,18 +208,19 @@ class TextModality(TextPlan):
         length = self.config.sampler.gen_length
         block = model.block_length if model.attention == "block_causal" else 1
         sequences, prompt_lengths = [], []
-        for row in rows:
-            if row.get("answer") is None:
-                raise ValueError("sft needs rows with an answer: set task.params.answer_column")
-            prompt = self.tokenizer(self.prompt_text(row), add_special_tokens=False).input_ids
-            answer = self.tokenizer(
-                answer_text(self.tokenizer, row, self.config.task.chat), add_special_tokens=False
-            ).input_ids
+        eos, chat = self.tokenizer.eos_token_id, self.config.task.chat
+        if any(row.get("answer") is None for row in rows):
+            raise ValueError("sft needs rows with an answer: set task.params.answer_column")
+        prompts = token_ids(self.tokenizer, [self.prompt_text(row) for row in rows])
+        answers = token_ids(self.tokenizer, [answer_text(self.tokenizer, row, chat) for row in rows])
+        for prompt, answer in zip(prompts, answers, strict=True):
             if len(answer) > length:
                 raise ValueError(f"an answer has {len(answer)} tokens, sampler.gen_length is {length}: raise it")
             # A block-causal canvas ends where a block does.
             length_here = -(-(len(prompt) + length) // block) * block - len(prompt)
-            fill = [self.tokenizer.eos_token_id] * (length_here - len(answer))
+            fill = [eos] * (length_here - len(answer))
+            if fill and eos is None:
+                raise ValueError("the tokenizer has no end token to follow an answer: set model.eos_token")
             if len(prompt) + length_here > model.max_length:
                 raise ValueError(
                     f"a prompt of {len(prompt)} tokens plus sampler.gen_length {length} does not fit the model's "

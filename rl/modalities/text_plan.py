@@ -32,7 +32,7 @@ class TextPlan(Modality):
 
     @classmethod
     def check(cls, config: Config, task: Task, rows: Sequence[Row]) -> None:
-        from rl.models.tokenizers import check_model_folder
+        from rl.models.tokenizers import block_length_message, check_backbone, check_model_folder
         from rl.tasks.chat import prompt_text
 
         model, sampler = config.model, config.sampler
@@ -50,7 +50,18 @@ class TextPlan(Modality):
             raise ValueError("model.backbone or model.path is required: there is no model to train")
         elif model.lora.rank:
             raise ValueError(f"model.lora.rank is {model.lora.rank}: adapters need a model to adapt, set model.path")
+        else:
+            check_backbone(model.backbone)
+            if (model.attention == "block_causal") != (model.block_length is not None):
+                raise ValueError(block_length_message(model.attention))
+        if model.attn_implementation == "flex_attention":
+            from rl.train.distributed import pick_device
+
+            if pick_device(config.run.device).type == "cpu":
+                raise ValueError("model.attn_implementation flex_attention needs a GPU: set it to sdpa")
         tokenizer = open_tokenizer(config, task)
+        if tokenizer.mask_token_id is None and model.path is None:
+            raise ValueError("model.tokenizer has no mask token: a masked-diffusion model needs one")
         prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
         longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
         context, mask_token_id, block = _shape(config, tokenizer)

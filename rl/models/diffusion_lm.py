@@ -22,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from rl.models import attention, conv
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
+from rl.models.tokenizers import block_length_message
 from rl.models.vocabulary import Ranges
 
 
@@ -68,7 +69,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         if self.attention not in ("full", "block_causal"):
             raise ValueError(f"model.attention must be full or block_causal, got {self.attention!r}")
         if (self.attention == "block_causal") != (self.block_length is not None):
-            raise ValueError("model.block_length must be set for attention block_causal, and only for it")
+            raise ValueError(block_length_message(self.attention))
         if self.logit_shift not in (0, 1):
             raise ValueError(f"model.logit_shift must be 0 or 1, got {self.logit_shift}")
         if self.logit_shift and self.attention == "block_causal":

@@ -11,7 +11,14 @@ import torch
 
 from rl.models import lora
 from rl.models.families import family_of, open_family
-from rl.models.tokenizers import check_model_folder, first_line, local_folder, read_config, read_tokenizer
+from rl.models.tokenizers import (
+    check_backbone,
+    check_model_folder,
+    first_line,
+    local_folder,
+    read_config,
+    read_tokenizer,
+)
 from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.registry import FAMILIES
 from rl.sections import ModelConfig, PipelineConfig
@@ -81,6 +88,7 @@ def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
 
     if not config.backbone:
         raise ValueError("model.backbone or model.path is required: there is no model to train")
+    check_backbone(config.backbone)
     if tokenizer.mask_token_id is None:
         raise ValueError("model.tokenizer has no mask token: a masked-diffusion model needs one")
     backbone = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -88,6 +96,7 @@ def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
     return DiffusionLM(
         DiffusionLMConfig(
             backbone={**backbone, **_NO_DROPOUT, **config.backbone},
+            tie_word_embeddings=bool(config.backbone.get("tie_word_embeddings", False)),
             mask_token_id=tokenizer.mask_token_id,
             attention=config.attention,
             block_length=config.block_length,

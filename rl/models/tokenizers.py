@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -98,10 +99,46 @@ def shape_of(
     fields = described
     if found is not None:
         fields = found.fields(described, model.block_length or described.get("block_size") or 1)
-    backbone = fields.get("backbone", {})
-    block = (model.block_length or fields.get("block_length")) if fields.get("attention") == "block_causal" else None
+    backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
+    block = model.block_length or fields.get("block_length")
+    if (attention == "block_causal") != (block is not None):
+        raise ValueError(block_length_message(attention))
     positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))
     return positions, fields.get("mask_token_id", mask_token_id), block
+
+
+def check_backbone(backbone: Mapping[str, Any]) -> None:
+    """Refuse keys that the architecture of a new model's backbone does not have: it would be built without them.
+
+    Raises:
+        ValueError: one line with the nearest key.
+    """
+    import inspect
+
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = backbone.get("model_type")
+    if kind is None:
+        raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
+        raise ValueError(
+            f"model.backbone.model_type {kind!r} is unknown" + (f": did you mean {near[0]!r}?" if near else "")
+        )
+    config_class = CONFIG_MAPPING[kind]
+    known = {*config_class().to_dict(), *config_class.attribute_map, *inspect.signature(config_class).parameters}
+    for key in backbone:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else f" of {kind}"
+            raise ValueError(f"unknown config key 'model.backbone.{key}'{hint}")
+
+
+def block_length_message(attention: str) -> str:
+    """The complaint about a block length that does not go with a model's attention."""
+    if attention == "block_causal":
+        return "model.block_length must be set: the model's attention is block_causal"
+    return f"model.block_length is for attention block_causal, and this model's is {attention}: leave it out"
 
 
 def local_folder(path: str) -> Path:

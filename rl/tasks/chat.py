@@ -5,7 +5,7 @@ A chat is rendered by the tokenizer's own chat template. Rewards see the message
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, str]
@@ -60,6 +60,29 @@ def answer_text(tokenizer: Any, example: Mapping[str, Any], chat: bool) -> str:
         raise ValueError("the chat template writes a prompt differently before an answer: give the answer as text")
     # What a template writes behind the end token of the last turn would be taught as text behind the end.
     return whole[len(before) :].rstrip("\n")
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts as they are, without special tokens around them.
+
+    Raises:
+        ValueError: a text the tokenizer cannot read, such as one with a character outside its alphabet.
+    """
+    if not texts:
+        return []
+    try:
+        return tokenizer(list(texts), add_special_tokens=False).input_ids
+    # A tokenizer written in Rust raises an Exception of no further kind.
+    except Exception as error:
+        known = tokenizer.get_vocab()
+        for number, text in enumerate(texts, start=1):
+            unknown = next((letter for letter in text if letter not in known), None)
+            try:
+                tokenizer(text, add_special_tokens=False)
+            except Exception:
+                what = f"holds {unknown!r}, which the tokenizer has no token for" if unknown else f"is refused: {error}"
+                raise ValueError(f"text {number} of {len(texts)}, {text[:40]!r}, {what}") from None
+        raise
 
 
 def checked_chat(value: list[Any], where: str) -> list[Message]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rl.tasks.base import Row
-from rl.tasks.chat import answer_text, prompt_text
+from rl.tasks.chat import answer_text, prompt_text, token_ids
 
 
 def unfit_reasons(
@@ -43,8 +43,8 @@ def unfit_reasons(
             reasons[index] = str(error)
         texts.append(prompt)
         answers.append(answer)
-    prompt_ids = _encode(tokenizer, texts)
-    answer_ids = _encode(tokenizer, answers)
+    prompt_ids = _encoded(tokenizer, texts, reasons)
+    answer_ids = _encoded(tokenizer, answers, reasons)
     block = block_length or 1
     for index, example in enumerate(examples):
         tokens, answer_tokens = prompt_ids[index], answer_ids[index]
@@ -65,13 +65,26 @@ def unfit_reasons(
             )
         elif with_answers and example.get("answer") is None:
             reasons[index] = "it has no answer to imitate (task.params.answer_column)"
+        elif with_answers and tokenizer.eos_token_id is None and len(tokens) + len(answer_tokens) < needed:
+            reasons[index] = "the tokenizer has no end token to follow the answer: set model.eos_token"
         elif len(answer_tokens) > gen_length:
             reasons[index] = f"an answer of {len(answer_tokens)} tokens is longer than sampler.gen_length {gen_length}"
     return reasons
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+def _encoded(tokenizer: Any, texts: list[str], reasons: list[str | None]) -> list[list[int]]:
+    """Token ids; a text the tokenizer cannot read gets its reason, and no tokens."""
+    try:
+        return token_ids(tokenizer, texts)
+    except ValueError:
+        found = []
+        for index, text in enumerate(texts):
+            try:
+                found += token_ids(tokenizer, [text])
+            except ValueError as error:
+                reasons[index] = reasons[index] or str(error).removeprefix("text 1 of 1, ")
+                found.append([])
+        return found
 
 
 class FileExamples:

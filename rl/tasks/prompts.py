@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from rl.files import read_text
 from rl.tasks.base import Row
-from rl.tasks.records import read_records, read_text
+from rl.tasks.records import read_records
 
 # The 45 animals of DDPO (Black et al. 2023, arXiv 2305.13301) in the order of B²-DiffuRL (Hu et al. 2025, arXiv
 # 2503.11240): the first 15 are trained washing dishes, the next riding a bike, the last playing chess.
@@ -72,7 +73,11 @@ def _rows(source: str, trained: bool) -> list[Row]:
             raise ValueError(
                 f"task.params: there is no file of prompts {source!r}, and the built-in list is {BUILT_IN}"
             )
-        rows = [{"prompt": line.strip()} for line in read_text(source).splitlines() if line.strip()]
+        rows = [
+            {"prompt": line.strip()}
+            for line in read_text(source, "task.params: file of prompts").splitlines()
+            if line.strip()
+        ]
     else:
         rows = [dict(record) for record in read_records(source)]
     wrong = next((index for index, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.errors import about
+from rl.files import read_text
 
 Record = dict[str, Any]
 
@@ -35,12 +35,12 @@ def read_records(path: str) -> list[Record]:
         with about(f"data file {path}"):
             records: Any = [dict(row) for row in datasets.Dataset.from_parquet(str(file))]
     elif kind == ".csv":
-        records = _csv_records(read_text(path), path)
+        records = _csv_records(read_text(path, "data file"), path)
     elif kind == ".jsonl":
-        lines = [line for line in enumerate(read_text(path).split("\n"), start=1) if line[1].strip()]
+        lines = [line for line in enumerate(read_text(path, "data file").split("\n"), start=1) if line[1].strip()]
         records = [_parse(line, f"{path}:{number}") for number, line in lines]
     elif kind == ".json":
-        records = _parse(read_text(path), path)
+        records = _parse(read_text(path, "data file"), path)
     else:
         raise ValueError(f"data file {path}: the ending must be .jsonl, .json, .csv (each also with .gz) or .parquet")
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
@@ -53,22 +53,6 @@ def read_records(path: str) -> list[Record]:
                     f"{path}: row {number}: column {name!r} holds half of a surrogate pair, which is no text"
                 )
     return [{name: record.get(name) for name in columns} for record in records]
-
-
-def read_text(path: str) -> str:
-    """A text file, gzipped where it ends in `.gz`, without a byte-order mark.
-
-    Raises:
-        ValueError: it is not UTF-8, or not gzip; the line names the file and its line.
-    """
-    file = Path(path).expanduser()
-    with about(f"data file {path}"):
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte {data[error.start]:#04x}): save the file as UTF-8") from None
 
 
 def hub_records(dataset: str, split: str, config: str | None = None, files: Sequence[str] = ()) -> list[Record]:

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rl.files import write_whole
+from rl.run_folder import FOLDER, checkpoint_steps, incomplete, model_folder
 from rl.train import distributed
 from rl.train.learner import STATE
-
-FOLDER = "checkpoints"
 
 
 class Saved(Protocol):
@@ -68,41 +67,10 @@ def save_checkpoint(
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         write_whole(folder / "complete.json", json.dumps({"step": step, "state": state, "files": files}, indent=1))
         write_whole(root / "latest", folder.name)
-        for old in _steps(root)[:-keep]:
+        for old in checkpoint_steps(root)[:-keep]:
             if old != step:
                 shutil.rmtree(root / f"step_{old}")
     distributed.barrier()
-
-
-def find_checkpoint(run_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of a run, and a line about every one that was passed over."""
-    root = Path(run_dir) / FOLDER
-    notes: list[str] = []
-    for step in reversed(_steps(root)):
-        folder = root / f"step_{step}"
-        problem = incomplete(folder)
-        if problem is None:
-            return folder, notes
-        notes.append(f"checkpoint {folder} is passed over: {problem}")
-    return None, notes
-
-
-def incomplete(folder: Path) -> str | None:
-    """What is missing from a checkpoint folder, or None when it is whole."""
-    manifest = folder / "complete.json"
-    if not manifest.is_file():
-        return "complete.json is missing, so writing it was interrupted"
-    try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        return "complete.json is damaged"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None
 
 
 def load_checkpoint(folder: Path, learners: Mapping[str, Saved]) -> tuple[int, dict[str, Any]]:
@@ -168,16 +136,9 @@ def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]
     """
     hf = Path(source)
     if not (hf / "config.json").is_file():
-        folder: Path | None = Path(source)
-        if not (Path(source) / "complete.json").exists():
-            folder, notes = find_checkpoint(source)
-            if folder is None:
-                raise ValueError(f"{source} holds no complete checkpoint" + "".join(f"; {note}" for note in notes))
-        assert folder is not None
-        problem = incomplete(folder)
-        if problem:
-            raise ValueError(f"checkpoint {folder} is incomplete: {problem}")
-        hf = folder / "hf"
+        hf = Path(model_folder(str(source)))
+        if not hf.is_relative_to(source) or hf == Path(source):
+            raise ValueError(f"{source} holds no model and no complete checkpoint")
     target = Path(output)
     if target.exists():
         raise ValueError(f"{target} exists: name a new folder")
@@ -191,8 +152,3 @@ def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]
         convert_folder(hf, partial, layout)
     os.replace(partial, target)
     return target
-
-
-def _steps(root: Path) -> list[int]:
-    names = [path.name for path in root.glob("step_*") if path.is_dir()]
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())

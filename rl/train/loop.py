@@ -11,9 +11,10 @@ from typing import Any
 
 from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_json
+from rl.run_folder import find_checkpoint
 from rl.tasks.base import Row, validation_rows
 from rl.train import distributed
-from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource

@@ -11,8 +11,9 @@ import torch
 from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
+from rl.run_folder import find_checkpoint
 from rl.train import distributed
-from rl.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
 from rl.train.run import Run
 from rl.values.model import Policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -196,7 +197,9 @@ class SamplerOptions(BaseModel):
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
-        raise ValueError(f"sampler.preset {name!r} does not exist: choose from {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(PRESETS)}"
+        raise ValueError(f"sampler.preset {name!r} does not exist: {hint}")
     return PRESETS[name]
 
 
