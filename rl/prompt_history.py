@@ -27,26 +27,21 @@ class PromptHistory:
 
         The statistics cover this step and the remembered ones, and this step is remembered. NaN stays NaN.
         """
-        names = [str(prompt) for prompt in prompts]
-        now: dict[str, list[float]] = {}
-        for name, value in zip(names, reward.tolist(), strict=True):
-            if value == value:
-                now.setdefault(name, []).append(value)
+        members: dict[str, list[int]] = {}
+        for index in (~reward.isnan()).nonzero().flatten().tolist():
+            members.setdefault(str(prompts[index]), []).append(index)
+        now = {name: reward[own].tolist() for name, own in members.items()}
         pools = {
             name: torch.tensor([v for part in (*self._rewards.get(name, []), values) for v in part]).double()
             for name, values in now.items()
         }
-        everything = torch.cat(list(pools.values())) if pools else torch.zeros(0, dtype=torch.float64)
         result = torch.full_like(reward, torch.nan)
-        for index, (name, value) in enumerate(zip(names, reward.tolist(), strict=True)):
-            if value != value:
-                continue
-            pool = pools[name] if len(pools[name]) >= self.min_count else everything
+        for name, own in members.items():
+            pool = pools[name] if len(pools[name]) >= self.min_count else torch.cat(list(pools.values()))
             spread = float(pool.std(correction=self.correction)) if len(pool) > 1 else 0.0
             # Equal rewards have no better and no worse; dividing rounding errors by eps would invent them.
-            result[index] = 0.0 if spread < self.eps else (value - float(pool.mean())) / (spread + self.eps)
-        for name, values in now.items():
-            self._rewards[name] = [*self._rewards.get(name, []), values][-self.steps :] if self.steps else []
+            result[own] = 0.0 if spread < self.eps else (reward[own] - float(pool.mean())) / (spread + self.eps)
+            self._rewards[name] = [*self._rewards.get(name, []), now[name]][-self.steps :] if self.steps else []
         return result
 
     def state(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from rl.batch import DecisionBatch
+
 
 def kl_estimate(kind: str, logprob: torch.Tensor, other_logprob: torch.Tensor, clamp: float = 10.0) -> torch.Tensor:
     """[N] estimate; the log-ratio is clamped to +-clamp so that one outlier cannot overflow k3."""
@@ -22,3 +24,13 @@ def kl_estimate(kind: str, logprob: torch.Tensor, other_logprob: torch.Tensor, c
     if kind == "k3":
         return log_r.exp() - 1 - log_r
     raise ValueError(f"algorithm.kl_estimator must be k1, k2 or k3, got {kind!r}")
+
+
+def kl_term(batch: DecisionBatch, kind: str, to: str) -> torch.Tensor:
+    """[N]: the KL to the policy that `kl_to` names; to the old one, for the log, where it names none."""
+    if kind == "exact" and to != "none":
+        assert batch.kl is not None, "an exact KL needs an estimator that gives it"
+        return batch.kl
+    other = batch.ref_logprob if to == "reference" else batch.old_logprob
+    assert other is not None, "kl_to=reference needs ref_logprob"
+    return kl_estimate("k3" if kind == "exact" else kind, batch.logprob, other)

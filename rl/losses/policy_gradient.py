@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rl.batch import DecisionBatch, LossOutput
-from rl.losses.kl import kl_estimate
+from rl.losses.kl import kl_term
 
 
 def clipped_policy_loss(
@@ -37,14 +37,7 @@ def clipped_policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
     loss = -surrogate - entropy_coef * batch.entropy
-    if kl_estimator == "exact" and kl_to != "none":
-        assert batch.kl is not None, "an exact KL needs an estimator that gives it"
-        kl = batch.kl
-    elif kl_to == "reference":
-        assert batch.ref_logprob is not None, "kl_to=reference needs ref_logprob"
-        kl = kl_estimate(kl_estimator, batch.logprob, batch.ref_logprob)
-    else:
-        kl = kl_estimate("k3" if kl_estimator == "exact" else kl_estimator, batch.logprob, batch.old_logprob)
+    kl = kl_term(batch, kl_estimator, kl_to)
     if kl_to != "none":
         loss = loss + kl_coef * kl
     with torch.no_grad():

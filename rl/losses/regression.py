@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rl.batch import DecisionBatch, LossOutput
-from rl.losses.kl import kl_estimate
+from rl.losses.kl import kl_term
 
 
 def regression_loss(
@@ -29,9 +29,7 @@ def regression_loss(
     change = batch.logprob - batch.old_logprob
     clamped = change.clamp(math.log(1 - clip_low), math.log(1 + clip_high))
     loss = (clamped - psi * batch.advantage) ** 2
-    other = batch.ref_logprob if kl_to == "reference" else batch.old_logprob
-    assert other is not None, "kl_to=reference needs ref_logprob"
-    kl = kl_estimate(kl_estimator, batch.logprob, other)
+    kl = kl_term(batch, kl_estimator, kl_to)
     if kl_to != "none":
         loss = loss + kl_coef * kl
     metrics = {

@@ -11,10 +11,10 @@ starting policy. Equal x0 predictions of a prompt are verified once.
 
 Departs from the published code: the S steps are chosen by each rollout's own |A|. There |A| is summed over the rollouts
 of a device, and all of them train the same steps; with one rollout a device, as published, that is the same, and here
-the choice must not depend on how rollouts are spread over devices. Steps whose advantage is 0 are not trained (there
-the KL acts on them); one optimizer step per batch (there one for every S-th of a batch, of which one is logged); old
-log-probs are the sampler's, so further epochs are PPO (there they crash); groups are prompts, not ranks; temperature
-and filters of the rollout hold in the loss too. More: docs/algorithms.md.
+the choice must not depend on how rollouts are spread over devices. A chosen step of advantage 0 is left out where the
+rollout chose others (there the KL acts on it); one optimizer step per batch (there one for every S-th of a batch, of
+which one is logged); old log-probs are the sampler's, so further epochs are PPO (there they crash); groups are prompts,
+not ranks; temperature and filters of the rollout hold in the loss too. More: docs/algorithms.md.
 """
 
 from __future__ import annotations
