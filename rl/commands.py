@@ -81,11 +81,14 @@ def sft(args: argparse.Namespace) -> None:
 
 
 def rollout(args: argparse.Namespace) -> None:
+    from rl.sections import MAX_GROUP
+
     config = _config(args)
     folder = Path(args.output)
-    for number, name in ((args.num_prompts, "--num-prompts"), (args.group_size, "--group-size")):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    if args.num_prompts < 1:
+        raise ValueError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    if not 1 <= args.group_size <= MAX_GROUP:
+        raise ValueError(f"--group-size must lie in [1, {MAX_GROUP}], got {args.group_size}: seeds repeat beyond")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {folder} exists: name a new or empty folder")
     if args.search is not None:
@@ -96,17 +99,24 @@ def rollout(args: argparse.Namespace) -> None:
     from rl.train.run import Run
 
     with Run.open(config, write=False) as run:
+        _needs_model(config)
         rows = run.task.heldout_rows(args.num_prompts)
         scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
         folder.mkdir(parents=True, exist_ok=True)
         run.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
         with (folder / "rollouts.jsonl").open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality))
-    mean = float(scored.reward.nanmean())
+    mean, count, unit = float(scored.reward.nanmean()), len(scored.trajectories), run.modality.unit
+    speed = (scored.stats.generated_tokens if unit == "tokens" else count) / max(scored.stats.seconds, 1e-9)
     print(
-        f"{len(scored.trajectories)} rollouts, mean reward {mean:.3f}, {scored.stats.sequence_forwards} sequence "
-        f"forwards, {scored.stats.generated_tokens / max(scored.stats.seconds, 1e-9):,.0f} tokens/s -> {folder}"
+        f"{count} rollouts, mean reward {mean:.3f} ({run.judge.names['reward']}), "
+        f"{scored.stats.sequence_forwards} sequence forwards, {speed:,.{0 if speed >= 10 else 2}f} {unit}/s -> {folder}"
     )
+
+
+def _needs_model(config: Any) -> None:
+    if config.model.path is None:
+        raise ValueError("model.path is required: the model would have random weights, so name a folder")
 
 
 def _search(args: argparse.Namespace, config: Any, folder: Path) -> None:
@@ -115,6 +125,7 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> None:
 
     search = parse_search(args.search, args.search_params or {})
     with Run.open(config, write=False) as run:
+        _needs_model(config)
         examples = run.task.heldout_rows(args.num_prompts)
         found = search_rollouts(run, examples, search, args.group_size)
         folder.mkdir(parents=True, exist_ok=True)

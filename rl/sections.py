@@ -34,6 +34,9 @@ class RunConfig(Section):
     )
 
 
+MAX_GROUP = 1024  # samples of a prompt: a request's seed has 10 bits for them (`rl.train.rollouts.request_seed`)
+
+
 class PipelineConfig(Section):
     height: int | None = Field(None, ge=1, description="Height of the images in pixels; null takes the pipeline's.")
     width: int | None = Field(None, ge=1, description="Width of the images in pixels; null takes the pipeline's.")
@@ -225,10 +228,33 @@ class RewardConfig(Section):
         0.0, ge=0, description="Wait this long for a reward server that is down before its verdicts count as failed."
     )
 
-    def alone(self, name: str) -> RewardPartConfig:
-        """A reward by itself, with the parameters and columns that `functions` gives it, where that names it."""
-        found = next((part for part in self.functions if part.name == name), RewardPartConfig(name=name))
-        return RewardPartConfig(name=name, params=found.params, columns=found.columns)
+    def trained(self, verifier: str | None) -> list[RewardPartConfig]:
+        """The rewards trained on: `functions`, the task's verifier without them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return self.functions or self.judges(verifier)
+
+    def judges(self, verifier: str | None) -> list[RewardPartConfig]:
+        """The rewards that judge evaluations: the task's verifier alone, with its params and columns in `functions`.
+
+        A task without one is judged by the rewards trained on, not normalised.
+
+        Args:
+            verifier: attribute `reward` of the task.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if verifier is not None:
+            found = next((part for part in self.functions if part.name == verifier), RewardPartConfig(name=verifier))
+            return [RewardPartConfig(name=verifier, params=found.params, columns=found.columns)]
+        if not self.functions:
+            raise ValueError(
+                "no reward is named: set reward.functions, or task.params.reward to a verifier such as math_answer"
+            )
+        return [part.model_copy(update={"normalize": "none"}) for part in self.functions]
 
 
 class BlockStage(Section):
@@ -240,7 +266,7 @@ class BlockStage(Section):
 class TrainConfig(Section):
     steps: int = Field(100, ge=0, description="RL steps; 0 skips the stage.")
     prompts_per_step: int = Field(32, ge=1, description="Prompts per RL step over all ranks.")
-    group_size: int = Field(8, ge=1, le=1024, description="Rollouts per prompt.")
+    group_size: int = Field(8, ge=1, le=MAX_GROUP, description="Rollouts per prompt.")
     micro_batch_size: int = Field(256, ge=1, description="Trajectories scored per forward and rank.")
     micro_batch_steps: int | None = Field(
         None, ge=1, description="Of each of them, at most this many steps per forward (images); null takes all."
@@ -295,8 +321,12 @@ class FilterConfig(Section):
         True,
         description="Leave out prompts whose rollouts all got one reward (they get no KL or entropy term then either).",
     )
-    accuracy_low: float = Field(-1e9, description="Leave out prompts whose mean reward is below this.")
-    accuracy_high: float = Field(1e9, description="Leave out prompts whose mean reward is above this.")
+    accuracy_low: float | None = Field(
+        None, description="Leave out prompts whose mean reward is below this; null takes all."
+    )
+    accuracy_high: float | None = Field(
+        None, description="Leave out prompts whose mean reward is above this; null takes all."
+    )
     drop_overlong: bool = Field(False, description="Leave out responses that never reach the end token.")
     refill_rounds: int = Field(
         0, ge=0, description="Sample up to this many further batches of prompts to replace what was left out."

@@ -171,8 +171,8 @@ def test_a_start_that_failed_does_not_block_the_next(tmp_path: Path, complaint: 
     """Rows without an answer show only when supervised training asks for one."""
     rows = tmp_path / "train.jsonl"
     rows.write_text('{"prompt": "12"}\n' * 8)
-    arguments = runs.tiny_config(tmp_path / "here", "reward.functions=[{name: length}]", "train.steps=0")
-    task = f"task.params={{train: {rows}, heldout: {rows}, reward: length}}"
+    arguments = runs.tiny_config(tmp_path / "here", "train.steps=0")
+    task = f"task.params={{train: {rows}, heldout: {rows}}}"
     tokens = tmp_path / "model"
     assert main(["sft", *runs.tiny_config(tmp_path / "there")]) == 0
     shutil.move(tmp_path / "there" / "run" / "model", tokens)

@@ -149,9 +149,10 @@ def test_what_graphs_cannot_do_is_one_line(override: str, message: str, tmp_path
     ],
 )
 def test_what_graphs_do_not_have_is_one_line(
-    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = ["--output", str(tmp_path / "out")] if command[0] == "rollout" else []
+    saved = f"model.path={trained / 'checkpoints' / 'step_20' / 'hf'}"
+    output = [saved, "--output", str(tmp_path / "out")] if command[0] == "rollout" else []
     assert main([command[0], *arguments(tmp_path), *command[1:], *output]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"denoise-rl: {message}") and error.count("\n") == 1

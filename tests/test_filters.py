@@ -53,9 +53,17 @@ def test_the_accuracy_band_includes_its_ends() -> None:
     assert counts["accuracy_band"] == 2
     mask, counts = run(REWARD, GROUP, drop_zero_variance=False, accuracy_low=0.5, accuracy_high=1.0)
     assert mask == [True] * 4 + [False] * 4 + [True] * 4 + [False] * 4
-    assert counts["accuracy_band"] == 2
+    assert counts["accuracy_band"] == 2 and counts["unscored"] == 0
     mask, _ = run(REWARD, GROUP, drop_zero_variance=False, accuracy_low=0.0, accuracy_high=0.25)
     assert mask == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
+
+
+def test_without_a_band_every_size_of_reward_is_kept() -> None:
+    reward = [3e9, 1e12, -5e10, -4e10]
+    mask, counts = run(reward, [0, 0, 1, 1])
+    assert mask == [True] * 4 and counts["accuracy_band"] == counts["unscored"] == 0
+    mask, counts = run(reward, [0, 0, 1, 1], accuracy_high=0)
+    assert mask == [False, False, True, True] and counts["accuracy_band"] == 1 and counts["unscored"] == 0
 
 
 def test_a_group_counts_for_the_first_filter_that_drops_it() -> None:

@@ -166,6 +166,13 @@ def test_progress_without_a_terminal_prints_a_plain_line_every_interval(capsys: 
     ]
 
 
+def test_speed_is_shown_in_its_own_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(clock=lambda: 0.0) as progress:
+        progress.stage("train", None)
+        progress.update(1, samples_per_s=3.456)
+    assert "3.46 samples/s" in capsys.readouterr().out
+
+
 def test_time_left_forgets_a_slow_start(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     with Progress(interval=1e9, clock=lambda: now) as progress:

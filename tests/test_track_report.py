@@ -16,7 +16,7 @@ from rl.track.frames import MAX_CELLS, build_view, frame_budget
 from rl.track.jsonl import MetricsWriter, read_metrics
 from rl.track.plots import DARK, Series, accuracy_names, plot_learning_curve, plot_runs, series
 from rl.track.report import write_report
-from rl.track.table import before_after_table, before_after_text
+from rl.track.table import before_after_table, conclusion, title
 from rl.track.verdict import compare, goal_line, unscored_line, verdict_line
 from rl.track.viewer import trajectory_view
 from rollouts.trajectory import TokenTrajectory
@@ -146,11 +146,8 @@ def test_goal_is_judged_by_the_numbers_not_by_its_own_flag() -> None:
     assert goal_line({}) is None
 
 
-def test_tables_say_the_same_in_text_and_in_rich() -> None:
-    text = before_after_text(SUMMARY)
-    assert text.splitlines()[0] == "sudoku, 1,000 held-out problems, seed 0, 95 % intervals"
-    row = "4 0.585 [0.554, 0.615] 0.860 [0.837, 0.880] +0.275 [+0.237, +0.312] improved"
-    assert row in [" ".join(line.split()) for line in text.splitlines()]
+def test_the_table_has_every_number_and_its_interval() -> None:
+    assert title(SUMMARY) == "sudoku, accuracy on 1,000 held-out problems, seed 0, 95 % intervals"
     console = Console(width=80, record=True, file=StringIO())
     console.print(before_after_table(SUMMARY))
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
@@ -159,7 +156,48 @@ def test_tables_say_the_same_in_text_and_in_rich() -> None:
     assert lines[lines.index("8 0.720 0.730 +0.010 not") + 1].endswith("+0.049] distinguishable")
     drawn = " ".join(lines)
     assert "Goal met" in drawn and "Worse at 16" in drawn
-    assert "No verdict" in before_after_text({})
+    assert "No verdict" in conclusion({})
+
+
+def test_the_headline_names_the_judge_and_the_reward_trained_on(tmp_path: Path) -> None:
+    """A reward may rise while its verifier's accuracy falls: who reads "worse" must see of what."""
+    apart = {**SUMMARY, "judge": "math_answer", "reward": "mine.py:mine + 0.2 x overlong"}
+    said = "Judged by math_answer, trained on mine.py:mine + 0.2 x overlong: the verdict is about the former."
+    own = {
+        "task": "jsonl",
+        "judge": "mine.py:mine",
+        "reward": "mine.py:mine",
+        "measure": "mean reward",
+        "n_eval": 3,
+        "before": {"4": -3.0},
+        "after": {"4": 7.5},
+        "before_interval": {"4": [-4.0, -2.0]},
+        "after_interval": {"4": [7.0, 8.0]},
+        "goal": {"metric": "4", "before_max": 0.0, "after_min": 1.0},
+    }
+    for name, summary, words in (
+        ("apart", apart, [said]),
+        (
+            "own",
+            own,
+            ["Judged by the reward trained on, mine.py:mine.", "Improved at 4 (-3.000 to 7.500)", "4-step mean"],
+        ),
+    ):
+        folder = _run_folder(tmp_path / name)
+        (folder / "summary.json").write_text(json.dumps(summary))
+        page = _Page(write_report(folder).read_text()).text
+        assert all(text in page and text in conclusion(summary) for text in words), words
+    assert title(own) == "jsonl, mean reward on 3 held-out problems, 95 % intervals"
+    assert "Mean reward of held-out problems" in page
+    # A mean reward has no interval but its own.
+    assert compare({**own, "after_interval": {}})[0].verdict == "unknown"
+    assert "Judged" not in conclusion(SUMMARY)
+
+
+def test_curves_of_mean_rewards_take_their_interval() -> None:
+    records = [{"step": 0, "eval/reward@4": 2.0, "eval/reward_low@4": 1.0, "eval/reward_high@4": 3.0}]
+    assert accuracy_names(records) == ["eval/reward@4"]
+    assert series(records, "eval/reward@4") == Series([0], [2.0], [1.0], [3.0])
 
 
 def test_view_replays_remasking_and_keeps_confidences_with_their_tokens() -> None:

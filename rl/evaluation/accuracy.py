@@ -1,14 +1,17 @@
-"""Greedy accuracy on held-out examples at several numbers of denoising steps."""
+"""Greedy accuracy, or mean reward, on held-out examples at several numbers of denoising steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rl.evaluation.answers import Evaluator, Problem
 from rl.evaluation.backslide import Backslide, backslide_of
 from rl.evaluation.figures import figures
 from rl.evaluation.generations import Generation
+from rl.evaluation.intervals import t_half_width
 from rl.tasks.base import Row
 from rl.train import distributed
 from rl.train.run import Run
@@ -16,13 +19,20 @@ from rl.train.run import Run
 
 @dataclass
 class Accuracy:
-    """Share of prompts to which the task's own reward gives at least 1, with its 95 % Wilson interval.
+    """The verdict on the held-out prompts at one number of steps.
 
-    A prompt without a score counts in `unscored` and in no share. `backslide` is there with `eval.backslide`.
+    Attributes:
+        measure: "accuracy", the share of prompts to which the task's verifier gives at least 1; "mean reward" where the
+            rewards trained on judge (`Judge.by_rewards`).
+        value, low, high: the measure and its 95 % interval: Wilson's, or a t interval over prompts.
+        unscored: prompts without a score; they count in no other number.
+        tokens_per_forward: see `rl.evaluation.figures.Figures`.
+        backslide: with `eval.backslide`.
     """
 
     steps: int
-    accuracy: float
+    measure: str
+    value: float
     low: float
     high: float
     num_prompts: int
@@ -30,6 +40,11 @@ class Accuracy:
     forward_passes: float
     tokens_per_forward: float
     backslide: Backslide | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, `value` under the name of the measure: `accuracy` or `mean_reward`."""
+        fields = asdict(self)
+        return {fields.pop("measure").replace(" ", "_"): fields.pop("value")} | fields
 
 
 def evaluate(
@@ -54,28 +69,31 @@ def evaluate(
         completions[steps] = [generation for part, _ in parts for generation in part]
         figure = figures(completions[steps], [])
         work = distributed.sum_metrics(answers.stats, run.device)
+        value = (figure.avg, figure.low, figure.high)
+        if run.judge.by_rewards:
+            rewards = [answer.reward for answer in completions[steps] if answer.reward is not None]
+            half = t_half_width(rewards) if len(rewards) > 1 else math.nan
+            value = (figure.mean_reward, figure.mean_reward - half, figure.mean_reward + half)
         results[steps] = Accuracy(
             steps,
-            figure.avg,
-            figure.low,
-            figure.high,
+            run.judge.names["measure"],
+            *value,
             figure.num_problems,
             figure.unscored,
             work["sequence_forwards"],
-            # Sharing a forward with an equal canvas is no property of the decoder.
-            work["generated_tokens"] / max(work["rows_asked"], 1),
+            figure.tokens_per_forward,
             backslide_of([reward for _, part in parts for reward in part]) if backslide else None,
         )
     return results, completions
 
 
 def as_metrics(results: dict[int, Accuracy]) -> dict[str, float]:
-    """`eval/accuracy@4` and its interval, for metrics.jsonl."""
-    metrics = {}
+    """`eval/accuracy@4` or `eval/reward@4`, and its interval, for metrics.jsonl."""
+    metrics: dict[str, float] = {}
     for steps, result in results.items():
-        metrics[f"eval/accuracy@{steps}"] = result.accuracy
-        metrics[f"eval/accuracy_low@{steps}"] = result.low
-        metrics[f"eval/accuracy_high@{steps}"] = result.high
+        name = f"eval/{result.measure.removeprefix('mean ')}"
+        for suffix, value in (("", result.value), ("_low", result.low), ("_high", result.high)):
+            metrics[f"{name}{suffix}@{steps}"] = value
         metrics[f"eval/unscored@{steps}"] = result.unscored
         if result.backslide is not None:
             metrics |= {f"eval/backslide_{name}@{steps}": value for name, value in vars(result.backslide).items()}

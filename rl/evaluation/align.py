@@ -25,8 +25,8 @@ from rl.evaluation.likelihood import log_likelihoods
 from rl.evaluation.search import parse_search, search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
 from rl.files import write_json
-from rl.sections import AlignRow, RewardPartConfig
-from rl.tasks.base import Row
+from rl.sections import AlignRow
+from rl.tasks.base import Row, reward_columns
 from rl.tasks.load import load_task
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
@@ -197,14 +197,12 @@ def judge_samples(run: Run, samples: Samples, pretrained: str) -> dict[str, floa
     config = run.config
     numbers: dict[str, float] = {}
     named = {
-        "optimised": config.reward.functions or [RewardPartConfig(name=run.task.reward)],
+        "optimised": config.reward.trained(run.task.reward),
         **{name: [part] for name, part in config.align.judges.items()},
     }
     for name, parts in named.items():
-        runner = RewardRunner([RewardPart(**part.model_dump()) for part in parts], mode="inline")
-        columns = {key: [row.get(key) for row in samples.rows] for key in samples.rows[0] if key != "prompt"}
-        with runner:
-            table = runner.score(samples.prompts, samples.texts, columns)
+        with RewardRunner([RewardPart(**part.model_dump()) for part in parts], mode="inline") as runner:
+            table = runner.score(samples.prompts, samples.texts, reward_columns(samples.rows))
         numbers[name] = float(np.median([np.nan if v is None else v for v in table.values]))
     reference = getattr(run.task, "reference_sequences", None)
     if reference is not None:

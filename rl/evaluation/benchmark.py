@@ -19,6 +19,7 @@ from rl.evaluation.settings import (
     template_settings,
     texts_hash,
 )
+from rl.sections import MAX_GROUP
 from rl.tasks.base import Row
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
@@ -30,7 +31,6 @@ from rollouts.samplers.presets import PRESETS
 
 # What papers call a decoder -> our selector.
 DECODINGS = {"static": "top_n", "dynamic": "dynamic", "threshold": "threshold", "left_to_right": "left_most"}
-MAX_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]
     for name in plan.decodings:
         if name not in DECODINGS and name not in PRESETS:
             raise ValueError(f"--decoding {name!r} does not exist: choose from {', '.join([*DECODINGS, *PRESETS])}")
-    if not 1 <= plan.samples <= MAX_SAMPLES:
-        raise ValueError(f"--samples must lie in [1, {MAX_SAMPLES}], got {plan.samples}")
+    if not 1 <= plan.samples <= MAX_GROUP:
+        raise ValueError(f"--samples must lie in [1, {MAX_GROUP}], got {plan.samples}")
     temperature = plan.temperature or 0.0
     if plan.ks and not 1 <= min(plan.ks) <= max(plan.ks) <= plan.samples:
         raise ValueError(f"--pass-k must lie between 1 and --samples {plan.samples}, got {max(plan.ks)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rl.config import Config, load_config
@@ -56,11 +55,13 @@ def _counted(args: argparse.Namespace) -> list[str]:
             task = run.task
             examples = task.file_rows(args.data) if args.data else task.heldout_rows(config.eval.num_prompts)
         results, _ = evaluate(run, examples, config.eval.num_inference_steps)
-    lines = []
+    names = run.judge.names
+    lines = [f"{names['measure']}, judged by {names['judge']}"]
     for steps, result in results.items():
         lines.append(
-            f"{steps:4d} steps: {result.accuracy:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
-            f"n={result.num_prompts}  unscored={result.unscored}  tokens/forward={result.tokens_per_forward:.2f}"
+            f"{steps:4d} steps: {result.value:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
+            f"n={result.num_prompts}  unscored={result.unscored}"
+            + (f"  tokens/forward={result.tokens_per_forward:.2f}" if run.modality.unit == "tokens" else "")
         )
         if result.backslide is not None:
             lines.append(f"            {result.backslide.line()}")
@@ -69,8 +70,9 @@ def _counted(args: argparse.Namespace) -> list[str]:
             "task": config.task.name,
             "model": config.model.path,
             "data": args.data,
+            "judge": names["judge"],
             "sampler": config.sampler.model_dump(),
-            "results": {str(steps): asdict(result) for steps, result in results.items()},
+            "results": {str(steps): result.as_json() for steps, result in results.items()},
         }
         Path(args.output).write_text(json.dumps(payload, indent=1))
     return lines

@@ -92,7 +92,8 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
 
     config = load_config(comparison.config, comparison.common)
     counts, own = config.eval.num_inference_steps, config.sampler.num_inference_steps
-    metric = f"eval/accuracy@{own if own in counts else counts[0]}"
+    measure = next(iter(summaries.values()))[0].get("measure", "accuracy").removeprefix("mean ")
+    metric = f"eval/{measure}@{own if own in counts else counts[0]}"
     return table, results, plot_budgets(folders, metric, comparison.output / "budgets.png")
 
 

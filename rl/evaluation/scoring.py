@@ -13,16 +13,16 @@ from rl.evaluation.figures import Figures, figures
 from rl.evaluation.generations import Generation, GenerationFolder
 from rl.evaluation.settings import file_hash, saved_template, texts_hash
 from rl.sections import RewardConfig, RewardPartConfig
-from rl.tasks.base import Row
+from rl.tasks.base import Row, reward_columns
 from rl.tasks.benchmarks import BenchmarkTask
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template
 
 
 def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | None) -> RewardConfig:
-    """The reward section of an evaluation: the task's own reward, whatever was trained on, or the one that is named.
+    """The reward section of an evaluation: the reward that is named, else `RewardConfig.judges`.
 
-    The task's own has the parameters of `reward.functions`, where that names it. Failed verdicts do not end an
+    Failed verdicts do not end an
     evaluation, however many they are, since generations cost too much to lose: they are counted and shown.
 
     Args:
@@ -34,7 +34,10 @@ def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | 
     """
     part: Any = yaml.safe_load(reward) if isinstance(reward, str) and reward.startswith("{") else reward
     if not isinstance(part, Mapping):
-        part = {"name": part} if part else config.alone(task.reward).model_dump(include={"name", "params", "columns"})
+        own = None if part else config.judges(task.reward)
+        if own and len(own) > 1:
+            raise ValueError("the task has no verifier and reward.functions several rewards: choose one by --reward")
+        part = own[0].model_dump(include={"name", "params", "columns"}) if own else {"name": part}
     if not part.keys() <= {"name", "params", "columns"} or "name" not in part:
         raise ValueError(f"--reward {reward!r} must be a name, or {{name: NAME, params: {{...}}, columns: {{...}}}}")
     functions = [
@@ -105,9 +108,10 @@ def score(
         examples: example i is the problem of generation i.
         columns: more columns for the rewards, [M] values each.
     """
-    own: dict[str, list[Any]] = {key: [row.get(key) for row in examples] for key in examples[0] if key != "prompt"}
     judged = [cut(generation.completion) if cut else generation.completion for generation in generations]
-    table = rewards.score([example["prompt"] for example in examples], judged, own | dict(columns))
+    table = rewards.score(
+        [example["prompt"] for example in examples], judged, reward_columns(examples, columns) | dict(columns)
+    )
     for index, (generation, value) in enumerate(zip(generations, table.values, strict=True)):
         generation.reward = value
         generation.reason = None if value is not None else _reason(table, index)

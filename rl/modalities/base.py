@@ -40,12 +40,16 @@ class Modality:
         name: what recipes call it in their own attribute `modality`.
         Options: the `sampler` section of a config, a frozen pydantic model with `num_inference_steps`.
         Trajectory: the dataclass of a rollout, arrays and plain values; `load_trajectories` builds it.
+        reward_columns: names of the columns that `finished` adds for rewards; no dataset may have them.
+        unit: what speed is counted in: "samples", or the "tokens" that the engine's stats count.
         tokenizer: of text; None for others.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
     Trajectory: ClassVar[Any] = None
+    reward_columns: ClassVar[tuple[str, ...]] = ("num_steps",)
+    unit: ClassVar[str] = "samples"
     tokenizer: Any = None
 
     def __init__(self, config: Config, task: Any):

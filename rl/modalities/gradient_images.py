@@ -12,7 +12,7 @@ from rl.estimators.latent_rows import LatentInput
 from rl.modalities.gradient import Forward, GradientSegment
 from rl.modalities.images import uint8_images
 from rl.sections import RewardPartConfig
-from rl.tasks.base import Row
+from rl.tasks.base import Row, reward_columns
 from rollouts.samplers.gradient_latent import Predict, gradient_rollout
 from rollouts.samplers.noise import CHOICE_STREAM, uniform
 
@@ -25,8 +25,7 @@ class PixelReward:
         Raises:
             ValueError: a reward without gradient to images.
         """
-        parts = run.config.reward.functions or [RewardPartConfig(name=run.task.reward)]
-        parts = [part for part in parts if part.weight]
+        parts = [part for part in run.config.reward.trained(run.task.reward) if part.weight]
         self.parts: list[tuple[Any, RewardPartConfig]] = [(load_reward(part.name, part.params), part) for part in parts]
         for reward, part in self.parts:
             if not getattr(reward, "differentiable", False) or not hasattr(reward, "on_tensors"):
@@ -37,7 +36,7 @@ class PixelReward:
 
     def __call__(self, images: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """[B] of images [B, C, H, W] in [0, 1] for the prompts of B rows."""
-        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        columns = reward_columns(rows)
         prompts = [row["prompt"] for row in rows]
         values = []
         for reward, part in self.parts:

@@ -10,7 +10,7 @@ import torch
 from rewards.soft import DifferentiableSum
 from rl.estimators.relaxed import free_canvas
 from rl.modalities.gradient import Forward, GradientSegment
-from rl.tasks.base import Row
+from rl.tasks.base import Row, reward_columns
 from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
 
@@ -23,8 +23,8 @@ class SoftTextReward:
         Raises:
             ValueError: a reward without gradient, or letters without a token.
         """
-        parts: Any = [(part.name, part.weight, part.params) for part in run.config.reward.functions]
-        self.sum = DifferentiableSum(parts or [(run.task.reward, 1.0, {})])
+        parts = run.config.reward.trained(run.task.reward)
+        self.sum = DifferentiableSum([(part.name, part.weight, part.params) for part in parts])
         letters = [run.tokenizer.convert_tokens_to_ids(letter) for letter in self.sum.alphabet]
         unknown = [
             letter
@@ -37,8 +37,7 @@ class SoftTextReward:
 
     def __call__(self, one_hot: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """[B] of responses [B, L, V] to the prompts of B rows."""
-        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-        return self.sum.soft([row["prompt"] for row in rows], one_hot[..., self.letters], **columns)
+        return self.sum.soft([row["prompt"] for row in rows], one_hot[..., self.letters], **reward_columns(rows))
 
 
 class RelaxedText:

@@ -23,6 +23,8 @@ class TextPlan(Modality):
 
     name = "text"
     Options = SamplerOptions
+    reward_columns = ("completion_ids", "num_forwards", "num_steps", "reveal_steps")
+    unit = "tokens"
 
     @classmethod
     def open(cls, config: Config, task: Task) -> Modality:

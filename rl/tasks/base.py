@@ -7,16 +7,21 @@ any other columns, which the reward receives.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 Row = dict[str, Any]
+
+# Arguments of every reward call beside `completions` and the columns (`rewards.call.call_reward`).
+CALL_ARGUMENTS = ("prompts", "trainer_state", "log_metric", "log_extra")
 
 
 class Task(Protocol):
     """A source of prompts.
 
     Attributes:
-        reward: name of the reward used when the config names none.
+        reward: name of the verifier: it judges evaluations, and is trained on when the config names no reward. With
+            None the rewards trained on judge (`rl.sections.RewardConfig.judges`).
         grid: (rows, columns) of the response for the denoising viewer, None for running text.
         alphabet: characters of the built-in character tokenizer, None when the task needs a real one. With a further
             attribute `ends` False, that tokenizer has no end token: every response has the full length.
@@ -24,7 +29,7 @@ class Task(Protocol):
     A task may also have `templates` (`rl.tasks.templates`), the prompts that evaluation can ask it with.
     """
 
-    reward: str
+    reward: str | None
     grid: tuple[int, int] | None
     alphabet: str | None
 
@@ -39,6 +44,35 @@ class Task(Protocol):
     def file_rows(self, path: str) -> list[Row]:
         """Rows of a file in the task's published format."""
         ...
+
+
+def column_names(rows: Iterable[Row], given: Iterable[str] = (), source: str = "the dataset") -> list[str]:
+    """Every column that some row has, `prompt` left out.
+
+    Args:
+        given: columns that the trainer adds (`rl.modalities.base.Modality.reward_columns`).
+        source: where the rows are from, for the message.
+
+    Raises:
+        ValueError: a column has a name that the trainer needs for itself.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
+    reserved = ["completions", *CALL_ARGUMENTS, *given]
+    for name in names:
+        if name in reserved:
+            raise ValueError(
+                f"{source} has a column {name!r}, which rewards get from the trainer: rename it (reserved names: "
+                "docs/rewards.md)"
+            )
+    return names
+
+
+def reward_columns(rows: Sequence[Row], given: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """The columns of some rows as rewards get them, None where a row lacks one; see `column_names`.
+
+    Example: the rows `{"prompt": "a"}` and `{"prompt": "b", "hint": "h"}` have the column `hint`, `[None, "h"]`.
+    """
+    return {name: [row.get(name) for row in rows] for name in column_names(rows, given)}
 
 
 def split_of(content: str) -> str:

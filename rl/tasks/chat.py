@@ -26,6 +26,11 @@ def user_turn(text: str, system: str = "") -> list[Message]:
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
 
 
+def shown_prompt(prompt: Any) -> str:
+    """A prompt for people: text as it is, messages as one `role: content` after the other."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def prompt_text(tokenizer: Any, example: Mapping[str, Any], chat: bool) -> str:
     """The text that the model is given of an example.
 

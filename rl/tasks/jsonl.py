@@ -25,7 +25,7 @@ class JsonlTask:
         prompt_column: str = "prompt",
         answer_column: str | None = None,
         template: str = "{prompt}",
-        reward: str = "math_answer",
+        reward: str | None = None,
     ):
         """
         Args:
@@ -34,6 +34,7 @@ class JsonlTask:
             validation: file of rows for the evaluations on the way; those of `heldout` when None.
             prompt_column, answer_column: which columns are the prompt and what supervised training imitates; text, or
                 messages (`rl.tasks.chat`). The same column for both is a conversation whose last turn is the answer.
+            reward: the verifier of evaluations, as math_answer; None lets the rewards trained on judge.
             template: text around a prompt; `{prompt}` stands for it.
         """
         self.reward = reward

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REWARD, ENTROPY, GAP = "reward/mean", "policy/entropy", "policy/logprob_gap"
-ACCURACY = "eval/accuracy@"
+# An evaluation logs one of them (`rl.train.judge.Judge.by_rewards`).
+HELDOUT = {"eval/accuracy@": "accuracy", "eval/reward@": "mean reward"}
 
 # Okabe and Ito's colours (2008), told apart with any colour vision; the yellow is left out, it vanishes on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -121,7 +122,7 @@ def plot_runs(
     _title(axes["reward"], f"Training reward, running mean of {_WINDOW} steps")
     _several(axes["reward"], [series(records, REWARD) for records in train], labels, theme, smooth=True)
     for name in names:
-        _title(axes[name], f"Held-out accuracy, {_num_steps(name)} denoising steps")
+        _title(axes[name], _heldout_title(name))
         _several(axes[name], [series(records, name) for records in evals], labels, theme, smooth=False)
     _last_row(*(axes[name] for name in panels[-1] if name in axes))
     return _save(figure, Path(out) if out else folders[0].parent / "runs.png")
@@ -144,7 +145,7 @@ def plot_budgets(
 
     Args:
         variants: name -> run folders of its seeds. Lines are means over seeds at equal budgets.
-        metric: an `eval/accuracy@S`.
+        metric: an `eval/accuracy@S` or `eval/reward@S`.
 
     Raises:
         ValueError: a folder has no metrics, or nowhere is the metric.
@@ -172,7 +173,7 @@ def plot_budgets(
         panel.set_xlabel(BUDGETS[budget], fontsize=9)
         panel.tick_params(axis="x", labelrotation=20)
     first, *_, last = axes.values()
-    _title(first, f"Held-out accuracy, {_num_steps(metric)} denoising steps")
+    _title(first, _heldout_title(metric))
     last.legend(fontsize=8, frameon=False, labelcolor=theme.ink, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _save(figure, Path(out))
 
@@ -205,24 +206,31 @@ def metric_at(run: Sequence[Mapping[str, float]], budget: str, spent: float, met
 
 
 def series(records: Sequence[Mapping[str, Any]], metric: str) -> Series:
-    """The metric over the records' steps; its interval is `<metric>` with `mean` or `accuracy` made low and high.
+    """The metric over the records' steps; its interval is `reward/low` of `reward/mean`, `x_low@4` of `x@4`.
 
     A step that was logged twice (an evaluation on the way and the final one) keeps its last value.
     """
     points = list({record["step"]: record for record in records if record.get(metric) is not None}.values())
     steps, values = [record["step"] for record in points], [record[metric] for record in points]
-    if metric.startswith(ACCURACY):
-        low, high = (metric.replace("accuracy@", f"accuracy_{side}@") for side in ("low", "high"))
-    else:
-        low, high = (metric.removesuffix("mean") + side for side in ("low", "high"))
+    low, high = (
+        metric.replace("@", f"_{side}@").removesuffix("mean") + side * ("@" not in metric) for side in ("low", "high")
+    )
     if points and all(record.get(low) is not None and record.get(high) is not None for record in points):
         return Series(steps, values, [record[low] for record in points], [record[high] for record in points])
     return Series(steps, values)
 
 
 def accuracy_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The `eval/accuracy@S` metrics of the records, fewest denoising steps first."""
-    return sorted({name for record in records for name in record if name.startswith(ACCURACY)}, key=_num_steps)
+    """The `eval/accuracy@S` or `eval/reward@S` metrics of the records, fewest denoising steps first."""
+    return sorted({name for record in records for name in record if name.startswith(tuple(HELDOUT))}, key=_num_steps)
+
+
+def _heldout_title(name: str) -> str:
+    return f"Held-out {_measure(name)}, {_num_steps(name)} denoising steps"
+
+
+def _measure(name: str) -> str:
+    return HELDOUT.get(name.partition("@")[0] + "@", name)
 
 
 def _reward_panel(axes: Axes, train: Sequence[Mapping[str, Any]], theme: Theme) -> None:
@@ -233,7 +241,7 @@ def _reward_panel(axes: Axes, train: Sequence[Mapping[str, Any]], theme: Theme) 
 
 def _accuracy_panel(axes: Axes, evals: Sequence[Mapping[str, Any]], theme: Theme) -> None:
     names = accuracy_names(evals)
-    _title(axes, "Held-out accuracy by number of denoising steps")
+    _title(axes, f"Held-out {_measure(names[0]) if names else 'accuracy'} by number of denoising steps")
     if not names:
         _nothing(axes, theme)
     ends = []

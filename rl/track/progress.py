@@ -78,8 +78,8 @@ class Progress:
 
         Args:
             step: steps finished, 1 after the first.
-            numbers: shown as they come; `reward` and `tokens_per_s` have their own format, and a number once given
-                stays on display until it is given again. Names with slashes: `**{"eval/accuracy@4": 0.8}`.
+            numbers: shown as they come; `x_per_s` is shown as x/s, and a number once given stays on display until it is
+                given again. Names with slashes: `**{"eval/accuracy@4": 0.8}`.
         """
         self._step = step
         self._numbers.update(numbers)
@@ -169,8 +169,8 @@ class _ElapsedColumn(ProgressColumn):
 
 
 def _number_text(name: str, value: float) -> str:
-    if name == "tokens_per_s":
-        return f"{value:,.0f} tokens/s"
+    if name.endswith("_per_s"):
+        return f"{value:,.{0 if value >= 10 else 2}f} {name.removesuffix('_per_s')}/s"
     if isinstance(value, int):
         return f"{name} {value:,}"
     return f"{name} {value:.3f}" if abs(value) >= 1e-3 or value == 0 else f"{name} {value:.1e}"

@@ -1,4 +1,4 @@
-"""The before/after table of a run, for the terminal and for plain text."""
+"""The before/after table of a run, for the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rl.track.verdict import (
     backslide_line,
     compare,
     goal_line,
+    judge_line,
+    measure,
     unscored_line,
     verdict_line,
 )
@@ -24,7 +26,7 @@ HEADINGS = ("denoising steps", "before", "after", "change", "verdict")
 
 
 def before_after_table(summary: Mapping[str, Any]) -> Table:
-    """A rich table: accuracy before and after by number of denoising steps, with 95 % intervals and a verdict.
+    """A rich table by number of denoising steps: accuracy (or mean reward) before and after, interval and verdict.
 
     Args:
         summary: the content of `summary.json`; missing parts show as "-" (see `rl.track.verdict`).
@@ -51,29 +53,20 @@ def before_after_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def before_after_text(summary: Mapping[str, Any]) -> str:
-    """The same table as plain text, for logs and files."""
-    lines = [HEADINGS, *(cells(row) for row in compare(summary))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    text = [title(summary)]
-    text += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*text, conclusion(summary)])
-
-
 def title(summary: Mapping[str, Any]) -> str:
-    """What was measured: task, seed and number of held-out problems, as far as they are known."""
-    parts = [f"{summary['task']}" if "task" in summary else "held-out accuracy"]
-    if "n_eval" in summary:
-        parts.append(f"{summary['n_eval']:,} held-out problems")
+    """Task, measure, number of held-out problems and seed, as far as they are known."""
+    parts = [str(summary.get("task", "a run"))]
+    problems = f"{summary['n_eval']:,} held-out problems" if "n_eval" in summary else "held-out problems"
+    parts.append(f"{measure(summary)} on {problems}")
     if "seed" in summary:
         parts.append(f"seed {summary['seed']}")
     return ", ".join(parts) + ", 95 % intervals"
 
 
 def conclusion(summary: Mapping[str, Any]) -> str:
-    """The verdict; the goal when the run had one; unscored problems when there were any."""
-    lines = (verdict_line(summary), goal_line(summary), backslide_line(summary), unscored_line(summary))
-    return "\n".join(line for line in lines if line)
+    """The verdict and who judged; the goal when the run had one; unscored problems when there were any."""
+    lines = (verdict_line, judge_line, goal_line, backslide_line, unscored_line)
+    return "\n".join(text for line in lines if (text := line(summary)))
 
 
 def cells(row: Comparison) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a run may claim: accuracies before and after, their intervals, and a sentence that does not flatter.
+"""The claims that the numbers of a run support: before and after, with intervals, and sentences that do not flatter.
 
 Everything is computed from the numbers in `summary.json`; a stored conclusion (`goal.met`) is checked, not believed.
 """
@@ -26,7 +26,7 @@ class Comparison:
 
     Attributes:
         steps: number of denoising steps, as summary.json spells it.
-        before, after: accuracy in [0, 1]; None when it was not measured.
+        before, after: accuracy in [0, 1], or mean reward (`measure`); None when it was not measured.
         before_interval, after_interval: 95 % intervals; None when neither they nor n_eval are in the summary.
         change_interval: 95 % interval of after - before (Newcombe 1998).
         verdict: "improved" or "worse" when change_interval excludes 0, else "not distinguishable"; "unknown" without
@@ -58,6 +58,21 @@ def read_summary(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return summary
+
+
+def measure(summary: Mapping[str, Any]) -> str:
+    """ "accuracy", or "mean reward" of a run whose task has no verifier."""
+    return str(summary.get("measure", "accuracy"))
+
+
+def judge_line(summary: Mapping[str, Any]) -> str | None:
+    """Who judged, and what was trained on; None in summaries of earlier versions, which do not say."""
+    judge, reward = summary.get("judge"), summary.get("reward")
+    if judge is None:
+        return None
+    if judge == reward:
+        return f"Judged by the reward trained on, {judge}."
+    return f"Judged by {judge}, trained on {reward}: the verdict is about the former."
 
 
 def compare(summary: Mapping[str, Any]) -> list[Comparison]:
@@ -110,10 +125,10 @@ def goal_line(summary: Mapping[str, Any]) -> str | None:
         limits.append(f"at most {_share(goal['before_max'])} before")
     if goal.get("after_min") is not None:
         limits.append(f"at least {_share(goal['after_min'])} after")
-    wanted = f"{steps}-step accuracy {' and '.join(limits)}"
+    wanted = f"{steps}-step {measure(summary)} {' and '.join(limits)}"
     row = next((row for row in compare(summary) if row.steps == steps), None)
     if row is None or row.before is None or row.after is None:
-        return f"Goal not judged ({wanted}): there is no accuracy at {steps} steps before and after."
+        return f"Goal not judged ({wanted}): there is no {measure(summary)} at {steps} steps before and after."
     low = row.before <= goal.get("before_max", 1.0)
     high = row.after >= goal.get("after_min", 0.0)
     met = low and high
@@ -166,7 +181,7 @@ def _interval(summary: Mapping[str, Any], field: str, steps: str, share: float |
     if given is not None:
         return float(given[0]), float(given[1])
     n = summary.get("n_eval")
-    if share is None or not n:
+    if share is None or not n or measure(summary) != "accuracy":
         return None
     return wilson_interval(round(share * n), int(n))
 

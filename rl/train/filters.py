@@ -39,10 +39,16 @@ def keep_mask(
     zeros = torch.zeros(num_groups, dtype=torch.float64)
     count = zeros.index_add(0, group, given.double())
     mean = zeros.index_add(0, group, torch.where(given, reward, torch.zeros_like(reward))) / count.clamp(min=1)
-    outside = (count > 0) & ((mean < options.accuracy_low) | (mean > options.accuracy_high))
+    low, high = options.accuracy_low, options.accuracy_high
+    outside = torch.zeros_like(flat)
+    if low is not None:
+        outside |= mean < low
+    if high is not None:
+        outside |= mean > high
+    outside &= count > 0
     dropped_flat = flat if options.drop_zero_variance else torch.zeros_like(flat)
     dropped_band = outside & ~dropped_flat
-    counted &= ~outside[group]
+    counted = counted & ~outside[group]
     keep = counted & ~dropped_flat[group]
     return (
         keep,

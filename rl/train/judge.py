@@ -1,4 +1,4 @@
-"""What rewards say about rollouts, and about the x0 predictions on their way."""
+"""The verdicts of rewards on rollouts, and on the x0 predictions on their way."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
-from rl.sections import RewardConfig
-from rl.tasks.base import Row
+from rl.sections import RewardConfig, RewardPartConfig
+from rl.tasks.base import Row, reward_columns
 
 # Reward metrics that count something; every other one is a mean over completions.
 _COUNTS = ("failures", "not_applicable", "timeouts", "retries", "cache_hits", "masked", "seconds")
@@ -20,26 +20,29 @@ class Judge:
     """The rewards of a run. Its methods take M examples and M trajectories, the group of a prompt together.
 
     Attributes:
-        rewards: what is trained on: `reward.functions`, the task's own reward without them.
-        verifier: the task's own reward alone, since accuracy is no weighted or normalised sum. Its parameters are those
-            of `reward.functions`, where that names it too.
+        rewards: the rewards trained on (`RewardConfig.trained`).
+        verifier: judges evaluations (`RewardConfig.judges`).
+        by_rewards: the task has no verifier, so evaluations give the mean reward and no accuracy.
+        names: "judge", "reward" and "measure" of a summary: math_answer, math_answer + 0.2 x overlong, accuracy.
     """
 
     def __init__(self, options: RewardConfig, task: Any, modality: Any):
         """Load every reward, so that a wrong name or parameter is an error before any sampling."""
         self.modality = modality
-        parts = [RewardPart(**part.model_dump()) for part in options.functions]
-        own = [RewardPart(**options.alone(task.reward).model_dump())]
+        trained, judges = options.trained(task.reward), options.judges(task.reward)
+        self.by_rewards = task.reward is None
+        measure = "mean reward" if self.by_rewards else "accuracy"
+        self.names = {"judge": described(judges), "reward": described(trained), "measure": measure}
         self.rewards, self.verifier = (
             RewardRunner(
-                chosen,
+                [RewardPart(**part.model_dump()) for part in parts],
                 mode=options.mode,
                 num_workers=options.num_workers,
                 timeout_seconds=options.timeout_seconds,
                 max_failure_share=options.max_failure_share,
                 outage_seconds=options.outage_seconds,
             ).__enter__()
-            for chosen in (parts or own, own)
+            for parts in (trained, judges)
         )
 
     def close(self) -> None:
@@ -56,9 +59,9 @@ class Judge:
         """
         completions, columns = self.modality.finished(trajectories)
         groups = [index // group_size for index in range(len(examples))]
-        table = self._runner(verifier).score(
-            [example["prompt"] for example in examples], completions, _columns(examples) | columns, groups=groups
-        )
+        columns = reward_columns(examples, columns) | columns
+        prompts = [example["prompt"] for example in examples]
+        table = self._runner(verifier).score(prompts, completions, columns, groups=groups)
         return completions, table
 
     def score_x0(
@@ -104,7 +107,7 @@ class Judge:
             where.append(indices)
         judged = [examples[index] for index in owners]
         prompts, groups = [example["prompt"] for example in judged], [index // group_size for index in owners]
-        fresh = self._runner(verifier).score(prompts, texts, _columns(judged), groups=groups)
+        fresh = self._runner(verifier).score(prompts, texts, reward_columns(judged), groups=groups)
         for name, value in fresh.metrics.items():
             if name.endswith(_COUNTS):
                 table.metrics[name] = table.metrics.get(name, 0.0) + value
@@ -115,10 +118,9 @@ class Judge:
         return self.verifier if verifier else self.rewards
 
 
-def _columns(examples: Sequence[Row]) -> dict[str, list[Any]]:
-    """The dataset columns of some examples, as rewards get them."""
-    names = examples[0] if examples else {}
-    return {name: [example.get(name) for example in examples] for name in names if name != "prompt"}
+def described(parts: Sequence[RewardPartConfig]) -> str:
+    """Names and weights of a sum of rewards: `math_answer + 0.2 x overlong`."""
+    return " + ".join(part.name if part.weight == 1 else f"{part.weight:g} x {part.name}" for part in parts)
 
 
 def join_metrics(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:

@@ -6,13 +6,15 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from rewards.failures import WINDOW, RewardFailureError
 from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_json
 from rl.run_folder import find_checkpoint
 from rl.tasks.base import Row, validation_rows
+from rl.tasks.chat import shown_prompt
 from rl.train import distributed
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
@@ -39,6 +41,7 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Row]) -> dict[str, An
         run.progress.message(note)
     summary: dict[str, Any] = {
         "task": config.task.name,
+        **run.judge.names,
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
         "n_eval": len(heldout),
@@ -58,7 +61,15 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Row]) -> dict[str, An
             write_json(run.folder / "before.json", summary | {"views": views_before})
         distributed.barrier()
     else:
-        summary |= json.loads((run.folder / "before.json").read_text())
+        before = json.loads((run.folder / "before.json").read_text())
+        # In runs of an earlier version math_answer judged where a task named no verifier.
+        judge = before.get("judge", "math_answer" if run.judge.by_rewards else summary["judge"])
+        if judge != summary["judge"]:
+            raise ValueError(
+                f"run.resume: {judge} judged before training, {summary['judge']} would judge after it: choose another "
+                "run.output_dir"
+            )
+        summary |= before
         views_before = summary.pop("views")
     if config.train.steps:
         with heeding_sigterm() as told_to_stop:
@@ -110,6 +121,7 @@ def reinforce(
         run.progress.message(f"resumed from {checkpoint}")
     run.progress.stage("train", config.train.steps)
     stage: Counter[str] = Counter()
+    silent = float(WINDOW)
     started = time.perf_counter()
     while step < config.train.steps:
         tick = time.perf_counter()
@@ -118,11 +130,16 @@ def reinforce(
         step += 1
         stage.update(outcome.seconds)
         metrics = outcome.metrics | {f"time/{name}": value for name, value in outcome.seconds.items()}
-        metrics["speed/tokens_per_s"] = metrics.pop("rollout/tokens", 0.0) / (learned - tick)
+        # Of images an engine counts pixels or latents: their speed is in samples, as that of rollouts with gradient.
+        made = {"tokens": metrics.pop("rollout/tokens", 0.0), "samples": metrics.pop("rollout/samples")}
+        unit = run.modality.unit if made["tokens"] else "samples"
+        speed = made[unit] / (learned - tick)
+        metrics[f"speed/{unit}_per_s"] = speed
         metrics["optimizer/lr"] = updater.learner.learning_rate()
         run.metrics.log(step, "train", metrics | run.costs.as_metrics())
         _log_samples(run, step, outcome.samples)
-        run.progress.update(step, reward=metrics["reward/mean"], tokens_per_s=metrics["speed/tokens_per_s"])
+        silent = _without_score(run, step, metrics, silent)
+        run.progress.update(step, reward=metrics["reward/mean"], **{f"{unit}_per_s": speed})
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
         # Reduced, because all ranks have to end after the same step.
         ending = distributed.reduce_number(2 if told_to_stop() else out_of_time, "max", run.device)
@@ -152,6 +169,27 @@ def reinforce(
     }
 
 
+def _without_score(run: Run, step: int, metrics: Mapping[str, float], before: float) -> float:
+    """Rollouts in a row that got no score because no reward applies to them: `before` this step -> after it.
+
+    Raises:
+        RewardFailureError: none of the run so far, or of the latest 256, has a score (`reward.max_failure_share` < 1).
+    """
+    failures = sum(value for name, value in metrics.items() if name.endswith("/failures"))
+    if not math.isnan(metrics["reward/mean"]) or failures:
+        return 0.0
+    silent = before + metrics["filters/unscored"]
+    if silent > WINDOW:
+        text = (
+            f"step {step}: none of {metrics['filters/unscored']:.0f} rollouts got a score from "
+            f"{run.judge.names['reward']}, so nothing is learned: a reward gives None where it does not apply"
+        )
+        if run.config.reward.max_failure_share < 1:
+            raise RewardFailureError(f"{text} (reward.max_failure_share=1 goes on all the same)")
+        run.progress.message(text)
+    return silent
+
+
 def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any]:
     """Evaluate the model as it is, log it, and give its part of the summary."""
     results, completions = evaluate(run, rows, run.config.eval.num_inference_steps)
@@ -162,7 +200,7 @@ def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any
     metrics = {f"eval/{key}@{steps}": value for steps, values in quality.items() for key, value in values.items()}
     run.metrics.log(step, "eval", as_metrics(results) | metrics)
     parts = {
-        "": {str(steps): result.accuracy for steps, result in results.items()},
+        "": {str(steps): result.value for steps, result in results.items()},
         "_interval": {str(steps): [result.low, result.high] for steps, result in results.items()},
         "_unscored": {str(steps): result.unscored for steps, result in results.items()},
         "_backslide": {str(steps): vars(result.backslide) for steps, result in results.items() if result.backslide},
@@ -191,7 +229,7 @@ def _views(run: Run, heldout: list[Row]) -> list[dict[str, Any]]:
     trajectories = engine.generate(run.modality.requests(rows, [[i] for i in range(len(rows))], None))
     _, table = run.judge.score(rows, trajectories, verifier=True)
     views = run.modality.views(rows, trajectories, table.values)
-    return [{"prompt": row["prompt"], "view": view} for row, view in zip(rows, views, strict=True)]
+    return [{"prompt": shown_prompt(row["prompt"]), "view": view} for row, view in zip(rows, views, strict=True)]
 
 
 def _log_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:

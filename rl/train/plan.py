@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rewards.load import load_reward
+from rewards.signature import missing_columns
 from rl.config import Config, load_config
 from rl.errors import about
 from rl.models.families import open_family
+from rl.tasks.base import CALL_ARGUMENTS, Row, Task, column_names
 from rl.tasks.load import load_task, modality_class, modality_of
 from rl.train.deepspeed_json import read_deepspeed_config
 from rollouts.engines.base import IN_PROCESS, RAY_WORKERS, require
@@ -103,11 +106,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
             open_family(family, key)
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
         raise ValueError(f"goal.steps {config.goal.steps} is not in eval.num_inference_steps: add it there")
-    for part in config.reward.functions:
-        with about(f"reward.functions {part.name!r}"):
-            load_reward(part.name, part.params)
-    if not config.reward.functions:
-        load_reward(task.reward, {})
+    _check_rewards(config, task, rows, modality.reward_columns)
     if config.rollout.engine == "server":
         if modality.name != "text":
             raise ValueError(
@@ -201,6 +200,34 @@ def _check_recipe(config: Config) -> None:
                 "compares the rewards of steps with each other: set normalize to none"
             )
     recipe.check(config)
+
+
+def _check_rewards(config: Config, task: Task, rows: Sequence[Row], given: Sequence[str]) -> None:
+    """Load the rewards, and hold what they need against the columns of the dataset and those `given` by the modality.
+
+    Raises:
+        ValueError: a reward cannot be loaded or lacks a column, or a column has a name of the trainer's.
+    """
+    files = getattr(task, "files", ())
+    trained_on, *judged_on = [(file.path, file.examples) for file in files] or [("the task", rows)]
+    uses = (
+        ("reward.functions" if config.reward.functions else "the task's reward", config.reward.trained, [trained_on]),
+        ("the verifier", config.reward.judges, judged_on or [trained_on]),
+    )
+    for use, parts, sources in uses:
+        for part in parts(task.reward):
+            with about(f"{use} {part.name!r}"):
+                reward = load_reward(part.name, part.params)
+            for source, examples in sources:
+                names = column_names(examples, given, source)
+                known = {*names, *given, *CALL_ARGUMENTS}
+                missing = [name for name in part.columns.values() if name not in known]
+                missing += missing_columns(reward, dict.fromkeys(known | part.columns.keys()))
+                if missing:
+                    raise ValueError(
+                        f"{use} {part.name!r} needs the column {missing[0]!r} (or params with it), and {source} has "
+                        f"{', '.join(names) or 'none'} beside the prompt"
+                    )
 
 
 def _check_same_run(config: Config) -> None:

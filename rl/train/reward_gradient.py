@@ -18,6 +18,7 @@ from rl.config import Config
 from rl.modalities.gradient import GradientSegment
 from rl.recipes.base import AnyRecipe
 from rl.sections import FilterConfig
+from rl.tasks.chat import shown_prompt
 from rl.train import distributed
 from rl.train.rollouts import prompt_interval, request_seed, step_seed
 from rl.train.run import Costs, Run
@@ -112,7 +113,11 @@ class RewardGradientUpdater(Updater):
         assert last.reward is not None
         shown = zip(repeated[:2], last.completions, last.reward.tolist(), strict=False)
         samples = [
-            {"prompt": example["prompt"], "completion": run.modality.sample_line(completion), "reward": value}
+            {
+                "prompt": shown_prompt(example["prompt"]),
+                "completion": run.modality.sample_line(completion),
+                "reward": value,
+            }
             for example, completion, value in shown
         ]
         return StepOutcome(metrics, {"learn": time.perf_counter() - started}, samples)
@@ -143,4 +148,4 @@ class RewardGradientUpdater(Updater):
         values = torch.tensor([value for theirs in parts for value in theirs], dtype=torch.float64)
         # Ranks hold whole prompts, one after the other.
         prompt = torch.arange(len(values)) // self.run.config.train.group_size
-        return prompt_interval(values, prompt) | means.reduced()
+        return prompt_interval(values, prompt) | means.reduced() | {"rollout/samples": float(len(values))}

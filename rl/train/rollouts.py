@@ -13,7 +13,9 @@ import torch
 
 from rl.advantages import zero_variance_groups
 from rl.evaluation.backslide import backslide_of
+from rl.sections import MAX_GROUP
 from rl.tasks.base import Row
+from rl.tasks.chat import shown_prompt
 from rl.train import distributed
 from rl.train.ahead import Ahead
 from rl.train.engines import PolicyWeights, open_engine
@@ -108,7 +110,8 @@ def _joined(values: Sequence[Any]) -> Any:
 
 
 def request_seed(seed: int, row: int, sample: int) -> int:
-    """A distinct non-negative int64 for every (seed, row, sample)."""
+    """A distinct non-negative int64 for every (seed, row, sample); sample < MAX_GROUP."""
+    assert 0 <= sample < MAX_GROUP, "seeds would repeat"
     return ((seed & 0xFFFFFFFF) << 31 | (row & 0x1FFFFF) << 10 | (sample & 0x3FF)) & 0x7FFFFFFFFFFFFFFF
 
 
@@ -300,7 +303,9 @@ class RolloutSource:
 def sample_lines(run: Run, rollouts: ScoredRollouts, count: int = 2) -> list[dict[str, Any]]:
     """The first rollouts as plain JSON."""
     shown = zip(rollouts.lines(run.modality, count), rollouts.trajectories, strict=False)
-    return [line | {"num_steps": trajectory.num_steps} for line, trajectory in shown]
+    return [
+        line | {"prompt": shown_prompt(line["prompt"]), "num_steps": trajectory.num_steps} for line, trajectory in shown
+    ]
 
 
 def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str, float]:
@@ -322,6 +327,7 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         **join_metrics(distributed.gather_objects((rollouts.reward_metrics, len(rollouts.completions)))),
         **filtered,
         "rollout/tokens": work["generated_tokens"],
+        "rollout/samples": float(len(rewards)),
         **{f"rollout/{name}": work[name] for name in ("retries", "repushes", "workers_lost", "requests_reassigned")},
         "speed/distinct_row_share": work["sequence_forwards"] / max(work["rows_asked"], 1),
         **prompt_interval(rewards, groups),

@@ -47,10 +47,11 @@ def supervised(run: Run) -> dict[str, float]:
         step += 1
         loss = distributed.reduce_number(float(fit.total), "sum", run.device)
         seconds = time.perf_counter() - started
-        speed = (step - first) * config.batch_size * run.modality.horizon / seconds
+        unit = run.modality.unit
+        speed = (step - first) * config.batch_size * (run.modality.horizon if unit == "tokens" else 1) / seconds
         metrics = {"loss/total": loss, "policy/grad_norm": norm, "optimizer/lr": learner.learning_rate()}
-        run.metrics.log(step, "sft", metrics | {"speed/tokens_per_s": speed})
-        run.progress.update(step, loss=loss, tokens_per_s=speed)
+        run.metrics.log(step, "sft", metrics | {f"speed/{unit}_per_s": speed})
+        run.progress.update(step, loss=loss, **{f"{unit}_per_s": speed})
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             learner.copy_weights_into(plain)
             keep = run.config.checkpoint.keep

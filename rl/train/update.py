@@ -206,9 +206,7 @@ class PolicyUpdater(Updater):
         metrics |= {name: metrics[name] / len(norms) for name in ("loss/total", "value/loss") if name in metrics}
         if value_norms:
             metrics["value/grad_norm"] = sum(value_norms) / len(value_norms)
-        # An estimator that scores other states than were sampled has no gap, and must not seem to have a small one.
-        if not lag and not metrics["policy/decisions"]:
-            metrics["policy/logprob_gap"] = 0.0
+        # Without decisions, or with an estimator that scores other states than were sampled, there is no gap.
         if "policy/logprob_gap" in metrics:
             metrics["policy/logprob_gap_max"] = self.gap_max
         return metrics | self._value_metrics([batch for update in passes[0] for batch in update])
