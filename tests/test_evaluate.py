@@ -91,8 +91,11 @@ def test_the_simple_form_prints_its_table_and_writes_json(run: Run, model: str, 
     lines = [match for match in map(LINE.match, out.splitlines()) if match]
     assert code == 0 and [match[1] for match in lines] == ["2", "16"]
     assert {(match[5], match[6]) for match in lines} == {("5", "0")}
-    assert [match[7] for match in lines] == ["8.00", "1.00"]
+    assert out.startswith("accuracy, judged by sudoku\n")
     saved = json.loads((tmp_path / "result.json").read_text())
+    # Answers of this untrained model end at their first token, of 2 and of 16 forwards.
+    assert [match[7] for match in lines] == [f"{saved['results'][s]['tokens_per_forward']:.2f}" for s in ("2", "16")]
+    assert [match[7] for match in lines] == ["0.50", "0.06"]
     assert saved["results"]["2"]["num_prompts"] == 5 and saved["task"] == "sudoku"
     assert sorted(os.listdir(tmp_path)) == ["puzzles.csv", "result.json"]
 
@@ -155,6 +158,7 @@ def test_one_greedy_sample_agrees_with_the_simple_form(run: Run, model: str, rew
     (match,) = [match for match in map(LINE.match, simple.splitlines()) if match]
     assert (f"{result['avg']:.3f}", f"{result['low']:.3f}", f"{result['high']:.3f}") == match.group(2, 3, 4)
     assert (str(result["num_problems"]), str(result["unscored"])) == match.group(5, 6)
+    assert f"{result['tokens_per_forward']:.2f}" == match[7]
     assert result["interval"] == "wilson"
 
 

@@ -46,7 +46,8 @@ def test_bonds_are_learned_with_log_probs_equal_to_the_samplers(trained: Path) -
     reward = series(trained, "train", "reward/mean")
     assert 0.2 < reward[0] < 0.3 and min(reward[-5:]) > 0.95
     # Sampler and learner score batches of other sizes: what is left is rounding.
-    assert max(series(trained, "train", "policy/logprob_gap_max")) < 1e-6
+    gaps = [line["policy/logprob_gap_max"] for line in lines(trained, "train") if line["policy/decisions"]]
+    assert len(gaps) >= 10 and max(gaps) < 1e-6
     assert lines(trained, "train")[0]["cost/sequence_forwards"] == 128 * 4 * 3
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["before"]["4"] < 0.1 and summary["after"]["4"] > 0.9
