@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from rewards.math_forms import same_forms
 from rewards.math_text import is_word, normalise, split_unit, tokenise
 from rewards.math_value import Number, UnreadableError, sample
 
@@ -80,9 +81,10 @@ def math_equal(gold: str, answer: str, ordered: bool = False) -> bool:
     if gold_tokens == answer_tokens:
         return bool(gold_tokens)
     try:
-        return _same(read(gold_tokens), read(answer_tokens), ordered)
+        same = _same(read(gold_tokens), read(answer_tokens), ordered)
     except (UnreadableError, RecursionError):
-        return False
+        same = False
+    return same or same_forms(gold_tokens, answer_tokens)
 
 
 def is_readable(text: str) -> bool:

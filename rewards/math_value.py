@@ -30,6 +30,7 @@ NO_FACTOR = set(
     r"""+ - * / ) ] } | \} ! ^ , _ & \\ = < > : ; ' % ? # " @ ~ ` . \deg \pm \mp \ldots \int \lim""".split()
 )
 NO_FACTOR |= set(r"\overline \begin \end \cup \cap \in \le \ge \neq \approx \setminus \to \sum \prod \forall".split())
+NO_FACTOR |= set(r"\lfloor \rfloor \lceil \rceil \gcd \max \min \det \partial".split())
 CONSTANTS: dict[str, Callable[[Any], Any]] = {
     "e": lambda context: +context.e,
     "i": lambda context: context.mpc(0, 1),

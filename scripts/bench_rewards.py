@@ -3,7 +3,7 @@
     python scripts/bench_rewards.py --items 2000 --workers 2
 
 The items are made here: half plain numbers (as GSM8K), half LaTeX (as MATH), all different, half of them right.
-`math-verify in-process` calls that library as its documentation shows, for comparison; it is in the extra `dev`.
+`math-verify in-process` calls that library as its documentation shows, for comparison.
 `one process per call` is the naive way to be safe from hangs. Code rewards have a benchmark of their own.
 """
 

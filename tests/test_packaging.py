@@ -26,8 +26,8 @@ def test_the_wheel_installs_and_imports_from_another_folder(tmp_path: Path) -> N
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True, timeout=200)
     # The dependencies of this environment behind the installed wheel, and nothing of the working tree.
-    dependencies = next(p for p in sys.path if p.endswith("site-packages"))
-    (site / "dependencies.pth").write_text(dependencies + "\n")
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
     code = "import rl, rewards, rollouts, rl.cli; print(rl.__file__); raise SystemExit(rl.cli.main(['check']))"
     result = subprocess.run(
         [str(home / "bin" / "python"), "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from rewards import RewardPart, RewardRunner
 from rewards.math_answer import MathAnswer, final_answer, reference_answer
 from rewards.math_equal import math_equal, number_of
 
@@ -127,6 +128,43 @@ def test_anchors_are_required_when_asked_for():
 def test_rows_without_reference_do_not_apply():
     scores = math_answer([""] * 2, ["4", "4"], [None, ""])
     assert [(score.value, score.failed) for score in scores] == [(None, False)] * 2
+
+
+FORMS = {  # computed by math-verify, in a reward process only
+    True: [
+        ("1/3", r"\int_0^1 x^2 \, dx"), (r"\int_0^1 t^2 dt", r"\frac13"), ("385", r"\sum_{n=1}^{10} n^2"),
+        ("2x", r"\frac{d}{dx} x^2"),
+        ("2", r"\sum_{n=0}^{\infty} \frac{1}{2^n}"), ("120", r"\prod_{i=1}^5 i"), ("3", r"x=\lfloor 3.7 \rfloor"),
+        ("5", r"\lceil \frac72 \rceil + 1"),
+        ("6", r"\gcd(12,18)"), ("(2,3)", r"(1,3)\cap(2,5)"), (r"\{2,3\}", r"\{1,2,3\}\setminus\{1\}"),
+        ("-2", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"),
+        (r"\begin{pmatrix}3\\7\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}\begin{pmatrix}1\\1\end{pmatrix}"),
+    ],
+    False: [
+        ("1/4", r"\int_0^1 x^2 dx"), ("386", r"\sum_{n=1}^{10} n^2"), ("4", r"\lfloor 3.7 \rfloor"),
+        ("3", r"\lfloor 3.7 \rfloor apples"),
+        (r"\lfloor 2x \rfloor", r"2\lfloor x \rfloor"), ("x=3", r"y=\lfloor 3.7 \rfloor"),
+        ("(2,3)", r"\{1,2,3\}\setminus\{1\}"),
+        ("4", r"\lfloor 4 \rfloor \sqrt(2)"), ("34", r"\lfloor 3 4 \rfloor"), ("2", r"\int_0^1 x^2 dt"),
+        ("[2,3)", r"(1,3)\cap(2,5)"),
+        ("3", r"\int_0^1 9^{9^{9}} dx"), ("3", r"\sum_{n=1}^{99} (n!)!"), ("3", r"\prod_{n=1}^{999} (n^{9n})^{99}"),
+        ("3", r"\lfloor ((9^{99})^{99})^{99} \rfloor"), ("3", r"\lfloor 2 \rfloor" * 99),
+        ("3", r"\sum_{n=1}^{999} n^{9n}"),
+    ],
+}  # fmt: skip
+
+
+def test_integrals_and_sums_are_computed_in_a_reward_process_alone():
+    for right, pairs in FORMS.items():
+        part = RewardPart("math_answer", params={"anchor": "boxed"}, batch_size=1)
+        with RewardRunner([part], mode="process", timeout_seconds=20.0) as runner:
+            table = runner.score(
+                [""] * len(pairs),
+                [rf"\boxed{{{answer}}}" for _, answer in pairs],
+                {"answer": [gold for gold, _ in pairs]},
+            )
+        assert [pair for pair, value in zip(pairs, table.values, strict=True) if value != right] == []
+    assert not any(math_equal(*pair) for pairs in FORMS.values() for pair in pairs)
 
 
 HOSTILE = [
