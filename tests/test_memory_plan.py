@@ -141,7 +141,20 @@ def test_command() -> None:
     steps = ["sampler.num_inference_steps=64", "eval.num_inference_steps=[64]"]
     done = runs.cli(*words, "8", "--memory", "80", *steps)
     assert done.returncode == 0, done.stderr
-    assert "4.41 B parameters, 8 rank(s), zero3_bf16" in done.stdout
+    assert "4.41 B parameters by model.backbone, 8 rank(s), zero3_bf16" in done.stdout
     refused = runs.cli(*words, "7", *steps)
     assert refused.returncode == 2
     assert "train.prompts_per_step (64) must be a multiple of train.updates_per_step x ranks (1 x 7)" in refused.stderr
+
+
+def test_a_folder_describes_itself_and_a_hub_name_is_described_by_the_config(tmp_path) -> None:
+    """`model.backbone` of a published size stands beside a small folder in `model.path`: the folder counts."""
+    model = build(2, "cpu", "qwen3")
+    model.save_pretrained(tmp_path / "small")
+    own = sum(p.numel() for p in model.parameters())
+    full = ["model.attention=full", "model.block_length=null", "sampler.block_length=null"]
+    at = tmp_path / "small"
+    lines = memory_lines(load_config(None, config(*full, f"model.path={at}")), 1, 8)
+    assert any(f"{own / 1e9:.3g} B parameters by {at / 'config.json'}" in line for line in lines)
+    lines = memory_lines(load_config(None, config(*full, "model.path=somebody/model")), 1, 8)
+    assert any("parameters by model.backbone" in line for line in lines)

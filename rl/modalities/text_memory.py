@@ -18,11 +18,12 @@ import torch
 from transformers import AutoConfig
 
 from rl.config import Config
+from rl.errors import about
 from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.lora import add_adapters
-from rl.models.tokenizers import backbone_of
+from rl.models.tokenizers import backbone_of, shape_of
 from rollouts.engines.in_process import InProcessEngine, Request
 
 if TYPE_CHECKING:
@@ -143,11 +144,12 @@ def _rollouts(config: Config, prompt_length: int, count: int) -> tuple[Any, list
 
 def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> ModelMemory:
     """See `rl.modalities.base.Modality.memory`."""
-    shape_of = _backbone(config)
+    config, source = _as_loaded(config)
+    sizes = dict(config.model.backbone)
     dtype = torch.bfloat16 if half else torch.float32
 
     def build(layers: int) -> DiffusionLM:
-        backbone = AutoConfig.for_model(**shape_of)
+        backbone = AutoConfig.for_model(**sizes)
         backbone.num_hidden_layers = layers
         described = {**backbone.to_dict(), "layer_types": None}
         with torch.device("meta"):
@@ -163,7 +165,7 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
                 add_adapters(model, config.model.lora, "", 0)
         return model.to(dtype)
 
-    backbone = AutoConfig.for_model(**shape_of)
+    backbone = AutoConfig.for_model(**sizes)
     layers = backbone.num_hidden_layers
     total, trained = num_parameters(build(layers))
     shape = batch_shape(config, prompt_length)
@@ -176,27 +178,38 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
         f"{shape.rows} row(s) of {shape.width} tokens with {shape.decisions} decisions, prompts of {prompt_length}, "
         f"{'re' if recompute else 'not re'}computed",
         sampling={"rollout cache": cache, "logits": logits},
+        what=f"parameters by {source}",
         cure="take more ranks, a higher ZeRO stage or offloading (train.deepspeed), model.gradient_checkpointing, or a "
         "smaller train.micro_batch_size or rollout.max_batch_size",
     )
 
 
-def _backbone(config: Config) -> dict[str, Any]:
-    """The model's dimensions, from the config or from the folder it names.
+def _as_loaded(config: Config) -> tuple[Config, str]:
+    """The config whose `model` section describes the model that will be trained, and where its sizes come from.
+
+    A folder in `model.path` describes itself. A hub name, or no path at all, leaves it to `model.backbone`.
 
     Raises:
         ValueError: neither says.
     """
-    described = dict(config.model.backbone)
-    file = Path(config.model.path or "") / "config.json"
-    if not described and config.model.path and file.is_file():
-        described = backbone_of(json.loads(file.read_text()), config.model.family)
-    if "model_type" not in described or "vocab_size" not in described:
+    path = config.model.path
+    file = Path(path or "") / "config.json"
+    if path is not None and file.is_file():
+        with about(f"model.path {path!r}"):
+            described = json.loads(file.read_text())
+            _, _, block = shape_of(described, config.model, None)
+            known = {
+                "backbone": backbone_of(described, config.model.family),
+                "attention": "full" if block is None else "block_causal",
+                "block_length": block,
+            }
+        config = config.model_copy(update={"model": config.model.model_copy(update=known)})
+    if "model_type" not in config.model.backbone or "vocab_size" not in config.model.backbone:
         raise ValueError(
-            "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with model.path "
-            "set they describe the checkpoint and build nothing"
+            "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with a hub name in "
+            "model.path they describe the checkpoint and build nothing"
         )
-    return described
+    return config, str(file) if path is not None and file.is_file() else "model.backbone"
 
 
 def _rollout_bytes(config: Config, backbone: Any, size: int, ranks: int, prompt_length: int) -> tuple[float, float]:
