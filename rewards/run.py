@@ -127,7 +127,7 @@ class RewardRunner:
 
         Args:
             prompts: [B] str or chat message lists.
-            completions: [B] the same.
+            completions: [B] the same, or whatever a modality makes; None is a damaged sample, which fails unjudged.
             columns: dataset columns, each [B], plus `completion_ids` and whatever the trainer adds.
             groups: [B] which prompt group each completion belongs to, for `normalize="group"`; equal prompts
                 form a group when not given.
@@ -174,6 +174,9 @@ class RewardRunner:
             for index, score in known.items():
                 tallies[part].scores[index] = score
             tallies[part].cache_hits = len(batch) - len(fresh)
+            for index in [index for index in fresh if batch.completions[index] is None]:
+                fresh.remove(index)
+                self._book(part, index, Score(None, reason="the sample is damaged"), batch, tallies[part])
             twins.append(same)
             size = self._call_size(part, len(fresh))
             jobs += [Job(part, fresh[at : at + size]) for at in range(0, len(fresh), size)]

@@ -18,6 +18,7 @@ from rl.estimators.denoising import noised
 from rl.evaluation.compare import ComparisonPlan, _warm_start
 from rl.models.class_policy import ClassPolicy, new_policy
 from rl.tasks.digits import DigitsTask
+from rl.track.report import write_report
 from rollouts.samplers.gaussian import make_steps, predicted_x0
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.runs import ZERO, cli, lines, series, train_here
@@ -102,6 +103,26 @@ def test_branches_share_the_cost_of_their_prefix(tmp_path: Path) -> None:
     sampled = 4 * 3 + 16 * 3
     trained = 2 * line["policy/decisions"] / 2
     assert line["cost/sequence_forwards"] == sampled + trained
+
+
+def test_an_image_that_decodes_to_nan_is_a_failed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN would be cast to a black image, and a black image has a reward."""
+    decode = ClassPolicy.decode
+
+    def damaged(policy: ClassPolicy, latents: torch.Tensor) -> torch.Tensor:
+        pixels = decode(policy, latents)
+        pixels[:1, :, 2, 3] = torch.nan
+        return pixels
+
+    monkeypatch.setattr(ClassPolicy, "decode", damaged)
+    train_here(image_config(tmp_path, "sft.steps=0", "train.steps=1", "eval.viewer_items=2",
+                            "reward.max_failure_share=0.1"))  # fmt: skip
+    (line,) = lines(tmp_path / "run", "train")
+    assert line["reward/masked"] == line["filters/unscored"] == line["reward/digit_classifier/failures"] == 1
+    (first, second) = (json.loads(text) for text in (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
+    assert (first["completion"], first["reward"]) == ("", None) and second["reward"] is not None
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after_unscored"] == {"6": 1}
+    write_report(tmp_path / "run")
 
 
 def test_steps_scored_a_few_at_a_time_change_nothing(tmp_path: Path) -> None:

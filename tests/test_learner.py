@@ -6,6 +6,7 @@ One rank, in this process; two ranks are in test_distributed.py.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def test_numbers_are_reduced_over_one_rank() -> None:
         ("{", "is not valid JSON"),
         ('{"train_batch_size": 8}', "sets 'train_batch_size': remove it, batch sizes come from the config"),
         ('{"optimizer": {}}', "sets 'optimizer': remove it, the optimizer section decides it"),
+        ('{"fp16": {"enabled": true}}', "sets fp16 without ZeRO: set stage 1 or more, or bf16"),
         ('{"gradient_accumulation_steps": 8}', "sets 'gradient_accumulation_steps': remove it"),
     ],
 )
@@ -271,3 +273,34 @@ def test_gradient_checkpointing_gives_the_same_numbers(stage: int) -> None:
     assert all(torch.equal(trained[True][name], value) for name, value in trained[False].items())
     start = weights(Checkpointed(False))
     assert any(not torch.equal(trained[True][name], value) for name, value in start.items())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_overflow_in_float16_is_skipped_counted_and_lowers_the_scale(stage: int, tmp_path: Path) -> None:
+    """A scale of 2^24 times gradients of some 10 is beyond 65,504: updates are skipped until it has come down."""
+    path = tmp_path / "fp16.json"
+    fp16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": fp16, "steps_per_print": 10**9}))
+    trained = Learner(Regression(), str(path), OptimizerConfig(lr=0.05), 20, CPU)
+    before, norms = sampled(trained), []
+    for _update in range(20):
+        norms.append(trained.update([data(0).half()], trained.forward, None))
+        if not norms[-1]:
+            after = sampled(trained)
+            assert trained.updates == 0 and all(torch.equal(after[name], before[name]) for name in before)
+    skipped = norms.count(0.0)
+    assert 3 < skipped < 20 and trained.overflows == skipped and trained.updates == 20 - skipped
+    assert norms[:skipped] == [0.0] * skipped and all(0 < norm < 1e4 for norm in norms[skipped:])
+
+
+@pytest.mark.parametrize(("fp16", "line"), [
+    ({"loss_scale": 2.0**30}, "overflowed in 40 updates in a row"),
+    ({"initial_scale_power": 22, "min_loss_scale": 2**21, "hysteresis": 1}, "at the smallest loss scale"),
+])  # fmt: skip
+def test_overflows_without_end_stop_the_run(fp16: dict, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "fp16.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, **fp16}}))
+    trained = Learner(Regression(), str(path), OptimizerConfig(), 20, CPU)
+    with pytest.raises(TrainingError, match=line):
+        for _ in range(50):
+            trained.update([data(0).half()], trained.forward, None)

@@ -34,7 +34,7 @@ from rollouts.search.latents import LatentSampler
 
 
 class ImagesModality(ImagesPlan):
-    """See `rl.modalities.base.Modality`. A completion is a uint8 array [H, W, C].
+    """See `rl.modalities.base.Modality`. A completion is a uint8 array [H, W, C], None where decoding was not finite.
 
     The task may have `features(images)` and `real_images()`; sets of samples are then compared with real ones.
     """
@@ -92,7 +92,7 @@ class ImagesModality(ImagesPlan):
     def engine(self, model: Any, options: LatentSamplerOptions, device: torch.device) -> LatentEngine:
         return LatentEngine(model, options, self.config.rollout.max_batch_size, device)
 
-    def completions(self, trajectories: Sequence[LatentTrajectory]) -> list[np.ndarray]:
+    def completions(self, trajectories: Sequence[LatentTrajectory]) -> list[np.ndarray | None]:
         return self._images([t.latents[-1] for t in trajectories])
 
     def search_sampler(self, engine: LatentEngine, rows: Sequence[Row]) -> Any:
@@ -119,11 +119,13 @@ class ImagesModality(ImagesPlan):
         return noised, torch.full((noised.num_rows,), 1.0 / len(rows), dtype=torch.float64)
 
     def measure(
-        self, rows: Sequence[Row], completions: Sequence[np.ndarray], rewards: Sequence[float]
+        self, rows: Sequence[Row], completions: Sequence[np.ndarray | None], rewards: Sequence[float]
     ) -> dict[str, float]:
         """Fidelity and diversity in the task's features. Diversity within a prompt counts right images alone."""
-        if not hasattr(self.task, "features"):
+        whole = [entry for entry in zip(rows, completions, rewards, strict=True) if entry[1] is not None]
+        if not hasattr(self.task, "features") or not whole:
             return {}
+        rows, completions, rewards = zip(*whole, strict=True)
         images = self.task.real_images()
         # Sets of equal size: Fréchet distances and manifolds depend on it.
         size = min(len(images), len(completions))
@@ -142,18 +144,17 @@ class ImagesModality(ImagesPlan):
         self, rows: Sequence[Row], trajectories: Sequence[LatentTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
         """The finished images as data URLs, small: a report of photographs should open."""
-        images = self.completions(trajectories)
-        shown = [data_url(thumbnail(image)) for image in images]
+        shown = [self.sample_line(image) for image in self.completions(trajectories)]
         return [{"image": i, "correct": (v or 0.0) >= 1.0} for i, v in zip(shown, values, strict=True)]
 
-    def sample_line(self, completion: np.ndarray) -> str:
-        return data_url(thumbnail(completion))
+    def sample_line(self, completion: np.ndarray | None) -> str:
+        return "" if completion is None else data_url(thumbnail(completion))
 
     @torch.no_grad()
-    def _images(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """uint8 [H, W, C] each."""
+    def _images(self, latents: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+        """See `uint8_images`."""
         device = next(self._policy.parameters()).device
-        images: list[np.ndarray] = []
+        images: list[np.ndarray | None] = []
         size = self.config.rollout.max_batch_size
         for start in range(0, len(latents), size):
             part = torch.from_numpy(np.stack(latents[start : start + size])).to(device)
@@ -161,9 +162,11 @@ class ImagesModality(ImagesPlan):
         return images
 
 
-def uint8_images(pixels: torch.Tensor) -> list[np.ndarray]:
-    """[H, W, C] each, of float images [B, C, H, W] in [0, 1]."""
-    return list(pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+def uint8_images(pixels: torch.Tensor) -> list[np.ndarray | None]:
+    """[H, W, C] each, of float images [B, C, H, W] in [0, 1]; None for one that holds NaN (which would turn black)."""
+    images = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    whole = pixels.isfinite().flatten(1).all(1).tolist()
+    return [image if finite else None for image, finite in zip(images, whole, strict=True)]
 
 
 def _is_class_policy(path: str) -> bool:

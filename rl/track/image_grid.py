@@ -78,7 +78,7 @@ def quality_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, 
 
 
 def _picture(view: Mapping[str, Any] | None) -> Picture | None:
-    if view is None:
+    if view is None or not view["image"]:
         return None
     source = str(view["image"])
     if not source.startswith("data:image/"):

@@ -51,6 +51,9 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if key in config:
             raise ValueError(f"train.deepspeed file {path} sets {key!r}: remove it, batch sizes come from the config")
+    if config.get("fp16", {}).get("enabled", False) and config.get("zero_optimization", {}).get("stage", 0) == 0:
+        # DeepSpeed divides the gradients by a loss scale there that it never multiplied the loss by.
+        raise ValueError(f"train.deepspeed file {path} sets fp16 without ZeRO: set stage 1 or more, or bf16")
     return config
 
 

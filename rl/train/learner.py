@@ -28,6 +28,8 @@ B = TypeVar("B")
 
 # Folder of the DeepSpeed files inside a saved state.
 STATE = "state"
+# Overflows in a row that end a run: DeepSpeed's scale of 2^32 takes 33 to come down to 1.
+MOST_OVERFLOWS = 40
 
 
 class TrainingError(RuntimeError):
@@ -63,7 +65,7 @@ class Learner:
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         # Stage 3 cuts frozen weights up, too.
         module = (copy.deepcopy(module) if self.stage == 3 else trained_copy(module)).to(device)
-        half = half_precision(config)
+        half, self.scales_loss = half_precision(config), bool(config.get("fp16", {}).get("enabled", False))
         if not half:
             # A checkpoint in half precision without DeepSpeed's master weights would swallow small updates.
             for parameter in module.parameters():
@@ -85,7 +87,7 @@ class Learner:
             lr_scheduler=lambda adam: LambdaLR(adam, lambda update: rate_factor(optimizer, update, total_updates)),
         )
         self.device = device
-        self.updates = 0
+        self.updates = self.overflows = self._overflows_in_a_row = 0
         self._last_lr = 0.0
         self._whole_gradients = self.stage == 0 and not half
         # Dropout would make the learner score another policy than the one that sampled.
@@ -113,10 +115,12 @@ class Learner:
                 run unequal numbers of backwards).
 
         Returns:
-            the gradient norm before clipping; 0 when no rank had a micro-batch and no step was taken.
+            the gradient norm before clipping; 0 when no step was taken: no rank had a micro-batch, or gradients in
+            float16 overflowed, so that DeepSpeed lowers its loss scale (`overflows` counts).
 
         Raises:
-            TrainingError: a loss or the gradient norm is not finite. No checkpoint may be written after it.
+            TrainingError: a loss or the gradient norm is not finite, or float16 overflowed too often in a row. No
+                checkpoint may be written after it.
         """
         count = int(distributed.reduce_number(len(batches), "max", self.device))
         if count == 0:
@@ -135,12 +139,36 @@ class Learner:
                 self._check_norm(norm)
             if index == count - 1:
                 self._last_lr = float(self.optimizer.param_groups[0]["lr"])
-            self._engine.step()
+            self._step()
+        if self.scales_loss and not self._engine.was_step_applied():
+            self._count_overflow()
+            return 0.0
+        self._overflows_in_a_row = 0
         self.updates += 1
         if not self._whole_gradients:
             norm = float(self._engine.get_global_grad_norm())
             self._check_norm(norm)
         return norm
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except Exception as error:
+            # DeepSpeed has no error of its own for a scale that cannot be lowered.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise TrainingError(
+                "float16 overflows at the smallest loss scale that fp16 in train.deepspeed allows: train in bf16"
+            ) from None
+
+    def _count_overflow(self) -> None:
+        self.overflows += 1
+        self._overflows_in_a_row += 1
+        if self._overflows_in_a_row == MOST_OVERFLOWS:
+            raise TrainingError(
+                f"float16 overflowed in {MOST_OVERFLOWS} updates in a row: lower fp16.loss_scale in "
+                "train.deepspeed, or train in bf16"
+            )
 
     def _norm_of_gradients(self) -> float:
         # DeepSpeed's plain fp32 path has averaged the gradients by now and does not report their norm.

@@ -124,7 +124,7 @@ def reinforce(
     silent = float(WINDOW)
     started = time.perf_counter()
     while step < config.train.steps:
-        tick = time.perf_counter()
+        tick, before = time.perf_counter(), _overflows(updater)
         outcome = updater.step(step)
         learned = time.perf_counter()
         step += 1
@@ -136,6 +136,8 @@ def reinforce(
         speed = made[unit] / (learned - tick)
         metrics[f"speed/{unit}_per_s"] = speed
         metrics["optimizer/lr"] = updater.learner.learning_rate()
+        if updater.learner.scales_loss:
+            metrics["optimizer/overflows"] = _overflows(updater) - before
         run.metrics.log(step, "train", metrics | run.costs.as_metrics())
         _log_samples(run, step, outcome.samples)
         silent = _without_score(run, step, metrics, silent)
@@ -208,6 +210,10 @@ def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any
     }
     optional = ("_backslide", "_quality")
     return {f"{name}{suffix}": part for suffix, part in parts.items() if part or suffix not in optional}
+
+
+def _overflows(updater: Updater) -> int:
+    return sum(learner.overflows for learner in updater.learners.values())
 
 
 def _goal(run: Run, summary: dict[str, Any]) -> dict[str, Any] | None:

@@ -43,6 +43,7 @@ def supervised(run: Run) -> dict[str, float]:
     fit = _Fit(run, learner)
     while step < config.steps:
         batches, spare = fit.batches(step)
+        before = learner.overflows
         norm = learner.update(batches, fit.loss, spare)
         step += 1
         loss = distributed.reduce_number(float(fit.total), "sum", run.device)
@@ -50,6 +51,8 @@ def supervised(run: Run) -> dict[str, float]:
         unit = run.modality.unit
         speed = (step - first) * config.batch_size * (run.modality.horizon if unit == "tokens" else 1) / seconds
         metrics = {"loss/total": loss, "policy/grad_norm": norm, "optimizer/lr": learner.learning_rate()}
+        if learner.scales_loss:
+            metrics["optimizer/overflows"] = learner.overflows - before
         run.metrics.log(step, "sft", metrics | {f"speed/{unit}_per_s": speed})
         run.progress.update(step, loss=loss, **{f"{unit}_per_s": speed})
         if config.checkpoint_every and step % config.checkpoint_every == 0:
