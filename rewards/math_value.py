@@ -1,9 +1,9 @@
 r"""Values of mathematical expressions, in bounded time.
 
 Expressions are compared by what they are worth, not by rewriting them. Whole numbers and fractions stay exact. Where a
-root or a function makes a number irrational, it has 256 bits and more: as many as the largest and the smallest number
-on the way ask for, so that `10^{20}\sqrt2` and `10^{20}\sqrt2+1` differ. Variables take fixed pseudo-random values;
-expressions that agree at three such points are equal.
+root or a function makes a number irrational, it has 4096 bits and lies between 2^-1024 and 2^1024, so that
+`10^{20}\sqrt2` and `10^{20}\sqrt2+1` differ. Variables take fixed pseudo-random values; expressions that agree at three
+such points are equal.
 """
 # ruff: noqa: SIM905
 
@@ -13,15 +13,15 @@ import functools
 import math
 import random
 import threading
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import mpmath
 
 MAX_BITS = 2**16  # of one exact number
-MAX_WORK = 2**20  # bits of all results on the way: about 2,000 irrational ones
-MAX_PRECISION = 6000
+MAX_WORK = 2**20  # bits of all results on the way, 512 for an irrational one
+BITS, MAX_MAGNITUDE = 4096, 1024  # of an irrational number; its binary exponent is at most +-MAX_MAGNITUDE
+ERROR = mpmath.ldexp(1, MAX_MAGNITUDE + 64 - BITS)  # what rounding may leave between two equal numbers
 MAX_DEPTH = 40
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 FUNCTIONS = {"ln": "ln", "lg": "ln", "log": "ln", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
@@ -31,13 +31,11 @@ NO_FACTOR = set(
 )
 NO_FACTOR |= set(r"\overline \begin \end \cup \cap \in \le \ge \neq \approx \setminus \to \sum \prod \forall".split())
 NO_FACTOR |= set(r"\lfloor \rfloor \lceil \rceil \gcd \max \min \det \partial".split())
-CONSTANTS: dict[str, Callable[[Any], Any]] = {
-    "e": lambda context: +context.e,
-    "i": lambda context: context.mpc(0, 1),
-    r"\pi": lambda context: +context.pi,
-}
 Number = Any  # Fraction, or mpmath's mpf or mpc
-_local = threading.local()  # an mpmath of each thread's own, since its precision is changed
+CONTEXT = mpmath.MPContext()
+CONTEXT.prec = BITS
+CONSTANTS: dict[str, Number] = {"e": +CONTEXT.e, "i": CONTEXT.mpc(0, 1), r"\pi": +CONTEXT.pi}
+_lock = threading.Lock()  # functions of mpmath change its precision while they run
 
 
 class UnreadableError(ValueError):
@@ -50,27 +48,22 @@ class Expression:
     Args:
         tokens: the expression.
         point: which of the three points gives variables their values.
-        bits: precision of irrational numbers.
 
     Attributes:
         names: the variables met.
-        high, low: binary exponents of the largest and the smallest number on the way to an irrational result.
+        result: the value of all the tokens, or the error that says why there is none.
     """
 
-    def __init__(self, tokens: tuple[str, ...], point: int, bits: int) -> None:
-        self.tokens, self.point, self.bits = tokens, point, bits
-        self.at = self.depth = self.bars = self.work = self.high = self.low = 0
+    def __init__(self, tokens: tuple[str, ...], point: int) -> None:
+        self.tokens, self.point = tokens, point
+        self.at = self.depth = self.bars = self.work = 0
         self.names: set[str] = set()
-        self.context = _context(bits)
-        self.result: Number = None
-
-    def evaluate(self) -> Number:
-        """The value of all the tokens, or the error that says why there is none."""
         try:
-            value = self.sum()
+            self.result: Number = self.sum()
+            if self.next:
+                raise UnreadableError(f"'{self.next}' is not expected here")
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            return UnreadableError(str(error))
-        return value if self.at == len(self.tokens) else UnreadableError(f"'{self.next}' is not expected here")
+            self.result = UnreadableError(str(error))
 
     def sum(self) -> Number:
         sign = self.sign()
@@ -102,9 +95,9 @@ class Expression:
             if sign == "^":
                 result = self.power(result, self.exponent())
             elif sign == "!":
-                result = self.binomial_or_factorial(result)
+                result = self.factorial(result)
             else:
-                result = self.multiply(result, self.multiply(self.context.pi, Fraction(1, 180)))
+                result = self.multiply(result, self.multiply(CONSTANTS[r"\pi"], Fraction(1, 180)))
         return result
 
     def exponent(self) -> Number:
@@ -120,7 +113,7 @@ class Expression:
         if token == r"\frac":
             return self.multiply(self.atom(), self.inverse(self.atom()))
         if token == r"\binom":
-            return self.binomial_or_factorial(self.atom(), self.atom())
+            return self.binomial(self.atom(), self.atom())
         if token == r"\sqrt":
             degree = self.group("[") if self.take("[") else Fraction(2)
             return self.power(self.atom(), self.inverse(degree))
@@ -186,7 +179,7 @@ class Expression:
             while name.count("{") > name.count("}"):
                 name += self.pop()
         if name in CONSTANTS:
-            return CONSTANTS[name](self.context)
+            return CONSTANTS[name]
         self.names.add(name)
         return random_value(name.replace("{", "").replace("}", ""), self.point)
 
@@ -215,18 +208,16 @@ class Expression:
         if not self.take(token):
             raise UnreadableError(f"expected '{token}'")
 
-    # Arithmetic: exact for two fractions, else in `bits` bits.
+    # Arithmetic: exact for two fractions, else in `BITS` bits.
 
     def add(self, left: Number, right: Number) -> Number:
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return self.note(left + right)
-        left, right = self.lift(left), self.lift(right)
-        sizes = [self.context.mag(number) for number in (left, right) if number]
-        return self.note(left + right, max(sizes, default=0) - self.bits + 32)
+        return self.charge(lift(left) + lift(right), 512)  # of any size: it may be what rounding left of a zero
 
     def multiply(self, left: Number, right: Number) -> Number:
         exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-        return self.note(left * right if exact else self.lift(left) * self.lift(right))
+        return self.note(left * right if exact else lift(left) * lift(right))
 
     def inverse(self, value: Number) -> Number:
         return self.power(value, Fraction(-1))
@@ -238,56 +229,46 @@ class Expression:
                 if size > 1 and size * abs(exponent) > MAX_BITS:
                     raise UnreadableError("the number is too large")
                 return self.note(base ** int(exponent))
-            if (
-                exponent.denominator % 2 * exponent.denominator > 1
-                and not isinstance(base, self.context.mpc)
-                and base < 0
-            ):
+            odd = exponent.denominator % 2 * exponent.denominator > 1
+            if odd and not isinstance(base, CONTEXT.mpc) and base < 0:
                 root = self.power(-base, exponent)  # the real odd root
                 return -root if exponent.numerator % 2 else root
-        base, exponent = self.lift(base), self.lift(exponent)
-        if base and self.context.mag(exponent) + self.context.mag(self.context.mag(base) + 2) > 13:
+        base, exponent = lift(base), lift(exponent)
+        if base and CONTEXT.mag(exponent) + CONTEXT.mag(CONTEXT.mag(base) + 2) > 13:
             raise UnreadableError("the number is too large")
         return self.note(base**exponent)
 
-    def binomial_or_factorial(self, top: Number, bottom: Number = None) -> Number:
-        numbers = [top] if bottom is None else [top, bottom]
-        if all(isinstance(number, Fraction) and number.denominator == 1 for number in numbers):
-            if not all(0 <= number <= 5000 for number in numbers):
-                raise UnreadableError("the number is too large")
-            return self.note(Fraction((math.factorial if bottom is None else math.comb)(*map(int, numbers))))
-        lifted = [self.lift(number) for number in numbers]
-        if self.bits > 1024 or any(self.context.mag(number) > 10 for number in lifted):
-            raise UnreadableError("the number is too large")
-        self.charge(None, 32 * self.bits)
-        return self.note((self.context.factorial if bottom is None else self.context.binomial)(*lifted))
+    def factorial(self, value: Number) -> Number:
+        """Exact; a variable's by (x + 1)! = (x + 1) x!, from a pseudo-random one below 1."""
+        if not isinstance(value, Fraction) or not -100 < value <= (5000 if value.denominator == 1 else 100):
+            raise UnreadableError("the factorial is too large")
+        if value.denominator == 1:
+            return self.note(Fraction(math.factorial(int(value))))
+        start = value % 1
+        result = random_value(f"{start}!", self.point)
+        for step in range(math.floor(value)):
+            result *= start + step + 1
+        for step in range(-math.floor(value)):
+            result /= start - step
+        return self.note(result)
+
+    def binomial(self, top: Number, bottom: Number) -> Number:
+        if isinstance(top, Fraction) and isinstance(bottom, Fraction) and top.denominator == bottom.denominator == 1:
+            return self.note(Fraction(math.comb(int(top), int(bottom)))) if top <= 5000 else self.factorial(top)
+        below = self.multiply(self.factorial(bottom), self.factorial(self.add(top, -bottom)))
+        return self.multiply(self.factorial(top), self.inverse(below))
 
     def transcendental(self, name: str, value: Number) -> Number:
-        value = self.lift(value)
-        if self.context.mag(value) > 12 and name != "ln":
+        value = lift(value)
+        if CONTEXT.mag(value) > 12 and name != "ln":
             raise UnreadableError("the number is too large")
-        return self.note(getattr(self.context, name)(value))
+        return self.note(getattr(CONTEXT, name)(value))
 
-    def lift(self, value: Number) -> Number:
-        """A fraction as a number of `bits` bits."""
-        if not isinstance(value, Fraction):
-            return value
-        lifted = self.context.mpf(value.numerator) / value.denominator
-        if value:
-            self.high, self.low = max(self.high, self.context.mag(lifted)), min(self.low, self.context.mag(lifted))
-        return lifted
-
-    def note(self, value: Number, noise: int | None = None) -> Number:
-        """Charge for a result and keep its size, unless it is below `noise`: what rounding left of a zero."""
+    def note(self, value: Number) -> Number:
+        """Charge for a result."""
         if isinstance(value, Fraction):
             return self.charge(value, value.numerator.bit_length() + value.denominator.bit_length())
-        if not self.context.isfinite(value):
-            raise UnreadableError("not a finite number")
-        if value:
-            size = self.context.mag(value)
-            self.high = max(self.high, size)
-            self.low = self.low if noise is not None and size < noise else min(self.low, size)
-        return self.charge(value, 2 * self.bits)
+        return self.charge(_bounded(value), 512)
 
     def charge(self, value: Any, bits: int) -> Any:
         self.work += bits
@@ -305,36 +286,37 @@ def sample(*expressions: tuple[str, ...]) -> list[tuple[list[Number], Number]]:
     Raises:
         UnreadableError: one of them has no value, or it would take too long to compute.
     """
-    bits = needed = 256
-    while True:
-        points = [[_evaluate(tokens, 0, bits) for tokens in expressions]]
+    with _lock:
+        points = [[_evaluate(tokens, 0) for tokens in expressions]]
         if any(one.names for one in points[0]):
-            points += [[_evaluate(tokens, point, bits) for tokens in expressions] for point in (1, 2)]
-        if all(isinstance(one.result, Fraction) for point in points for one in point):
-            return [([one.result for one in point], 0) for point in points]
-        needed = 256 + 2 * max(max(one.high for one in point) - min(one.low for one in point) for point in points)
-        if needed <= bits + 128:
-            break
-        if needed > MAX_PRECISION or bits > 256:
-            raise UnreadableError("numbers of too different sizes")
-        bits = needed
-    context = _context(bits)
-    errors = [context.ldexp(1, max(one.high for one in point) - bits + 64) for point in points]
-    return [([one.lift(one.result) for one in point], error) for point, error in zip(points, errors, strict=True)]
+            points += [[_evaluate(tokens, point) for tokens in expressions] for point in (1, 2)]
+        values = [[one.result for one in point] for point in points]
+        if all(isinstance(value, Fraction) for point in values for value in point):
+            return [(point, 0) for point in values]
+        return [([lift(value) for value in point], ERROR) for point in values]
 
 
-def _evaluate(tokens: tuple[str, ...], point: int, bits: int) -> Expression:
-    """The expression with its result; kept, since the items of two lists are compared pair by pair."""
-    known = _local.__dict__.setdefault("known", {})
-    if len(known) > 1000:
-        known.clear()
-    if (tokens, point, bits) not in known:
-        known[tokens, point, bits] = Expression(tokens, point, bits)
-        known[tokens, point, bits].result = known[tokens, point, bits].evaluate()
-    expression: Expression = known[tokens, point, bits]
+@functools.lru_cache(maxsize=1000)
+def _read(tokens: tuple[str, ...], point: int) -> Expression:
+    return Expression(tokens, point)  # kept: the items of two lists are compared pair by pair
+
+
+def _evaluate(tokens: tuple[str, ...], point: int) -> Expression:
+    expression = _read(tokens, point)
     if isinstance(expression.result, UnreadableError):
         raise expression.result.with_traceback(None)
     return expression
+
+
+def lift(value: Number) -> Number:
+    """A fraction as a number of `BITS` bits."""
+    return _bounded(CONTEXT.mpf(value.numerator) / value.denominator) if isinstance(value, Fraction) else value
+
+
+def _bounded(value: Number) -> Number:
+    if not CONTEXT.isfinite(value) or (value and abs(CONTEXT.mag(value)) > MAX_MAGNITUDE):
+        raise UnreadableError("not a finite number, too large or too small")
+    return value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -345,10 +327,3 @@ def random_value(name: str, point: int) -> Fraction:
     """
     draw = random.Random(f"{name}/{point}")
     return Fraction((2 * draw.randrange(20, 200) + 1) * (draw.choice([1, -1]) if point else 1), 128)
-
-
-def _context(bits: int) -> Any:
-    if not hasattr(_local, "context"):
-        _local.context = mpmath.MPContext()
-    _local.context.prec = bits
-    return _local.context
