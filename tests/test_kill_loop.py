@@ -32,6 +32,7 @@ def dense(prompts, completions, **columns):
 """.replace("SCRIPT", str(runs.ROOT / "scripts" / "kill_loop.py"))
 
 
+@pytest.mark.release
 @pytest.mark.timeout(900)
 def test_killed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env = runs.clean_env()
