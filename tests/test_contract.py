@@ -556,6 +556,9 @@ def test_merged_steps_by_hand() -> None:
     assert merged_steps(step, 1).tolist() == [0, 0, 1, 2, 2, 3, 4]
     assert merged_steps(step, 2).tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert merged_steps(step, 9).tolist() == [0] * 7
+    # Five distinct steps in two and in three runs of like length.
+    assert merged_steps(step, 1, segments=2).tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert merged_steps(step, 1, segments=3).tolist() == [0, 0, 0, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("shrink", [2, 3, 8])

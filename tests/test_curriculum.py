@@ -19,6 +19,9 @@ from rl.sections import TrainConfig
 from rl.tasks.base import split_of
 from rl.tasks.countdown import CountdownTask
 from rl.train.plan import check_run
+from rl.train.rollouts import RolloutSource
+from rl.train.run import Run
+from rl.train.update import PolicyUpdater
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 
@@ -132,3 +135,15 @@ def test_countdown_operators_are_those_asked_for() -> None:
     for operators in ("", "+x"):
         with pytest.raises(ValueError, match=r"task\.params\.operators '.*' must be some of \+ - \* /"):
             CountdownTask(operators=operators)
+
+
+def test_a_run_that_is_resumed_at_its_end_decodes_with_the_blocks_of_its_last_step(tmp_path: Path) -> None:
+    """Step 2 would sample in blocks of 8. The weights after two steps were last sampled in blocks of 4."""
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    config = load_config(path, [f"run.output_dir={tmp_path / 'run'}"])
+    with Run.open(config, write=False) as run:
+        updater = PolicyUpdater(RolloutSource(run), config.algorithm, total_updates=4)
+        for steps, length in ((2, 4), (3, 8)):
+            updater.resumed(steps)
+            assert run.model.config.block_length == run.modality.rollout_block == length

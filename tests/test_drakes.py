@@ -14,17 +14,23 @@ from pydantic import ValidationError
 
 from rl.advantages import group_softmax
 from rl.batch import DecisionBatch
+from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import weighted_sum
 from rl.modalities.gradient import GradientSegment
 from rl.recipes.drakes import DRAKES
 from rl.registry import parse_recipe
 from rl.sections import TrainConfig
+from rl.train.distributed import Means
 from rl.train.reward_gradient import RewardGradientUpdater
+from rl.train.rollouts import RolloutSource
+from rl.train.run import Costs, Run
+from rl.train.update import PolicyUpdater
 from rollouts.samplers.options import SamplerOptions
 from tests import runs
 from tests.tabular import PROMPT, TabularModel, path_objective
 from tests.test_exact_toy import World, enumerate_world
+from tests.test_updater import plain_scores
 
 ALPHA = 0.5
 
@@ -244,6 +250,26 @@ def test_micro_batches_ranks_and_checkpoints_change_nothing(tmp_path: Path) -> N
     assert runs.largest_difference(whole, runs.weights(tmp_path / "ranks" / "run")) < 2e-5
     start = runs.series(tmp_path / "whole" / "run", "train", "reward/mean")
     assert start == pytest.approx(runs.series(tmp_path / "ranks" / "run", "train", "reward/mean"), abs=1e-5)
+
+
+def test_the_log_ratio_is_the_samplers_over_the_references(tmp_path: Path) -> None:
+    """Against a reference that was moved by hand, token by token in the canvas before its step."""
+    arguments = drakes_config(tmp_path, "algorithm.gradient=score_function", "algorithm.relaxed={}")
+    config = load_config(arguments[1], arguments[2:])
+    with Run.open(config, write=False) as run:
+        source = RolloutSource(run)
+        updater = PolicyUpdater(source, config.algorithm, total_updates=2)
+        with torch.no_grad():
+            for parameter in updater.reference.parameters():
+                parameter.mul_(1.5)
+        rollouts = source.sample(0, 0)
+        updater.spent, updater.means = Costs(), Means()
+        got = updater._log_ratio(rollouts)
+        with torch.no_grad():
+            expected = [
+                float(t.logprob.sum() - plain_scores(updater.reference, t)[0].sum()) for t in rollouts.trajectories
+            ]
+    assert got == pytest.approx(expected, abs=1e-4) and max(map(abs, expected)) > 0.1
 
 
 @pytest.mark.parametrize("gradient", ["score_function", "weighted_regression"])

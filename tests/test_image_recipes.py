@@ -78,6 +78,8 @@ def test_extremes() -> None:
     # Group 0 gives both, group 1 neither, group 2 only its best: its worst is above the bound.
     assert extremes(value, group, 0.5, -0.5).nonzero().flatten().tolist() == [1, 2, 6]
     assert extremes(value, group, 5.0, -5.0).sum() == 0
+    # The best may equal its bound, the worst may not.
+    assert extremes(tensor(1.0, 0.0), torch.tensor([0, 0]), 1.0, 0.0).tolist() == [True, False]
 
 
 def test_z_scores_by_prompt_over_the_remembered_steps() -> None:

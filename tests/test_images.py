@@ -69,6 +69,14 @@ RUNS = {
 }
 
 
+def test_the_exact_kl_is_to_the_policy_that_rl_started_from(tmp_path: Path) -> None:
+    """With one update a step, the KL to the policy that sampled would be 0 in every step."""
+    once = ["train.steps=2", "train.epochs=1", "train.optimizer={lr: 1e-3, warmup_steps: 0}"]
+    train_here(image_config(tmp_path, *RUNS["ddpo"], *once))
+    first, second = series(tmp_path / "run", "train", "policy/kl")
+    assert abs(first) < 1e-9 < 1e-6 < second
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_through_the_loop(name: str, tmp_path: Path) -> None:
     train_here(image_config(tmp_path, *RUNS[name]))

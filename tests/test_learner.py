@@ -304,3 +304,14 @@ def test_overflows_without_end_stop_the_run(fp16: dict, line: str, tmp_path: Pat
     with pytest.raises(TrainingError, match=line):
         for _ in range(50):
             trained.update([data(0).half()], trained.forward, None)
+
+
+def test_a_learner_that_is_loaded_counts_on(tmp_path: Path) -> None:
+    """The number of updates is the version of the weights: of rollouts, and in messages."""
+    trained = learner()
+    for update in range(3):
+        trained.update([data(update)], trained.forward, data(update))
+    trained.save_state(tmp_path)
+    other = learner()
+    other.load_state(tmp_path)
+    assert (trained.updates, other.updates) == (3, 3)

@@ -130,6 +130,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(
     same(run, whole)
 
 
+def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) -> None:
+    for step in (9, 10):
+        folder = tmp_path / "checkpoints" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text('{"files": {}}')
+    assert find_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "step_10", [])
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over(whole: Path, tmp_path: Path) -> None:
     arguments = config(tmp_path)
     assert runs.cli("train", *arguments, DIE_AT_CALL="2").returncode == -signal.SIGKILL

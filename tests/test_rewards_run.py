@@ -302,6 +302,11 @@ def test_normalise_then_sum_agrees_with_trl():
     assert ours == pytest.approx(theirs.tolist())
 
 
+def test_a_part_of_weight_0_gives_no_reward():
+    parts, weights = {"judged": [None, 0.5], "logged": [0.3, 0.3]}, {"judged": 1.0, "logged": 0.0}
+    assert weighted_sum(parts, weights, {"judged": [False] * 2, "logged": [False] * 2}) == [None, 0.5]
+
+
 def test_weighted_steps_without_judges():
     assert weighted_steps({"a": [Score(1.0)]}, {"a": 1.0}) == [None]
 

@@ -75,6 +75,27 @@ def plain_step(model: Any, reference: Any, optimizer: torch.optim.Optimizer, rol
     return losses, norms
 
 
+@pytest.mark.parametrize("coef", [0.5, 2.0])
+def test_the_value_loss_of_a_shared_backbone_is_weighted(tmp_path: Path, coef: float) -> None:
+    """Before the first update every ratio is 1 and every value 0.
+
+    So the policy's loss is minus the mean advantage, which is the mean return, and the value loss half its mean square.
+    """
+    value = f"algorithm.value={{share_backbone: true, coef: {coef}}}"
+    once = [
+        "sft.steps=0",
+        "train.steps=1",
+        "train.epochs=1",
+        "algorithm.entropy_coef=0",
+        "filters.drop_zero_variance=false",
+    ]
+    runs.train_here(runs.tiny_config(tmp_path, value, "algorithm.value_reward=raw", *once))
+    (line,) = runs.lines(tmp_path / "run", "train")
+    # A return is the reward of the rollout: GAE with lambda 1, no discount, 16 tokens each.
+    assert line["loss/total"] == pytest.approx(-line["reward/mean"] + coef * line["value/loss"], rel=1e-5)
+    assert line["value/loss"] > 1e-3
+
+
 def test_the_updater_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     """Two RL steps of two epochs of two updates, some groups flat.
 
@@ -101,3 +122,26 @@ def test_the_updater_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
             theirs = dict(run.model.named_parameters())
             for name, parameter in plain.named_parameters():
                 torch.testing.assert_close(theirs[name], parameter, rtol=RTOL, atol=1e-5, msg=f"{name}, step {step}")
+
+
+def test_every_epoch_of_a_random_estimator_has_masks_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = runs.tiny_config(
+        tmp_path, "algorithm={name: unigrpo}", "sft.steps=0", "filters.drop_zero_variance=false"
+    )
+    config = load_config(arguments[1], arguments[2:])
+    seen: list[torch.Tensor] = []
+    plain = PolicyUpdater.policy_loss
+
+    def noted(self: PolicyUpdater, batch: Any) -> torch.Tensor:
+        seen.append(batch.rows.input_ids)
+        return plain(self, batch)
+
+    monkeypatch.setattr(PolicyUpdater, "policy_loss", noted)
+    with Run.open(config, write=False) as run:
+        updater = PolicyUpdater(RolloutSource(run), config.algorithm, total_updates=2)
+        updater.step(0)
+    # Eight micro-batches of two rollouts in each of two epochs.
+    assert len(seen) == 16
+    assert any(one.shape != other.shape or (one != other).any() for one, other in zip(seen[:8], seen[8:], strict=True))
