@@ -79,12 +79,15 @@ def _softmax_in_groups(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor
 def zero_variance_groups(reward: torch.Tensor, group: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
     """bool [num_groups]: groups that have scored rewards, all equal (they carry no policy gradient).
 
+    A group of one rollout is none of them: its recipe compares it with something else (`needs_group`).
+
     Args:
         steps: [M, T] rewards of every step, which must then be equal too at every step.
     """
     num_groups = int(group.max()) + 1 if len(group) else 0
     flat = torch.zeros(num_groups, dtype=torch.bool)
     flat[group[~torch.isnan(reward)]] = True
+    flat &= torch.bincount(group, minlength=num_groups) > 1
     for column in (reward, *(() if steps is None else steps.T)):
         low = torch.full((num_groups,), torch.inf, dtype=reward.dtype)
         valid = ~torch.isnan(column)

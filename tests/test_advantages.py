@@ -98,12 +98,12 @@ def test_a_groups_advantages_do_not_depend_on_the_other_groups() -> None:
 def test_groups_without_variance() -> None:
     reward = vector(1, 1, 0, 1, NAN, 1, NAN, NAN, 4)
     group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
-    # Equal; unequal; one score; no score; alone.
-    assert zero_variance_groups(reward, group).tolist() == [True, False, True, False, True]
+    # Equal; unequal; one score; no score; alone, which nothing is equal to.
+    assert zero_variance_groups(reward, group).tolist() == [True, False, True, False, False]
     # Equal at the end, and at step 0 too for the first; what the shorter rollout of the last has not is no difference.
     steps = torch.tensor([[2, 1], [2, 1], [1, 0], [1, 1], [3, 1], [1, 1], [NAN, NAN], [NAN, NAN], [4, NAN]])
     ended = vector(1, 1, 1, 1, 1, 1, NAN, NAN, 4)
-    assert zero_variance_groups(ended, group, steps.double()).tolist() == [True, False, False, False, True]
+    assert zero_variance_groups(ended, group, steps.double()).tolist() == [True, False, False, False, False]
     assert zero_variance_groups(vector(), group[:0]).tolist() == []
 
 

@@ -349,3 +349,26 @@ def test_an_answer_that_ended_early_is_scored_up_to_its_end(make_model) -> None:
     for recipe, count in ((answer, 2), (canvas, 4)):
         rows = recipe.rows(trajectories, model, None, None, iteration=0)
         assert len(rows.trajectory) == 2 * count and recipe.num_decisions(trajectories[0], None) == count
+
+
+def test_a_lone_rollout_is_trained_with_a_value_and_refused_without_a_baseline(tmp_path: Path) -> None:
+    """A group of one has no mean to differ from: its reward is compared with the critic's value, or with history."""
+    lone = parse_recipe({"name": "tracerl", "value": {}})
+    reward = torch.tensor([2.0, math.nan, 5.0], dtype=torch.float64)
+    alone = Verdicts(reward, torch.arange(3), None, [], None, 0, None)
+    torch.testing.assert_close(lone.advantage(alone), reward, equal_nan=True)
+    assert lone.advantage(replace(alone, group=torch.tensor([0, 0, 0]))).nan_to_num().tolist() == [-1.5, 0.0, 1.5]
+    assert {name for name in RECIPES.known if not parse_recipe({"name": name}).needs_group} == {
+        "alignprop", "b2_diffurl", "ctrl", "ddpo", "dpok", "drakes",
+    }  # fmt: skip
+    assert parse_recipe({"name": "b2_diffurl", "history": 0}).needs_group
+    arguments = tiny_config(tmp_path, "train.group_size=1", "train.steps=2", "eval.viewer_items=0")
+    with pytest.raises(
+        ValueError, match=r"train.group_size 1 leaves algorithm.name tracerl no other .* algorithm.value"
+    ):
+        train_here(arguments)
+    assert not (tmp_path / "run").exists()
+    train_here([*arguments, "algorithm.value={}"])
+    for line in lines(tmp_path / "run", "train"):
+        assert line["policy/decisions"] > 0 and line["policy/grad_norm"] > 0 and line["value/grad_norm"] > 0
+        assert line["reward/zero_variance_share"] == line["filters/zero_variance"] == 0

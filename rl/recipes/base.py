@@ -80,6 +80,11 @@ class AnyRecipe(BaseModel):
         """Options of a diffusion value model, None for an advantage from rewards alone."""
         return None
 
+    @property
+    def needs_group(self) -> bool:
+        """Whether a rollout is compared with others of its prompt, so that `train.group_size` 1 would train nothing."""
+        return not self.reward_gradient and self.critic() is None
+
     # --- recipes that back-propagate a reward through the sampler (`rl/train/reward_gradient.py`) ---
 
     @property
@@ -198,6 +203,9 @@ class Recipe(AnyRecipe):
         """[M], NaN where there is no reward; or [M, T], one per step, NaN where a step is not trained."""
         from rl.advantages import group_advantage
 
+        if not self.needs_group and len(verdicts.group.unique()) == len(verdicts.group):
+            # Lone rollouts: the critic's value is the baseline.
+            return verdicts.reward
         return group_advantage(verdicts.reward, verdicts.group, self.baseline, self.scale)
 
     def loss(self, batch: DecisionBatch) -> LossOutput:

@@ -25,6 +25,10 @@ from rl.recipes.images import IntervalRecipe, on_steps
 class DDPO(IntervalRecipe, defaults={"progressive": False}):
     min_count: int = Field(16, ge=2, description="Rewards a prompt needs for statistics of its own.")
 
+    @property
+    def needs_group(self) -> bool:
+        return False
+
     def memory(self) -> Any:
         from rl.prompt_history import PromptHistory
 

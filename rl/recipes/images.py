@@ -89,6 +89,10 @@ class IntervalRecipe(ImageRecipe):
     def requires(self, config: Config) -> dict[str, Any]:
         return {"filters.drop_zero_variance": False}
 
+    @property
+    def needs_group(self) -> bool:
+        return self.history == 0
+
     def memory(self) -> Any:
         from rl.prompt_history import PromptHistory
 

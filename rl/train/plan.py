@@ -188,6 +188,12 @@ def _check_recipe(config: Config) -> None:
         if getattr(getattr(config, section), name) != value:
             wanted = str(value).lower() if isinstance(value, bool) else value
             raise ValueError(f"algorithm.name {recipe.name} needs {key}={wanted}: set it")
+    if config.train.group_size == 1 and recipe.needs_group:
+        value = ", or set algorithm.value" if "value" in type(recipe).model_fields else ""
+        raise ValueError(
+            f"train.group_size 1 leaves algorithm.name {recipe.name} no other rollout of the prompt to compare with: "
+            f"set it to 2 or more{value}"
+        )
     old = getattr(recipe, "old_logprob", None)
     if old == "sampler" and any(stage.train != stage.rollout for stage in config.train.block_schedule):
         raise ValueError(
