@@ -34,6 +34,7 @@ class RunConfig(Section):
     )
 
 
+DEFAULT_VERIFIER = "math_answer"
 MAX_GROUP = 1024  # samples of a prompt: a request's seed has 10 bits for them (`rl.train.rollouts.request_seed`)
 
 
@@ -229,31 +230,21 @@ class RewardConfig(Section):
     )
 
     def trained(self, verifier: str | None) -> list[RewardPartConfig]:
-        """The rewards trained on: `functions`, the task's verifier without them.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The rewards trained on: `functions`, without them those of `judges`."""
         return self.functions or self.judges(verifier)
 
     def judges(self, verifier: str | None) -> list[RewardPartConfig]:
         """The rewards that judge evaluations: the task's verifier alone, with its params and columns in `functions`.
 
-        A task without one is judged by the rewards trained on, not normalised.
+        A task without one is judged by the rewards trained on, not normalised; by math_answer where none is named.
 
         Args:
             verifier: attribute `reward` of the task.
-
-        Raises:
-            ValueError: there are none.
         """
-        if verifier is not None:
+        if verifier is not None or not self.functions:
+            verifier = verifier or DEFAULT_VERIFIER
             found = next((part for part in self.functions if part.name == verifier), RewardPartConfig(name=verifier))
             return [RewardPartConfig(name=verifier, params=found.params, columns=found.columns)]
-        if not self.functions:
-            raise ValueError(
-                "no reward is named: set reward.functions, or task.params.reward to a verifier such as math_answer"
-            )
         return [part.model_copy(update={"normalize": "none"}) for part in self.functions]
 
 

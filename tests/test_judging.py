@@ -128,8 +128,9 @@ def test_a_reward_or_verifier_without_its_column_is_found_before_the_run(tmp_pat
     checked(tmp_path / "g", "", [{"prompt": "a", "gold": "1"}], "", fed)
     with pytest.raises(ValueError, match="needs the column 'gold'"):
         checked(tmp_path / "h", "", [{"prompt": "a", "answer": "1"}], "", fed)
-    with pytest.raises(ValueError, match="no reward is named"):
-        checked(tmp_path / "f", "", [{"prompt": "a", "answer": "1"}])
+    checked(tmp_path / "f", "", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(ValueError, match="'math_answer' needs the column 'answer'"):
+        checked(tmp_path / "i", "", PLAIN)
 
 
 # --- judges -----------------------------------------------------------------------------------------------------------
@@ -141,6 +142,7 @@ def test_who_judges_and_what_is_trained_on() -> None:
     assert [(part.name, part.weight, part.normalize) for part in own.judges(None)] == [("countdown", 0.5, "none")]
     assert own.trained("math_answer") == own.trained(None) == own.functions
     assert [part.name for part in RewardConfig().trained("sudoku")] == ["sudoku"]
+    assert [part.name for part in RewardConfig().trained(None)] == ["math_answer"]
     given = RewardConfig(functions=[{"name": "math_answer", "weight": 2, "params": {"tolerance": 0.1}}])
     assert [(part.weight, part.params) for part in given.judges("math_answer")] == [(1.0, {"tolerance": 0.1})]
 

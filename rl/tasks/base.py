@@ -1,4 +1,4 @@
-"""What a task is: rows to train on, rows never trained on, and the reward that judges them.
+"""A task: rows to train on, rows never trained on, and the reward that judges them.
 
 A row is a dict with `prompt` (text), optionally `answer` (text to imitate in supervised training), and
 any other columns, which the reward receives.

@@ -34,7 +34,7 @@ class JsonlTask:
             validation: file of rows for the evaluations on the way; those of `heldout` when None.
             prompt_column, answer_column: which columns are the prompt and what supervised training imitates; text, or
                 messages (`rl.tasks.chat`). The same column for both is a conversation whose last turn is the answer.
-            reward: the verifier of evaluations, as math_answer; None lets the rewards trained on judge.
+            reward: the verifier of evaluations; None lets `reward.functions` judge, and math_answer without them.
             template: text around a prompt; `{prompt}` stands for it.
         """
         self.reward = reward

@@ -115,7 +115,7 @@ def _curves(folder: Path) -> dict[str, str]:
 
 
 def _curve_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """What the picture shows, in words, for readers who do not see it."""
+    """The picture in words, for readers who do not see it."""
     rewards = [r["reward/mean"] for r in records if r["stage"] == "train" and r.get("reward/mean") is not None]
     if not rewards:
         return "Learning curve; no training reward was logged."
@@ -150,7 +150,7 @@ def _text(path: Path) -> str | None:
 
 
 def _shown(path: Path) -> dict[str, Any]:
-    """What viewer.json holds: `viewer`, canvases step by step, or `pictures`, a grid of images."""
+    """The content of viewer.json: `viewer`, canvases step by step, or `pictures`, a grid of images."""
     text = _text(path)
     if text is None:
         return {"viewer": None, "pictures": None}

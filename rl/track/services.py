@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What an adapter implements; it may raise, `Service` deals with that."""
+    """An adapter of one service; it may raise, `Service` deals with that."""
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         """Store finite numbers under names that already start with the stage."""

@@ -30,7 +30,7 @@ class Judge:
         """Load every reward, so that a wrong name or parameter is an error before any sampling."""
         self.modality = modality
         trained, judges = options.trained(task.reward), options.judges(task.reward)
-        self.by_rewards = task.reward is None
+        self.by_rewards = task.reward is None and bool(options.functions)
         measure = "mean reward" if self.by_rewards else "accuracy"
         self.names = {"judge": described(judges), "reward": described(trained), "measure": measure}
         self.rewards, self.verifier = (
