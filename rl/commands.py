@@ -100,7 +100,7 @@ def rollout(args: argparse.Namespace) -> None:
 
     with Run.open(config, write=False) as run:
         _needs_model(config)
-        rows = run.task.heldout_rows(args.num_prompts)
+        rows = run.task.heldout_examples(args.num_prompts)
         scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
         folder.mkdir(parents=True, exist_ok=True)
         run.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
@@ -126,7 +126,7 @@ def _search(args: argparse.Namespace, config: Any, folder: Path) -> None:
     search = parse_search(args.search, args.search_params or {})
     with Run.open(config, write=False) as run:
         _needs_model(config)
-        examples = run.task.heldout_rows(args.num_prompts)
+        examples = run.task.heldout_examples(args.num_prompts)
         found = search_rollouts(run, examples, search, args.group_size)
         folder.mkdir(parents=True, exist_ok=True)
         write_search(folder, run, args.search, search, found)

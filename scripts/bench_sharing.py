@@ -29,7 +29,7 @@ def main() -> int:
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 7
     config = load_config("configs/quickstart.yaml", [f"model.path={sys.argv[1]}", "sft.steps=0"])
     opened = Run.open(config, write=False)
-    rows = opened.task.train_rows(0, 0, 32)
+    rows = opened.task.train_examples(0, 0, 32)
     prompts = opened.tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
     requests = [Request(ids, request_seed(1, i, g)) for i, ids in enumerate(prompts) for g in range(8)]
     times: dict[str, list[float]] = {}

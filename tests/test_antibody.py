@@ -15,7 +15,7 @@ from rl.tasks.load import load_task
 
 
 def test_prompts_are_v_genes_up_to_the_third_cdr() -> None:
-    rows = load_task("antibody", {}).train_rows(0, 1, 5)
+    rows = load_task("antibody", {}).train_examples(0, 1, 5)
     assert [row["germline"] for row in rows] == [*list(GERMLINES)[1:], *list(GERMLINES)[:2]]
     for gene, text in GERMLINES.items():
         assert set(text) <= set(AMINO_ACIDS) and text[-5:-2] == "YYC" and 97 <= len(text) <= 98, gene

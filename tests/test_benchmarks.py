@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rewards.load import load_reward
-from rl.tasks.benchmark_rows import unpack
+from rl.tasks.benchmark_examples import unpack
 from rl.tasks.benchmarks import BENCHMARKS
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.load import load_task
@@ -38,7 +38,7 @@ FILES = {
 def test_every_problem_of_the_file_is_asked_by_every_template(shared_data: Path, name: str) -> None:
     file, count = FILES[name]
     task = load_task(name, {})
-    rows = task.file_rows(str(shared_data / file))
+    rows = task.file_examples(str(shared_data / file))
     assert len(rows) == count
     for template in task.templates:
         prompts = [template.render(row) for row in rows]
@@ -50,7 +50,7 @@ def test_every_problem_of_the_file_is_asked_by_every_template(shared_data: Path,
 
 def test_mbpp_is_its_test_split_and_shows_three_examples_from_outside_it(shared_data: Path) -> None:
     task = load_task("mbpp", {})
-    rows = task.file_rows(str(shared_data / FILES["mbpp"][0]))
+    rows = task.file_examples(str(shared_data / FILES["mbpp"][0]))
     assert [row["prompt_id"] for row in rows] == [f"Mbpp/{number}" for number in range(11, 511)]
     few_shot = choose_template(task, "few_shot", has_chat=False).render(rows[0])
     assert few_shot.count("[BEGIN]") == 4 and few_shot.count("[DONE]") == 3
@@ -63,7 +63,7 @@ def test_without_the_example_rows_only_the_three_shot_prompt_is_refused(shared_d
     lines = (shared_data / FILES["mbpp"][0]).read_text().splitlines()
     (tmp_path / "mbpp.jsonl").write_text("\n".join(lines[10:20]))
     task = load_task("mbpp", {})
-    rows = task.file_rows(str(tmp_path / "mbpp.jsonl"))
+    rows = task.file_examples(str(tmp_path / "mbpp.jsonl"))
     assert len(rows) == 10
     with pytest.raises(ValueError, match="template few_shot needs the column 'examples'"):
         choose_template(task, None, has_chat=False).render(rows[0])
@@ -74,7 +74,7 @@ def test_without_the_example_rows_only_the_three_shot_prompt_is_refused(shared_d
 def test_no_prompt_gives_its_answer_away(shared_data: Path, name: str, solution: str) -> None:
     path = str(shared_data / FILES[name][0])
     task = load_task(name, {})
-    for record, row in zip(read_records(path), task.file_rows(path), strict=True):
+    for record, row in zip(read_records(path), task.file_examples(path), strict=True):
         for template in task.templates:
             prompt = template.render(row)
             assert record[solution] not in prompt and "####" not in prompt
@@ -86,7 +86,7 @@ def test_no_prompt_gives_its_answer_away(shared_data: Path, name: str, solution:
 def test_no_code_prompt_holds_its_solution(shared_data: Path, name: str) -> None:
     path = str(shared_data / FILES[name][0])
     task = load_task(name, {})
-    rows = {row["prompt_id"]: row for row in task.file_rows(path)}
+    rows = {row["prompt_id"]: row for row in task.file_examples(path)}
     asked = 0
     for record in read_records(path):
         row = rows.get(str(record["task_id"]) if name == "humaneval" else f"Mbpp/{record['task_id']}")
@@ -104,7 +104,7 @@ def test_no_code_prompt_holds_its_solution(shared_data: Path, name: str) -> None
 def test_the_published_solutions_are_right_by_the_tasks_own_reward(shared_data: Path, name: str, solution: str) -> None:
     path = str(shared_data / FILES[name][0])
     task = load_task(name, {})
-    rows = task.file_rows(path)
+    rows = task.file_examples(path)
     reward = load_reward(task.reward)
     solutions = [record[solution] for record in read_records(path)]
     answers = [row["answer"] for row in rows]
@@ -136,7 +136,7 @@ def test_livecodebench_tests_are_public_and_private_packed_or_not(tmp_path: Path
     assert unpack(packed) == hidden
     for private in (hidden, packed):
         (tmp_path / "lcb.jsonl").write_text(json.dumps(lcb_record(private)) + "\n")
-        (row,) = load_task("livecodebench", {}).file_rows(str(tmp_path / "lcb.jsonl"))
+        (row,) = load_task("livecodebench", {}).file_examples(str(tmp_path / "lcb.jsonl"))
         assert json.loads(row["input_output"]) == expected
         assert row["form"] == "stdin" and row["prompt_id"] == "abc301_a"
 
@@ -145,7 +145,7 @@ def test_livecodebench_functions_start_from_their_code(tmp_path: Path) -> None:
     starter = "class Solution:\n    def win(self, s: str) -> str:\n"
     (tmp_path / "lcb.jsonl").write_text(json.dumps(lcb_record("[]", starter, "win")) + "\n")
     task = load_task("livecodebench", {})
-    (row,) = task.file_rows(str(tmp_path / "lcb.jsonl"))
+    (row,) = task.file_examples(str(tmp_path / "lcb.jsonl"))
     assert json.loads(row["input_output"])["fn_name"] == "win"
     assert starter in choose_template(task, None, has_chat=True).render(row)
 
@@ -161,7 +161,7 @@ def test_packed_tests_that_would_run_code_are_refused() -> None:
 
 
 def test_sandbox_fusion_samples_are_taken_apart(shared_data: Path) -> None:
-    rows = load_task("livecodebench", {}).file_rows(str(shared_data / LCB_SAMPLE))
+    rows = load_task("livecodebench", {}).file_examples(str(shared_data / LCB_SAMPLE))
     assert [row["prompt_id"] for row in rows] == ["codeforces/1873_A", "leetcode/2727", "atcoder/abc301_a"]
     assert [row["form"] for row in rows] == ["stdin", "function", "stdin"]
     assert rows[1]["starter_code"].startswith("class Solution:\n    def countSeniors(")
@@ -226,22 +226,22 @@ def test_every_benchmark_ends_in_a_template_that_every_file_can_fill() -> None:
 
 def test_without_network_and_file_one_line_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"dataset openai/gsm8k cannot be loaded from the hub .*--data FILE") as error:
-        load_task("gsm8k", {}).heldout_rows(5)
+        load_task("gsm8k", {}).heldout_examples(5)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_of_another_benchmark_is_refused(tmp_path: Path) -> None:
     (tmp_path / "math.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
     with pytest.raises(ValueError, match=r"is not a gsm8k file: no column 'question'; it has problem, answer"):
-        load_task("gsm8k", {}).file_rows(str(tmp_path / "math.jsonl"))
+        load_task("gsm8k", {}).file_examples(str(tmp_path / "math.jsonl"))
     (tmp_path / "bad.jsonl").write_text('{"problem": "1+1", "answer": "2"}\nnot json\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: not JSON"):
-        load_task("math500", {}).file_rows(str(tmp_path / "bad.jsonl"))
+        load_task("math500", {}).file_examples(str(tmp_path / "bad.jsonl"))
     with pytest.raises(ValueError, match=r"missing\.jsonl does not exist"):
-        load_task("math500", {}).file_rows(str(tmp_path / "missing.jsonl"))
+        load_task("math500", {}).file_examples(str(tmp_path / "missing.jsonl"))
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(ValueError, match="the ending must be"):
-        load_task("math500", {}).file_rows(str(tmp_path / "rows.txt"))
+        load_task("math500", {}).file_examples(str(tmp_path / "rows.txt"))
 
 
 @pytest.mark.parametrize(
@@ -262,12 +262,12 @@ def test_mistakes_name_the_fix(name: str, params: dict[str, object], message: st
     if "leg" in name:
         pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=message):
-        load_task(name, params).heldout_rows(1)
+        load_task(name, params).heldout_examples(1)
 
 
 def test_a_benchmark_is_not_trained_on() -> None:
     with pytest.raises(ValueError, match=r"task\.name gsm8k is a benchmark"):
-        load_task("gsm8k", {}).train_rows(0, 0, 1)
+        load_task("gsm8k", {}).train_examples(0, 0, 1)
 
 
 # --- reasoning-gym ------------------------------------------------------------------------------------------------
@@ -276,12 +276,12 @@ def test_a_benchmark_is_not_trained_on() -> None:
 def test_reasoning_gym_splits_share_no_question_and_answers_score_one() -> None:
     pytest.importorskip("reasoning_gym")
     task = load_task("leg_counting", {"options": {"max_animals": 4}})
-    train = [row for step in range(3) for row in task.train_rows(0, step, 20)]
-    test, validation = task.heldout_rows(20), task.validation_rows(20)
+    train = [row for step in range(3) for row in task.train_examples(0, step, 20)]
+    test, validation = task.heldout_examples(20), task.validation_examples(20)
     questions = [{row["question"] for row in rows} for rows in (train, test, validation)]
     assert [len(part) for part in questions] == [60, 20, 20]
     assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
-    assert task.heldout_rows(5) == test[:5] and task.train_rows(0, 1, 20) == train[20:40]
+    assert task.heldout_examples(5) == test[:5] and task.train_examples(0, 1, 20) == train[20:40]
     reward = load_reward(task.reward)
     columns = {name: [row[name] for row in test] for name in ("question", "answer", "metadata")}
     given = [f"It is <answer>{row['answer']}</answer>" for row in test]

@@ -250,10 +250,10 @@ def test_a_plugins_message_is_one_line_and_its_bug_keeps_its_traceback(tmp_path:
         (tmp_path / "own_task.py").write_text(
             "from rl.tasks.sudoku import SudokuTask\n"
             "class Task(SudokuTask):\n"
-            "    def train_rows(self, seed, step, count):\n"
+            "    def train_examples(self, seed, step, count):\n"
             "        if step:\n"
             f"            {mistake}\n"
-            "        return super().train_rows(seed, step, count)\n"
+            "        return super().train_examples(seed, step, count)\n"
         )
         done = runs.cli("train", *runs.tiny_config(tmp_path / f"run_{code}", f"task.name={address}"), cwd=tmp_path)
         assert done.returncode == code

@@ -17,7 +17,7 @@ from rl.config import load_config
 from rl.models.load import load_policy, save_policy
 from rl.models.tokenizers import load_tokenizer
 from rl.sections import ModelConfig
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.dna import DnaTask
 from rl.train.plan import check_run
 from tests import runs
@@ -43,7 +43,7 @@ class ToyTask:
     def __init__(self, conditions: bool = False):
         self.conditions = conditions
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         generator = torch.Generator().manual_seed(seed * 1000 + step)
         words = torch.rand(count, LENGTH, generator=generator) < 0.3
         rows = [{"answer": "".join("ab"[int(b)] for b in word)} for word in words]
@@ -51,10 +51,10 @@ class ToyTask:
             return [{"prompt": ">", **row} for row in rows]
         return [{"prompt": str(i % 2), "between": BOUNDS[i % 2], **row} for i, row in enumerate(rows)]
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
-        return self.train_rows(seed, 999, count)
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
+        return self.train_examples(seed, 999, count)
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         raise ValueError(path)
 
 
@@ -241,7 +241,7 @@ def test_the_log_probability_of_a_level_by_hand() -> None:
 
 def test_the_task_asks_for_levels_and_judges_them_by_the_truth() -> None:
     task = DnaTask(levels=[0.5, 1.5])
-    rows = task.train_rows(0, 0, 6)
+    rows = task.train_examples(0, 0, 6)
     assert task.reward == "level_reached"
     assert [row["prompt"] for row in rows] == ["0", "1", "2"] * 2
     assert [row["between"] for row in rows[:3]] == [[None, 0.5], [0.5, 1.5], [1.5, None]]

@@ -104,7 +104,7 @@ def test_countdown_answers_are_right_and_splits_are_disjoint() -> None:
     from rewards.countdown import countdown
 
     task = CountdownTask(count=3, max_number=10, max_target=50)
-    train, test, validation = task.train_rows(0, 0, 300), task.heldout_rows(200), task.validation_rows(200)
+    train, test, validation = task.train_examples(0, 0, 300), task.heldout_examples(200), task.validation_examples(200)
     rows = [*train, *test, *validation]
     columns = {name: [row[name] for row in rows] for name in ("numbers", "target")}
     scores = countdown([row["prompt"] for row in rows], [row["answer"] for row in rows], **columns)
@@ -112,11 +112,13 @@ def test_countdown_answers_are_right_and_splits_are_disjoint() -> None:
     keys = [{f"{sorted(r['numbers'])} {r['target']}" for r in part} for part in (train, test, validation)]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     assert {split_of(key) for key in keys[1]} == {"test"}
-    assert task.train_rows(0, 0, 5) == train[:5]
+    assert task.train_examples(0, 0, 5) == train[:5]
 
 
 def test_countdown_prompts_of_fixed_width_hold_the_same_problems(tmp_path: Path) -> None:
-    plain, fixed = (CountdownTask(max_number=20, max_target=120, fixed_width=w).heldout_rows(50) for w in (False, True))
+    plain, fixed = (
+        CountdownTask(max_number=20, max_target=120, fixed_width=w).heldout_examples(50) for w in (False, True)
+    )
     assert {len(row["prompt"]) for row in fixed} == {len("03,07,12=045:")}
     assert len({len(row["prompt"]) for row in plain}) > 3
     for one, other in zip(plain, fixed, strict=True):
@@ -124,13 +126,13 @@ def test_countdown_prompts_of_fixed_width_hold_the_same_problems(tmp_path: Path)
         assert (numbers, target, other["answer"]) == (one["numbers"], one["target"], one["answer"])
     file = tmp_path / "problems.jsonl"
     file.write_text('{"input": "3,200,7", "output": 21}\n')
-    assert CountdownTask().file_rows(str(file))[0]["prompt"] == "3,200,7=21:"
+    assert CountdownTask().file_examples(str(file))[0]["prompt"] == "3,200,7=21:"
     with pytest.raises(ValueError, match=r"problems\.jsonl: row 1: larger than task\.params\.fixed_width has room for"):
-        CountdownTask(fixed_width=True).file_rows(str(file))
+        CountdownTask(fixed_width=True).file_examples(str(file))
 
 
 def test_countdown_operators_are_those_asked_for() -> None:
-    rows = CountdownTask(count=3, operators="-/").train_rows(0, 0, 200)
+    rows = CountdownTask(count=3, operators="-/").train_examples(0, 0, 200)
     assert {sign for row in rows for sign in row["answer"] if not sign.isalnum()} == {"-", "/", "(", ")"}
     for operators in ("", "+x"):
         with pytest.raises(ValueError, match=r"task\.params\.operators '.*' must be some of \+ - \* /"):

@@ -78,14 +78,14 @@ def test_columns_are_the_union_and_a_missing_cell_is_none(tmp_path: Path, kind: 
 def test_null_is_no_text(tmp_path: Path, kind: str) -> None:
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}]
     task = JsonlTask(as_file(tmp_path, kind, rows), answer_column="answer")
-    assert [example["answer"] for example in task.train_rows(0, 0, 2)].count(None) == 1
+    assert [example["answer"] for example in task.train_examples(0, 0, 2)].count(None) == 1
     path = as_file(tmp_path, kind, [{"prompt": "a"}, {"prompt": None}])
     with pytest.raises(ValueError, match=r"row 2 has no 'prompt': fill it in"):
         JsonlTask(path)
 
 
 def test_numbers_are_text_and_other_cells_are_refused_by_row(tmp_path: Path) -> None:
-    assert JsonlTask(write(tmp_path / "a.jsonl", lines({"prompt": 7}))).train_rows(0, 0, 1)[0]["prompt"] == "7"
+    assert JsonlTask(write(tmp_path / "a.jsonl", lines({"prompt": 7}))).train_examples(0, 0, 1)[0]["prompt"] == "7"
     for cell, says in (
         (True, "must be text or messages, not bool"),
         ({"text": "a"}, "must be text or messages, not dict"),
@@ -141,7 +141,7 @@ def test_marks_and_breaks_that_are_part_of_text_stay(tmp_path: Path) -> None:
 def test_a_chat_is_rendered_by_the_template_and_kept_for_rewards(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "be brief"}, HI]
     task = JsonlTask(write(tmp_path / "a.jsonl", lines({"prompt": messages})))
-    example = task.train_rows(0, 0, 1)[0]
+    example = task.train_examples(0, 0, 1)[0]
     assert example["prompt"] == messages
     for chat in (True, False):
         assert prompt_text(tokenizer(), example, chat) == "<system>be brief<eos>\n<user>hi<eos>\n<assistant>"
@@ -155,7 +155,7 @@ def test_a_chat_is_rendered_by_the_template_and_kept_for_rewards(tmp_path: Path)
 def test_an_answer_is_text_or_the_rest_of_the_conversation(tmp_path: Path) -> None:
     answer = [{"role": "assistant", "content": "hello"}]
     path = write(tmp_path / "a.jsonl", lines({"messages": [HI, *answer]}))
-    example = JsonlTask(path, prompt_column="messages", answer_column="messages").train_rows(0, 0, 1)[0]
+    example = JsonlTask(path, prompt_column="messages", answer_column="messages").train_examples(0, 0, 1)[0]
     assert (example["prompt"], example["answer"]) == ([HI], answer)
     assert answer_text(tokenizer(), example, False) == "hello<eos>"
     assert answer_text(tokenizer(), {"prompt": "hi", "answer": answer}, True) == "hello<eos>"

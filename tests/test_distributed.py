@@ -195,7 +195,7 @@ def test_the_ranks_really_had_unequal_work(two_ranks: Path) -> None:
     share = PROMPTS // 2
     counts = []
     for step in range(STEPS):
-        used = [row["prompt"].startswith("0") for row in SudokuTask().train_rows(int(SEED[-1]), step, PROMPTS)]
+        used = [row["prompt"].startswith("0") for row in SudokuTask().train_examples(int(SEED[-1]), step, PROMPTS)]
         counts.append((sum(used[:share]), sum(used[share:])))
     assert any(a != b and min(a, b) > 0 for a, b in counts)
     assert any(min(a, b) == 0 for a, b in counts), counts

@@ -50,10 +50,14 @@ def test_the_likelihood_by_hand() -> None:
 def test_rows_are_a_function_of_seed_and_step_and_splits_do_not_meet() -> None:
     task = load_task("dna", {"length": 20})
     assert isinstance(task, DnaTask)
-    rows = task.train_rows(3, 5, 50)
-    assert rows == task.train_rows(3, 5, 50) and rows != task.train_rows(3, 6, 50)
+    rows = task.train_examples(3, 5, 50)
+    assert rows == task.train_examples(3, 5, 50) and rows != task.train_examples(3, 6, 50)
     assert {row["prompt"] for row in rows} == {">"} and {len(row["answer"]) for row in rows} == {20}
-    for split, own in (("train", rows), ("test", task.heldout_rows(50)), ("validation", task.validation_rows(50))):
+    for split, own in (
+        ("train", rows),
+        ("test", task.heldout_examples(50)),
+        ("validation", task.validation_examples(50)),
+    ):
         assert {split_of(row["answer"]) for row in own} == {split}
 
 
@@ -78,9 +82,9 @@ def test_fasta_records_give_their_middle(tmp_path: Path) -> None:
     )
     task = DnaTask(length=10, data=str(path))
     windows = {text.upper()[2:12] for text in texts}
-    found = {row["answer"] for row in task.file_rows(str(path))}
+    found = {row["answer"] for row in task.file_examples(str(path))}
     assert found == windows
-    assert {row["answer"] for row in task.train_rows(0, 0, 200)} <= {w for w in windows if split_of(w) == "train"}
+    assert {row["answer"] for row in task.train_examples(0, 0, 200)} <= {w for w in windows if split_of(w) == "train"}
     assert task.grammar is None
     with pytest.raises(ValueError, match="is not a file"):
         DnaTask(data=str(tmp_path / "nothing.fa"))

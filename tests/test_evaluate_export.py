@@ -69,7 +69,7 @@ def test_human_eval_samples_pass_put_behind_the_prompt(shared_data: Path, tmp_pa
     template = choose_template(task, template_name, has_chat=False)
     texts = [(record["task_id"], [answer(record, template.chat)]) for record in records]
     folder = kept(tmp_path, "humaneval", template_name, texts)
-    (file,) = export_samples(folder, "human-eval", template, task.file_rows(path))
+    (file,) = export_samples(folder, "human-eval", template, task.file_examples(path))
     assert file.name == "human-eval-static@4.jsonl"
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert [set(sample) for sample in samples] == [{"task_id", "completion"}] * 164
@@ -89,7 +89,7 @@ def test_evalplus_solutions_pass_by_themselves(shared_data: Path, tmp_path: Path
     template = choose_template(task, template_name, has_chat=False)
     texts = [(record["task_id"], [answer(record, template.chat)] * 2) for record in records]
     folder = kept(tmp_path, "humaneval", template_name, texts)
-    (file,) = export_samples(folder, "evalplus", template, task.file_rows(path))
+    (file,) = export_samples(folder, "evalplus", template, task.file_examples(path))
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(samples) == 328 and all(set(sample) == {"task_id", "solution"} for sample in samples)
     by_id = {record["task_id"]: record for record in records}
@@ -103,7 +103,7 @@ def test_evalplus_takes_mbpp_with_its_own_ids(shared_data: Path, tmp_path: Path)
     task = load_task("mbpp", {})
     template = choose_template(task, "few_shot", has_chat=False)
     folder = kept(tmp_path, "mbpp", "few_shot", [("Mbpp/11", ["def f():\n  return 1\n[DONE]\nmore"])])
-    (file,) = export_samples(folder, "evalplus", template, task.file_rows(path))
+    (file,) = export_samples(folder, "evalplus", template, task.file_examples(path))
     assert json.loads(file.read_text()) == {"task_id": "Mbpp/11", "solution": "def f():\n  return 1\n"}
 
 
@@ -112,7 +112,7 @@ def test_livecodebench_gets_all_codes_of_a_question_in_one_place(shared_data: Pa
     task = load_task("livecodebench", {})
     texts = [("leetcode/2727", ["```python\na\n```", "no fence"]), ("codeforces/1873_A", ["```python\nb\n```", ""])]
     folder = kept(tmp_path, "livecodebench", "code_block", texts)
-    (file,) = export_samples(folder, "livecodebench", choose_template(task, None, True), task.file_rows(path))
+    (file,) = export_samples(folder, "livecodebench", choose_template(task, None, True), task.file_examples(path))
     assert json.loads(file.read_text()) == [
         {"question_id": "codeforces/1873_A", "code_list": ["b\n", ""]},
         {"question_id": "leetcode/2727", "code_list": ["a\n", "no fence"]},

@@ -248,7 +248,7 @@ def test_the_reward_with_gradients_is_the_reward() -> None:
 
 
 def test_label_noise_is_a_property_of_the_image() -> None:
-    rows = DigitsTask(label_noise=0.7).train_rows(0, 0, 3000)
+    rows = DigitsTask(label_noise=0.7).train_examples(0, 0, 3000)
     images, labels = digits("train")
     place = {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
     right = np.mean([row["label"] == place[row["image"].tobytes()] for row in rows])

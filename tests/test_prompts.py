@@ -26,11 +26,11 @@ def test_the_built_in_list() -> None:
     assert len(task.prompts) == 45 and len(set(task.prompts)) == 45  # type: ignore[attr-defined]
     assert task.prompts[:2] == ["a cat washing dishes", "a dog washing dishes"]  # type: ignore[attr-defined]
     assert {"a raccoon riding a bike", "a snake riding a bike", "a turtle playing chess"} <= set(task.prompts)  # type: ignore[attr-defined]
-    heldout = [row["prompt"] for row in task.heldout_rows(180)]
+    heldout = [row["prompt"] for row in task.heldout_examples(180)]
     assert len(set(heldout)) == 90 and heldout[:90] == heldout[90:]
     assert not set(heldout) & set(task.prompts)  # type: ignore[attr-defined]
-    rows = task.train_rows(0, 3, 500)
-    assert rows == task.train_rows(0, 3, 500) != task.train_rows(0, 4, 500)
+    rows = task.train_examples(0, 3, 500)
+    assert rows == task.train_examples(0, 3, 500) != task.train_examples(0, 4, 500)
     assert {row["prompt"] for row in rows} == set(task.prompts)  # type: ignore[attr-defined]
     assert all(len(row["others"]) == 44 and row["prompt"] not in row["others"] for row in rows)
 
@@ -40,8 +40,8 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x on y", "others": ["y on x"], "kind": 1}) + "\n")
     task = PromptsTask(str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), reward="clip_score")
     assert task.prompts == ["a red pear", "a blue plum"] and task.reward == "clip_score"
-    assert task.heldout_rows(1) == [{"prompt": "x on y", "others": ["y on x"], "kind": 1}]
-    assert [row["prompt"] for row in PromptsTask(str(tmp_path / "a.txt")).heldout_rows(3)] == [
+    assert task.heldout_examples(1) == [{"prompt": "x on y", "others": ["y on x"], "kind": 1}]
+    assert [row["prompt"] for row in PromptsTask(str(tmp_path / "a.txt")).heldout_examples(3)] == [
         *task.prompts,
         "a red pear",
     ]

@@ -18,7 +18,7 @@ import torch
 
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.run_folder import find_checkpoint, incomplete
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.sudoku import SudokuTask
 from tests import runs
 
@@ -70,10 +70,10 @@ def copy(killed: Path, folder: Path) -> tuple[Path, list[str]]:
 class Deadly(SudokuTask):
     """Ends a process that asks for the rows of a certain step."""
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         if step == int(os.environ.get("DIE_AT_STEP", "-1")):
             raise KeyboardInterrupt
-        return super().train_rows(seed, step, count)
+        return super().train_examples(seed, step, count)
 
 
 def test_a_supervised_stage_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from rewards.sudoku import sudoku
-from rl.tasks.base import split_of, validation_rows
+from rl.tasks.base import split_of, validation_examples
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.jsonl import JsonlTask
 from rl.tasks.load import load_task
@@ -50,7 +50,7 @@ def test_there_are_288_grids() -> None:
 
 
 def test_a_row_is_a_puzzle_and_one_of_its_completions() -> None:
-    rows = SudokuTask(min_givens=4, max_givens=8).train_rows(seed=0, step=0, count=300)
+    rows = SudokuTask(min_givens=4, max_givens=8).train_examples(seed=0, step=0, count=300)
     givens = [16 - row["puzzle"].count("0") for row in rows]
     assert set(givens) == {4, 5, 6, 7, 8}
     for row in rows:
@@ -63,13 +63,13 @@ def test_a_row_is_a_puzzle_and_one_of_its_completions() -> None:
 
 def test_training_never_draws_a_puzzle_of_another_split() -> None:
     task = SudokuTask()
-    trained = {row["puzzle"] for seed in range(3) for step in range(200) for row in task.train_rows(seed, step, 32)}
-    test = [row["puzzle"] for row in task.heldout_rows(2000)]
-    validation = [row["puzzle"] for row in task.validation_rows(500)]
+    trained = {row["puzzle"] for seed in range(3) for step in range(200) for row in task.train_examples(seed, step, 32)}
+    test = [row["puzzle"] for row in task.heldout_examples(2000)]
+    validation = [row["puzzle"] for row in task.validation_examples(500)]
     assert len(trained) > 10_000
     assert len(set(test)) == 2000 and len(set(validation)) == 500, "evaluation puzzles must differ from each other"
     assert not trained & set(test) and not trained & set(validation) and not set(test) & set(validation)
-    assert validation_rows(task, 3) == task.validation_rows(3)
+    assert validation_examples(task, 3) == task.validation_examples(3)
 
 
 def test_the_split_is_a_property_of_the_puzzle() -> None:
@@ -85,9 +85,9 @@ def test_the_split_is_a_property_of_the_puzzle() -> None:
 
 def test_rows_are_a_function_of_seed_and_step() -> None:
     task = SudokuTask()
-    assert task.train_rows(1, 5, 8) == SudokuTask().train_rows(1, 5, 8)
-    assert task.train_rows(1, 5, 8) != task.train_rows(1, 6, 8) != task.train_rows(2, 6, 8)
-    assert task.heldout_rows(8) == task.heldout_rows(20)[:8]
+    assert task.train_examples(1, 5, 8) == SudokuTask().train_examples(1, 5, 8)
+    assert task.train_examples(1, 5, 8) != task.train_examples(1, 6, 8) != task.train_examples(2, 6, 8)
+    assert task.heldout_examples(8) == task.heldout_examples(20)[:8]
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 3), (5, 4), (3, 17)])
@@ -99,17 +99,17 @@ def test_givens_that_cannot_be_are_refused(low: int, high: int) -> None:
 def test_a_split_with_too_few_puzzles_is_an_error_and_no_endless_search() -> None:
     # All 16 cells given: 288 puzzles, about 18 of them in the test split.
     with pytest.raises(ValueError, match=r"min_givens 16 .* leave only \d+ test puzzles where 100 are asked for"):
-        SudokuTask(16, 16).heldout_rows(100)
-    assert len(SudokuTask(16, 16).train_rows(0, 0, 400)) == 400, "training draws with repetition"
+        SudokuTask(16, 16).heldout_examples(100)
+    assert len(SudokuTask(16, 16).train_examples(0, 0, 400)) == 400, "training draws with repetition"
     # No cell given: one puzzle, in one split.
-    empty = [split for split in ("train_rows", "heldout_rows") if _draws(split)]
+    empty = [split for split in ("train_examples", "heldout_examples") if _draws(split)]
     assert len(empty) <= 1
 
 
 def _draws(method: str) -> bool:
     task = SudokuTask(0, 0)
     try:
-        rows = task.train_rows(0, 0, 1) if method == "train_rows" else task.heldout_rows(1)
+        rows = task.train_examples(0, 0, 1) if method == "train_examples" else task.heldout_examples(1)
     except ValueError:
         return False
     return len(rows) == 1
@@ -118,7 +118,7 @@ def _draws(method: str) -> bool:
 def test_the_reward_agrees_with_brute_force() -> None:
     rng = random.Random(0)
     verdicts = []
-    for row in SudokuTask().train_rows(3, 0, 60):
+    for row in SudokuTask().train_examples(3, 0, 60):
         right = solutions(row["puzzle"])
         # Its own answer, another solution, a right grid of another puzzle, one digit off, a blank left.
         other = rng.choice(all_grids())
@@ -135,7 +135,7 @@ def test_the_reward_agrees_with_brute_force() -> None:
 def test_puzzles_come_from_a_file(tmp_path) -> None:
     path = tmp_path / "puzzles.csv"
     path.write_text("Puzzle,Solution\n0300102001020000,x\n 1234341221434321 ,x\n")
-    rows = SudokuTask().file_rows(str(path))
+    rows = SudokuTask().file_examples(str(path))
     assert rows == [
         {"prompt": "0300102001020000=", "puzzle": "0300102001020000"},
         {"prompt": "1234341221434321=", "puzzle": "1234341221434321"},
@@ -157,13 +157,13 @@ def test_a_file_that_is_no_sudoku_file_is_refused(tmp_path, text: str, message: 
     path = tmp_path / "puzzles.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        SudokuTask().file_rows(str(path))
+        SudokuTask().file_examples(str(path))
     with pytest.raises(ValueError, match=r"none\.csv does not exist"):
-        SudokuTask().file_rows(str(tmp_path / "none.csv"))
+        SudokuTask().file_examples(str(tmp_path / "none.csv"))
 
 
 def test_the_published_puzzles_can_be_read(shared_data) -> None:
-    rows = SudokuTask().file_rows(str(shared_data / "puzzles" / "spg_4x4_test_sudoku_split_new.csv"))
+    rows = SudokuTask().file_examples(str(shared_data / "puzzles" / "spg_4x4_test_sudoku_split_new.csv"))
     assert len(rows) == 256
     assert all(7 <= row["puzzle"].count("0") <= 12 for row in rows)
     assert all(len(solutions(row["puzzle"])) == 1 for row in rows)
@@ -180,21 +180,21 @@ def write_rows(path, count: int) -> str:
 def test_a_jsonl_task_gives_prompts_answers_and_columns(tmp_path) -> None:
     path = write_rows(tmp_path / "train.jsonl", 4)
     task = JsonlTask(path, heldout=path, prompt_column="q", answer_column="a", template="Q: {prompt}\nA:")
-    assert task.heldout_rows(2) == [
+    assert task.heldout_examples(2) == [
         {"q": f"question {i}", "a": i, "level": 3, "prompt": f"Q: question {i}\nA:", "answer": str(i)} for i in range(2)
     ]
-    assert task.validation_rows(1) == task.heldout_rows(1)
+    assert task.validation_examples(1) == task.heldout_examples(1)
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order(tmp_path) -> None:
     task = JsonlTask(write_rows(tmp_path / "train.jsonl", 10), prompt_column="q")
     # 20 steps of 3 are six epochs of 10; steps reach over the ends of epochs.
-    seen = [row["a"] for step in range(20) for row in task.train_rows(seed=1, step=step, count=3)]
+    seen = [row["a"] for step in range(20) for row in task.train_examples(seed=1, step=step, count=3)]
     epochs = [seen[i : i + 10] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert [row["a"] for row in task.train_rows(seed=1, step=7, count=3)] == seen[21:24]
-    assert [row["a"] for row in task.train_rows(seed=2, step=0, count=10)] != epochs[0]
+    assert [row["a"] for row in task.train_examples(seed=1, step=7, count=3)] == seen[21:24]
+    assert [row["a"] for row in task.train_examples(seed=2, step=0, count=10)] != epochs[0]
 
 
 def test_files_that_cannot_be_used_are_refused_in_one_line(tmp_path) -> None:
@@ -213,7 +213,7 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(tmp_path) -> None:
             JsonlTask(str(path))
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"task\.params\.heldout is not set"):
-        JsonlTask(train, prompt_column="q").heldout_rows(1)
+        JsonlTask(train, prompt_column="q").heldout_examples(1)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -267,3 +267,12 @@ def test_the_character_tokenizer_keeps_white_space_and_repeated_letters() -> Non
 def test_a_character_outside_the_alphabet_is_an_error() -> None:
     with pytest.raises(Exception, match="UNK"):
         char_tokenizer("01")("012", add_special_tokens=False)
+
+
+def test_a_task_with_the_old_names_is_told_the_new_ones(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old_task.py").write_text(
+        "class Task:\n    def train_rows(self, seed, step, count):\n        return []\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="its method train_rows is now called train_examples"):
+        load_task("old_task.py:Task", {})

@@ -222,11 +222,11 @@ class BondTask:
     grid = None
     alphabet = None
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[dict[str, Any]]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[dict[str, Any]]:
         rng = random.Random(f"{seed} {step}")
         return [{"prompt": rng.choice(BONDS[1:])} for _ in range(count)]
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[dict[str, Any]]:
         """What is held out is the noise a graph starts from."""
         return [{"prompt": BONDS[1 + i % 3]} for i in range(count)]
 

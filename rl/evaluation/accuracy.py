@@ -12,7 +12,7 @@ from rl.evaluation.backslide import Backslide, backslide_of
 from rl.evaluation.figures import figures
 from rl.evaluation.generations import Generation
 from rl.evaluation.intervals import t_half_width
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.train import distributed
 from rl.train.run import Run
 
@@ -48,7 +48,7 @@ class Accuracy:
 
 
 def evaluate(
-    run: Run, examples: Sequence[Row], step_counts: Sequence[int]
+    run: Run, examples: Sequence[Example], step_counts: Sequence[int]
 ) -> tuple[dict[int, Accuracy], dict[int, list[Generation]]]:
     """Decode every example once for each step count, on all ranks together.
 

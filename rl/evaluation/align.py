@@ -26,7 +26,7 @@ from rl.evaluation.search import parse_search, search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
 from rl.files import write_json
 from rl.sections import AlignRow
-from rl.tasks.base import Row, reward_columns
+from rl.tasks.base import Example, reward_columns
 from rl.tasks.load import load_task
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
@@ -46,7 +46,7 @@ class Samples:
     ids: list[list[int]]
     prompts: list[str]
     prompt_ids: list[list[int]]
-    rows: list[Row]
+    rows: list[Example]
     budget: dict[str, float]
 
 
@@ -174,7 +174,7 @@ def _sample(run: Run, row: AlignRow) -> Samples:
     """The row's samples: as many requests as the config says, each row of the task in turn."""
     config = run.config
     count = row.num_samples or config.align.num_samples
-    rows = run.task.heldout_rows(count)
+    rows = run.task.heldout_examples(count)
     if row.search is not None:
         found = search_rollouts(run, rows, parse_search(row.search, row.params))
         trajectories, of = found.trajectories, found.examples

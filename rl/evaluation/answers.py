@@ -16,7 +16,7 @@ import numpy as np
 from rewards.run import RewardRunner
 from rl.evaluation.generations import BatchCost, Generation
 from rl.evaluation.scoring import score
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
 
@@ -32,7 +32,7 @@ class Problem:
     """
 
     prompt_id: str
-    example: Row
+    example: Example
     request: Any
 
 

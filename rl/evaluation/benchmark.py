@@ -20,7 +20,7 @@ from rl.evaluation.settings import (
     texts_hash,
 )
 from rl.sections import MAX_GROUP
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train import distributed
@@ -94,7 +94,9 @@ def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]
     return options
 
 
-def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Row]]:
+def run_benchmark(
+    config: Config, plan: EvalPlan
+) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Example]]:
     """Generate what the folder lacks, judge it, and write the figures.
 
     Returns:
@@ -155,7 +157,7 @@ def run_benchmark(config: Config, plan: EvalPlan) -> tuple[GenerationFolder, dic
     return folder, results, template, examples
 
 
-def _problems(tokenizer: Any, template: Template, examples: Sequence[Row]) -> list[Problem]:
+def _problems(tokenizer: Any, template: Template, examples: Sequence[Example]) -> list[Problem]:
     problems = []
     for example in examples:
         prompt = with_chat(tokenizer, template, example["prompt"])

@@ -15,7 +15,7 @@ from rl.evaluation.export_samples import check_format, export_samples
 from rl.evaluation.figures import Figures, table
 from rl.evaluation.generations import GenerationFolder
 from rl.evaluation.scoring import rescore
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.load import modality_of
 from rl.tasks.templates import Template
 from rl.train.run import Run
@@ -53,7 +53,7 @@ def _counted(args: argparse.Namespace) -> list[str]:
     with Run.open(config, write=False) as run:
         with about(f"--data {args.data}" if args.data else "task.params"):
             task = run.task
-            examples = task.file_rows(args.data) if args.data else task.heldout_rows(config.eval.num_prompts)
+            examples = task.file_examples(args.data) if args.data else task.heldout_examples(config.eval.num_prompts)
         results, _ = evaluate(run, examples, config.eval.num_inference_steps)
     names = run.judge.names
     lines = [f"{names['measure']}, judged by {names['judge']}"]
@@ -123,7 +123,7 @@ def report(
     folder: GenerationFolder,
     results: dict[str, Figures],
     template: Template,
-    examples: Sequence[Row],
+    examples: Sequence[Example],
     export: str | None = None,
 ) -> list[str]:
     """The lines that an evaluation prints: the conventions it followed, the table, and where everything is."""

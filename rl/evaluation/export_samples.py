@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rewards.code_tests import extract_code
 from rl.evaluation.generations import Generation, GenerationFolder
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.templates import Template
 
 # format -> the tasks it is for
@@ -32,7 +32,7 @@ def check_format(name: str, task: str) -> None:
         raise ValueError(f"--export {name} is for the task {' or '.join(FORMATS[name])}, not for {task}")
 
 
-def export_samples(folder: GenerationFolder, name: str, template: Template, examples: Sequence[Row]) -> list[Path]:
+def export_samples(folder: GenerationFolder, name: str, template: Template, examples: Sequence[Example]) -> list[Path]:
     """Write one file per decoder into the folder.
 
     A problem without any completion is in no file; one that was too long to ask has an empty completion.
@@ -64,7 +64,7 @@ def export_samples(folder: GenerationFolder, name: str, template: Template, exam
     return files
 
 
-def program_of(example: Row, template: Template, completion: str) -> str:
+def program_of(example: Example, template: Template, completion: str) -> str:
     """The program that a completion means: its code, after the problem's own text where it only continues that."""
     code = extract_code(template.cut(completion))
     prefix = example.get("code_prefix")
@@ -72,7 +72,7 @@ def program_of(example: Row, template: Template, completion: str) -> str:
 
 
 def _lines(
-    generations: Sequence[Generation], name: str, template: Template, examples: Sequence[Row]
+    generations: Sequence[Generation], name: str, template: Template, examples: Sequence[Example]
 ) -> list[dict[str, str]]:
     by_id = {example["prompt_id"]: example for example in examples}
     lines = []
@@ -89,7 +89,7 @@ def _lines(
 
 
 def _livecodebench(
-    generations: Sequence[Generation], template: Template, examples: Sequence[Row]
+    generations: Sequence[Generation], template: Template, examples: Sequence[Example]
 ) -> list[dict[str, object]]:
     codes: dict[str, list[str]] = {example["prompt_id"]: [] for example in examples}
     for generation in sorted(generations, key=lambda generation: generation.sample):

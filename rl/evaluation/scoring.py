@@ -13,7 +13,7 @@ from rl.evaluation.figures import Figures, figures
 from rl.evaluation.generations import Generation, GenerationFolder
 from rl.evaluation.settings import file_hash, saved_template, texts_hash
 from rl.sections import RewardConfig, RewardPartConfig
-from rl.tasks.base import Row, reward_columns
+from rl.tasks.base import Example, reward_columns
 from rl.tasks.benchmarks import BenchmarkTask
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template
@@ -62,7 +62,7 @@ def open_judge(config: RewardConfig) -> RewardRunner:
     )
 
 
-def load_examples(task: Any, file: str | None, limit: int | None, num_prompts: int) -> list[Row]:
+def load_examples(task: Any, file: str | None, limit: int | None, num_prompts: int) -> list[Example]:
     """The problems: of a file, of the benchmark, or the first `num_prompts` held-out ones of a task that draws them.
 
     Every example gets a `prompt_id` (its index) if it has none.
@@ -73,11 +73,11 @@ def load_examples(task: Any, file: str | None, limit: int | None, num_prompts: i
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}")
     if file:
-        examples = task.file_rows(file)
+        examples = task.file_examples(file)
     elif isinstance(task, BenchmarkTask):
-        examples = task.all_rows()
+        examples = task.all_examples()
     else:
-        examples = task.heldout_rows(num_prompts)
+        examples = task.heldout_examples(num_prompts)
     examples = [{"prompt_id": str(index), **example} for index, example in enumerate(examples[:limit])]
     if not examples:
         raise ValueError("there is no problem to evaluate on: raise eval.num_prompts")
@@ -89,7 +89,7 @@ def load_examples(task: Any, file: str | None, limit: int | None, num_prompts: i
     return examples
 
 
-def as_asked(examples: Sequence[Row], template: Template) -> list[Row]:
+def as_asked(examples: Sequence[Example], template: Template) -> list[Example]:
     """The examples with the template's text as their prompt: what rewards are told, without chat markup."""
     return [example | {"prompt": template.render(example)} for example in examples]
 
@@ -97,7 +97,7 @@ def as_asked(examples: Sequence[Row], template: Template) -> list[Row]:
 def score(
     rewards: RewardRunner,
     cut: Callable[[str], str] | None,
-    examples: Sequence[Row],
+    examples: Sequence[Example],
     generations: Sequence[Generation],
     columns: Mapping[str, list[Any]],
 ) -> ScoreTable:
@@ -141,7 +141,7 @@ def rescore(
     reward: str | None,
     config: RewardConfig,
     ks: Sequence[int] = (),
-) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Row]]:
+) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Example]]:
     """Judge the generations of a folder again, and put the new verdicts and figures in the place of the old.
 
     Args:

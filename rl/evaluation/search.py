@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from rl.registry import SEARCHES
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
 from rollouts.search.protocol import Budget, Search, SearchProblem
@@ -32,7 +32,7 @@ class SearchedRollouts:
         budget: the cost of all requests together.
     """
 
-    examples: list[Row]
+    examples: list[Example]
     trajectories: list[Any]
     completions: list[Any]
     request: np.ndarray
@@ -80,7 +80,7 @@ def parse_search(name: Any, params: Mapping[str, Any]) -> Search:
 
 
 def search_rollouts(
-    run: Run, examples: Sequence[Row], search: Search, searches_per_example: int = 1
+    run: Run, examples: Sequence[Example], search: Search, searches_per_example: int = 1
 ) -> SearchedRollouts:
     """Search `searches_per_example` times for every example.
 

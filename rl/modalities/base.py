@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rl.config import Config
     from rl.estimators.base import Rows
     from rl.modalities.memory import ModelMemory
-    from rl.tasks.base import Row, Task
+    from rl.tasks.base import Example, Task
     from rollouts.engines.base import Engine
 
 WEIGHTS = "model.safetensors"
@@ -81,7 +81,7 @@ class Modality:
         return cls(config, task)
 
     @classmethod
-    def check(cls, config: Config, task: Task, rows: Sequence[Row]) -> None:
+    def check(cls, config: Config, task: Task, rows: Sequence[Example]) -> None:
         """Refuse what this modality cannot do; by default what only text can.
 
         Args:
@@ -180,7 +180,7 @@ class Modality:
         return self.Options.model_validate({**self.config.sampler.model_dump(), **changed})
 
     def requests(
-        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
+        self, rows: Sequence[Example], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
     ) -> list[Any]:
         """One request for every row and every seed of it, a row's requests together.
 
@@ -204,7 +204,7 @@ class Modality:
     def smallest_trajectory(self, model: Any) -> Any:
         """Something to score on a rank that has no rollouts to fill up with: one rollout, of few decisions."""
         engine = self.engine(model, self.options(), next(model.parameters()).device)
-        return engine.generate(self.requests(self.task.heldout_rows(1), [[0]]))[0]
+        return engine.generate(self.requests(self.task.heldout_examples(1), [[0]]))[0]
 
     def save_trajectories(self, path: Path, trajectories: Sequence[Any]) -> None:
         """Write them to one `.npz` file without pickle."""
@@ -228,7 +228,7 @@ class Modality:
         """
         raise ValueError(f"recipes that score every step's x0 prediction are for text: choose a recipe for {self.name}")
 
-    def search_sampler(self, engine: Any, rows: Sequence[Row]) -> Any:
+    def search_sampler(self, engine: Any, rows: Sequence[Example]) -> Any:
         """The engine's sampler as searches use it (`rollouts.search.protocol.SearchSampler`); rows condition it.
 
         Raises:
@@ -237,7 +237,7 @@ class Modality:
         raise ValueError(f"--search is not known for {self.name}: write {type(self).__name__}.search_sampler")
 
     def supervised(
-        self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
+        self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]
     ) -> tuple[Rows, torch.Tensor]:
         """What the `sft` stage fits: rows, and the weight [U] of each decision's -logprob.
 
@@ -250,7 +250,9 @@ class Modality:
 
     # What people see.
 
-    def measure(self, rows: Sequence[Row], completions: Sequence[Any], rewards: Sequence[float]) -> dict[str, float]:
+    def measure(
+        self, rows: Sequence[Example], completions: Sequence[Any], rewards: Sequence[float]
+    ) -> dict[str, float]:
         """Numbers about samples as a set, such as its diversity; often none."""
         return {}
 
@@ -258,7 +260,7 @@ class Modality:
         """A completion as plain JSON, for samples.jsonl."""
         return completion
 
-    def views(self, rows: Sequence[Row], trajectories: Sequence[Any], values: Sequence[float | None]) -> list[Any]:
+    def views(self, rows: Sequence[Example], trajectories: Sequence[Any], values: Sequence[float | None]) -> list[Any]:
         """[M] plain JSON values for the viewer of the report: canvases step by step, or an image.
 
         By default one canvas of one cell, the completion as text. `rl.track.viewer.trajectory_view` has an example of

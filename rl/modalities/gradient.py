@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 
 # Inputs with `score(model)` -> what they score, under one model's weights.
 Forward = Callable[[Any], Any]
@@ -45,7 +45,7 @@ class GradientSampler(Protocol):
     num_segments: int
 
     def segments(
-        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
+        self, policy: Forward, reference: Forward | None, rows: Sequence[Example], seeds: list[int]
     ) -> Iterator[GradientSegment]:
         """Sample one rollout per row.
 

@@ -12,7 +12,7 @@ from rl.estimators.latent_rows import LatentInput
 from rl.modalities.gradient import Forward, GradientSegment
 from rl.modalities.images import uint8_images
 from rl.sections import RewardPartConfig
-from rl.tasks.base import Row, reward_columns
+from rl.tasks.base import Example, reward_columns
 from rollouts.samplers.gradient_latent import Predict, gradient_rollout
 from rollouts.samplers.noise import CHOICE_STREAM, uniform
 
@@ -34,7 +34,7 @@ class PixelReward:
                     f"{run.config.algorithm.name} needs rewards with on_tensors (docs/image_rewards.md)"
                 )
 
-    def __call__(self, images: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, rows: Sequence[Example]) -> torch.Tensor:
         """[B] of images [B, C, H, W] in [0, 1] for the prompts of B rows."""
         columns = reward_columns(rows)
         prompts = [row["prompt"] for row in rows]
@@ -74,7 +74,7 @@ class GradientImages:
         self.num_segments = steps - gradient_steps + 1 if with_reference else 1
 
     def segments(
-        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
+        self, policy: Forward, reference: Forward | None, rows: Sequence[Example], seeds: list[int]
     ) -> Iterator[GradientSegment]:
         engine, device = self.engine, self.run.device
         seed = torch.tensor(seeds, dtype=torch.int64, device=device)

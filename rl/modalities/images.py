@@ -26,7 +26,7 @@ from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
 from rl.models.noise_policy import INDEX as NOISE_INDEX
 from rl.models.noise_policy import NoisePolicy
 from rl.sections import PipelineConfig
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents
 from rollouts.samplers.latent_options import LatentSamplerOptions
@@ -95,7 +95,7 @@ class ImagesModality(ImagesPlan):
     def completions(self, trajectories: Sequence[LatentTrajectory]) -> list[np.ndarray | None]:
         return self._images([t.latents[-1] for t in trajectories])
 
-    def search_sampler(self, engine: LatentEngine, rows: Sequence[Row]) -> Any:
+    def search_sampler(self, engine: LatentEngine, rows: Sequence[Example]) -> Any:
         return LatentSampler(engine, [row["prompt"] for row in rows])
 
     def save_trajectories(self, path: Path, trajectories: Sequence[LatentTrajectory]) -> None:
@@ -105,7 +105,7 @@ class ImagesModality(ImagesPlan):
         return load_latents(path)
 
     def supervised(
-        self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
+        self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]
     ) -> tuple[DenoisingRows, torch.Tensor]:
         """The simple loss, averaged over the batch."""
         if not hasattr(model, "latents_of"):
@@ -119,7 +119,7 @@ class ImagesModality(ImagesPlan):
         return noised, torch.full((noised.num_rows,), 1.0 / len(rows), dtype=torch.float64)
 
     def measure(
-        self, rows: Sequence[Row], completions: Sequence[np.ndarray | None], rewards: Sequence[float]
+        self, rows: Sequence[Example], completions: Sequence[np.ndarray | None], rewards: Sequence[float]
     ) -> dict[str, float]:
         """Fidelity and diversity in the task's features. Diversity within a prompt counts right images alone."""
         whole = [entry for entry in zip(rows, completions, rewards, strict=True) if entry[1] is not None]
@@ -141,7 +141,7 @@ class ImagesModality(ImagesPlan):
         }
 
     def views(
-        self, rows: Sequence[Row], trajectories: Sequence[LatentTrajectory], values: Sequence[float | None]
+        self, rows: Sequence[Example], trajectories: Sequence[LatentTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
         """The finished images as data URLs, small: a report of photographs should open."""
         shown = [self.sample_line(image) for image in self.completions(trajectories)]

@@ -10,7 +10,7 @@ import torch
 from rewards.soft import DifferentiableSum
 from rl.estimators.relaxed import free_canvas
 from rl.modalities.gradient import Forward, GradientSegment
-from rl.tasks.base import Row, reward_columns
+from rl.tasks.base import Example, reward_columns
 from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
 
@@ -35,7 +35,7 @@ class SoftTextReward:
             raise ValueError(f"model.tokenizer has no token for the letter {unknown[0]!r} that the rewards read")
         self.letters = torch.tensor(letters, device=run.device)
 
-    def __call__(self, one_hot: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def __call__(self, one_hot: torch.Tensor, rows: Sequence[Example]) -> torch.Tensor:
         """[B] of responses [B, L, V] to the prompts of B rows."""
         return self.sum.soft([row["prompt"] for row in rows], one_hot[..., self.letters], **reward_columns(rows))
 
@@ -69,7 +69,7 @@ class RelaxedText:
         self.num_segments = steps - options.relaxed_steps + 1 if with_reference else 1
 
     def segments(
-        self, policy: Forward, reference: Forward | None, rows: Sequence[Row], seeds: list[int]
+        self, policy: Forward, reference: Forward | None, rows: Sequence[Example], seeds: list[int]
     ) -> Iterator[GradientSegment]:
         prompts = [self.run.modality.prompt_text(row) for row in rows]
         prompt_ids = self.run.tokenizer(prompts, add_special_tokens=False).input_ids

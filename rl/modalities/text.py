@@ -15,7 +15,7 @@ from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows
 from rl.modalities.text_plan import TextPlan, review
 from rl.models.load import load_policy, save_policy
-from rl.tasks.base import Row, Task
+from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
@@ -75,12 +75,12 @@ class TextModality(TextPlan):
         }
         return with_changes(self.config.sampler, changed)
 
-    def prompt_text(self, row: Row) -> str:
+    def prompt_text(self, row: Example) -> str:
         """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""
         return prompt_text(self.tokenizer, row, self.config.task.chat)
 
     def requests(
-        self, rows: Sequence[Row], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
+        self, rows: Sequence[Example], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
     ) -> list[Request]:
         prompts = [self.prompt_text(row) for row in rows]
         prompt_ids = token_ids(self.tokenizer, prompts)
@@ -117,7 +117,7 @@ class TextModality(TextPlan):
         cut = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in responses]
         return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
 
-    def search_sampler(self, engine: InProcessEngine, rows: Sequence[Row]) -> TokenSampler:
+    def search_sampler(self, engine: InProcessEngine, rows: Sequence[Example]) -> TokenSampler:
         requests = self.requests(rows, [[0]] * len(rows))
         return TokenSampler(engine, [request.prompt_ids for request in requests])
 
@@ -155,7 +155,7 @@ class TextModality(TextPlan):
         )
 
     def supervised(
-        self, model: Any, rows: Sequence[Row], part: slice, seed: Sequence[int]
+        self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]
     ) -> tuple[TokenRows, torch.Tensor]:
         """Masked answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
         config = self.config
@@ -179,7 +179,7 @@ class TextModality(TextPlan):
         return self.config.sampler.gen_length
 
     def views(
-        self, rows: Sequence[Row], trajectories: Sequence[TokenTrajectory], values: Sequence[float | None]
+        self, rows: Sequence[Example], trajectories: Sequence[TokenTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
         """Step-by-step canvases (`rl.track.viewer`)."""
         from rl.track.viewer import trajectory_view
@@ -194,12 +194,12 @@ class TextModality(TextPlan):
             for row, trajectory, value in zip(rows, trajectories, values, strict=True)
         ]
 
-    def _givens(self, row: Row) -> list[str] | None:
+    def _givens(self, row: Example) -> list[str] | None:
         if self.grid is None or "puzzle" not in row:
             return None
         return ["" if cell == "0" else cell for cell in row["puzzle"]]
 
-    def _encode(self, model: Any, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[int]]:
+    def _encode(self, model: Any, rows: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
         """Prompt and answer ids, the answer filled up to `sampler.gen_length` with end tokens.
 
         Raises:

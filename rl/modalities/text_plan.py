@@ -15,7 +15,7 @@ from rollouts.samplers.options import SamplerOptions
 if TYPE_CHECKING:
     from rl.config import Config
     from rl.modalities.memory import ModelMemory
-    from rl.tasks.base import Row, Task
+    from rl.tasks.base import Example, Task
 
 
 class TextPlan(Modality):
@@ -33,7 +33,7 @@ class TextPlan(Modality):
         return TextModality(config, task, open_tokenizer(config, task))
 
     @classmethod
-    def check(cls, config: Config, task: Task, rows: Sequence[Row]) -> None:
+    def check(cls, config: Config, task: Task, rows: Sequence[Example]) -> None:
         from rl.models.tokenizers import block_length_message, check_backbone, check_model_folder
         from rl.tasks.chat import prompt_text
 

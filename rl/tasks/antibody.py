@@ -5,7 +5,7 @@ Prompts are human germline V genes (IMGT), which end where the third CDR begins.
 
 from __future__ import annotations
 
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 
 # IMGT/GENE-DB, translated up to the conserved cysteine and the two residues behind it.
 GERMLINES = {
@@ -23,17 +23,17 @@ class AntibodyTask:
     grid = None
     alphabet = None
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         return self._rows(seed + step, count)
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         """The same prompts: what is held out is the randomness of the samples."""
         return self._rows(0, count)
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         raise ValueError("task antibody has its prompts built in and reads no file")
 
-    def _rows(self, first: int, count: int) -> list[Row]:
+    def _rows(self, first: int, count: int) -> list[Example]:
         genes = list(GERMLINES)
         chosen = [genes[(first + index) % len(genes)] for index in range(count)]
         return [{"prompt": GERMLINES[gene], "germline": gene} for gene in chosen]

@@ -1,6 +1,6 @@
-"""A task: rows to train on, rows never trained on, and the reward that judges them.
+"""A task: examples to train on, examples never trained on, and the reward that judges them.
 
-A row is a dict with `prompt` (text), optionally `answer` (text to imitate in supervised training), and
+An example is a dict with `prompt` (text), optionally `answer` (text to imitate in supervised training), and
 any other columns, which the reward receives.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-Row = dict[str, Any]
+Example = dict[str, Any]
 
 # Arguments of every reward call beside `completions` and the columns (`rewards.call.call_reward`).
 CALL_ARGUMENTS = ("prompts", "trainer_state", "log_metric", "log_extra")
@@ -33,20 +33,20 @@ class Task(Protocol):
     grid: tuple[int, int] | None
     alphabet: str | None
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
-        """Rows of one training step; a function of its arguments, so a resumed run sees the same rows."""
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
+        """Examples of one training step; a function of its arguments, so a resumed run sees the same ones."""
         ...
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
-        """Rows that training never sees, for the evaluations before and after it."""
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
+        """Examples that training never sees, for the evaluations before and after it."""
         ...
 
-    def file_rows(self, path: str) -> list[Row]:
-        """Rows of a file in the task's published format."""
+    def file_examples(self, path: str) -> list[Example]:
+        """Examples of a file in the task's published format."""
         ...
 
 
-def column_names(rows: Iterable[Row], given: Iterable[str] = (), source: str = "the dataset") -> list[str]:
+def column_names(rows: Iterable[Example], given: Iterable[str] = (), source: str = "the dataset") -> list[str]:
     """Every column that some row has, `prompt` left out.
 
     Args:
@@ -67,7 +67,7 @@ def column_names(rows: Iterable[Row], given: Iterable[str] = (), source: str = "
     return names
 
 
-def reward_columns(rows: Sequence[Row], given: Iterable[str] = ()) -> dict[str, list[Any]]:
+def reward_columns(rows: Sequence[Example], given: Iterable[str] = ()) -> dict[str, list[Any]]:
     """The columns of some rows as rewards get them, None where a row lacks one; see `column_names`.
 
     Example: the rows `{"prompt": "a"}` and `{"prompt": "b", "hint": "h"}` have the column `hint`, `[None, "h"]`.
@@ -84,7 +84,7 @@ def split_of(content: str) -> str:
     return {0: "test", 8: "validation"}.get(place, "train")
 
 
-def validation_rows(task: Task, count: int) -> list[Row]:
+def validation_examples(task: Task, count: int) -> list[Example]:
     """Rows to look at while training and while choosing settings; held-out rows where a task has no others."""
-    rows = getattr(task, "validation_rows", None)
-    return rows(count) if rows else task.heldout_rows(count)
+    rows = getattr(task, "validation_examples", None)
+    return rows(count) if rows else task.heldout_examples(count)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rl.tasks import benchmark_rows, templates
-from rl.tasks.base import Row
+from rl.tasks import benchmark_examples as published
+from rl.tasks import templates
+from rl.tasks.base import Example
 from rl.tasks.records import Record, hub_records, read_records
 from rl.tasks.templates import Template
 
@@ -17,7 +18,7 @@ class Benchmark:
 
     Attributes:
         hub: dataset on the Hugging Face hub, with its configuration and split.
-        rows: turns published records into rows (`rl.tasks.benchmark_rows`).
+        rows: turns published records into rows (`rl.tasks.benchmark_examples`).
         templates: prompts (`rl.tasks.templates`), the preferred chat and plain one first; the last is plain and
             shows nothing but the problem.
         reward: what judges an answer, and by that how the answer is found in the completion.
@@ -26,7 +27,7 @@ class Benchmark:
 
     hub: str
     split: str
-    rows: Callable[[Sequence[Record]], list[Row]]
+    rows: Callable[[Sequence[Record]], list[Example]]
     templates: tuple[Template, ...]
     reward: str
     config: str | None = None
@@ -39,19 +40,22 @@ _LCB_RELEASES = {f"release_v{number}": _LCB_FILES[:number] for number in range(1
 
 _MATH, _CODE = "math_answer", "code_tests"
 BENCHMARKS = {
-    "gsm8k": Benchmark("openai/gsm8k", "test", benchmark_rows.gsm8k_rows, templates.GSM8K, _MATH, config="main"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", benchmark_rows.math_rows, templates.MATH, _MATH),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", benchmark_rows.math_rows, templates.MATH, _MATH),
-    "humaneval": Benchmark(
-        "openai/openai_humaneval", "test", benchmark_rows.humaneval_rows, templates.HUMANEVAL, _CODE
-    ),
+    "gsm8k": Benchmark("openai/gsm8k", "test", published.gsm8k_examples, templates.GSM8K, _MATH, config="main"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", published.math_examples, templates.MATH, _MATH),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", published.math_examples, templates.MATH, _MATH),
+    "humaneval": Benchmark("openai/openai_humaneval", "test", published.humaneval_examples, templates.HUMANEVAL, _CODE),
     "mbpp": Benchmark(
-        "google-research-datasets/mbpp", "prompt+test", benchmark_rows.mbpp_rows, templates.MBPP, _CODE, config="full"
+        "google-research-datasets/mbpp",
+        "prompt+test",
+        published.mbpp_examples,
+        templates.MBPP,
+        _CODE,
+        config="full",
     ),
     "livecodebench": Benchmark(
         "livecodebench/code_generation_lite",
         "test",
-        benchmark_rows.livecodebench_rows,
+        published.livecodebench_examples,
         templates.LIVECODEBENCH,
         _CODE,
         releases=_LCB_RELEASES,
@@ -87,15 +91,15 @@ class BenchmarkTask:
         part = self.release or self.benchmark.config
         return f"{self.benchmark.hub}{f' [{part}]' if part else ''} {self.benchmark.split}"
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         raise ValueError(
             f"task.name {self.name} is a benchmark, to evaluate on: train on task.name jsonl with its file"
         )
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
-        return self.all_rows()[:count]
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
+        return self.all_examples()[:count]
 
-    def all_rows(self) -> list[Row]:
+    def all_examples(self) -> list[Example]:
         """Every problem, from the hub.
 
         Raises:
@@ -105,11 +109,11 @@ class BenchmarkTask:
         records = hub_records(self.benchmark.hub, self.benchmark.split, self.benchmark.config, files)
         return self._rows(records, self.benchmark.hub)
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         """Every problem of a file in the benchmark's published format."""
         return self._rows(read_records(path), path)
 
-    def _rows(self, records: Sequence[Record], where: str) -> list[Row]:
+    def _rows(self, records: Sequence[Record], where: str) -> list[Example]:
         try:
             rows = self.benchmark.rows(records)
         except KeyError as error:

@@ -6,7 +6,7 @@ import random
 from fractions import Fraction
 
 from rl.tasks import templates
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.drawn import DrawnTask
 from rl.tasks.records import read_records
 
@@ -44,7 +44,7 @@ class CountdownTask(DrawnTask):
         self.count, self.max_number, self.max_target = count, max_number, max_target
         self.operators, self.fixed_width = operators, fixed_width
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         """Problems of a JSON-lines file with `input` ("30,100,93") and `output` (the target)."""
         rows = []
         for number, record in enumerate(read_records(path), start=1):
@@ -58,7 +58,7 @@ class CountdownTask(DrawnTask):
             rows.append(self._row(numbers, target))
         return rows
 
-    def _row(self, numbers: list[int], target: int) -> Row:
+    def _row(self, numbers: list[int], target: int) -> Example:
         widths = (len(str(self.max_number)), len(str(self.max_target))) if self.fixed_width else (1, 1)
         given = ",".join(f"{number:0{widths[0]}}" for number in numbers)
         return {"prompt": f"{given}={target:0{widths[1]}}:", "numbers": numbers, "target": target}
@@ -72,7 +72,7 @@ class CountdownTask(DrawnTask):
         # Numbers in any order, so that a problem has one split whoever draws it.
         return f"{sorted(numbers)} {value}", (numbers, int(value), answer)
 
-    def _shown(self, problem: tuple[list[int], int, str], rng: random.Random) -> Row:
+    def _shown(self, problem: tuple[list[int], int, str], rng: random.Random) -> Example:
         numbers, target, answer = problem
         return self._row(rng.sample(numbers, len(numbers)), target) | {"answer": answer}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rewards.digits import CLASSES, digit_features, digits
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 
 
 class DigitsTask:
@@ -34,7 +34,7 @@ class DigitsTask:
             raise ValueError(f"task.params label_noise must be in [0, 1], got {label_noise}")
         self.label_noise = label_noise
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         """Images drawn with replacement. An image keeps its wrong label: labels are noisy, not images."""
         images, labels = digits("train")
         rng = random.Random(f"train {seed} {step}")
@@ -47,14 +47,14 @@ class DigitsTask:
             rows.append({"prompt": CLASSES[label], "label": label, "image": images[index]})
         return rows
 
-    def validation_rows(self, count: int) -> list[Row]:
-        return self.heldout_rows(count)
+    def validation_examples(self, count: int) -> list[Example]:
+        return self.heldout_examples(count)
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         """Every class equally often. What is held out is the judge, and the noise an image starts from."""
         return [{"prompt": CLASSES[i % 10], "label": i % 10} for i in range(count)]
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         raise ValueError("the digits task has no file format: its images come with scikit-learn")
 
     def features(self, images: Sequence[Any]) -> np.ndarray:

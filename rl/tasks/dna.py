@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards.motifs import CONSENSUS, MotifActivity, load_matrices
-from rl.tasks.base import Row, split_of
+from rl.tasks.base import Example, split_of
 from rl.tasks.motif_grammar import LETTERS, MotifGrammar
 
 PROMPT = ">"
@@ -58,16 +58,16 @@ class DnaTask:
         self.grammar = None if data else MotifGrammar(load_matrices(list(CONSENSUS)), length, motif_rate)
         self.records = _windows(data, length) if data else {}
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         return self._rows("train", [seed, step], count)
 
-    def validation_rows(self, count: int) -> list[Row]:
+    def validation_examples(self, count: int) -> list[Example]:
         return self._rows("validation", [0], count)
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         return self._rows("test", [seed], count)
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         """All windows of a FASTA file."""
         return [{"prompt": PROMPT, "answer": text} for own in _windows(path, self.length).values() for text in own]
 
@@ -91,7 +91,7 @@ class DnaTask:
         values = [score.value or 0.0 for score in MotifActivity()([PROMPT] * len(texts), texts)]
         return [texts[index] for index in np.argsort(values)[-len(texts) // 100 :]]
 
-    def _rows(self, split: str, key: list[int], count: int) -> list[Row]:
+    def _rows(self, split: str, key: list[int], count: int) -> list[Example]:
         rng = np.random.default_rng([zlib.crc32(split.encode()), *key])
         texts: list[str] = []
         if self.grammar is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from rl.tasks.base import Row, split_of
+from rl.tasks.base import Example, split_of
 
 # Draws in a row that bring no new problem before the supply counts as used up. A split has one problem in 16, or more.
 PATIENCE = 20_000
@@ -17,30 +17,30 @@ class DrawnTask:
     A subclass draws a problem (`_propose`) and writes the row of one that is taken (`_shown`).
     """
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         return self._draw(f"train {seed} {step}", count, "train")
 
-    def validation_rows(self, count: int) -> list[Row]:
+    def validation_examples(self, count: int) -> list[Example]:
         return self._draw("validation", count, "validation", distinct=True)
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         return self._draw(f"test {seed}", count, "test", distinct=True)
 
     def _propose(self, rng: random.Random) -> tuple[str, Any] | None:
         """A problem: the content that its split depends on, and what `_shown` needs; None for a draw that is none."""
         raise NotImplementedError
 
-    def _shown(self, problem: Any, rng: random.Random) -> Row:
+    def _shown(self, problem: Any, rng: random.Random) -> Example:
         raise NotImplementedError
 
     def _used_up(self, found: int, count: int, split: str) -> None:
         """No more problems are found: raise ValueError unless these are enough."""
         raise NotImplementedError
 
-    def _draw(self, key: str, count: int, split: str, distinct: bool = False) -> list[Row]:
+    def _draw(self, key: str, count: int, split: str, distinct: bool = False) -> list[Example]:
         # A str seed is hashed with SHA-512 by `random`, the same on every machine.
         rng = random.Random(key)
-        rows: list[Row] = []
+        rows: list[Example] = []
         seen: set[str] = set()
         misses = 0
         while len(rows) < count:

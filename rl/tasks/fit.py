@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.chat import answer_text, prompt_text, token_ids
 
 
 def unfit_reasons(
-    examples: Sequence[Row],
+    examples: Sequence[Example],
     tokenizer: Any,
     chat: bool,
     mask_token_id: int,
@@ -94,7 +94,7 @@ class FileExamples:
         note: how many were left out and why, for the user; empty when all can be used.
     """
 
-    def __init__(self, path: str, examples: list[Row]):
+    def __init__(self, path: str, examples: list[Example]):
         self.path, self.examples = path, examples
         self.note = ""
 

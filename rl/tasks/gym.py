@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rl.tasks.base import Row, split_of
+from rl.tasks.base import Example, split_of
 from rl.tasks.records import read_records
 from rl.tasks.templates import Template
 
@@ -55,16 +55,16 @@ class GymTask:
             Template("question", "{question}", "reasoning-gym's question alone"),
         )  # fmt: skip
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         return self._draw(seed, step * count, count, "train")
 
-    def validation_rows(self, count: int) -> list[Row]:
+    def validation_examples(self, count: int) -> list[Example]:
         return self._draw(0, 0, count, "validation")
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         return self._draw(seed, 0, count, "test")
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         """Items in reasoning-gym's own form: `question`, `answer`, `metadata`."""
         items = read_records(path)
         if not {"question", "answer", "metadata"} <= items[0].keys():
@@ -76,7 +76,7 @@ class GymTask:
                 raise ValueError(f"{path}: row {number} has no question or no metadata")
         return [self._row(item, index) for index, item in enumerate(items)]
 
-    def _draw(self, seed: int, first: int, count: int, split: str) -> list[Row]:
+    def _draw(self, seed: int, first: int, count: int, split: str) -> list[Example]:
         import reasoning_gym
 
         # A question belongs to one split by its own text; so many tries per row that the rarest split fills up too.
@@ -85,7 +85,7 @@ class GymTask:
             dataset = reasoning_gym.create_dataset(self.name, seed=seed * 2**24, size=tries.stop, **self.options)
         except (TypeError, AssertionError) as error:
             raise ValueError(f"task.params.options of {self.name}: {error}") from None
-        rows: list[Row] = []
+        rows: list[Example] = []
         seen: set[str] = set()
         for index in tries:
             item = dataset[index]  # a function of seed + index: a long dataset costs nothing
@@ -96,7 +96,7 @@ class GymTask:
                     return rows
         raise ValueError(f"reasoning-gym task {self.name} has too few different questions for {count} {split} rows")
 
-    def _row(self, item: Mapping[str, Any], index: int) -> Row:
+    def _row(self, item: Mapping[str, Any], index: int) -> Example:
         row = {
             "prompt_id": f"{self.name}/{index}",
             "prompt": item["question"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.chat import Message, checked_chat
 from rl.tasks.fit import FileExamples
 from rl.tasks.records import Record, read_records
@@ -39,17 +39,17 @@ class JsonlTask:
         """
         self.reward = reward
         self._template, self._prompt, self._answer = template, prompt_column, answer_column
-        self._train = FileExamples(train, self.file_rows(train))
-        self._heldout = FileExamples(heldout, self.file_rows(heldout)) if heldout else None
-        self._validation = FileExamples(validation, self.file_rows(validation)) if validation else self._heldout
+        self._train = FileExamples(train, self.file_examples(train))
+        self._heldout = FileExamples(heldout, self.file_examples(heldout)) if heldout else None
+        self._validation = FileExamples(validation, self.file_examples(validation)) if validation else self._heldout
 
     @property
     def files(self) -> list[FileExamples]:
         """The files there are, each once; see `rl.tasks.fit`."""
         return list({id(file): file for file in (self._train, self._validation, self._heldout) if file}.values())
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
-        rows: list[Row] = []
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
+        rows: list[Example] = []
         orders: dict[int, list[int]] = {}
         examples = self._train.examples
         for index in range(step * count, (step + 1) * count):
@@ -60,22 +60,22 @@ class JsonlTask:
             rows.append(examples[orders[epoch][place]])
         return rows
 
-    def validation_rows(self, count: int) -> list[Row]:
+    def validation_examples(self, count: int) -> list[Example]:
         return self._validation.examples[:count] if self._validation else []
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         if not self._heldout:
             raise ValueError("task.params.heldout is not set: name a file of held-out rows")
         return self._heldout.examples[:count]
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         records = read_records(path)
         for column in (self._prompt, self._answer):
             if column is not None and column not in records[0]:
                 raise ValueError(f"{path} has no column {column!r}; it has {', '.join(records[0])}")
         return [self._example(record, f"{path}: row {number}") for number, record in enumerate(records, start=1)]
 
-    def _example(self, record: Record, where: str) -> Row:
+    def _example(self, record: Record, where: str) -> Example:
         prompt = _cell(record[self._prompt], f"{where}: column {self._prompt!r}")
         if prompt is None:
             raise ValueError(f"{where} has no {self._prompt!r}: fill it in, or leave the row out")

@@ -25,6 +25,9 @@ def load_task(name: str, params: dict[str, Any]) -> Task:
         ValueError: unknown name or parameter.
     """
     cls, first = _class_and_name(name)
+    old = next((word for word in ("train_rows", "heldout_rows", "file_rows") if hasattr(cls, word)), None)
+    if old is not None:
+        raise ValueError(f"task.name {name!r}: its method {old} is now called {old.removesuffix('rows')}examples")
     known = list(inspect.signature(cls).parameters)[len(first) :]
     for key in params:
         if key not in known:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rl.files import read_text
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.records import read_records
 
 # The 45 animals of DDPO (Black et al. 2023, arXiv 2305.13301) in the order of B²-DiffuRL (Hu et al. 2025, arXiv
@@ -48,26 +48,26 @@ class PromptsTask:
         self._heldout = _rows(heldout or train, trained=heldout is not None)
         self.prompts = [row["prompt"] for row in self._train]
 
-    def train_rows(self, seed: int, step: int, count: int) -> list[Row]:
+    def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         """Drawn with replacement."""
         return _with_others(random.Random(f"prompts {seed} {step}").choices(self._train, k=count), self._train)
 
-    def validation_rows(self, count: int) -> list[Row]:
+    def validation_examples(self, count: int) -> list[Example]:
         """Training prompts: held-out ones are for the end."""
         return _with_others(_cycle(self._train, count), self._train)
 
-    def heldout_rows(self, count: int, seed: int = 0) -> list[Row]:
+    def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         """Every prompt equally often; a prompt that comes again starts from another noise."""
         return _with_others(_cycle(self._heldout, count), self._heldout)
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         rows = _rows(path, trained=True)
         return _with_others(rows, rows)
 
 
-def _rows(source: str, trained: bool) -> list[Row]:
+def _rows(source: str, trained: bool) -> list[Example]:
     if source == BUILT_IN:
-        rows: list[Row] = [{"prompt": text} for text in _combinations(trained)]
+        rows: list[Example] = [{"prompt": text} for text in _combinations(trained)]
     elif Path(source).suffix == ".txt":
         if not Path(source).is_file():
             raise ValueError(
@@ -86,7 +86,7 @@ def _rows(source: str, trained: bool) -> list[Row]:
     return rows
 
 
-def _with_others(rows: Sequence[Row], source: Sequence[Row]) -> list[Row]:
+def _with_others(rows: Sequence[Example], source: Sequence[Example]) -> list[Example]:
     """Rows with the other prompts of their list, which only those handed out have, to save memory."""
     texts = sorted({row["prompt"] for row in source})
     return [{"others": [text for text in texts if text != row["prompt"]], **row} for row in rows]
@@ -101,5 +101,5 @@ def _combinations(trained: bool) -> list[str]:
     ]
 
 
-def _cycle(rows: Sequence[Row], count: int) -> list[Row]:
+def _cycle(rows: Sequence[Example], count: int) -> list[Example]:
     return [rows[index % len(rows)] for index in range(count)]

@@ -11,7 +11,7 @@ import random
 from functools import cache
 
 from rl.tasks import templates
-from rl.tasks.base import Row, split_of
+from rl.tasks.base import Example, split_of
 from rl.tasks.drawn import DrawnTask
 from rl.tasks.records import read_records
 
@@ -52,7 +52,7 @@ class SudokuTask(DrawnTask):
         self.min_givens = min_givens
         self.max_givens = max_givens
 
-    def file_rows(self, path: str) -> list[Row]:
+    def file_examples(self, path: str) -> list[Example]:
         """Puzzles of a CSV file with a column `Puzzle` (16 digits, 0 = empty)."""
         records = read_records(path)
         if "Puzzle" not in records[0]:
@@ -69,7 +69,7 @@ class SudokuTask(DrawnTask):
         puzzle = "".join(cell if i in kept else "0" for i, cell in enumerate(answer))
         return puzzle, (puzzle, answer)
 
-    def _shown(self, problem: tuple[str, str], rng: random.Random) -> Row:
+    def _shown(self, problem: tuple[str, str], rng: random.Random) -> Example:
         puzzle, answer = problem
         return {"prompt": puzzle + "=", "puzzle": puzzle, "answer": answer}
 

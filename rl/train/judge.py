@@ -10,7 +10,7 @@ import numpy as np
 from rewards.run import RewardRunner
 from rewards.table import RewardPart, ScoreTable
 from rl.sections import RewardConfig, RewardPartConfig
-from rl.tasks.base import Row, reward_columns
+from rl.tasks.base import Example, reward_columns
 
 # Reward metrics that count something; every other one is a mean over completions.
 _COUNTS = ("failures", "not_applicable", "timeouts", "retries", "cache_hits", "masked", "seconds")
@@ -50,7 +50,7 @@ class Judge:
         self.verifier.close()
 
     def score(
-        self, examples: Sequence[Row], trajectories: Sequence[Any], group_size: int = 1, verifier: bool = False
+        self, examples: Sequence[Example], trajectories: Sequence[Any], group_size: int = 1, verifier: bool = False
     ) -> tuple[list[Any], ScoreTable]:
         """The completion of every trajectory, and the verdicts on them.
 
@@ -66,7 +66,7 @@ class Judge:
 
     def score_x0(
         self,
-        examples: Sequence[Row],
+        examples: Sequence[Example],
         trajectories: Sequence[Any],
         completions: Sequence[Any],
         table: ScoreTable,

@@ -13,7 +13,7 @@ from rewards.failures import WINDOW, RewardFailureError
 from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_json
 from rl.run_folder import find_checkpoint
-from rl.tasks.base import Row, validation_rows
+from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
 from rl.train import distributed
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
@@ -27,14 +27,14 @@ from rl.train.update import PolicyUpdater, Updater
 
 def train(run: Run) -> dict[str, Any]:
     """Run every stage the config asks for; returns what `summary.json` holds."""
-    heldout = run.task.heldout_rows(run.config.eval.num_prompts)
+    heldout = run.task.heldout_examples(run.config.eval.num_prompts)
     if not heldout:
         raise ValueError("the task has no held-out rows: set task.params so that it has some")
     with RolloutSource.open(run) as source:
         return _stages(run, source, heldout)
 
 
-def _stages(run: Run, source: RolloutSource, heldout: list[Row]) -> dict[str, Any]:
+def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str, Any]:
     config = run.config
     checkpoint, notes = find_checkpoint(run.folder) if config.run.resume else (None, [])
     for note in notes:
@@ -149,7 +149,7 @@ def reinforce(
         spent = run.costs.sequence_forwards >= (config.train.max_sequence_forwards or math.inf)
         last = step == config.train.steps or ending > 0 or spent
         if config.eval.every and step % config.eval.every == 0 and not last:
-            rows = validation_rows(run.task, config.eval.every_prompts)
+            rows = validation_examples(run.task, config.eval.every_prompts)
             _evaluated(run, "on the way", rows, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             state = {"costs": vars(run.costs)}
@@ -192,7 +192,7 @@ def _without_score(run: Run, step: int, metrics: Mapping[str, float], before: fl
     return silent
 
 
-def _evaluated(run: Run, name: str, rows: list[Row], step: int) -> dict[str, Any]:
+def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str, Any]:
     """Evaluate the model as it is, log it, and give its part of the summary."""
     results, completions = evaluate(run, rows, run.config.eval.num_inference_steps)
     quality: dict[str, Any] = {}
@@ -225,7 +225,7 @@ def _goal(run: Run, summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"metric": key, "before_max": goal.before_max, "after_min": goal.after_min, "met": met}
 
 
-def _views(run: Run, heldout: list[Row]) -> list[dict[str, Any]]:
+def _views(run: Run, heldout: list[Example]) -> list[dict[str, Any]]:
     """Step-by-step views of the first held-out prompts (rank 0 decodes them all)."""
     rows = heldout[: run.config.eval.viewer_items]
     if not rows or distributed.rank() != 0:

@@ -12,7 +12,7 @@ from rewards.signature import missing_columns
 from rl.config import Config, load_config
 from rl.errors import about
 from rl.models.families import open_family
-from rl.tasks.base import CALL_ARGUMENTS, Row, Task, column_names
+from rl.tasks.base import CALL_ARGUMENTS, Example, Task, column_names
 from rl.tasks.load import load_task, modality_class, modality_of
 from rl.train.deepspeed_json import read_deepspeed_config
 from rollouts.engines.base import IN_PROCESS, RAY_WORKERS, require
@@ -94,7 +94,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
             raise ValueError(f"train.deepspeed file {config.train.deepspeed}: stage {stage!r} must be 0, 1, 2 or 3")
     with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
         task = load_task(config.task.name, config.task.params)
-        rows = task.heldout_rows(1) + task.train_rows(config.run.seed, 0, 1)
+        rows = task.heldout_examples(1) + task.train_examples(config.run.seed, 0, 1)
     if not rows:
         raise ValueError("the task has no rows: check task.params")
     modality = modality_class(task)
@@ -208,7 +208,7 @@ def _check_recipe(config: Config) -> None:
     recipe.check(config)
 
 
-def _check_rewards(config: Config, task: Task, rows: Sequence[Row], given: Sequence[str]) -> None:
+def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: Sequence[str]) -> None:
     """Load the rewards, and hold what they need against the columns of the dataset and those `given` by the modality.
 
     Raises:

@@ -84,7 +84,7 @@ class RewardGradientUpdater(Updater):
         """Sample, and take one optimizer update."""
         run, train = self.run, self.train
         started = time.perf_counter()
-        examples = run.task.train_rows(run.config.run.seed, step, train.prompts_per_step)
+        examples = run.task.train_examples(run.config.run.seed, step, train.prompts_per_step)
         first, mine = distributed.shard(examples)
         base = step_seed(run.config.run.seed, step)
         repeated = [example for example in mine for _ in range(train.group_size)]

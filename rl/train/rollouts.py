@@ -14,7 +14,7 @@ import torch
 from rl.advantages import zero_variance_groups
 from rl.evaluation.backslide import backslide_of
 from rl.sections import MAX_GROUP
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.chat import shown_prompt
 from rl.train import distributed
 from rl.train.ahead import Ahead
@@ -44,7 +44,7 @@ class ScoredRollouts:
         step_reward: [M] float64 [T_i], the reward of every step's x0 prediction, where it was asked for.
     """
 
-    examples: list[Row]
+    examples: list[Example]
     trajectories: list[Any]
     completions: list[Any]
     reward: torch.Tensor
@@ -121,7 +121,12 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def requests(
-    run: Run, examples: Sequence[Row], group_size: int, seed: int, first: int = 0, steps: Sequence[int] | None = None
+    run: Run,
+    examples: Sequence[Example],
+    group_size: int,
+    seed: int,
+    first: int = 0,
+    steps: Sequence[int] | None = None,
 ) -> list[Any]:
     """`group_size` requests for every example.
 
@@ -134,7 +139,7 @@ def requests(
     return run.modality.requests(examples, seeds, steps)
 
 
-def rollout(run: Run, engine: Engine, examples: Sequence[Row], group_size: int, seed: int) -> ScoredRollouts:
+def rollout(run: Run, engine: Engine, examples: Sequence[Example], group_size: int, seed: int) -> ScoredRollouts:
     """Sample `group_size` rollouts of every example and score them."""
     trajectories = engine.generate(requests(run, examples, group_size, seed))
     return scored(run, examples, group_size, trajectories, engine.stats)
@@ -142,7 +147,7 @@ def rollout(run: Run, engine: Engine, examples: Sequence[Row], group_size: int, 
 
 def scored(
     run: Run,
-    examples: Sequence[Row],
+    examples: Sequence[Example],
     group_size: int,
     trajectories: list[Any],
     stats: EngineStats,
@@ -285,12 +290,12 @@ class RolloutSource:
         engine.branch_points = tuple(branch_points)
         return engine
 
-    def _asked(self, step: int, turn: int = 0) -> tuple[list[Row], list[Any]]:
+    def _asked(self, step: int, turn: int = 0) -> tuple[list[Example], list[Any]]:
         """This rank's examples of an RL step and the requests for them; refills are turns 1, 2, ..."""
         run, train, seed = self.run, self.run.config.train, self.run.config.run.seed
         start = turn * train.prompts_per_step
         count = train.prompts_per_step * (1 + run.config.filters.refill_rounds)
-        examples = run.task.train_rows(seed, step, count)
+        examples = run.task.train_examples(seed, step, count)
         first, mine = distributed.shard(examples[start : start + train.prompts_per_step])
         first += start
         choices = train.mixed_steps

@@ -95,7 +95,7 @@ class _Fit:
         if self.traces:
             batch += _trace_batch(self.traces, seed, step, config.batch_size)
         else:
-            batch += self.run.task.train_rows(seed, step, config.batch_size)
+            batch += self.run.task.train_examples(seed, step, config.batch_size)
         first, mine = distributed.shard(batch)
         end = first + len(mine)
         size = config.micro_batch_size or max(len(mine), 1)

@@ -14,14 +14,14 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from rl.tasks.base import Row
+from rl.tasks.base import Example
 from rl.tasks.records import Record
 
 MBPP_TEST_IDS = range(11, 511)
 MBPP_EXAMPLE_IDS = (2, 3, 4)
 
 
-def gsm8k_rows(records: Sequence[Record]) -> list[Row]:
+def gsm8k_examples(records: Sequence[Record]) -> list[Example]:
     """`question` and `answer` (a solution that ends in `#### 72`)."""
     return [
         {"prompt_id": f"gsm8k/{index}", "problem": record["question"], "answer": record["answer"]}
@@ -29,7 +29,7 @@ def gsm8k_rows(records: Sequence[Record]) -> list[Row]:
     ]
 
 
-def math_rows(records: Sequence[Record]) -> list[Row]:
+def math_examples(records: Sequence[Record]) -> list[Example]:
     """`problem` and `answer`, with a `unique_id` (MATH-500) or `id` (AIME)."""
     return [
         {
@@ -41,7 +41,7 @@ def math_rows(records: Sequence[Record]) -> list[Row]:
     ]
 
 
-def humaneval_rows(records: Sequence[Record]) -> list[Row]:
+def humaneval_examples(records: Sequence[Record]) -> list[Example]:
     """`task_id`, `prompt`, `entry_point`, `test`. As in human-eval, the program is prompt + completion."""
     return [
         {
@@ -55,7 +55,7 @@ def humaneval_rows(records: Sequence[Record]) -> list[Row]:
     ]
 
 
-def mbpp_rows(records: Sequence[Record]) -> list[Row]:
+def mbpp_examples(records: Sequence[Record]) -> list[Example]:
     """`task_id`, `text`, `test_list`, `test_setup_code`; the test split (ids 11 to 510) of what there is.
 
     The three-shot examples are ids 2, 3 and 4, for templates that show them; without these rows there is no such
@@ -83,12 +83,12 @@ def mbpp_rows(records: Sequence[Record]) -> list[Row]:
     ]
 
 
-def livecodebench_rows(records: Sequence[Record]) -> list[Row]:
+def livecodebench_examples(records: Sequence[Record]) -> list[Example]:
     """LiveCodeBench's code generation files, or SandboxFusion's copy of them (`content`, `test`, `labels`)."""
     return [_sandbox_fusion(record) if "content" in record else _livecodebench(record) for record in records]
 
 
-def _livecodebench(record: Record) -> Row:
+def _livecodebench(record: Record) -> Example:
     private = record["private_test_cases"]
     # Large test sets are stored packed.
     hidden = json.loads(private if private.lstrip().startswith("[") else unpack(private))
@@ -103,7 +103,7 @@ def _livecodebench(record: Record) -> Row:
     return _code_row(record["question_id"], record["question_content"], starter, json.dumps(tests_column))
 
 
-def _sandbox_fusion(record: Record) -> Row:
+def _sandbox_fusion(record: Record) -> Example:
     labels = record["labels"] if isinstance(record["labels"], dict) else json.loads(record["labels"])
     # The file holds LiveCodeBench's whole prompt; its parts are what a template is made of.
     question, _, form = record["content"].partition("### Question:\n")[2].rpartition("\n### Format:")
@@ -112,7 +112,7 @@ def _sandbox_fusion(record: Record) -> Row:
     return _code_row(labels["task_id"], question.strip(), starter, tests)
 
 
-def _code_row(prompt_id: str, problem: str, starter: str, input_output: str) -> Row:
+def _code_row(prompt_id: str, problem: str, starter: str, input_output: str) -> Example:
     return {
         "prompt_id": prompt_id,
         "problem": problem,
