@@ -14,7 +14,7 @@ from typing import Any
 
 from rewards.call import one_line
 from rewards.score import RewardFunction, Score, as_score
-from rewards.signature import accepted, parameters
+from rewards.signature import accepted, parameters, reward_name
 from rewards.text import as_messages, text_of
 
 GROUP_ARGUMENTS = {"states", "prompts", "completions", "answers", "tasks", "infos"}
@@ -25,7 +25,7 @@ class TrlReward:
 
     def __init__(self, function: RewardFunction) -> None:
         self.function = function
-        self.__name__ = _name(function)
+        self.__name__ = reward_name(function)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
         return self.function(
@@ -49,7 +49,7 @@ class OneByOne:
     def __init__(self, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
         self.judge = function
         self.params = dict(params)
-        self.__name__ = _name(function)
+        self.__name__ = reward_name(function)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
         answers: list[Any] = []
@@ -65,8 +65,9 @@ class OneByOne:
     async def _finish(self, answers: Sequence[Any]) -> list[Score]:
         import asyncio  # slow to import, and most rewards are not async
 
-        awaited = [answer if inspect.isawaitable(answer) else _given(answer) for answer in answers]
-        return [self.score(answer) for answer in await asyncio.gather(*awaited, return_exceptions=True)]
+        waiting = [answer for answer in answers if inspect.isawaitable(answer)]
+        found = iter(await asyncio.gather(*waiting, return_exceptions=True))
+        return [self.score(next(found) if inspect.isawaitable(answer) else answer) for answer in answers]
 
     def calls(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
@@ -167,7 +168,7 @@ class VerifiersReward(OneByOne):
             asked = sorted({parameter.name for parameter in parameters(function)} & GROUP_ARGUMENTS)
             if asked:
                 raise ValueError(
-                    f"reward 'verifiers': {_name(function)} asks for `{asked[0]}`, so it compares a group; "
+                    f"reward 'verifiers': {reward_name(function)} asks for `{asked[0]}`, so it compares a group; "
                     "only functions of one completion can be used"
                 )
 
@@ -194,7 +195,7 @@ class VerifiersReward(OneByOne):
     def _weighted(self, values: Sequence[Any]) -> dict[str, float]:
         numbers = [float(value) for value in values]
         total = math.fsum(weight * number for (_, weight, _), number in zip(self.parts, numbers, strict=True))
-        names = [_name(function) for function, _, _ in self.parts]
+        names = [reward_name(function) for function, _, _ in self.parts]
         return {**dict(zip(names, numbers, strict=True)), "score": total}
 
 
@@ -203,7 +204,7 @@ class AsTrlReward:
 
     def __init__(self, function: RewardFunction) -> None:
         self.function = function
-        self.__name__ = _name(function)
+        self.__name__ = reward_name(function)
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         return self._plain(self.function(prompts=prompts, completions=completions, **columns), columns)
@@ -233,14 +234,6 @@ def as_trl_reward(function: RewardFunction) -> Callable[..., Any]:
     """
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     return (AsAsyncTrlReward if is_async else AsTrlReward)(function)
-
-
-async def _given(answer: Any) -> Any:
-    return answer
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def _plain(cell: Any) -> Any:

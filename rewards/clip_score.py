@@ -19,7 +19,7 @@ class ClipScore:
     CLIPScore of Hessel et al. 2021 is 2.5 times the cosine, floored at 0; a reward needs no floor, so none is set.
 
     Args:
-        model: folder or hub name of a CLIP model in Hugging Face layout.
+        model: folder or hub name of a CLIP model in Hugging Face layout; by default the published one.
         processor: folder or hub name of its tokenizer and image processor; by default the model's.
         scale: factor on the cosine.
         batch_size: images per forward.
@@ -33,16 +33,19 @@ class ClipScore:
     name = "clip_score"
     differentiable = True
     trained_scale = False
+    checkpoint: tuple[str, str | None] = ("openai/clip-vit-large-patch14", None)  # model and processor
 
     def __init__(
         self,
-        model: str = "openai/clip-vit-large-patch14",
+        model: str | None = None,
         processor: str | None = None,
         scale: float = 1.0,
         batch_size: int = 32,
         device: str | None = None,
         dtype: str = "float32",
     ) -> None:
+        if model is None:
+            model, processor = self.checkpoint[0], processor or self.checkpoint[1]
         self.clip = ClipEncoder(self.name, model, processor, batch_size, device, dtype)
         self.scale = scale * (self.clip.logit_scale if self.trained_scale else 1.0)
         self.__name__ = self.name
@@ -67,17 +70,7 @@ class PickScore(ClipScore):
 
     name = "pickscore"
     trained_scale = True
-
-    def __init__(
-        self,
-        model: str = "yuvalkirstain/PickScore_v1",
-        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        scale: float = 1.0,
-        batch_size: int = 32,
-        device: str | None = None,
-        dtype: str = "float32",
-    ) -> None:
-        super().__init__(model, processor, scale, batch_size, device, dtype)
+    checkpoint = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 
 
 class ClipMatch:

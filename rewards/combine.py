@@ -37,14 +37,10 @@ def normalize(
         if value is not None:
             members.setdefault(key, []).append(value)
     statistics = {key: _mean_std(present) for key, present in members.items()}
-    normalized: list[float | None] = []
-    for key, value in zip(keys, values, strict=True):
-        if value is None:
-            normalized.append(None)
-        else:
-            mean, std = statistics[key]
-            normalized.append((value - mean) / (std + eps))
-    return normalized
+    return [
+        None if value is None else (value - statistics[key][0]) / (statistics[key][1] + eps)
+        for key, value in zip(keys, values, strict=True)
+    ]
 
 
 def weighted_sum(

@@ -18,7 +18,6 @@ def length(
     """Cost of length: minus the share of `max_length` tokens used, from 0 down to -1.
 
     Args:
-        prompts, completions: not read.
         completion_ids: [B] token ids of the answers, up to and including the end token.
         max_length: tokens at which the cost is -1.
     """
@@ -39,8 +38,6 @@ def overlong(
     0 up to `max_length - cache_length` tokens, then falling linearly to -1 at `max_length`, -1 beyond.
 
     Args:
-        prompts, completions: not read.
-        completion_ids: [B] token ids of the answers.
         max_length: L_max.
         cache_length: L_cache, the length of the slope.
     """
@@ -62,13 +59,10 @@ def tokens_per_forward(
     Pay it only beside a reward for being right: alone it is highest for an empty thought decoded in one step.
 
     Args:
-        prompts, completions: not read.
-        completion_ids: [B] token ids of the answers.
         num_forwards: [B] denoising forwards each rollout took part in (a trajectory's `num_steps`).
         full_speed: tokens per forward that earn the full reward.
 
-    Returns:
-        One `Score` per completion with the metric `tokens_per_forward`.
+    Metric: `tokens_per_forward`.
     """
     _positive("tokens_per_forward", full_speed=full_speed)
     scores = []

@@ -38,15 +38,17 @@ class LlmJudge:
         concurrency: requests at a time; set `batch_size` of the part at least as high.
         api_key_variable: environment variable that holds the key.
         timeout_seconds: limit of one request; keep the runner's `timeout_seconds` above it.
+        upscale: of `vlm_judge`: enlarge every pixel to a square of this side first, for tiny pictures.
     """
 
     name = "llm_judge"
+    template = TEMPLATE
 
     def __init__(
         self,
         base_url: str,
         model: str,
-        template: str = TEMPLATE,
+        template: str | None = None,
         low: float = 0.0,
         high: float = 10.0,
         num_votes: int = 1,
@@ -55,11 +57,13 @@ class LlmJudge:
         concurrency: int = 16,
         api_key_variable: str = "OPENAI_API_KEY",
         timeout_seconds: float = 60.0,
+        upscale: int = 1,
     ) -> None:
         if not low < high:
             raise ValueError(f"reward '{self.name}': low must be below high, got {low} and {high}")
         self.client = ChatClient(base_url, model, api_key_variable, timeout_seconds)
-        self.template = template
+        self.template = template or self.template
+        self.upscale = upscale
         self.low, self.high = low, high
         self.sampling = {"temperature": temperature, "max_tokens": max_tokens, "num_choices": num_votes}
         self.concurrency = concurrency

@@ -24,7 +24,7 @@ from typing import Any
 from rewards.adapters import OneByOne, TrlReward, VerifiersReward, VerlReward
 from rewards.address import entry_points, load_address, load_entry_point
 from rewards.score import RewardFunction
-from rewards.signature import check_params, check_takes_columns, nearest
+from rewards.signature import check_params, check_takes_columns, nearest, reward_name
 
 ENTRY_POINT_GROUP = "denoise_rl.rewards"
 
@@ -118,11 +118,6 @@ def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFun
     check_takes_columns(spec, found)
     reward = BoundReward(found, params) if params else found
     return TrlReward(reward) if kind == "trl" else reward
-
-
-def reward_name(function: Any) -> str:
-    """Name for logs: the function's own, or the class name of a callable object."""
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def known_names() -> list[str]:

@@ -39,7 +39,7 @@ class MathAnswer:
             the last `Answer: ...` / `the answer is ...` / `A: ...`, else the last number. "boxed" and "hash" accept
             only that form and make everything else wrong.
         ordered: compare lists such as `1, -2` in order.
-        verdict_seconds: read by nothing: the work of a comparison is bounded, not its time. Older configs set it.
+        verdict_seconds: read by nothing; older configs set it.
 
     Raises:
         ValueError: for an unknown anchor.

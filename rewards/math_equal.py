@@ -55,11 +55,8 @@ class Answer:
 def math_equal(gold: str, answer: str, ordered: bool = False) -> bool:
     r"""True when `answer` says the same as `gold`.
 
-    Conventions: 10\% equals 10; units, currency and a number base may be missing on one side, and differ when both
-    sides give another one. Numbers agree exactly, or to six decimals when one is a decimal fraction. Tuples, intervals
-    and matrices agree item by item; bare lists (`1, -2`) and sets in any order, unless `ordered`; named lists
-    (`x = 1, y = 2`) by name. A relation in one variable equals its interval. An answer that cannot be read equals only
-    itself. docs/rewards.md has the whole list.
+    Numbers agree exactly, or to six decimals when one is a decimal fraction; an answer that cannot be read equals only
+    itself. docs/rewards.md has all conventions.
 
     Args:
         gold: the reference answer, plain or LaTeX, without `\boxed`.

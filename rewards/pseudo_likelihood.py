@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rewards.soft import SoftReward
+from rewards.weights import load_error
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +40,7 @@ class PseudoLikelihood(SoftReward):
             self.tokenizer = AutoTokenizer.from_pretrained(model)
             network = AutoModelForMaskedLM.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"reward 'pseudo_likelihood': cannot load model '{model}': {str(error).splitlines()[0]}"
-            ) from error
+            raise load_error("pseudo_likelihood", f"model '{model}'", error) from error
         self.network = network.eval().requires_grad_(False)
         ids: list[int] = [self.tokenizer.convert_tokens_to_ids(letter) for letter in alphabet]  # type: ignore[misc]
         missing = [a for a, i in zip(alphabet, ids, strict=True) if i is None or i == self.tokenizer.unk_token_id]

@@ -8,7 +8,8 @@ from typing import Any
 
 from rewards.hf_tokenizer import load_tokenizer
 from rewards.score import Score
-from rewards.text import text_of
+from rewards.text import as_messages, text_of
+from rewards.weights import load_error
 
 
 class RewardModel:
@@ -49,9 +50,7 @@ class RewardModel:
             self.tokenizer = load_tokenizer(model)
             loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
         except OSError as error:
-            raise ValueError(
-                f"reward 'reward_model': cannot load model '{model}': {str(error).splitlines()[0]}"
-            ) from error
+            raise load_error("reward_model", f"model '{model}'", error) from error
         self.torch = torch
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.to(self.device).eval()
@@ -93,9 +92,8 @@ class RewardModel:
             return prompt + completion + end, False
         if self.tokenizer.chat_template is None:
             return f"{text_of(prompt)}\n{text_of(completion)}{end}", False
-        chat = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        answer = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return str(self.tokenizer.apply_chat_template(chat + answer, tokenize=False)), True
+        chat = as_messages(prompt, "user") + as_messages(completion, "assistant")
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False)), True
 
     def _forward(self, texts: list[tuple[str, bool]]) -> list[float]:
         ids = [

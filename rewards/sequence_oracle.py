@@ -46,15 +46,11 @@ class SequenceOracle(SoftReward):
         self.__name__ = "sequence_oracle"
 
     def soft(self, prompts: Sequence[str], completions: torch.Tensor, **columns: Any) -> torch.Tensor:
+        import torch
+
         # As many chunks as it takes: a call with ten thousand texts does not build one huge activation.
         parts = [self.network(part.float().transpose(1, 2)) for part in completions.split(512)]
-        return _cat(parts).to(completions.dtype)
-
-
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.cat(parts)
+        return torch.cat(parts).to(completions.dtype)
 
 
 def _network(num_letters: int, channels: int) -> torch.nn.Module:

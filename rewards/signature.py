@@ -18,6 +18,11 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return inside[0] if inside else next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.0)), None)
 
 
+def reward_name(function: Any) -> str:
+    """Name for logs: the function's own, or the class name of a callable object."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def parameters(function: Any) -> list[inspect.Parameter]:
     """The parameters of a callable; of a builtin without signature, `**columns` alone."""
     try:

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rewards.load import load_reward, reward_name
+from rewards.load import load_reward
 from rewards.score import Score
+from rewards.signature import reward_name
 from rewards.text import text_of
 
 if TYPE_CHECKING:

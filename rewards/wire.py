@@ -43,12 +43,10 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     """Plain data of an `Outcome`; logged values that JSON cannot hold become their `str`."""
     scores = [
         {
+            **vars(score),
             "value": None if score.value is None else float(score.value),
             "steps": None if score.steps is None else [float(step) for step in score.steps],
-            "reason": score.reason,
             "metrics": {name: float(number) for name, number in score.metrics.items()},
-            "applicable": score.applicable,
-            "transient": score.transient,
         }
         for score in outcome.scores
     ]

@@ -75,10 +75,7 @@ class _Imports:
         finally:
             self.depth -= 1
             used = math.ceil(time.process_time() - start)
-            limit = soft if soft == resource.RLIM_INFINITY else soft + used
-            resource.setrlimit(
-                resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-            )
+            _set_limit(resource.RLIMIT_CPU, soft if soft == resource.RLIM_INFINITY else soft + used)
             self.tell(False)
 
     def tell(self, begins: bool) -> None:
@@ -110,9 +107,7 @@ def _limit_process(memory_mb: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if memory_mb is not None:
         # DATA, not AS: torch and CUDA reserve address space that they never touch.
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = memory_mb * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        _set_limit(resource.RLIMIT_DATA, memory_mb * 2**20)
     if sys.platform == "linux":
         # Daemons a reward leaves behind become our children, so that they can be counted.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -122,9 +117,12 @@ def _limit_cpu(timeout_seconds: float) -> None:
     """Let this call use CPU time for its wall limit on every allowed thread; the kernel kills what goes on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-    limit = math.ceil(used.ru_utime + used.ru_stime + (timeout_seconds + 1) * threads)
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    _set_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + (timeout_seconds + 1) * threads))
+
+
+def _set_limit(kind: int, limit: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _is_worn(memory_mb: int | None) -> bool:
