@@ -379,7 +379,7 @@ def test_two_rewards_of_one_name_get_labels_and_columns_in_the_config():
         table = runner.score(["?"] * 2, ["4", "5"], {"first": ["4", "4"], "other": ["4", "5"]})
     assert table.values == [1.5, 0.5]
     assert table.metrics["reward/second/mean"] == 1.0
-    alone = config.alone("math_answer")
+    (alone,) = config.judges("math_answer")
     assert (alone.columns, alone.weight, alone.label) == ({"answer": "first"}, 1.0, None)
     with pytest.raises(ValueError, match="two reward parts are called 'math_answer'; give one of them a `label`"):
         RewardRunner([RewardPart("math_answer"), RewardPart("math_answer")])
