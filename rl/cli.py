@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Failures that training itself detects (TrainingError, RewardFailureError) explain themselves.
         if type(error).__module__.split(".")[0] in ("rl", "rewards", "rollouts"):
             return _complain(error, 1)
-        from rl.train import distributed
+        from rl import distributed
 
         if not distributed.is_lost_rank(error):
             raise

@@ -33,7 +33,7 @@ def train(args: argparse.Namespace) -> int | None:
         print("\n".join(plan_lines(config)))
         print("not looked at: task, rewards, files and what the recipe requires (denoise-rl check)")
         return None
-    from rl.train import distributed
+    from rl import distributed
     from rl.train.finish import finish
     from rl.train.plan import check_run
     from rl.train.run import Run
@@ -60,7 +60,7 @@ def sft(args: argparse.Namespace) -> None:
     config = _config(args)
     if not config.sft.steps:
         raise ValueError("sft.steps is 0: set it to the number of supervised updates")
-    from rl.train import distributed
+    from rl import distributed
     from rl.train.plan import check_run
     from rl.train.run import Run
     from rl.train.sft import supervised

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
+from rl import distributed
 from rl.config import load_config
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.sections import OptimizerConfig
 from rl.track.jsonl import read_metrics
-from rl.train import distributed
 from rl.train.deepspeed_json import read_deepspeed_config
 from rl.train.learner import Learner
 from rl.train.loop import train

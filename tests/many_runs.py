@@ -6,8 +6,8 @@ Starting Python, torch and DeepSpeed on two processes costs more than the runs t
 import json
 import sys
 
+from rl import distributed
 from rl.config import load_config
-from rl.train import distributed
 from rl.train.loop import train
 from rl.train.plan import check_run
 from rl.train.run import Run

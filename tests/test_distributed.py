@@ -122,7 +122,7 @@ def close(value: Any, expected: Any) -> bool:
 STARTS = """
 import os, sys
 import deepspeed, torch
-from rl.train import distributed
+from rl import distributed
 
 def join_twice():
     for _ in range(2):

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from rl.advantages import group_softmax
 from rl.batch import DecisionBatch
 from rl.config import load_config
+from rl.distributed import Means
 from rl.estimators.base import Verdicts
 from rl.losses.aggregate import weighted_sum
 from rl.modalities.gradient import GradientSegment
 from rl.recipes.drakes import DRAKES
 from rl.registry import parse_recipe
 from rl.sections import TrainConfig
-from rl.train.distributed import Means
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
 from rl.train.run import Costs, Run

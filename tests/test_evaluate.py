@@ -20,10 +20,10 @@ from rl.cli import main
 from rl.evaluation.benchmark import EvalPlan, decoders
 from rl.evaluation.command import eval_config
 from rl.evaluation.generations import GenerationFolder
-from rl.evaluation.intervals import pass_at_k
 from rl.models.load import load_policy, save_policy
 from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
+from rl.track.intervals import pass_at_k
 from rollouts.samplers.options import SamplerOptions
 
 Run = Callable[..., tuple[int, str, str]]  # exit code, standard output, standard error

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rl.evaluation.image_metrics import (
+from rl.modalities.image_metrics import (
     frechet_distance,
     gaussian_frechet,
     mean_pairwise_distance,
@@ -54,7 +54,7 @@ def test_large_sets_are_cut_without_changing_anything(monkeypatch):
     rng = np.random.default_rng(1)
     real, generated = rng.normal(size=(50, 3)), rng.normal(size=(41, 3))
     whole = precision_recall(real, generated), mean_pairwise_distance(real)
-    monkeypatch.setattr("rl.evaluation.image_metrics._ROWS", 7)
+    monkeypatch.setattr("rl.modalities.image_metrics._ROWS", 7)
     assert (precision_recall(real, generated), mean_pairwise_distance(real)) == (whole[0], pytest.approx(whole[1]))
 
 

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,55 @@ def test_rewards_and_rollouts_import_nothing_of_ours_and_nobody_imports_the_rest
         package = path.relative_to(ROOT).parts[0]
         wrong = imported_packages(path) & (forbidden[package] | {"scripts", "tests", "configs"})
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> those of ours that it imports, inside functions and under TYPE_CHECKING, too."""
+    ours = {module_name(path): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for name, path in ours.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, f"{name} imports by dots"
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {full if full in ours else node.module for full in whole}
+        graph[name] = found & set(ours) - {name}
+    return graph
+
+
+def test_no_circle_of_imports() -> None:
+    graph = import_graph()
+    assert sum(map(len, graph.values())) > 500
+    left = TopologicalSorter(graph)
+    left.prepare()  # raises CycleError, which names the files
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return "/".join(parts[:2]) if parts[0] == "rl" else parts[0]
+
+
+def test_imports_go_down_the_list_of_the_docs() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Who may import whom")[1].split("\n## ")[0]
+    floors = [line.strip().split(", ") for line in text.splitlines() if line.startswith("    ")]
+    floor = {name: height for height, names in enumerate(floors) for name in names}
+    assert set(floor) == {room(name) for name in import_graph()} - {"rl"}
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in import_graph().items()
+        for other in others
+        if room(module) != room(other) != "rl"
+        and floor[room(module)] <= floor[room(other)]
+        and {room(module), room(other)} != {"rl/train", "rl/evaluation"}
+    ]
+    assert not wrong
 
 
 def test_no_module_has_a_standard_library_name() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from rl import distributed
 from rl.sections import OptimizerConfig
-from rl.train import distributed
 from rl.train.deepspeed_json import BUILT_IN, read_deepspeed_config
 from rl.train.learner import Learner, TrainingError, rate_factor
 from tests import runs

@@ -15,11 +15,11 @@ from rl.advantages import mdpo_advantage
 from rl.config import load_config
 from rl.estimators.base import Verdicts
 from rl.estimators.x0_rows import StepSummary, num_x0_targets, step_summary, x0_rows
-from rl.evaluation.backslide import Backslide, backslide_of
 from rl.modalities.text import TextModality
 from rl.tasks.sudoku import SudokuTask
 from rl.track.report import write_report
 from rl.track.verdict import backslide_line
+from rl.train.backslide import Backslide, backslide_of
 from rl.train.loop import train
 from rl.train.plan import check_run
 from rl.train.rollouts import RolloutSource

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from rl import distributed
 from rl.config import load_config
-from rl.train import distributed, update
+from rl.train import update
 from rl.train.microbatch import MicroBatch
 from rl.train.plan import check_engine
 from rl.train.rollouts import RolloutSource, sample_lines

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rl.evaluation.intervals import bootstrap_interval, difference_interval, pass_at_k, wilson_interval
+from rl.track.intervals import bootstrap_interval, difference_interval, pass_at_k, wilson_interval
 
 
 def test_wilson_bounds_solve_the_score_equation() -> None:

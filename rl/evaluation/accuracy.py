@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rl import distributed
 from rl.evaluation.answers import Evaluator, Problem
-from rl.evaluation.backslide import Backslide, backslide_of
 from rl.evaluation.figures import figures
 from rl.evaluation.generations import Generation
-from rl.evaluation.intervals import t_half_width
 from rl.tasks.base import Example
-from rl.train import distributed
+from rl.track.intervals import t_half_width
+from rl.train.backslide import Backslide, backslide_of
 from rl.train.run import Run
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from rewards.run import RewardRunner
 from rewards.table import RewardPart
 from rl.config import Config, load_config, save_config
-from rl.evaluation.intervals import t_half_width
 from rl.evaluation.likelihood import log_likelihoods
 from rl.evaluation.search import parse_search, search_rollouts
 from rl.evaluation.sequence_metrics import kmer_correlation, mean_hamming, uniqueness
@@ -28,6 +27,7 @@ from rl.files import write_json
 from rl.sections import AlignRow
 from rl.tasks.base import Example, reward_columns
 from rl.tasks.load import load_task
+from rl.track.intervals import t_half_width
 from rl.train.rollouts import request_seed
 from rl.train.run import Run
 

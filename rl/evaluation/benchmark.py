@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rl import distributed
 from rl.config import Config
 from rl.evaluation.answers import Evaluator, Problem
 from rl.evaluation.figures import Figures
@@ -23,7 +24,6 @@ from rl.sections import MAX_GROUP
 from rl.tasks.base import Example
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
-from rl.train import distributed
 from rl.train.run import Run
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions, with_changes

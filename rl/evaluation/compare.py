@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config, load_config
-from rl.evaluation.intervals import t_half_width
 from rl.registry import parse_recipe
+from rl.track.intervals import t_half_width
 from rl.train.plan import check_modality, plan_lines
 
 COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")

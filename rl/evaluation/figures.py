@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from rl.evaluation.generations import BatchCost, Generation
-from rl.evaluation.intervals import bootstrap_interval, pass_at_k, wilson_interval
+from rl.track.intervals import bootstrap_interval, pass_at_k, wilson_interval
 
 
 @dataclass

@@ -22,11 +22,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from rl.distributed import pick_device
 from rl.evaluation.likelihood import Likelihood, log_likelihoods
 from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
 from rl.sections import ModelConfig
-from rl.train.distributed import pick_device
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 

@@ -5,7 +5,7 @@ To write one, derive from `Modality`, set `name` and `Options`, and write three 
 
 The class methods are asked before a run starts, for `--dry-run` and `denoise-rl check`. Ours therefore come in two
 classes: one with the class methods, which imports no torch (`text_plan.py`), and one derived from it that runs
-(`text.py`). Your own needs one class. Importing this module needs no torch.
+(`text.py`), which the first names as its `runner`. Your own needs one class. Importing this module needs no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
+from rewards.address import load_address
 from rl.errors import about
 from rl.tasks.load import modality_class
 from rollouts.engines.base import SampleRequest
@@ -42,6 +43,7 @@ class Modality:
         Trajectory: the dataclass of a rollout, arrays and plain values; `load_trajectories` builds it.
         reward_columns: names of the columns that `finished` adds for rewards; no dataset may have them.
         unit: what speed is counted in: "samples", or the "tokens" that the engine's stats count.
+        runner: address of the class derived from this one that runs, where this one is without torch; else "".
         tokenizer: of text; None for others.
     """
 
@@ -50,6 +52,7 @@ class Modality:
     Trajectory: ClassVar[Any] = None
     reward_columns: ClassVar[tuple[str, ...]] = ("num_steps",)
     unit: ClassVar[str] = "samples"
+    runner: ClassVar[str] = ""
     tokenizer: Any = None
 
     def __init__(self, config: Config, task: Any):
@@ -279,4 +282,6 @@ def open_modality(config: Config, task: Task) -> Modality:
     Raises:
         ValueError: there is no such modality.
     """
-    return modality_class(task).open(config, task)
+    found = modality_class(task)
+    runs = load_address(found.runner, f"the runner of {found.name}") if found.runner else found
+    return runs.open(config, task)

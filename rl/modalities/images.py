@@ -14,7 +14,7 @@ from rewards.image import data_url, thumbnail
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.denoising import DenoisingRows, denoising_rows
-from rl.evaluation.image_metrics import (
+from rl.modalities.image_metrics import (
     frechet_distance,
     mean_pairwise_distance,
     per_prompt,

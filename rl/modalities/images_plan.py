@@ -10,7 +10,6 @@ from rollouts.samplers.latent_options import LatentSamplerOptions
 if TYPE_CHECKING:
     from rl.config import Config
     from rl.modalities.memory import ModelMemory
-    from rl.tasks.base import Task
 
 
 class ImagesPlan(Modality):
@@ -18,12 +17,7 @@ class ImagesPlan(Modality):
 
     name = "images"
     Options = LatentSamplerOptions
-
-    @classmethod
-    def open(cls, config: Config, task: Task) -> Modality:
-        from rl.modalities.images import ImagesModality
-
-        return ImagesModality(config, task)
+    runner = "rl.modalities.images:ImagesModality"
 
     @classmethod
     def forwards(cls, config: Config) -> tuple[float, bool]:

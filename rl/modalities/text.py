@@ -13,7 +13,7 @@ from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows
-from rl.modalities.text_plan import TextPlan, review
+from rl.modalities.text_plan import TextPlan, open_tokenizer, review
 from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
@@ -35,6 +35,10 @@ class TextModality(TextPlan):
         super().__init__(config, task)
         self.tokenizer, self.grid = tokenizer, task.grid
         self.rollout_block: int | None = None
+
+    @classmethod
+    def open(cls, config: Config, task: Task) -> TextModality:
+        return cls(config, task, open_tokenizer(config, task))
 
     def load_model(self, path: str | None = None) -> Any:
         model = self.config.model if path is None else self.config.model.model_copy(update={"path": path})

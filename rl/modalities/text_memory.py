@@ -22,8 +22,8 @@ from rl.errors import about
 from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.models.folder import backbone_of, shape_of
 from rl.models.lora import add_adapters
-from rl.models.tokenizers import backbone_of, shape_of
 from rollouts.engines.in_process import InProcessEngine, Request
 
 if TYPE_CHECKING:

@@ -25,16 +25,11 @@ class TextPlan(Modality):
     Options = SamplerOptions
     reward_columns = ("completion_ids", "num_forwards", "num_steps", "reveal_steps")
     unit = "tokens"
-
-    @classmethod
-    def open(cls, config: Config, task: Task) -> Modality:
-        from rl.modalities.text import TextModality
-
-        return TextModality(config, task, open_tokenizer(config, task))
+    runner = "rl.modalities.text:TextModality"
 
     @classmethod
     def check(cls, config: Config, task: Task, rows: Sequence[Example]) -> None:
-        from rl.models.tokenizers import block_length_message, check_backbone, check_model_folder
+        from rl.models.folder import block_length_message, check_backbone, check_model_folder
         from rl.tasks.chat import prompt_text
 
         model, sampler = config.model, config.sampler
@@ -57,7 +52,7 @@ class TextPlan(Modality):
             if (model.attention == "block_causal") != (model.block_length is not None):
                 raise ValueError(block_length_message(model.attention))
         if model.attn_implementation == "flex_attention":
-            from rl.train.distributed import pick_device
+            from rl.distributed import pick_device
 
             if pick_device(config.run.device).type == "cpu":
                 raise ValueError("model.attn_implementation flex_attention needs a GPU: set it to sdpa")
@@ -150,7 +145,7 @@ def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int 
         if not (Path(model.path) / "config.json").is_file():
             return None, mask_token_id, None
         with about(f"model.path {model.path!r}"):
-            from rl.models.tokenizers import shape_of
+            from rl.models.folder import shape_of
 
             return shape_of(json.loads((Path(model.path) / "config.json").read_text()), model, mask_token_id)
     return backbone.get("max_position_embeddings", backbone.get("n_positions")), mask_token_id, block

@@ -1,7 +1,7 @@
 """Conditions: new prompt tokens that say what to generate.
 
 Each starts with the embedding of a token that the model knows, so that the model answers to both in the same way until
-the new one is trained. No condition is ever generated.
+the new one is trained. No condition is ever generated. The tokenizer gets them in `rl.models.tokenizers`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,6 @@ import torch
 
 from rl.models.diffusion_lm import DiffusionLM
 from rl.models.lora import has_adapters
-
-
-def add_to_tokenizer(tokenizer: Any, conditions: Mapping[str, str]) -> None:
-    """
-    Raises:
-        ValueError: a condition is a token of the model already, or starts as one that the model has not.
-    """
-    known = set(tokenizer.get_vocab())
-    for token, like in conditions.items():
-        if token in known and token not in tokenizer.get_added_vocab():
-            raise ValueError(f"model.conditions: {token!r} is a token of the model already, name a new one")
-        if like not in known or like in conditions:
-            raise ValueError(f"model.conditions: {token!r} is to start as {like!r}, which is no token of the model")
-    tokenizer.add_tokens([token for token in conditions if token not in known])
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from rl.models import attention, conv
+from rl.models.folder import block_length_message
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
-from rl.models.tokenizers import block_length_message
 from rl.models.vocabulary import Ranges
 
 

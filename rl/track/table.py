@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rl.evaluation.intervals import Interval
+from rl.track.intervals import Interval
 from rl.track.verdict import (
     IMPROVED,
     WORSE,

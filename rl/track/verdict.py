@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.evaluation.intervals import Interval, difference_interval, wilson_interval
+from rl.track.intervals import Interval, difference_interval, wilson_interval
 
 IMPROVED, WORSE, SAME, UNKNOWN = "improved", "worse", "not distinguishable", "unknown"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.train import distributed
+from rl import distributed
 from rollouts.engines.base import Engine, EngineStats, check_versions
 
 

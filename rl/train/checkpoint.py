@@ -22,9 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rl import distributed
 from rl.files import write_whole
 from rl.run_folder import FOLDER, checkpoint_steps, incomplete, model_folder
-from rl.train import distributed
 from rl.train.learner import STATE
 
 

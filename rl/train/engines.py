@@ -11,10 +11,10 @@ from zlib import crc32
 import torch
 from torch import nn
 
+from rl import distributed
 from rl.config import Config
 from rl.modalities.base import open_modality
 from rl.tasks.load import load_task
-from rl.train import distributed
 from rollouts.engines.base import Engine
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rl import distributed
 from rl.models.copies import trained_copy
 from rl.sections import OptimizerConfig
-from rl.train import distributed
 from rl.train.deepspeed_json import half_precision, read_deepspeed_config
 
 B = TypeVar("B")

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rewards.failures import WINDOW, RewardFailureError
+from rl import distributed
 from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_json
 from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
-from rl.train import distributed
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.interrupt import Stopped, heeding_sigterm
 from rl.train.reward_gradient import RewardGradientUpdater

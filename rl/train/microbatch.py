@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl import distributed
 from rl.batch import DecisionBatch
 from rl.estimators.base import Rows, Scores
 from rl.losses.aggregate import decision_weights
 from rl.recipes.base import Recipe, ValueOptions
-from rl.train import distributed
 from rl.train.learner import TrainingError
 from rl.train.rollouts import ScoredRollouts
 from rl.train.run import Run

@@ -84,7 +84,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
     plan_lines(config)
     if config.run.device not in ("auto", "cpu"):
         # Only a GPU needs torch here, whose import takes longer than everything else.
-        from rl.train.distributed import pick_device
+        from rl.distributed import pick_device
 
         with about(f"run.device {config.run.device!r}"):
             pick_device(config.run.device)

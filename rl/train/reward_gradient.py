@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from rl import distributed
 from rl.config import Config
 from rl.modalities.gradient import GradientSegment
 from rl.recipes.base import AnyRecipe
 from rl.sections import FilterConfig
 from rl.tasks.chat import shown_prompt
-from rl.train import distributed
 from rl.train.rollouts import prompt_interval, request_seed, step_seed
 from rl.train.run import Costs, Run
 from rl.train.update import StepOutcome, Updater

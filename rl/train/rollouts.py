@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl import distributed
 from rl.advantages import zero_variance_groups
-from rl.evaluation.backslide import backslide_of
 from rl.sections import MAX_GROUP
 from rl.tasks.base import Example
 from rl.tasks.chat import shown_prompt
-from rl.train import distributed
 from rl.train.ahead import Ahead
+from rl.train.backslide import backslide_of
 from rl.train.engines import PolicyWeights, open_engine
 from rl.train.filters import keep_mask
 from rl.train.judge import join_metrics

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rl import distributed
 from rl.config import Config, save_config
 from rl.errors import about
 from rl.estimators.base import Rows
@@ -17,7 +18,6 @@ from rl.tasks.load import load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services
-from rl.train import distributed
 from rl.train.judge import Judge
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rl import distributed
 from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
 from rl.run_folder import find_checkpoint
-from rl.train import distributed
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
 from rl.train.run import Run

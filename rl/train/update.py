@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rl import distributed
 from rl.estimators.base import Scores, Verdicts
 from rl.losses.aggregate import weighted_sum
 from rl.losses.value import clipped_value_loss
 from rl.recipes.base import Recipe
-from rl.train import distributed
 from rl.train.learner import Learner, TrainingError
 from rl.train.microbatch import Cutter, MicroBatch
 from rl.train.rollouts import RolloutSource, ScoredRollouts, joined_groups, padded, rollout_metrics, sample_lines

@@ -1,0 +1,119 @@
+"""What a model folder, or a config of a new model, says about itself before there are weights. No torch at import."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rl.models.families import family_of
+from rl.sections import ModelConfig
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The config.json of a folder or hub name."""
+    from transformers import PreTrainedConfig
+
+    described, _ = PreTrainedConfig.get_config_dict(path)
+    return dict(described)
+
+
+def backbone_of(described: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
+    """The transformers config of the backbone a config.json describes; empty for a masked LM, which has none."""
+    found = family_of(described, family)
+    if found is not None:
+        return dict(found.fields(described, described.get("block_size") or 1)["backbone"])
+    return dict(described.get("backbone", {}))
+
+
+def shape_of(
+    described: Mapping[str, Any], model: ModelConfig, mask_token_id: int | None
+) -> tuple[int | None, int | None, int | None]:
+    """Positions, mask token and block length of the model that a config.json describes; None where it does not say.
+
+    Args:
+        mask_token_id: the tokenizer's, for a config.json that names none.
+    """
+    found = family_of(described, model.family)
+    fields = described
+    if found is not None:
+        fields = found.fields(described, model.block_length or described.get("block_size") or 1)
+    backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
+    block = model.block_length or fields.get("block_length")
+    if (attention == "block_causal") != (block is not None):
+        raise ValueError(block_length_message(attention))
+    positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))
+    return positions, fields.get("mask_token_id", mask_token_id), block
+
+
+def check_backbone(backbone: Mapping[str, Any]) -> None:
+    """Refuse keys that the architecture of a new model's backbone does not have: it would be built without them.
+
+    Raises:
+        ValueError: one line with the nearest key.
+    """
+    import inspect
+
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = backbone.get("model_type")
+    if kind is None:
+        raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
+        raise ValueError(
+            f"model.backbone.model_type {kind!r} is unknown" + (f": did you mean {near[0]!r}?" if near else "")
+        )
+    config_class = CONFIG_MAPPING[kind]
+    known = {*config_class().to_dict(), *config_class.attribute_map, *inspect.signature(config_class).parameters}
+    for key in backbone:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else f" of {kind}"
+            raise ValueError(f"unknown config key 'model.backbone.{key}'{hint}")
+
+
+def block_length_message(attention: str) -> str:
+    """The complaint about a block length that does not go with a model's attention."""
+    if attention == "block_causal":
+        return "model.block_length must be set: the model's attention is block_causal"
+    return f"model.block_length is for attention block_causal, and this model's is {attention}: leave it out"
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model, downloaded first when `path` is a hub name.
+
+    Raises:
+        OSError: there is no such model, or no connection.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this reads as `owner/name` or `name`, and not as a path in a folder that exists."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and (
+        "/" not in path or not Path(path).parent.is_dir()
+    )
+
+
+def check_model_folder(path: str) -> None:
+    """Raise ValueError when a local model folder lacks its config or weights (hub names pass)."""
+    folder = Path(path)
+    if not folder.exists() and is_hub_name(path):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"model.path {path!r} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.path {path!r} is incomplete: config.json is missing")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path {path!r} is incomplete: it has no .safetensors weights")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
