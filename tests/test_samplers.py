@@ -266,6 +266,13 @@ def test_saturated_scores_never_select_an_ineligible_position(kind: str, value: 
     assert not nobody.any()
 
 
+def test_the_largest_entropy_of_a_prefix_is_not_in_its_sum() -> None:
+    """Entropies 0.1, 0.2, 0.4 add up to 0.1, 0.3, 0.7, without the last to 0, 0.1, 0.3; the bound is 0.35."""
+    scores = -torch.tensor([[0.4, 0.1, 0.2]], dtype=torch.float64)
+    for kind, expected in (("entropy_bound", [True, True, True]), ("entropy_sum", [False, True, True])):
+        assert select_positions(kind, scores, torch.ones(1, 3) > 0, t(1), 0.35)[0].tolist() == expected
+
+
 def test_an_unknown_selector_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"sampler\.selector 'best' is unknown"):
         select_positions("best", torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), t(1), 0.9)
