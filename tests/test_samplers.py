@@ -298,6 +298,18 @@ def logits(seed: int = 0) -> torch.Tensor:
     return values
 
 
+def test_a_seed_per_position_draws_what_that_seed_would() -> None:
+    """A search redraws some positions of a request and keeps others."""
+    options = SamplerOptions(gen_length=4, num_inference_steps=4)
+    one, other = (denoise_step(state(seed=s), logits(), options).token for s in (0, 20))
+    mixed = state()
+    mixed.seed = t([20, 0, 20, 0], [1, 21, 1, 21])
+    at = mixed.candidates.nonzero()
+    odd = mixed.seed[at[:, 0], at[:, 1]] >= 20
+    assert torch.equal(denoise_step(mixed, logits(), options).token, torch.where(odd, other, one))
+    assert not torch.equal(one, other)
+
+
 def test_greedy_takes_the_most_likely_token_with_no_density() -> None:
     result = denoise_step(state(), logits(), SamplerOptions(temperature=0.0))
     assert result.token.tolist() == logits().argmax(-1).tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rl.config import load_config
-from rl.train.rollouts import RolloutSource
+from rl.train.rollouts import RolloutSource, request_seed, step_seed
 from rl.train.run import Run
 from rl.train.update import PolicyUpdater
 from tests import runs
@@ -145,3 +145,12 @@ def test_every_epoch_of_a_random_estimator_has_masks_of_its_own(
     # Eight micro-batches of two rollouts in each of two epochs.
     assert len(seen) == 16
     assert any(one.shape != other.shape or (one != other).any() for one, other in zip(seen[:8], seen[8:], strict=True))
+
+
+def test_no_two_rollouts_share_a_seed() -> None:
+    """Of two runs, four steps, three prompts and two rollouts each; a step's seeds would repeat its rollouts."""
+    seeds = {
+        request_seed(step_seed(run, step), prompt, sample)
+        for run in range(2) for step in range(4) for prompt in range(3) for sample in range(2)
+    }  # fmt: skip
+    assert len(seeds) == 2 * 4 * 3 * 2 and min(seeds) >= 0

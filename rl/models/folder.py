@@ -62,6 +62,8 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
     if kind is None:
         raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
     if kind not in CONFIG_MAPPING:
+        import rl.models.diffusion_lm  # noqa: F401  registers the architectures that are ours
+    if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
         raise ValueError(
             f"model.backbone.model_type {kind!r} is unknown" + (f": did you mean {near[0]!r}?" if near else "")
