@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(error: object, code: int) -> int:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    who = f"denoise-rl: rank {os.environ['RANK']}" if several else "denoise-rl"
+    who = f"denoise-rl: rank {os.environ.get('RANK', '?')}" if several else "denoise-rl"
     print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 

@@ -41,33 +41,39 @@ def train(args: argparse.Namespace) -> int | None:
     check_run(config)
     with Run.open(config) as run:
         from rl.train import loop
-        from rl.train.interrupt import EXIT_CODE, Stopped
+        from rl.train.interrupt import Stopped
 
         for line in plan_lines(config):
             run.progress.message(line)
         try:
             loop.train(run)
-        except Stopped:
+        except Stopped as stop:
             distributed.stop()
-            return EXIT_CODE
+            return stop.exit_code
     if distributed.rank() == 0:
         finish(run.folder)
     distributed.stop()
     return None
 
 
-def sft(args: argparse.Namespace) -> None:
+def sft(args: argparse.Namespace) -> int | None:
     config = _config(args)
     if not config.sft.steps:
         raise ValueError("sft.steps is 0: set it to the number of supervised updates")
     from rl import distributed
+    from rl.train.interrupt import Stopped, heeding_signals
     from rl.train.plan import check_run
     from rl.train.run import Run
     from rl.train.sft import supervised
 
     check_run(config)
     with Run.open(config) as run:
-        summary = supervised(run)
+        try:
+            with heeding_signals() as told_to_stop:
+                summary = supervised(run, "sft", told_to_stop)
+        except Stopped as stop:
+            distributed.stop()
+            return stop.exit_code
         if distributed.rank() == 0:
             model = run.folder / "model"
             # A comparison takes a folder of this name for a finished stage.
@@ -78,6 +84,7 @@ def sft(args: argparse.Namespace) -> None:
             os.replace(partial, model)
             print(f"model: {model}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
     distributed.stop()
+    return None
 
 
 def rollout(args: argparse.Namespace) -> None:

@@ -30,7 +30,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun) started this process as one of several."""
+    """Whether a launcher (deepspeed, torchrun) started this process as one of several.
+
+    Raises:
+        ValueError: the environment says so and leaves out how the ranks meet.
+    """
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise ValueError(
+            f"the environment sets RANK and not {' and '.join(missing)}: use torchrun or deepspeed, or unset RANK"
+        )
     return "RANK" in os.environ
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], object]) -> Path:
@@ -61,6 +62,24 @@ def read_text(path: str | Path, what: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {data[error.start]:#04x}): save the file as UTF-8") from None
+
+
+def lock_file(path: Path) -> IO[str]:
+    """Open a file for appending, for this process alone until it is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path.parent} is being written by another process") from None
+    except OSError:
+        # Some network file systems have no locks.
+        pass
+    return file
 
 
 def write_json(path: str | Path, value: Any) -> Path:

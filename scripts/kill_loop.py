@@ -156,14 +156,15 @@ def kill_often(
 ) -> list[tuple[str, int]]:
     """Train in `folder` with `kills` kills on the way; returns every victim, and how many lines were logged then.
 
-    A kill comes at most `spread` seconds after the RL stage was reached, or after the last kill: in a rollout, an
-    update, a checkpoint.
+    A kill comes at most `spread` seconds after the RL stage and its first checkpoint were reached, or after the last
+    kill: in a rollout, an update, a checkpoint.
     """
     reached: list[tuple[str, int]] = []
     resume: list[str] = []
     while True:
         process = train(arguments, folder, *resume)
-        while process.poll() is None and b"[train]" not in output(folder).read_bytes():
+        latest = folder / "checkpoints" / "latest"
+        while process.poll() is None and not (b"[train]" in output(folder).read_bytes() and latest.exists()):
             time.sleep(0.05)
         victim = ""
         while victim != "trainer" and len(reached) < kills:

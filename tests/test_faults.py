@@ -23,6 +23,8 @@ import pytest
 from rewards.run import RewardRunner
 from rewards.score import TransientRewardError
 from rewards.table import RewardPart
+from rl.config import load_config
+from rl.train.run import Run
 from tests import runs
 
 # Rank 1 misbehaves in its second call. Evaluations are judged by the task itself, so that call k is step k.
@@ -52,32 +54,74 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def stopped_run(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:
-    """A run that gets SIGTERM after its first step; its config has no checkpoints on the way."""
-    arguments = config(folder)
+def stopped_run(
+    folder: Path, number: int, stage: str = "train", *overrides: str
+) -> tuple[subprocess.Popen[str], list[str]]:
+    """A run that gets a signal after the first step of a stage; its config has no checkpoints on the way."""
+    arguments = config(folder, *overrides)
     process = subprocess.Popen(
         [sys.executable, "-m", "rl.cli", "train", *arguments],
         cwd=runs.ROOT, env=runs.clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     metrics = folder / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and '"stage": "train"' in metrics.read_text()):
+    while process.poll() is None and not (metrics.is_file() and f'"stage": "{stage}"' in metrics.read_text()):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     return process, arguments
 
 
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
-    process, arguments = stopped_run(tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(whole: Path, tmp_path: Path, number: int) -> None:
+    process, _ = stopped_run(tmp_path, number)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, stderr
-    assert stderr == ""
+    assert process.returncode == 128 + number, stderr
+    assert stderr.strip().startswith("Ctrl-C: the step is finished and saved" if number == signal.SIGINT else "")
+    assert stderr.count("\n") == (2 if number == signal.SIGINT else 0)
     step = runs.lines(tmp_path / "run", "train")[-1]["step"]
     assert 0 < step < 6, "it ended before the signal came"
     said = " ".join(stdout.split())
-    assert f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true" in said
-    runs.train_here([*arguments, "run.resume=true"])
+    name, saved = signal.Signals(number).name, tmp_path / "run" / "config.yaml"
+    command = f"denoise-rl train --config {saved} run.resume=true"
+    assert f"{name}: stopped after step {step}, go on from its checkpoint with {command}" in said
+    # The command that it names.
+    runs.train_here(command.split()[2:])
     assert runs.lines(tmp_path / "run") == runs.lines(whole)
     assert runs.largest_difference(runs.weights(tmp_path / "run"), runs.weights(whole)) == 0.0
+
+
+def test_ctrl_c_in_the_supervised_stage_loses_nothing(tmp_path: Path) -> None:
+    stage = ["sft.steps=40", "train.steps=1"]
+    process, arguments = stopped_run(tmp_path, signal.SIGINT, "sft", *stage)
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    (step,) = (int(path.name[5:]) for path in (tmp_path / "run" / "sft" / "checkpoints").glob("step_*"))
+    assert 0 < step < 40 and f"SIGINT: stopped after step {step}" in " ".join(stdout.split())
+    runs.train_here([*arguments, "run.resume=true"])
+    assert [line["step"] for line in runs.lines(tmp_path / "run", "sft")] == list(range(1, 41))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Two at once, as `srun -n 2` without a launcher starts them: the second ends before it writes. A kill unlocks."""
+    arguments = config(tmp_path)
+    with Run.open(load_config(arguments[1], arguments[2:])):
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        done = runs.cli("train", *arguments, "run.seed=1")
+        assert done.returncode == 2
+        assert f"run.output_dir '{tmp_path / 'run'}'" not in done.stderr
+        assert done.stderr.strip() == f"denoise-rl: {tmp_path / 'run'} is being written by another process"
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    process, _ = stopped_run(tmp_path, signal.SIGKILL)
+    process.communicate(timeout=120)
+    with Run.open(load_config(arguments[1], arguments[2:])):
+        pass
+
+
+def test_a_rank_without_a_meeting_place_is_one_line(tmp_path: Path) -> None:
+    for command in ("check", "train"):
+        done = runs.cli(command, *config(tmp_path), RANK="0")
+        assert done.returncode == 2
+        assert "the environment sets RANK and not WORLD_SIZE and MASTER_ADDR and MASTER_PORT: use" in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_sigterm_for_one_rank_stops_all(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.run_folder import find_checkpoint, incomplete
 from rl.tasks.base import Example
+from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
 from tests import runs
 
@@ -138,12 +139,49 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path: Path) ->
     assert find_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "step_10", [])
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_step_goes_on_from_its_warm_start(whole: Path, tmp_path: Path) -> None:
+    arguments = config(tmp_path)
+    assert runs.cli("train", *arguments, DIE_AT_CALL="1").returncode == -signal.SIGKILL
+    assert [line["stage"] for line in runs.lines(tmp_path / "run")] == ["sft", "sft", "eval"]
+    runs.train_here([*arguments, "run.resume=true"])
+    same(tmp_path / "run", whole)
+
+
+def test_steps_that_no_checkpoint_continues_are_not_deleted(tmp_path: Path) -> None:
+    """Killed in step 2, before the checkpoint of step 2: starting over would delete step 1."""
     arguments = config(tmp_path)
     assert runs.cli("train", *arguments, DIE_AT_CALL="2").returncode == -signal.SIGKILL
     assert find_checkpoint(tmp_path / "run") == (None, [])
-    runs.train_here([*arguments, "run.resume=true"])
-    same(tmp_path / "run", whole)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="has metrics and no complete checkpoint to go on from: choose another"):
+        runs.train_here([*arguments, "run.resume=true"])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    """The same path, another content: of the training file, and of a file that a reward reads."""
+    rows = [json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(8)]
+    data, words = tmp_path / "data.jsonl", tmp_path / "words.txt"
+    data.write_text("".join(rows))
+    words.write_text("one")
+    char_tokenizer("0123456789+=").save_pretrained(tmp_path / "tok")
+    reward = {"name": f"{tmp_path / 'reward.py'}:dense", "params": {"words": str(words)}}
+    task = {"name": "jsonl", "params": {"train": str(data), "heldout": str(data)}}
+    arguments = runs.tiny_config(
+        tmp_path, "sft.steps=0", "train.steps=1", f"task={json.dumps(task)}", f"model.tokenizer={tmp_path / 'tok'}",
+        f"reward.functions=[{json.dumps(reward)}]",
+        reward="def dense(prompts, completions, words, **columns): return [float(len(set(c))) for c in completions]",
+    )  # fmt: skip
+    runs.train_here(arguments)
+    again = [*arguments, "run.resume=true", "train.steps=2"]
+    for path, key in ((data, "task.params.train"), (words, "reward.functions.0.params.words")):
+        old = path.read_text()
+        path.write_text(old + "\n")
+        with pytest.raises(ValueError, match=f"{path.name} .{key}. is not the file that the run in .* began with"):
+            runs.train_here(again)
+        path.write_text(old)
+    runs.train_here(again)
+    assert [line["step"] for line in runs.lines(tmp_path / "run", "train")] == [1, 2]
 
 
 def test_another_run_is_not_resumed(killed: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ results.json        the figures
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.files import write_json, write_whole
+from rl.files import lock_file, write_json, write_whole
 
 # These may differ between two calls that share a folder: the place of a file (its content is compared), and the number
 # of samples.
@@ -98,7 +97,7 @@ class GenerationFolder:
                 something else, or is being written by another process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "generations.jsonl").open("a")
+        self._lock = lock_file(self.path / "generations.jsonl")
         try:
             self._begin(settings)
         except ValueError:
@@ -106,10 +105,6 @@ class GenerationFolder:
             raise
 
     def _begin(self, settings: Mapping[str, Any]) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is being written by another process") from None
         merged = dict(settings)
         if (self.path / "settings.json").exists():
             old = self.settings

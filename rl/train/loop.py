@@ -17,7 +17,7 @@ from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
-from rl.train.interrupt import Stopped, heeding_sigterm
+from rl.train.interrupt import heeding_signals
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
 from rl.train.run import Run
@@ -47,13 +47,14 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
         "n_eval": len(heldout),
         "goal": None,
     }
-    if checkpoint is None:
+    begun = config.run.resume and (run.folder / "before.json").is_file()
+    if checkpoint is None and not begun:
         if config.run.resume:
             run.progress.message("no complete checkpoint to resume from: starting over")
             run.metrics.truncate_after(-1)
-            _drop_samples(run, -1)
         if config.sft.steps:
-            summary |= supervised(run)
+            with heeding_signals() as told_to_stop:
+                summary |= supervised(run, told_to_stop=told_to_stop)
         summary |= _evaluated(run, "before", heldout, 0)
         views_before = _views(run, heldout)
         if distributed.rank() == 0:
@@ -71,8 +72,11 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
             )
         summary |= before
         views_before = summary.pop("views")
+        if checkpoint is None:
+            run.progress.message("no complete checkpoint to resume from: going on from the warm start")
+            run.take_warm_start()
     if config.train.steps:
-        with heeding_sigterm() as told_to_stop:
+        with heeding_signals() as told_to_stop:
             summary |= reinforce(run, source, checkpoint, told_to_stop)
         summary |= _evaluated(run, "after", heldout, summary["train_steps"])
         summary["goal"] = _goal(run, summary)
@@ -91,7 +95,7 @@ def reinforce(
     run: Run,
     source: RolloutSource | None = None,
     checkpoint: Any = None,
-    told_to_stop: Callable[[], bool] = lambda: False,
+    told_to_stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any]:
     """The RL stage on `run.model`; the model holds the trained weights afterwards.
 
@@ -144,7 +148,7 @@ def reinforce(
         run.progress.update(step, reward=metrics["reward/mean"], **{f"{unit}_per_s": speed})
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
         # Reduced, because all ranks have to end after the same step.
-        ending = distributed.reduce_number(2 if told_to_stop() else out_of_time, "max", run.device)
+        ending = distributed.reduce_number(max(told_to_stop(), out_of_time), "max", run.device)
         # Costs are sums over all ranks already.
         spent = run.costs.sequence_forwards >= (config.train.max_sequence_forwards or math.inf)
         last = step == config.train.steps or ending > 0 or spent
@@ -156,9 +160,8 @@ def reinforce(
             if updater.memory is not None:
                 state["memory"] = updater.memory.state()
             save_checkpoint(run.folder, step, saved, run.save_model, state, config.checkpoint.keep)
-        if ending == 2:
-            run.progress.message(f"SIGTERM: stopped after step {step}, go on from its checkpoint with run.resume=true")
-            raise Stopped
+        if ending > 1:
+            raise run.stopped(ending, step)
         if ending or spent:
             option = "train.max_seconds" if ending else "train.max_sequence_forwards"
             run.progress.message(f"{option} reached after {step} of {config.train.steps} steps")

@@ -9,12 +9,13 @@ from typing import Any
 
 from rewards.load import load_reward
 from rewards.signature import missing_columns
-from rl.config import Config, load_config
+from rl.config import Config
 from rl.errors import about
 from rl.models.families import open_family
 from rl.tasks.base import CALL_ARGUMENTS, Example, Task, column_names
 from rl.tasks.load import load_task, modality_class, modality_of
 from rl.train.deepspeed_json import read_deepspeed_config
+from rl.train.same_run import check_same_run
 from rollouts.engines.base import IN_PROCESS, RAY_WORKERS, require
 from rollouts.engines.server.options import check_server
 
@@ -82,6 +83,10 @@ def check_run(config: Config, new: bool = True) -> list[str]:
         ValueError: one line naming the field and the fix.
     """
     plan_lines(config)
+    if "RANK" in os.environ:
+        from rl.distributed import launched
+
+        launched()
     if config.run.device not in ("auto", "cpu"):
         # Only a GPU needs torch here, whose import takes longer than everything else.
         from rl.distributed import pick_device
@@ -115,7 +120,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
         check_server(config.rollout.server, config.sampler)
     modality.check(config, task, rows)
     if new and config.run.resume:
-        _check_same_run(config)
+        check_same_run(config)
     if new and not config.run.resume and int(os.environ.get("RANK", "0")) == 0:
         metrics = Path(config.run.output_dir) / "metrics.jsonl"
         # A start that failed leaves an empty file: there is nothing in it to lose.
@@ -234,25 +239,3 @@ def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: S
                         f"{use} {part.name!r} needs the column {missing[0]!r} (or params with it), and {source} has "
                         f"{', '.join(names) or 'none'} beside the prompt"
                     )
-
-
-def _check_same_run(config: Config) -> None:
-    """A run goes on with the settings it began with; only where and how long it runs may change."""
-    saved = Path(config.run.output_dir) / "config.yaml"
-    if not saved.is_file():
-        return
-    before = load_config(saved)
-    sampling = ("model", "task", "sampler", "rollout")
-    # Of the engine only what the numbers depend on: where rollouts are sampled may change.
-    rollout = {"asynchronous", "cache"} | ({"max_importance_weight"} if config.rollout.asynchronous else set())
-    for section in (*sampling, "reward", "sft", "train", "filters", "algorithm"):
-        old, now = (getattr(settings, section).model_dump() for settings in (before, config))
-        free = set(now) - rollout if section == "rollout" else {"max_seconds", "steps"}
-        key = next((name for name in now if name not in free and old.get(name) != now[name]), None)
-        if key is not None:
-            raise ValueError(
-                f"run.resume: {section}.{key} is {now[key]!r} and the run in {config.run.output_dir} began with "
-                f"{old.get(key)!r}: set it back, or choose another run.output_dir"
-            )
-    if before.run.seed != config.run.seed:
-        raise ValueError(f"run.resume: run.seed is {config.run.seed} and the run began with {before.run.seed}")

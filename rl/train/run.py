@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ from rl import distributed
 from rl.config import Config, save_config
 from rl.errors import about
 from rl.estimators.base import Rows
+from rl.files import lock_file, write_json
 from rl.modalities.base import Modality, open_modality
 from rl.models.copies import share_frozen, trained_copy
 from rl.tasks.load import load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services
+from rl.train.interrupt import Stopped
 from rl.train.judge import Judge
+from rl.train.same_run import DATA, fingerprints
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Run:
     metrics: MetricsWriter
     progress: Progress
     costs: Costs = field(default_factory=Costs)
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @classmethod
     def open(cls, config: Config, write: bool = True) -> Run:
@@ -84,19 +90,22 @@ class Run:
         if distributed.launched():
             distributed.start(device, config.run.collective_timeout_seconds)
         folder, services = Path(config.run.output_dir), []
-        writes = write and distributed.rank() == 0
+        writes, lock = write and distributed.rank() == 0, contextlib.ExitStack()
         if writes:
-            services = open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
             with about(f"run.output_dir {config.run.output_dir!r}"):
                 folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(lock_file(folder / "lock"))
                 save_config(config, folder / "config.yaml")
+                if not config.run.resume or not (folder / DATA).is_file():
+                    write_json(folder / DATA, fingerprints(config))
+            services = open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
         metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, services)
         policy.to(device)
         progress = Progress(enabled=distributed.rank() == 0)
         for file in getattr(task, "files", ()):
             if file.note:
                 progress.message(file.note)
-        return cls(config, device, task, modality, policy, judge, metrics, progress)
+        return cls(config, device, task, modality, policy, judge, metrics, progress, lock=lock)
 
     def __enter__(self) -> Run:
         self.progress.__enter__()
@@ -104,8 +113,9 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         self.progress.__exit__(*error)
-        self.metrics.close()
         self.judge.close()
+        with self.lock:
+            self.metrics.close()
 
     @property
     def folder(self) -> Path:
@@ -135,6 +145,20 @@ class Run:
         else:
             start = trained_copy(self.model)
         return start.to(self.device).eval().requires_grad_(False)
+
+    def take_warm_start(self) -> None:
+        """Give `model` the weights that RL starts from, as the run folder has them."""
+        mine = dict(self.model.named_parameters())
+        for name, parameter in self.modality.load_model(str(self.folder / "warm_start")).named_parameters():
+            mine[name].data = parameter.data.to(self.device)
+
+    def stopped(self, number: float, step: int, command: str = "train") -> Stopped:
+        """What to raise when a signal ended a stage whose step is in a checkpoint; says how the run goes on."""
+        stop = Stopped(number)
+        config = shlex.quote(str(self.folder / "config.yaml"))
+        how = f"go on from its checkpoint with denoise-rl {command} --config {config} run.resume=true"
+        self.progress.message(f"{stop}: stopped after step {step}, {how}")
+        return stop
 
     def spend(self, work: Costs) -> None:
         """Add the work of every rank to the run's costs; all ranks must call this."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +21,16 @@ from rl.values.model import Policy
 from rollouts.trajectory import TokenTrajectory, load_trajectories
 
 
-def supervised(run: Run) -> dict[str, float]:
+def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int] = lambda: 0) -> dict[str, float]:
     """Run the `sft` stage on `run.model` and return its summary (steps, seconds, final loss).
 
     A run that resumes goes on from the stage's newest complete checkpoint, in the folder `sft` of the run.
+
+    Args:
+        command: sub-command that resumes it.
+
+    Raises:
+        Stopped: a rank was told to stop; its update is finished and in a checkpoint.
     """
     config = run.config.sft
     learner = Learner(Policy(run.model), run.config.train.deepspeed, config.optimizer, config.steps, run.device)
@@ -55,13 +62,16 @@ def supervised(run: Run) -> dict[str, float]:
             metrics["optimizer/overflows"] = learner.overflows - before
         run.metrics.log(step, "sft", metrics | {f"speed/{unit}_per_s": speed})
         run.progress.update(step, loss=loss, **{f"{unit}_per_s": speed})
-        if config.checkpoint_every and step % config.checkpoint_every == 0:
+        out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
+        # On all ranks or on none: one that went on alone would wait for the others forever.
+        ending = distributed.reduce_number(max(told_to_stop(), out_of_time), "max", run.device)
+        if ending > 1 or (config.checkpoint_every and step % config.checkpoint_every == 0):
             learner.copy_weights_into(plain)
             keep = run.config.checkpoint.keep
             save_checkpoint(folder, step, {"policy": learner}, run.save_model, {"loss": loss}, keep)
-        out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
-        if distributed.reduce_number(out_of_time, "max", run.device):
-            # On all ranks or on none: one that went on alone would wait for the others forever.
+        if ending > 1:
+            raise run.stopped(ending, step, command)
+        if ending:
             break
     learner.copy_weights_into(plain)
     return {"sft_steps": step, "sft_seconds": time.perf_counter() - started, "sft_loss": loss}
