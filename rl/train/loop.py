@@ -12,7 +12,7 @@ from typing import Any
 from rewards.failures import WINDOW, RewardFailureError
 from rl import distributed
 from rl.evaluation.accuracy import as_metrics, evaluate
-from rl.files import write_json
+from rl.files import write_json, write_whole
 from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
@@ -125,7 +125,7 @@ def reinforce(
         run.progress.message(f"resumed from {checkpoint}")
     run.progress.stage("train", config.train.steps)
     stage: Counter[str] = Counter()
-    silent = float(WINDOW)
+    silent = 0.0 if resumed else float(WINDOW)
     started = time.perf_counter()
     while step < config.train.steps:
         tick, before = time.perf_counter(), _overflows(updater)
@@ -256,4 +256,4 @@ def _drop_samples(run: Run, step: int) -> None:
     if distributed.rank() == 0 and path.is_file():
         # A kill in the middle of a write leaves a last line without its end.
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= step))

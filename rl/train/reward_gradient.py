@@ -83,7 +83,7 @@ class RewardGradientUpdater(Updater):
     def step(self, step: int) -> StepOutcome:
         """Sample, and take one optimizer update."""
         run, train = self.run, self.train
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.learner.updates
         examples = run.task.train_examples(run.config.run.seed, step, train.prompts_per_step)
         first, mine = distributed.shard(examples)
         base = step_seed(run.config.run.seed, step)
@@ -107,7 +107,7 @@ class RewardGradientUpdater(Updater):
                 reward_queries=len(repeated),
             )
         )
-        run.costs.updates += 1
+        run.costs.updates += self.learner.updates - before
         metrics = self._metrics(self.done) | {"policy/grad_norm": norm}
         last = next(segment for segment in self.done if segment.reward is not None)
         assert last.reward is not None

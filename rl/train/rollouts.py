@@ -105,7 +105,8 @@ def _joined(values: Sequence[Any]) -> Any:
     if isinstance(first, torch.Tensor):
         return torch.cat(list(values))
     if isinstance(first, dict):
-        return {name: sum(value[name] for value in values) for name in first}
+        names = dict.fromkeys(name for value in values for name in value)
+        return {name: sum(value.get(name, 0.0) for value in values) for name in names}
     return sum(values) if isinstance(first, int | float) else None
 
 
@@ -220,7 +221,11 @@ class RolloutSource:
             return source
         source.remote = open_engine(run.config, run.model, run.modality, run.folder)
         if source.remote is not None:
-            require(rollout.engine, source.remote.capabilities(), engine_needs(run.config))
+            try:
+                require(rollout.engine, source.remote.capabilities(), engine_needs(run.config))
+            except BaseException:
+                source.remote.close()
+                raise
         if rollout.asynchronous:
             source.ahead = Ahead(run.modality, run.config.train.group_size)
         return source

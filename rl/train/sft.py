@@ -77,11 +77,12 @@ def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int]
     return {"sft_steps": step, "sft_seconds": time.perf_counter() - started, "sft_loss": loss}
 
 
-class _Fitted(NamedTuple):
-    """A micro-batch: rows, the weight [U] of each decision's -logprob, and whether it only fills up a rank."""
+class _Part(NamedTuple):
+    """A micro-batch: `part` of the batch of an update, and whether it only fills up a rank."""
 
-    rows: Rows
-    weight: torch.Tensor
+    batch: list[Any]
+    part: slice
+    step: int
     spare: bool = False
 
 
@@ -98,7 +99,7 @@ class _Fit:
         self.traces = load_trajectories(path) if path else []
         self.total: Any = 0.0
 
-    def batches(self, step: int) -> tuple[list[_Fitted], _Fitted]:
+    def batches(self, step: int) -> tuple[list[_Part], _Part]:
         """The micro-batches of this rank, and one that fills up the counts of ranks with fewer."""
         self.total = 0.0
         config, seed, batch = self.run.config.sft, self.run.config.run.seed, []
@@ -109,26 +110,28 @@ class _Fit:
         first, mine = distributed.shard(batch)
         end = first + len(mine)
         size = config.micro_batch_size or max(len(mine), 1)
-        parts = [slice(i, min(i + size, end)) for i in range(first, end, size)]
-        return [self._fitted(batch, part, step) for part in parts], self._fitted(batch, slice(0, 1), step, spare=True)
+        parts = [_Part(batch, slice(i, min(i + size, end)), step) for i in range(first, end, size)]
+        return parts, _Part(batch, slice(0, 1), step, spare=True)
 
-    def _fitted(self, batch: list[Any], part: slice, step: int, spare: bool = False) -> _Fitted:
-        if self.traces:
-            # The mean over the revealed tokens of the batch.
-            traced, decisions = trace_rows(batch[part], self.run.model), sum(int(t.is_reveal.sum()) for t in batch)
-            return _Fitted(traced, torch.full((len(traced.step),), 1.0 / decisions, dtype=torch.float64), spare)
-        # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
-        seed = [self.run.config.run.seed, step]
-        rows, weight = self.run.modality.supervised(self.run.model, batch, part, seed)
-        return _Fitted(rows, weight, spare)
-
-    def loss(self, batch: _Fitted) -> torch.Tensor:
+    def loss(self, micro: _Part) -> torch.Tensor:
         """A micro-batch's share of the loss of the update."""
-        logprob = self.learner.forward(batch.rows.to(self.run.device)).logprob
-        value = weighted_sum(-logprob, batch.weight.to(self.run.device))
-        if not batch.spare:
+        rows, weight = self._fitted(micro)
+        logprob = self.learner.forward(rows.to(self.run.device)).logprob
+        value = weighted_sum(-logprob, weight.to(self.run.device))
+        if not micro.spare:
             self.total = self.total + value.detach()
         return value
+
+    def _fitted(self, micro: _Part) -> tuple[Rows, torch.Tensor]:
+        """Rows, and the weight [U] of each decision's -logprob."""
+        if self.traces:
+            # The mean over the revealed tokens of the batch.
+            rows = trace_rows(micro.batch[micro.part], self.run.model)
+            decisions = sum(int(trajectory.is_reveal.sum()) for trajectory in micro.batch)
+            return rows, torch.full((len(rows.step),), 1.0 / decisions, dtype=torch.float64)
+        # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
+        seed = [self.run.config.run.seed, micro.step]
+        return self.run.modality.supervised(self.run.model, micro.batch, micro.part, seed)
 
 
 def _trace_batch(trajectories: list[TokenTrajectory], seed: int, step: int, size: int) -> list[TokenTrajectory]:

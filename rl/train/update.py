@@ -201,8 +201,7 @@ class PolicyUpdater(Updater):
                     self._check_gap()
         self.run.spend(self.spent)
         self.run.costs.updates += self.learner.updates - before
-        # A step whose groups are all flat has no decisions.
-        metrics = {"policy/decisions": 0.0} | self.means.reduced() | {"policy/grad_norm": sum(norms) / len(norms)}
+        metrics = self.means.reduced() | {"policy/grad_norm": sum(norms) / len(norms)}
         metrics |= {name: metrics[name] / len(norms) for name in ("loss/total", "value/loss") if name in metrics}
         if value_norms:
             metrics["value/grad_norm"] = sum(value_norms) / len(value_norms)
