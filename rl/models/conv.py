@@ -86,7 +86,6 @@ class DilatedConv(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.last_norm(x))
 
 
-def register() -> None:
-    """Let transformers find the backbone by its model_type."""
-    AutoConfig.register("dilated_conv", DilatedConvConfig)
-    AutoModel.register(DilatedConvConfig, DilatedConv)
+# transformers finds the backbone by its model_type.
+AutoConfig.register("dilated_conv", DilatedConvConfig)
+AutoModel.register(DilatedConvConfig, DilatedConv)

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from rl.models import attention, conv
+import rl.models.conv  # noqa: F401  (registers its backbone)
+from rl.models import attention
 from rl.models.folder import block_length_message
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
@@ -191,5 +192,4 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         ).last_hidden_state
 
 
-conv.register()
 AutoConfig.register("diffusion_lm", DiffusionLMConfig)

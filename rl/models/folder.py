@@ -62,7 +62,7 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
     if kind is None:
         raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
     if kind not in CONFIG_MAPPING:
-        import rl.models.diffusion_lm  # noqa: F401  registers the architectures that are ours
+        import rl.models.conv  # noqa: F401  registers the architecture that is ours
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
         raise ValueError(
