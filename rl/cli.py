@@ -119,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
         command = parsers.add_parser(name, help=text, description=text)
         command.set_defaults(run=run, takes_overrides=config, parser=command)
         if config:
-            command.add_argument("--config", metavar="FILE", help="YAML config; without it the defaults")
+            command.add_argument(
+                "--config",
+                metavar="FILE",
+                help="YAML config, or a name of `denoise-rl configs`; without it the defaults",
+            )
             command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, train.steps=10")
             # The deepspeed launcher passes it; ranks are read from the environment.
             command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -193,6 +197,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", metavar="FOLDER", required=True, help="runs, table.md, results.json, budgets.png")
     compare.add_argument("--warm-start", metavar="FOLDER", help="one model for every seed, instead of a stage per seed")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    add("configs", commands.configs, "List the configs that come with the package.", config=False)
+    init = add("init", commands.init, "Copy a config that comes with the package, to edit it.", config=False)
+    init.add_argument("name", help="one of `denoise-rl configs`")
+    init.add_argument("folder", nargs="?", default=".", help="where to; this folder when not given")
     new_reward = add("new-reward", commands.new_reward, "Write a working reward plugin and its test.", config=False)
     new_reward.add_argument("name", help="my_reward, or folder/my_reward.py")
     export = add(

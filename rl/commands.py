@@ -223,6 +223,18 @@ def compare(args: argparse.Namespace) -> None:
     print(f"{table}results: {results}\nplot:    {plot}")
 
 
+def configs(args: argparse.Namespace) -> None:
+    from rl.shipped import list_lines
+
+    print("\n".join(list_lines()))
+
+
+def init(args: argparse.Namespace) -> None:
+    from rl.shipped import copy_config
+
+    print(copy_config(args.name, args.folder))
+
+
 def new_reward(args: argparse.Namespace) -> None:
     from rewards import tools
 

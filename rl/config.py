@@ -31,6 +31,7 @@ from rl.sections import (
     TaskConfig,
     TrainConfig,
 )
+from rl.shipped import find_config
 from rl.tasks.load import modality_of
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import preset_parts
@@ -125,7 +126,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Defaults, then the YAML file, then the overrides.
 
     Args:
-        path: YAML file or None.
+        path: YAML file, the name of a shipped config (`quickstart`), or None.
         overrides: `a.b=c`; values are parsed as YAML.
 
     Raises:
@@ -133,6 +134,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     raw: dict[str, Any] = {}
     if path is not None:
+        path = find_config(path)
         text = read_text(path, "config file")
         try:
             raw = yaml.load(text, _Loader) or {}

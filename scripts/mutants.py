@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("rl", "rewards", "rollouts", "tests", "configs", "scripts", "docs", "pyproject.toml", "Makefile", "README.md")
+FOLDERS = ("rl", "rewards", "rollouts", "tests", "configs", "scripts", "docs")
+COPIED = (*FOLDERS, "pyproject.toml", "Makefile", "README.md", "LICENSE")
 LIMIT = 600  # seconds after which a bug that hangs the tests counts as noticed
 
 
