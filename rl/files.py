@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +64,30 @@ def read_text(path: str | Path, what: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {data[error.start]:#04x}): save the file as UTF-8") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What libraries raise inside for a full disk names neither the file nor the disk.
+
+    Raises:
+        OSError: with the path, for one without, and for the other errors that torch and safetensors have.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        text = " ".join(str(error).split())
+        if (
+            type(error).__name__ != "SafetensorError"
+            and "PytorchStreamWriter" not in text
+            and "unexpected pos" not in text
+        ):
+            raise
+        raise OSError(errno.EIO, f"cannot be written, is the disk full? ({text[:200]})", str(path)) from error
 
 
 def lock_file(path: Path) -> IO[str]:

@@ -248,3 +248,18 @@ def test_export_reloads_in_a_clean_process_with_equal_logits(whole: Path, tmp_pa
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
     done = runs.cli("export", whole, tmp_path / "model")
     assert done.returncode == 2 and "exists: name a new folder" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tmp_path: Path) -> None:
+    """First the weights do not fit (safetensors), then the optimizer (torch under DeepSpeed)."""
+    arguments = runs.tiny_config(tmp_path, "checkpoint.every=1", "run.resume=true")
+    runs.train_here([*arguments, "train.steps=1"])
+    run = tmp_path / "run"
+    size = (run / "checkpoints" / "step_1" / "hf" / "model.safetensors").stat().st_size
+    for limit, name in ((size - 1, "hf"), (size + 1, "policy")):
+        with runs.files_of_at_most(limit), pytest.raises(OSError, match=r"disk full|too large") as error:
+            runs.train_here([*arguments, "train.steps=2"])
+        assert str(error.value).endswith(f"'{run / 'checkpoints' / 'step_2' / name}'")
+        assert find_checkpoint(run)[0] == run / "checkpoints" / "step_1"
+    runs.train_here([*arguments, "train.steps=2"])
+    assert [line["step"] for line in runs.lines(run, "train")] == [1, 2]

@@ -16,6 +16,7 @@ import pytest
 from rl.track.jsonl import MetricsWriter, read_metrics
 from rl.track.progress import Progress
 from rl.track.services import Service, open_services
+from tests import runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +113,67 @@ print(sorted((tag, [(e.step, e.value) for e in events.Scalars(tag)]) for tag in 
         ("train/reward/mean", [(4, 0.25), (5, 0.75)]),
         ("train/warnings/non_finite", [(4, 1.0)]),
     ]
+
+
+def test_after_a_resume_tensorboard_holds_every_step_once(tmp_path: Path) -> None:
+    """Raw events: steps 3 and 4 are logged again; a later step of another stage stays."""
+    pytest.importorskip("tensorboard")
+    for first in (1, 3):
+        with MetricsWriter(tmp_path, services=open_services(["tensorboard"], tmp_path)) as metrics:
+            if first == 1:
+                metrics.log(9, "sft", {"loss": 1.5})
+            else:
+                metrics.truncate_after(2)
+            for step in range(first, 5):
+                metrics.log(step, "train", {"reward/mean": step / 4})
+    script = """
+import sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(sys.argv[1], purge_orphaned_data=False); events.Reload()
+print(sorted((tag, [(e.step, e.value) for e in events.Scalars(tag)]) for tag in events.Tags()["scalars"]))
+"""
+    folder = str(tmp_path / "tensorboard")
+    result = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(result.stdout) == [
+        ("sft/loss", [(9, 1.5)]),
+        ("train/reward/mean", [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]),
+    ]
+
+
+def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict] = []
+
+    class Stub:
+        @staticmethod
+        def init(**options: object) -> object:
+            calls.append(options)
+            return Stub()
+
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+        def log(self, line: dict) -> None: ...
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "wandb", Stub)
+    for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        with MetricsWriter(folder, services=open_services(["wandb"], folder)) as metrics:
+            metrics.truncate_after(0)
+            metrics.log(1, "train", {"a": 1.0})
+            assert not metrics.services[0].failures
+    assert calls[0]["id"] == calls[1]["id"] != calls[2]["id"] and {call["resume"] for call in calls} == {"allow"}
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path)
+    metrics.log(1, "train", {"a": 1.0})
+    with runs.files_of_at_most(100), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'"):
+        for step in range(2, 9):
+            metrics.log(step, "train", {"a": 1.0})
+    metrics.close()
+    with MetricsWriter(tmp_path) as again:
+        again.log(9, "train", {"a": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)][:: len(read_metrics(tmp_path)) - 1] == [1, 9]
 
 
 def test_a_service_that_breaks_is_said_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.files import lock_file, write_json, write_whole
+from rl.files import lock_file, write_json, write_whole, writing
 
 # These may differ between two calls that share a folder: the place of a file (its content is compared), and the number
 # of samples.
@@ -158,7 +158,7 @@ class GenerationFolder:
             self._lock = None
 
     def _append(self, name: str, records: Sequence[Any]) -> None:
-        with (self.path / name).open("a") as file:
+        with writing(self.path / name), (self.path / name).open("a") as file:
             file.write("".join(_line(record) for record in records))
             file.flush()
             os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.files import write_whole
+from rl.files import write_whole, writing
 from rl.track.services import Service
 
 FILE_NAME = "metrics.jsonl"
@@ -78,7 +78,8 @@ class MetricsWriter:
         for service in self.services:
             if service.failures:
                 line[f"warnings/{service.name}_failures"] = service.failures
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        with writing(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if name not in {"step", "stage", "time"}}
         finite = {name: value for name, value in numbers.items() if value is not None}
         for service in self.services:
@@ -102,16 +103,19 @@ class MetricsWriter:
                 kept.append(line)
         write_whole(self.path, "".join(kept))
         self._open()
+        for service in self.services:
+            service.rewind([json.loads(line) for line in kept])
         return len(lines) - len(kept)
 
     def close(self) -> None:
         """Close the file and every service; calling it twice is fine."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
         for service in self.services:
             service.close()
         self.services = []
+        if self._file is not None:
+            file, self._file = self._file, None
+            with writing(self.path):
+                file.close()
 
     def _open(self) -> None:
         # Line buffered: a killed run keeps every finished step, and `tail -f` follows a live one.

@@ -9,11 +9,18 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rl.files import write_whole
+
 logger = logging.getLogger(__name__)
+
+
+# What a line of metrics.jsonl holds beside metrics.
+_NO_METRICS = frozenset({"step", "stage", "time"})
 
 
 class Backend(Protocol):
@@ -21,6 +28,9 @@ class Backend(Protocol):
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         """Store finite numbers under names that already start with the stage."""
+
+    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """A resumed run has only these lines of metrics.jsonl left, and logs later steps again."""
 
     def close(self) -> None:
         """Flush and let go."""
@@ -52,10 +62,16 @@ class Service:
         if self._backend is None:
             self.failures += 1
             return
-        prefix = f"{stage}/"
-        named = {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
         try:
-            self._backend.log(step, stage, named)
+            self._backend.log(step, stage, staged(stage, metrics))
+        except Exception as error:
+            self._failed(error)
+
+    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """See `Backend.rewind`."""
+        try:
+            if self._backend is not None:
+                self._backend.rewind(lines)
         except Exception as error:
             self._failed(error)
 
@@ -81,18 +97,38 @@ class Service:
             )
 
 
+def staged(stage: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """`{"train/reward/mean": 0.5}` of `{"reward/mean": 0.5}`."""
+    prefix = f"{stage}/"
+    return {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
+
+
 class TensorBoard:
     """Event files under `<run_dir>/tensorboard`, through torch's own writer."""
 
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
+        self._folder = run_dir / "tensorboard"
+        self._open()
+
+    def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+        self._writer = SummaryWriter(log_dir=str(self._folder))
 
-    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, stage: str, metrics: Mapping[str, float], time: float | None = None) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, global_step=step)
+            self._writer.add_scalar(name, value, global_step=step, walltime=time)
         self._writer.flush()
+
+    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write the event files anew: a purge by step would hide the later steps of other stages too."""
+        self._writer.close()
+        for path in self._folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self._open()
+        for line in lines:
+            numbers = {name: value for name, value in line.items() if name not in _NO_METRICS and value is not None}
+            self.log(line["step"], line["stage"], staged(line["stage"], numbers), line["time"])
 
     def close(self) -> None:
         self._writer.close()
@@ -104,7 +140,19 @@ class WandB:
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
+        # A resumed run goes on under the id that its folder keeps.
+        kept = run_dir / "wandb_id"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not kept.is_file():
+            write_whole(kept, secrets.token_hex(4))
+        self._run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(config),
+            id=kept.read_text(),
+            resume="allow",
+        )
         # wandb's own step must never go back, but every stage counts from zero: each gets its own axis.
         for stage in ("sft", "train", "eval"):
             self._run.define_metric(f"{stage}/step", hidden=True)
@@ -112,6 +160,9 @@ class WandB:
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, f"{stage}/step": step})
+
+    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """wandb takes nothing back: repeated steps have the numbers that they had."""
 
     def close(self) -> None:
         self._run.finish()
@@ -123,10 +174,13 @@ class Trackio:
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
         import trackio
 
-        self._run = trackio.init(project=project, name=run_dir.name, config=dict(config), embed=False)
+        self._run = trackio.init(project=project, name=run_dir.name, config=dict(config), embed=False, resume="allow")
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """trackio takes nothing back either."""
 
     def close(self) -> None:
         import trackio

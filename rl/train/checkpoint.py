@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rl import distributed
-from rl.files import write_whole
+from rl.files import write_whole, writing
 from rl.run_folder import FOLDER, checkpoint_steps, incomplete, model_folder
 from rl.train.learner import STATE
 
@@ -61,7 +61,8 @@ def save_checkpoint(
         save_model(folder / "hf")
     distributed.barrier()
     for name, learner in learners.items():
-        learner.save_state(folder / name)
+        with writing(folder / name):
+            learner.save_state(folder / name)
     distributed.barrier()
     if distributed.rank() == 0:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

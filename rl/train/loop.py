@@ -12,7 +12,7 @@ from typing import Any
 from rewards.failures import WINDOW, RewardFailureError
 from rl import distributed
 from rl.evaluation.accuracy import as_metrics, evaluate
-from rl.files import write_json, write_whole
+from rl.files import write_json, write_whole, writing
 from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
@@ -245,7 +245,8 @@ def _log_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:
     """Append the first samples of a step to samples.jsonl."""
     if distributed.rank() != 0:
         return
-    with (run.folder / "samples.jsonl").open("a") as file:
+    path = run.folder / "samples.jsonl"
+    with writing(path), path.open("a") as file:
         for sample in samples:
             file.write(json.dumps({"step": step, **sample}) + "\n")
 

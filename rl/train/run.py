@@ -14,7 +14,7 @@ from rl import distributed
 from rl.config import Config, save_config
 from rl.errors import about
 from rl.estimators.base import Rows
-from rl.files import lock_file, write_json
+from rl.files import lock_file, write_json, writing
 from rl.modalities.base import Modality, open_modality
 from rl.models.copies import share_frozen, trained_copy
 from rl.tasks.load import load_task
@@ -131,7 +131,8 @@ class Run:
 
     def save_model(self, path: str | Path) -> None:
         """Write `model` as it is now to a folder."""
-        self.modality.save_model(self.model, path)
+        with writing(path):
+            self.modality.save_model(self.model, path)
 
     def starting_policy(self, resumed: bool) -> Any:
         """A frozen copy of the policy RL started from; what is never trained is not copied.
