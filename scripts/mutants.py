@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("rl", "rewards", "rollouts", "tests", "configs", "scripts", "docs")
-COPIED = (*FOLDERS, "pyproject.toml", "Makefile", "README.md", "LICENSE")
+COPIED = (*FOLDERS, "pyproject.toml", "Makefile", "README.md", "LICENSE", "CITATION.cff")
 LIMIT = 600  # seconds after which a bug that hangs the tests counts as noticed
 
 

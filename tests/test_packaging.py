@@ -27,6 +27,7 @@ def test_the_wheel_installs_and_is_used_from_an_empty_folder(tmp_path: Path) -> 
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True, timeout=200)
     (wheel,) = tmp_path.glob("denoise_rl-*.whl")
+    assert f"\nversion: {wheel.name.split('-')[1]}\n" in (ROOT / "CITATION.cff").read_text()
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"rl", "rewards", "rollouts"}
