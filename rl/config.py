@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from rl.files import read_text
+from rl.model_section import ModelConfig
 from rl.registry import parse_recipe, recipe_class
 from rl.sections import (
     AlignConfig,
@@ -22,7 +23,6 @@ from rl.sections import (
     EvalConfig,
     FilterConfig,
     GoalConfig,
-    ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy
-from rl.sections import ModelConfig
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory

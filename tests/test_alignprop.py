@@ -264,8 +264,8 @@ def test_mistakes_are_one_clear_line(override: str, message: str, tmp_path: Path
 
 def test_adapters_alone_take_the_gradient(tmp_path: Path) -> None:
     """A tiny Stable Diffusion with LoRA: decoded pixels, and only the adapters learn."""
+    from rl.model_section import LoraOptions, PipelineConfig
     from rl.models.diffusers_load import load_diffusers_policy
-    from rl.sections import LoraOptions, PipelineConfig
     from tests.tiny_pipelines import save_pipeline
 
     save_pipeline(tmp_path / "sd", "sd")

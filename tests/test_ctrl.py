@@ -14,9 +14,9 @@ import torch
 from rewards.levels import LevelLogprob, LevelReached
 from rewards.soft import SoftReward, one_hot_of
 from rl.config import load_config
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.sections import ModelConfig
 from rl.tasks.base import Example
 from rl.tasks.dna import DnaTask
 from rl.train.plan import check_run
@@ -189,10 +189,10 @@ def test_conditions_are_new_rows_that_nothing_generates(pretrained: str, tmp_pat
 
 
 def test_a_tied_head_grows_with_its_embedding() -> None:
+    from rl.model_section import LoraOptions
     from rl.models.conditions import add_to_model
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
     from rl.models.lora import add_adapters
-    from rl.sections import LoraOptions
 
     backbone = {"model_type": "qwen3", "vocab_size": 5, **{k: v for k, v in runs.QWEN3.items() if k != "model_type"}}
     model = DiffusionLM(DiffusionLMConfig(backbone=backbone, mask_token_id=4, tie_word_embeddings=True)).eval()

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rl.estimators.gaussian_step import gaussian_rows
+from rl.model_section import LoraOptions, PipelineConfig
 from rl.models.diffusers_load import load_diffusers_policy
 from rl.models.diffusers_policy import DiffusersPolicy
-from rl.sections import LoraOptions, PipelineConfig
 from rollouts.engines.base import SampleRequest
 from rollouts.engines.latent import LatentEngine
 from rollouts.model_protocol import ImagePolicy

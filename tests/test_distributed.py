@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
-from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
 from tests import runs

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.sections import ModelConfig
 from rl.tasks.base import split_of
 from rl.tasks.dna import DnaTask
 from rl.tasks.load import load_task

@@ -20,8 +20,8 @@ from rl.cli import main
 from rl.evaluation.benchmark import EvalPlan, decoders
 from rl.evaluation.command import eval_config
 from rl.evaluation.generations import GenerationFolder
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
-from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.track.intervals import pass_at_k
 from rollouts.samplers.options import SamplerOptions

@@ -12,8 +12,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from docs.examples import phi3_family
 from rl.cli import main
+from rl.model_section import LoraOptions, ModelConfig
 from rl.models.load import load_policy
-from rl.sections import LoraOptions, ModelConfig
 from tests import runs
 from tests.test_families import MASK, TOKENIZER
 

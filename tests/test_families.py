@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 from rl.cli import main
 from rl.config import Config, load_config
 from rl.modalities.text import TextModality
+from rl.model_section import ModelConfig
 from rl.models import attention
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.export import write_published
@@ -29,7 +30,6 @@ from rl.models.families.family import SIZES, Family, Part
 from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
 from rl.models.weights import lay_out, write_weights
-from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.sudoku import SudokuTask
 from rl.train.plan import check_run

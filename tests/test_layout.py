@@ -83,6 +83,11 @@ def test_imports_go_down_the_list_of_the_docs() -> None:
     assert not wrong
 
 
+def test_no_file_is_longer_than_400_lines() -> None:
+    files = [*MODULES, *(ROOT / "scripts").glob("*.py")]
+    assert not {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 400}
+
+
 def test_no_module_has_a_standard_library_name() -> None:
     # A module called types.py or code.py breaks unrelated tools that are started from its folder.
     taken = [path for path in MODULES if path.stem in sys.stdlib_module_names]

@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from rl.cli import main
 from rl.config import load_config
 from rl.estimators.trace_rows import trace_rows
+from rl.model_section import LoraOptions, ModelConfig
 from rl.models.copies import share_frozen, trained_copy
 from rl.models.export import write_whole
 from rl.models.load import load_policy, save_policy
 from rl.models.lora import WEIGHTS, merge_adapters
-from rl.sections import LoraOptions, ModelConfig, OptimizerConfig
+from rl.sections import OptimizerConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.train.learner import Learner
 from rl.train.plan import check_run
@@ -366,7 +367,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(base: Path, one_rank: 
 RELOAD = """
 import sys
 import numpy as np, torch
-from rl.sections import ModelConfig
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 model = load_policy(ModelConfig(path=sys.argv[1]), None, 0)
 with torch.no_grad():

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from rl.estimators.trace_rows import remask_rows
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.models.masked_lm import MaskedLM
-from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.values.model import PolicyWithValue, ValueModel
 from rollouts.engines.in_process import InProcessEngine, Request

@@ -10,9 +10,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from rl.config import load_config
 from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.text_memory import BatchShape, activations, batch_shape
+from rl.model_section import LoraOptions
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.lora import add_adapters
-from rl.sections import LoraOptions, OptimizerConfig
+from rl.sections import OptimizerConfig
 from rl.train.deepspeed_json import read_deepspeed_config
 from rl.train.learner import Learner
 from rl.train.memory import GIB, memory_lines, model_states

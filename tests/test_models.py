@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rl.model_section import ModelConfig
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.load import load_policy, save_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.sections import ModelConfig
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.jsonl import JsonlTask
 from rl.tasks.sudoku import SudokuTask

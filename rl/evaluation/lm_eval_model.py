@@ -24,9 +24,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rl.distributed import pick_device
 from rl.evaluation.likelihood import Likelihood, log_likelihoods
+from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.sections import ModelConfig
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 

@@ -22,10 +22,10 @@ from rl.modalities.image_metrics import (
     vendi_score,
 )
 from rl.modalities.images_plan import ImagesPlan
+from rl.model_section import PipelineConfig
 from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
 from rl.models.noise_policy import INDEX as NOISE_INDEX
 from rl.models.noise_policy import NoisePolicy
-from rl.sections import PipelineConfig
 from rl.tasks.base import Example
 from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents

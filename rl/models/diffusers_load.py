@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from rl.model_section import LoraOptions, PipelineConfig
 from rl.models.diffusers_families import FAMILIES
 from rl.models.diffusers_policy import INDEX, WEIGHTS, DiffusersPolicy
-from rl.sections import LoraOptions, PipelineConfig
 
 
 def load_diffusers_policy(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rl.sections import LoraOptions, PipelineConfig
+from rl.model_section import LoraOptions, PipelineConfig
 from rollouts.model_protocol import Conditioning
 
 INDEX = "lora_policy.json"

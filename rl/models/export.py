@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rl.model_section import ModelConfig
 from rl.models.families import open_family
 from rl.models.load import load_policy, save_policy
 from rl.models.lora import MergedWeights, has_adapters, merge_adapters
 from rl.models.tokenizers import read_tokenizer
 from rl.models.weights import lay_out, write_weights
-from rl.sections import ModelConfig
 
 
 def write_published(

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl.model_section import ModelConfig
 from rl.models.families import family_of
-from rl.sections import ModelConfig
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rl.model_section import ModelConfig, PipelineConfig
 from rl.models import lora
 from rl.models.families import family_of, open_family
 from rl.models.folder import check_backbone, check_model_folder, first_line, local_folder, read_config
 from rl.models.tokenizers import read_tokenizer
 from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.registry import FAMILIES
-from rl.sections import ModelConfig, PipelineConfig
 
 if TYPE_CHECKING:
     from rl.models.diffusion_lm import DiffusionLM

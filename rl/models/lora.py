@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rl.model_section import LoraOptions
 from rl.models.weights import check_weights, shapes_of
-from rl.sections import LoraOptions
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl.model_section import ModelConfig
 from rl.models.families import family_of
 from rl.models.folder import first_line, is_hub_name, local_folder, read_config
-from rl.sections import ModelConfig
 from rl.tasks.base import Task
 
 

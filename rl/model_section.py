@@ -1,0 +1,114 @@
+"""The options of the section `model`, each once: type, default and one sentence (see `rl.sections`)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rl.run_folder import model_folder
+from rl.sections import Section
+
+
+class PipelineConfig(Section):
+    height: int | None = Field(None, ge=1, description="Height of the images in pixels; null takes the pipeline's.")
+    width: int | None = Field(None, ge=1, description="Width of the images in pixels; null takes the pipeline's.")
+    negative_prompt: str = Field("", description="Prompt of the unconditional half of guidance.")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="Tokens of the T5 encoder of SD3 and FLUX; null takes the pipeline's."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the weights; the VAE stays in float32, since it overflows in half precision."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute the denoiser's activations in the backward.")
+
+
+class LoraOptions(Section):
+    rank: int = Field(0, ge=0, description="Rank of adapters on a model that is loaded; 0 trains all its weights.")
+    alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank; null is the rank.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Layers that get an adapter, by the ends of their names; null takes every linear layer below a "
+        "language model's head, and the attention projections of an image model.",
+    )
+    dropout: float = Field(0.0, description="Must be 0: the policy that is trained has to be the one that sampled.")
+
+    @field_validator("dropout")
+    @classmethod
+    def _none(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError(
+                f"model.lora.dropout is {value:g}: rollout and update would see different policies, set it to 0"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _used(self) -> LoraOptions:
+        if not self.rank and (self.alpha is not None or self.targets is not None):
+            name = "targets" if self.alpha is None else "alpha"
+            raise ValueError(f"model.lora.{name} does nothing without adapters: set model.lora.rank or leave it out")
+        return self
+
+
+class ModelConfig(Section):
+    path: str | None = Field(
+        None,
+        description="Folder or hub name of a model to start from; a run folder stands for its newest checkpoint, null "
+        "builds a new one.",
+    )
+    family: str | None = Field(
+        None,
+        description="Layout of the model in path: llada, dream, sdar, file.py:Class or pkg.module:Class; null goes by "
+        "the model_type in its config.json.",
+    )
+    tokenizer: str | None = Field(
+        None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
+    )
+    backbone: dict[str, Any] = Field(
+        {},
+        description="transformers config of a new model's backbone, with model_type; for images the built-in "
+        "mlp_denoiser's or a diffusers network's arguments.",
+    )
+    scheduler: dict[str, Any] = Field(
+        {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."
+    )
+    pipeline: PipelineConfig = PipelineConfig()
+    lora: LoraOptions = LoraOptions()
+    initial_noise: Literal["standard", "learned"] = Field(
+        "standard",
+        description="Image models: learned freezes the denoiser and learns a Gaussian over the initial noise of every "
+        "prompt of the task (recipe find).",
+    )
+    attention: Literal["full", "block_causal"] = Field("full", description="What a position of a new model may see.")
+    block_length: int | None = Field(
+        None, ge=1, description="Block size of a block-causal model; null takes that of a loaded one."
+    )
+    logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
+    attn_implementation: Literal["sdpa", "flex_attention"] = Field(
+        "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute a layer's activations in the backward pass: less memory, one more forward."
+    )
+    eos_token: str | None = Field(
+        None, description="Token that ends a response, such as <|im_end|>; null takes the tokenizer's end token."
+    )
+    never_generate: list[int | str] = Field(
+        [],
+        description="Token ids or strings that are never generated, besides the mask token and ids the tokenizer does "
+        "not know; special stands for all of the tokenizer's special tokens.",
+    )
+    conditions: dict[str, str] = Field(
+        {},
+        description="New prompt tokens, and the token of the trained model whose embedding each starts with (recipe "
+        "ctrl).",
+    )
+    wrap: bool = Field(
+        True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _of_a_run(cls, path: str | None) -> str | None:
+        return None if path is None else model_folder(path)
