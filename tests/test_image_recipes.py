@@ -249,6 +249,7 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({"name": "b2_diffurl"}, 10, 5, "algorithm.num_steps"),
         ({"name": "b2_diffurl"}, 20, 4, "train.group_size"),
         ({"name": "branch_grpo"}, 20, 8, "16 leaves"),
+        ({"name": "branch_grpo", "branch_steps": [3, 1]}, 20, 8, r"branch_steps \[3, 1\] must ascend"),
     ],
 )
 def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps: int, group: int, message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rewards.run import RewardRunner
-from rewards.table import RewardPart, ScoreTable
+from rewards.table import ScoreTable
 from rl.evaluation.figures import Figures, figures
 from rl.evaluation.generations import Generation, GenerationFolder
 from rl.evaluation.settings import file_hash, saved_template, texts_hash
@@ -17,13 +17,14 @@ from rl.tasks.base import Example, reward_columns
 from rl.tasks.benchmarks import BenchmarkTask
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template
+from rl.train.judge import reward_runner
 
 
 def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | None) -> RewardConfig:
     """The reward section of an evaluation: the reward that is named, else `RewardConfig.judges`.
 
-    Failed verdicts do not end an
-    evaluation, however many they are, since generations cost too much to lose: they are counted and shown.
+    Failed verdicts do not end an evaluation, however many
+    they are, since generations cost too much to lose: they are counted and shown.
 
     Args:
         config: mode, workers and time limit are taken from it.
@@ -49,17 +50,6 @@ def judge_of(config: RewardConfig, task: Any, reward: str | Mapping[str, Any] | 
 def reward_settings(config: RewardConfig) -> dict[str, Any]:
     """The one reward of `judge_of`, for settings."""
     return {"name": config.functions[0].name, "params": config.functions[0].params}
-
-
-def open_judge(config: RewardConfig) -> RewardRunner:
-    """A runner for the reward of `judge_of`, not entered yet."""
-    return RewardRunner(
-        [RewardPart(**part.model_dump()) for part in config.functions],
-        mode=config.mode,
-        num_workers=config.num_workers,
-        timeout_seconds=config.timeout_seconds,
-        max_failure_share=config.max_failure_share,
-    )
 
 
 def load_examples(task: Any, file: str | None, limit: int | None, num_prompts: int) -> list[Example]:
@@ -168,7 +158,7 @@ def rescore(
         by_id = {example["prompt_id"]: example for example in examples}
         # A prompt that was too long to answer keeps its reason.
         sampled = [generation for generation in generations if generation.steps]
-        with open_judge(judge) as rewards:
+        with reward_runner(judge.functions, judge) as rewards:
             if sampled:
                 problems = [by_id[generation.prompt_id] for generation in sampled]
                 score(rewards, template.cut, problems, sampled, _columns(sampled))

@@ -173,12 +173,8 @@ class Modality:
         """The sampler of the rollouts."""
         return self.config.sampler
 
-    def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> Any:
-        """The sampler of evaluations at a number of denoising steps: the rollouts', changed by `eval.sampler`.
-
-        Args:
-            temperature: of samplers that have one.
-        """
+    def evaluation_options(self, num_inference_steps: int) -> Any:
+        """The sampler of evaluations at a number of denoising steps: the rollouts', changed by `eval.sampler`."""
         changed = {**self.config.eval.sampler, "num_inference_steps": num_inference_steps}
         return self.Options.model_validate({**self.config.sampler.model_dump(), **changed})
 

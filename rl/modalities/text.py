@@ -70,10 +70,10 @@ class TextModality(TextPlan):
             options if self.rollout_block is None else options.model_copy(update={"block_length": self.rollout_block})
         )
 
-    def evaluation_options(self, num_inference_steps: int, temperature: float = 0.0) -> SamplerOptions:
+    def evaluation_options(self, num_inference_steps: int) -> SamplerOptions:
         changed = {
             **self.config.eval.sampler,
-            "temperature": temperature,
+            "temperature": 0.0,
             "num_inference_steps": num_inference_steps,
             "record_x0": self.config.eval.backslide,
         }

@@ -25,10 +25,12 @@ class BranchGRPO(ImageRecipe):
     renamed: ClassVar[dict[str, str]] = {"splits": "branch_steps"}
 
     branch_steps: list[int] = Field(
-        [0, 3, 6, 9], description="Steps before which every rollout branches in two, ascending."
+        [0, 3, 6, 9], min_length=1, description="Steps before which every rollout branches in two, ascending."
     )
 
     def check(self, config: Config) -> None:
+        if self.branch_steps != sorted(set(self.branch_steps)):
+            raise ValueError(f"algorithm.branch_steps {self.branch_steps} must ascend")
         leaves = 2 ** len(self.branch_steps)
         if config.train.group_size % leaves:
             raise ValueError(

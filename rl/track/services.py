@@ -195,37 +195,37 @@ _BACKENDS: dict[str, Callable[[Path, str, Mapping[str, Any]], Backend]] = {
 }
 
 
+# Groups runs in wandb and trackio.
+PROJECT = "denoise-rl"
+
+
 def open_services(
     names: Sequence[str],
     run_dir: str | os.PathLike[str],
-    project: str = "denoise-rl",
     config: Mapping[str, Any] | None = None,
-    field: str = "run.services",
 ) -> list[Service]:
     """Start the named services.
 
     Args:
         names: any of "tensorboard", "wandb", "trackio".
         run_dir: the run folder; its name is the run's name.
-        project: groups runs in wandb and trackio.
         config: the resolved settings, stored with the run where the service can.
-        field: the configuration key the names came from, for the error message.
 
     Raises:
         ValueError: a name is unknown, or its package is not installed (the message names the extra).
     """
     for name in names:
         if name not in _BACKENDS:
-            raise ValueError(f"{field}: unknown service {name!r}; choose from {', '.join(sorted(_BACKENDS))}")
+            raise ValueError(f"run.services: unknown service {name!r}; choose from {', '.join(sorted(_BACKENDS))}")
         try:
             importlib.import_module(name)
         except ImportError:
             raise ValueError(
-                f"{field}: {name} is not installed; install it with: pip install 'denoise-rl[{name}]'"
+                f"run.services: {name} is not installed; install it with: pip install 'denoise-rl[{name}]'"
             ) from None
     folder, settings = Path(run_dir), dict(config or {})
 
     def starter(name: str) -> Callable[[], Backend]:
-        return lambda: _BACKENDS[name](folder, project, settings)
+        return lambda: _BACKENDS[name](folder, PROJECT, settings)
 
     return [Service(name, starter(name)) for name in names]

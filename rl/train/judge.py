@@ -33,17 +33,7 @@ class Judge:
         self.by_rewards = task.reward is None and bool(options.functions)
         measure = "mean reward" if self.by_rewards else "accuracy"
         self.names = {"judge": described(judges), "reward": described(trained), "measure": measure}
-        self.rewards, self.verifier = (
-            RewardRunner(
-                [RewardPart(**part.model_dump()) for part in parts],
-                mode=options.mode,
-                num_workers=options.num_workers,
-                timeout_seconds=options.timeout_seconds,
-                max_failure_share=options.max_failure_share,
-                outage_seconds=options.outage_seconds,
-            ).__enter__()
-            for parts in (trained, judges)
-        )
+        self.rewards, self.verifier = (reward_runner(parts, options).__enter__() for parts in (trained, judges))
 
     def close(self) -> None:
         self.rewards.close()
@@ -116,6 +106,18 @@ class Judge:
 
     def _runner(self, verifier: bool) -> RewardRunner:
         return self.verifier if verifier else self.rewards
+
+
+def reward_runner(parts: Sequence[RewardPartConfig], options: RewardConfig) -> RewardRunner:
+    """A runner of some rewards as the section `reward` says, not entered yet."""
+    return RewardRunner(
+        [RewardPart(**part.model_dump()) for part in parts],
+        mode=options.mode,
+        num_workers=options.num_workers,
+        timeout_seconds=options.timeout_seconds,
+        max_failure_share=options.max_failure_share,
+        outage_seconds=options.outage_seconds,
+    )
 
 
 def described(parts: Sequence[RewardPartConfig]) -> str:
