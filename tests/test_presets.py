@@ -700,7 +700,7 @@ def test_the_parts_of_every_preset_are_options() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "lada"}, r"sampler\.preset 'lada' does not exist: choose from llada, llada_random"),
+        ({"preset": "lada"}, r"sampler\.preset 'lada' does not exist: did you mean 'llada'\?"),
         ({"score": "neg_entropy", "selector": "factor"}, r"sampler\.threshold compares probabilities"),
         ({"selector": "entropy_bound"}, r"set sampler\.score to neg_entropy"),
         ({"order_temperature": 0.1, "selector": "threshold"}, r"sampler\.order_temperature .* needs selector top_n"),
