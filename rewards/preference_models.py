@@ -11,6 +11,7 @@ from typing import Any
 from rewards.clip_score import ClipScore
 from rewards.image import to_pil
 from rewards.text import text_of
+from rewards.weights import first_line
 
 
 class Hpsv2(ClipScore):
@@ -85,10 +86,9 @@ class ImageReward:
 
             self.model = package.load(model, med_config=med_config, **options)
         except (ImportError, OSError, RuntimeError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"reward 'image_reward' needs its package and a download of its checkpoint (pip install image-reward): "
-                f"{first}"
+                f"{first_line(error)}"
             ) from error
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def load_error(reward: str, what: str, error: Exception) -> ValueError:
     """One line for a checkpoint that cannot be had: most often a download where there is no network."""
     return ValueError(
-        f"reward '{reward}': cannot load {what}: {_first_line(error)} "
+        f"reward '{reward}': cannot load {what}: {first_line(error)} "
         f"(a hub name is downloaded once; without a network give a folder)"
     )
 
@@ -32,8 +32,9 @@ def load_weights(reward: str, path: str) -> dict[str, torch.Tensor]:
 
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"reward '{reward}': cannot read weights {path}: {_first_line(error)}") from error
+        raise ValueError(f"reward '{reward}': cannot read weights {path}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: Exception) -> str:
+    """The first line of a message, or the kind of error where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")

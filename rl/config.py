@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from rl.files import read_text
+from rl.files import read_text, write_whole
 from rl.model_section import ModelConfig
 from rl.registry import parse_recipe, recipe_class
 from rl.sections import (
@@ -244,7 +244,7 @@ def _description(path: Sequence[Any], raw: dict[str, Any]) -> str:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config, every key included, as YAML."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def option_help(config: Config) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rewards.weights import first_line
 from rl.model_section import LoraOptions, PipelineConfig
 from rl.models.diffusers_families import FAMILIES
 from rl.models.diffusers_policy import INDEX, WEIGHTS, DiffusersPolicy
@@ -76,8 +77,7 @@ def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig, lora: 
 
 
 def _cannot_load(path: str, error: Exception) -> ValueError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"model.path {path!r} cannot be loaded as a diffusers pipeline: {first}")
+    return ValueError(f"model.path {path!r} cannot be loaded as a diffusers pipeline: {first_line(error)}")
 
 
 @contextlib.contextmanager

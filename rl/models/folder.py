@@ -115,7 +115,3 @@ def check_model_folder(path: str) -> None:
         raise ValueError(f"model.path {path!r} is incomplete: config.json is missing")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"model.path {path!r} is incomplete: it has no .safetensors weights")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rewards.weights import first_line
 from rl.model_section import ModelConfig, PipelineConfig
 from rl.models import lora
 from rl.models.families import family_of, open_family
-from rl.models.folder import check_backbone, check_model_folder, first_line, local_folder, read_config
+from rl.models.folder import check_backbone, check_model_folder, local_folder, read_config
 from rl.models.tokenizers import read_tokenizer
 from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.registry import FAMILIES

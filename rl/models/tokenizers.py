@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.weights import first_line
 from rl.model_section import ModelConfig
 from rl.models.families import family_of
-from rl.models.folder import first_line, is_hub_name, local_folder, read_config
+from rl.models.folder import is_hub_name, local_folder, read_config
 from rl.tasks.base import Task
 
 
