@@ -55,7 +55,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_run_folder(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "before.json", "viewer.json", "summary.json"}
-    assert names == files | {"checkpoints", "warm_start"}
+    assert names == files | {"data.json", "lock", "checkpoints", "warm_start"}
     stages = [(line["stage"], line["step"]) for line in runs.lines(run)]
     # The evaluation after the last step is the final one.
     assert stages == [
