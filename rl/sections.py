@@ -39,7 +39,7 @@ MAX_GROUP = 1024  # samples of a prompt: a request's seed has 10 bits for them (
 
 
 class TaskConfig(Section):
-    name: str = Field("sudoku", description="Task name, or pkg.module:Class.")
+    name: str = Field("sudoku", description="Task name, file.py:Class or pkg.module:Class.")
     params: dict[str, Any] = Field({}, description="Parameters of the task.")
     chat: bool = Field(
         False,
