@@ -315,3 +315,15 @@ def test_a_chat_goes_through_a_whole_run(tmp_path: Path) -> None:
         assert module.SEEN and all(prompt[0]["role"] == "user" for prompt in module.SEEN)
         sample = json.loads((folder / "run" / "samples.jsonl").read_text().splitlines()[0])
         assert sample["prompt"][0]["content"] in ("a", "b")
+
+
+def test_check_names_a_prompt_that_the_tokenizer_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    char_tokenizer("0123456789").save_pretrained(tmp_path / "digits")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2+2", "answer": "4"}\n')
+    rows = f"task.params={{train: {tmp_path}/rows.jsonl, heldout: {tmp_path}/rows.jsonl}}"
+    backbone = "model.backbone={model_type: gpt2, n_positions: 64, n_embd: 16, n_layer: 1, n_head: 1}"
+    words = ["task.name=jsonl", rows, backbone, f"model.tokenizer={tmp_path}/digits", f"run.output_dir={tmp_path}/run"]
+    assert main(["check", *words]) == 2
+    assert "'2+2', holds '+', which the tokenizer has no token for" in capsys.readouterr().err

@@ -30,7 +30,7 @@ class TextPlan(Modality):
     @classmethod
     def check(cls, config: Config, task: Task, rows: Sequence[Example]) -> None:
         from rl.models.folder import block_length_message, check_backbone, check_model_folder
-        from rl.tasks.chat import prompt_text
+        from rl.tasks.chat import prompt_text, token_ids
 
         model, sampler = config.model, config.sampler
         if config.train.steps and sampler.temperature == 0:
@@ -60,7 +60,7 @@ class TextPlan(Modality):
         if tokenizer.mask_token_id is None and model.path is None:
             raise ValueError("model.tokenizer has no mask token: a masked-diffusion model needs one")
         prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
-        longest = max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts)
+        longest = max(len(ids) for ids in token_ids(tokenizer, prompts))
         context, mask_token_id, block = _shape(config, tokenizer)
         if mask_token_id is not None:
             review(config, task, tokenizer, mask_token_id, context, block)
