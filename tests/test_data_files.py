@@ -294,7 +294,9 @@ def test_rows_that_are_dropped_are_counted_and_said(tmp_path: Path, capsys: pyte
     rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "", "answer": "2"}, {"prompt": "2+1=", "answer": "3"}]
     words = arguments(tmp_path, rows, "task.unfit=drop")
     for command in COMMANDS:
-        assert run(command, [*words, f"run.output_dir={tmp_path / command}"], tmp_path) == 0
+        # Only a trained model is sampled.
+        model = [f"model.path={tmp_path / 'sft' / 'model'}"] if command == "rollout" else []
+        assert run(command, [*words, *model, f"run.output_dir={tmp_path / command}"], tmp_path) == 0
         out = capsys.readouterr().out
         assert "1 rows left out (task.unfit drop), the first is row 2: the prompt is empty" in out
 
@@ -314,7 +316,7 @@ def test_a_chat_goes_through_a_whole_run(tmp_path: Path) -> None:
         )
         assert module.SEEN and all(prompt[0]["role"] == "user" for prompt in module.SEEN)
         sample = json.loads((folder / "run" / "samples.jsonl").read_text().splitlines()[0])
-        assert sample["prompt"][0]["content"] in ("a", "b")
+        assert sample["prompt"] in ("user: a", "user: b"), "people are shown text"
 
 
 def test_check_names_a_prompt_that_the_tokenizer_cannot_read(

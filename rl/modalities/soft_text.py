@@ -11,6 +11,7 @@ from rewards.soft import DifferentiableSum
 from rl.estimators.relaxed import free_canvas
 from rl.modalities.gradient import Forward, GradientSegment
 from rl.tasks.base import Example, reward_columns
+from rl.tasks.chat import token_ids
 from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
 
@@ -72,7 +73,7 @@ class RelaxedText:
         self, policy: Forward, reference: Forward | None, rows: Sequence[Example], seeds: list[int]
     ) -> Iterator[GradientSegment]:
         prompts = [self.run.modality.prompt_text(row) for row in rows]
-        prompt_ids = self.run.tokenizer(prompts, add_special_tokens=False).input_ids
+        prompt_ids = token_ids(self.run.tokenizer, prompts)
         canvas = free_canvas(prompt_ids, self.sampler.gen_length, seeds, self.run.model)
         canvas = canvas.at_temperature(self.sampler.temperature).to(self.run.device)
         tokens = int(canvas.length.sum())

@@ -41,7 +41,9 @@ def shape_of(
     if found is not None:
         fields = found.fields(described, model.block_length or described.get("block_size") or 1)
     backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
-    block = model.block_length or fields.get("block_length")
+    block = model.block_length
+    if attention == "block_causal":
+        block = block or described.get("block_size") or described.get("block_length")
     if (attention == "block_causal") != (block is not None):
         raise ValueError(block_length_message(attention))
     positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))
