@@ -255,6 +255,8 @@ def _become(descriptors: list[int]) -> int:
 
 def _outcome(stopped: str, *ready: Sink) -> dict[str, Any]:
     for sink in ready:
-        if bytes(sink.data) != READY:
+        # A checker whose tests do not compile may be done before the program's process has begun.
+        not_yet = sink.open and not sink.data and not stopped
+        if bytes(sink.data) != READY and not not_yet:
             return {"status": "infrastructure", "reason": f"sandbox: {sink.text or 'no process became ready in time'}"}
     return {"status": stopped or "ok", "reason": REASONS[stopped]}

@@ -199,17 +199,8 @@ _BACKENDS: dict[str, Callable[[Path, str, Mapping[str, Any]], Backend]] = {
 PROJECT = "denoise-rl"
 
 
-def open_services(
-    names: Sequence[str],
-    run_dir: str | os.PathLike[str],
-    config: Mapping[str, Any] | None = None,
-) -> list[Service]:
-    """Start the named services.
-
-    Args:
-        names: any of "tensorboard", "wandb", "trackio".
-        run_dir: the run folder; its name is the run's name.
-        config: the resolved settings, stored with the run where the service can.
+def require_services(names: Sequence[str]) -> None:
+    """Refuse names that cannot be opened, before anything is written.
 
     Raises:
         ValueError: a name is unknown, or its package is not installed (the message names the extra).
@@ -223,6 +214,24 @@ def open_services(
             raise ValueError(
                 f"run.services: {name} is not installed; install it with: pip install 'denoise-rl[{name}]'"
             ) from None
+
+
+def open_services(
+    names: Sequence[str],
+    run_dir: str | os.PathLike[str],
+    config: Mapping[str, Any] | None = None,
+) -> list[Service]:
+    """Start the named services.
+
+    Args:
+        names: any of "tensorboard", "wandb", "trackio".
+        run_dir: the run folder; its name is the run's name.
+        config: the resolved settings, stored with the run where the service can.
+
+    Raises:
+        ValueError: see `require_services`.
+    """
+    require_services(names)
     folder, settings = Path(run_dir), dict(config or {})
 
     def starter(name: str) -> Callable[[], Backend]:

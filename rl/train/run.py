@@ -20,7 +20,7 @@ from rl.models.copies import share_frozen, trained_copy
 from rl.tasks.load import load_task
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
-from rl.track.services import open_services
+from rl.track.services import open_services, require_services
 from rl.train.interrupt import Stopped
 from rl.train.judge import Judge
 from rl.train.same_run import DATA, fingerprints
@@ -92,12 +92,14 @@ class Run:
         folder, services = Path(config.run.output_dir), []
         writes, lock = write and distributed.rank() == 0, contextlib.ExitStack()
         if writes:
-            with about(f"run.output_dir {config.run.output_dir!r}"):
+            require_services(config.run.services)
+            with about(f"run.output_dir {config.run.output_dir!r}"), contextlib.ExitStack() as opening:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock.enter_context(lock_file(folder / "lock"))
+                opening.enter_context(lock_file(folder / "lock"))
                 save_config(config, folder / "config.yaml")
                 if not config.run.resume or not (folder / DATA).is_file():
                     write_json(folder / DATA, fingerprints(config))
+                lock = opening.pop_all()
             services = open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
         metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, services)
         policy.to(device)
