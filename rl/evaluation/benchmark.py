@@ -22,6 +22,7 @@ from rl.evaluation.settings import (
 )
 from rl.sections import MAX_GROUP
 from rl.tasks.base import Example
+from rl.tasks.chat import token_ids
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train.run import Run
@@ -162,9 +163,8 @@ def _problems(tokenizer: Any, template: Template, examples: Sequence[Example]) -
     for example in examples:
         prompt = with_chat(tokenizer, template, example["prompt"])
         try:
-            ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        # A character tokenizer meets a character it does not have; tokenizers raises a bare Exception.
-        except Exception as error:
+            (ids,) = token_ids(tokenizer, [prompt])
+        except ValueError as error:
             raise ValueError(f"model.tokenizer cannot encode the prompt of {example['prompt_id']}: {error}") from None
         problems.append(Problem(example["prompt_id"], example, Request(ids, 0)))
     return problems
