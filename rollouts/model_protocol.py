@@ -20,7 +20,10 @@ class DenoisingModel(Protocol):
         attention: "full" (every position sees every other) or "block_causal" (position p sees the
             blocks up to its own, on a grid anchored at position 0).
         block_length: grid size of a block-causal model, else None.
-        logit_shift: 0 when the state at position j predicts token j, 1 when the state at j-1 does.
+        logit_shift: 0 when the state at position j predicts token j, 1 when the state at j-1 does. The first token of a
+            block that a block-causal model decides is then predicted at the last clean position before the block.
+        context_causal: optional, False when absent. True: in a block-causal model, decided tokens see only the decided
+            tokens to their left, also inside their block; the block that is being decided sees itself whole.
         max_length: longest canvas the model can see.
     """
 

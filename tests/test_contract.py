@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import TokenRows
+from rl.estimators.rows import Reads, TokenRows, assemble, block_document
 from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
@@ -344,13 +344,81 @@ def test_a_rollout_grid_of_another_size_than_the_models_is_kept(make_model, bloc
     np.testing.assert_allclose(remasked.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
 
 
+READOUTS = [(shift, causal) for shift in (0, 1) for causal in (False, True)]
+
+
+@torch.no_grad()
+def one_block_at_a_time(model: Any, trajectory: TokenTrajectory, size: int, shift: int, causal: bool) -> list[float]:
+    """Log-probs of all reveals by the rule in words: the blocks before the one that is decided are clean."""
+    result = []
+    for step, position, token in zip(trajectory.step, trajectory.position, trajectory.token, strict=True):
+        begin = position // size * size
+        canvas = torch.from_numpy(trajectory.canvas_at(step)[: begin + size])[None]
+
+        def sees(q: int, k: int, begin: int = begin) -> bool:
+            # The block that is decided sees everything up to its end, itself included.
+            return q >= begin or (k <= q if causal else k // size <= q // size)
+
+        visible = torch.tensor([[[sees(q, k) for k in range(begin + size)] for q in range(begin + size)]])
+        logits = model.token_logits(model.hidden_states(canvas, visible=visible)[0, position - shift])
+        distribution = {name: trajectory.sampler[name] for name in ("temperature", "top_p", "top_k")}
+        kept = sampling_logprobs(logits[None], keep=torch.tensor([int(token)]), **distribution)
+        result.append(float(kept[0, token]))
+    return result
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("shift", "causal"), READOUTS)
+def test_the_learner_reads_every_block_by_one_rule(make_model, size: int, shift: int, causal: bool) -> None:
+    """Packed and remask rows: the first token of a block is read at the last clean position, as an AR model would."""
+    model = make_model("gpt2-block4")
+    trajectories = rollouts(model, range(1, 8, 2), size, num_inference_steps=8)
+    options = {"logit_shift": shift, "context_causal": causal}
+    expected = np.concatenate([one_block_at_a_time(model, t, size, shift, causal) for t in trajectories])
+    for rows in (
+        packed_rows(trajectories, **options),
+        packed_rows(trajectories, pack_to=100, **options),
+        remask_rows(trajectories, block_length=size, pack_to=40, **options),
+    ):
+        with torch.no_grad():
+            np.testing.assert_allclose(rows.distinct().score(model).logprob, expected, rtol=0, atol=1e-9)
+    first = trajectories[0].position % size == 0
+    assert first.any() and (size == 1 or not first.all())
+
+
+def test_a_block_of_one_read_at_the_left_is_the_autoregressive_model(make_model) -> None:
+    """Then no mask token plays a part: the log-probs are those of causal attention over the finished text."""
+    model = make_model("qwen3-block4")
+    (trajectory, *_) = rollouts(model, range(3, 4), 1, num_inference_steps=8, temperature=1.0)
+    length = trajectory.length
+    causal = torch.ones(1, length, length, dtype=torch.bool).tril()
+    with torch.no_grad():
+        hidden = model.hidden_states(torch.from_numpy(trajectory.final_canvas())[None], visible=causal)
+        logprob = model.token_logits(hidden[0]).log_softmax(-1)
+        rows = packed_rows([trajectory], logit_shift=1)
+        scored = rows.score(model).logprob
+    expected = logprob[torch.from_numpy(trajectory.position) - 1, torch.from_numpy(trajectory.token)]
+    torch.testing.assert_close(scored, expected, rtol=0, atol=1e-9)
+
+
+def test_where_the_packed_layout_is_read_by_hand() -> None:
+    """Clean p a b c in columns 0 to 3, then copies of block 1: [b M] in 4, 5 and [M c] in 6, 7."""
+    document = block_document(np.array([5, 1, 2, 3]), [(1, np.array([2, 9])), (1, np.array([9, 3]))], 2)
+    reads = Reads(0, np.array([5, 6]), np.array([3, 2]), 0)
+    assert assemble([document], [reads], logit_shift=1).read.tolist() == [4, 1]
+    assert assemble([document], [reads]).read.tolist() == [5, 6]
+    # A second document in the same row: the clean position is its own.
+    both = assemble([document, document], [reads, reads._replace(trajectory=1)], pack_to=16, logit_shift=1)
+    assert both.read.tolist() == [4, 1, 12, 9]
+
+
 def test_a_wrong_temperature_or_filter_breaks_the_equality(make_model) -> None:
     """The equality above can fail."""
     model = make_model("gpt2-full")
     trajectories = rollouts(model, range(1, 5), temperature=1.3, top_p=0.9)
     rows = remask_rows(trajectories)
     with torch.no_grad():
-        for wrong in ({"temperature": 1.0}, {"top_p": 1.0}, {"logit_shift": 1}):
+        for wrong in ({"temperature": 1.0}, {"top_p": 1.0}, {"read": rows.column - 1}):
             logprob = replace(rows, **wrong).score(model).logprob
             assert np.abs(logprob.numpy() - recorded(trajectories)).max() > 0.05
 
@@ -439,8 +507,9 @@ def naive_visibility(rows: TokenRows, row: int, q: int, k: int) -> bool:
     if document[q] != document[k]:
         return False
     if segment[q] == 0:
-        # A clean token sees clean tokens of its own block and of earlier ones.
-        return segment[k] == 0 and block[k] <= block[q]
+        # A clean token sees clean tokens of its own block and of earlier ones; or those up to itself.
+        before = rows.position_ids[row, k] <= rows.position_ids[row, q] or not rows.context_causal
+        return segment[k] == 0 and block[k] <= block[q] and bool(before)
     # A noisy token sees the clean blocks before its own, and its own copy.
     return (segment[k] == 0 and block[k] < block[q]) or segment[k] == segment[q]
 
@@ -462,6 +531,8 @@ def test_visible_equals_the_element_wise_rule(make_model) -> None:
         remask_rows(trajectories, pack_to=60),
         remask_rows(trajectories),
         supervised,
+        packed_rows(trajectories, pack_to=150, context_causal=True),
+        remask_rows(trajectories, block_length=B, pack_to=60, context_causal=True),
     ):
         visible = rows.visible()
         assert visible is not None and visible.shape == (*rows.input_ids.shape, rows.input_ids.shape[1])

@@ -58,6 +58,7 @@ def test_rows_move_as_a_whole() -> None:
         "block",
         "row",
         "column",
+        "read",
         "target",
     )
     rows = TokenRows(**{n: torch.zeros(1, 2, dtype=torch.int64) for n in names}, temperature=0.7, top_k=3)

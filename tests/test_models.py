@@ -111,8 +111,8 @@ def test_logits_are_computed_where_they_are_read_only(make_model) -> None:
         ({"block_length": 4}, r"model\.block_length is for attention block_causal, and this model's is full"),
         ({"logit_shift": 2}, r"model\.logit_shift must be 0 or 1, got 2"),
         (
-            {"logit_shift": 1, "attention": "block_causal", "block_length": 4},
-            r"model\.logit_shift 1 is defined for attention full only",
+            {"context_causal": True},
+            r"model\.context_causal needs attention block_causal: full attention has no context",
         ),
         ({"mask_token_id": None}, r"model\.mask_token_id must lie in the vocabulary of 8, got None"),
         ({"mask_token_id": 8}, r"model\.mask_token_id must lie in the vocabulary of 8, got 8"),

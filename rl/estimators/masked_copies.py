@@ -16,7 +16,7 @@ import torch
 
 from rl.estimators.combine import CombinedRows, SandwichRows, per_token
 from rl.estimators.draws import Draw, Scope, scope_positions
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, whole_blocks
+from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout, whole_blocks
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -78,7 +78,7 @@ def copy_rows(
             documents.append(document)
             reads.append(Reads(index, copy.read + shift, final[copy.read], step))
             weights.append(np.full(len(copy.read), copy.weight))
-    rows = assemble(documents, reads, trajectories, logit_shift=model.logit_shift)
+    rows = assemble(documents, reads, trajectories, **readout(model))
     return rows, torch.from_numpy(np.concatenate(weights))
 
 

@@ -24,6 +24,7 @@ def random_mask_rows(
     logit_shift: int = 0,
     semi_ar: int | None = None,
     part: slice = slice(None),
+    context_causal: bool = False,
 ) -> tuple[TokenRows, torch.Tensor]:
     """Mask the answers at random.
 
@@ -40,6 +41,7 @@ def random_mask_rows(
             uniformly, is masked at random; the blocks behind it are masked altogether and are not targets.
         part: the sequences to return. Masks are drawn for all of them, so that the mask of a sequence does not depend
             on the cut into micro-batches and ranks.
+        logit_shift, context_causal: as of the model.
 
     Returns:
         rows whose decisions are the masked tokens, and w float64 [N], which makes the weighted sum over decisions an
@@ -75,7 +77,8 @@ def random_mask_rows(
         documents.append(document)
         reads.append(Reads(index, column + shift, sequence[column], 0))
         weights.append(weight[i, column])
-    return assemble(documents, reads, logit_shift=logit_shift), torch.from_numpy(np.concatenate(weights))
+    rows = assemble(documents, reads, logit_shift=logit_shift, context_causal=context_causal)
+    return rows, torch.from_numpy(np.concatenate(weights))
 
 
 def _stratified(count: int, rng: np.random.Generator) -> np.ndarray:

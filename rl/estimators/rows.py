@@ -41,11 +41,12 @@ class TokenRows(Rows):
         segment: int64 [R, W].
         block: int64 [R, W], block of each token in the grid, 0 everywhere without a grid.
         row, column: int64 [N], the place of each decided position.
+        read: int64 [N], the column whose hidden state predicts it (`read_columns`); `column` without a logit shift.
         target: int64 [N], the token that was chosen.
         unprompted: int64 [R, W], input_ids with every prompt token masked, None without guidance.
         cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
-        logit_shift: the logits of a position are read this many columns to its left.
+        context_causal: a clean token sees the clean tokens up to itself only, also inside its block.
     """
 
     input_ids: torch.Tensor
@@ -55,13 +56,14 @@ class TokenRows(Rows):
     block: torch.Tensor
     row: torch.Tensor
     column: torch.Tensor
+    read: torch.Tensor
     target: torch.Tensor
     unprompted: torch.Tensor | None = None
     cfg_scale: float = 0.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    logit_shift: int = 0
+    context_causal: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -91,7 +93,7 @@ class TokenRows(Rows):
         Args:
             hidden: [R, W, D] when the backbone has already run on these rows.
         """
-        place = (self.row, self.column - self.logit_shift)
+        place = (self.row, self.read)
         logits = model.token_logits((self.hidden(model) if hidden is None else hidden)[place])
         if self.unprompted is not None:
             unconditional = model.token_logits(self.hidden(model, self.unprompted)[place])
@@ -127,7 +129,8 @@ class TokenRows(Rows):
 
     def _one_segment(self) -> bool:
         """Whether a row is one document without a grid: padding alone then limits what is seen."""
-        return not bool((self.segment != 0).any() | (self.block != 0).any() | (self.document > 0).any())
+        several = bool((self.segment != 0).any() | (self.block != 0).any() | (self.document > 0).any())
+        return not several and not self.context_causal
 
     def block_mask(self) -> BlockMask:
         """The same visibility as a FlexAttention block mask; it skips whole tiles of keys."""
@@ -143,18 +146,22 @@ class TokenRows(Rows):
     def mask_mod(self) -> Any:
         """The rule, in FlexAttention's form: (row, head, query index, key index) -> bool.
 
-        A clean token sees the clean blocks up to its own. A noisy token sees the clean blocks before its own, and its
-        own segment. Nothing crosses documents.
+        A clean token sees the clean blocks up to its own, with `context_causal` of its own block only the tokens up to
+        itself. A noisy token sees the clean blocks before its own, and its own segment. Nothing crosses documents.
         """
         noisy = self.segment > 0
         last = self.block - noisy.long()
         # A noisy key is not reached by comparing blocks, and a clean query has no segment of its own.
         clean_block = torch.where(noisy, _NO_BLOCK, self.block)
-        document, segment = self.document, self.segment
+        document, segment, position = self.document, self.segment, self.position_ids
+        causal = self.context_causal
 
         def may_see(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             own = (segment[b, q] == segment[b, k]) & (segment[b, q] > 0)
-            return (document[b, q] == document[b, k]) & ((clean_block[b, k] <= last[b, q]) | own)
+            clean = clean_block[b, k] <= last[b, q]
+            if causal:
+                clean = clean & (noisy[b, q] | (position[b, k] <= position[b, q]))
+            return (document[b, q] == document[b, k]) & (clean | own)
 
         return may_see
 
@@ -187,11 +194,40 @@ class Reads(NamedTuple):
     weight_factor: np.ndarray | None = None
 
 
-def canvas_document(canvas: np.ndarray, block_length: int | None = None) -> Document:
-    """One state of a canvas [L]; `block_length` is the grid of a block-causal model, None under full attention."""
+def canvas_document(canvas: np.ndarray, block_length: int | None = None, active: int | None = None) -> Document:
+    """One state of a canvas [L].
+
+    Args:
+        block_length: the grid of a block-causal model, None under full attention.
+        active: the block that is being decided, where it must see itself whole although clean tokens are causal
+            (`TokenRows.context_causal`): its tokens, and all behind it, are a noisy segment.
+    """
     positions = np.arange(len(canvas))
     zeros = np.zeros_like(positions)
-    return Document(canvas, positions, zeros, positions // block_length if block_length else zeros)
+    if block_length is None:
+        return Document(canvas, positions, zeros, zeros)
+    block = positions // block_length
+    segment = zeros if active is None else np.maximum(block - active + 1, 0)
+    return Document(canvas, positions, segment, block)
+
+
+def readout(model: DenoisingModel) -> dict[str, Any]:
+    """How a model is read, as arguments of `assemble`."""
+    return {"logit_shift": model.logit_shift, "context_causal": getattr(model, "context_causal", False)}
+
+
+def read_columns(document: Document, column: np.ndarray, logit_shift: int) -> np.ndarray:
+    """int64 [E]: where the tokens in some columns of a document are predicted.
+
+    With shift 1 that is the position before, inside the same noisy copy. The first token of a copy is predicted by the
+    last clean token before its block. In the example of `block_document` (clean p a b c at columns 0 to 3, copies b M
+    and M c), the M of the first copy stands in column 5 and is read in column 4. That of the second stands in column 6
+    and is read in column 1, at the clean a.
+    """
+    left = column - logit_shift
+    # Clean tokens stand at their position.
+    crossing = document.segment[left] != document.segment[column]
+    return np.where(crossing, document.position_ids[column] - logit_shift, left)
 
 
 def block_document(clean: np.ndarray, copies: Sequence[tuple[int, np.ndarray]], block_length: int) -> Document:
@@ -263,6 +299,7 @@ def assemble(
     trajectories: Sequence[TokenTrajectory] = (),
     pack_to: int | None = None,
     logit_shift: int = 0,
+    context_causal: bool = False,
 ) -> TokenRows:
     """Lay documents out in rows.
 
@@ -271,6 +308,7 @@ def assemble(
         trajectories: give the sampling distribution and its guidance; without them it is the model's own.
         pack_to: put several documents into one row while they fit into this many tokens; a longer document has a row
             of its own. None gives every document a row, right-padded to the longest.
+        logit_shift, context_causal: as of the model.
 
     Raises:
         ValueError: trajectories that were decoded greedily, or drawn from more than one distribution.
@@ -298,6 +336,7 @@ def assemble(
             layout["unprompted"][place] = np.where(in_prompt, trajectory.mask_token_id, document.input_ids)
     layout = {name: torch.from_numpy(values) for name, values in layout.items()}
     counts = [len(read.target) for read in reads]
+    read = [read_columns(d, r.column, logit_shift) for d, r in zip(documents, reads, strict=True)]
 
     def flat(name: str, dtype: type = np.int64) -> Any:
         parts = [getattr(read, name) for read in reads]
@@ -306,16 +345,18 @@ def assemble(
         spread = [np.broadcast_to(part, count) for part, count in zip(parts, counts, strict=True)]
         return torch.from_numpy(np.concatenate(spread).astype(dtype))
 
+    begin = torch.from_numpy(np.repeat(offset, counts))
     return TokenRows(
         **layout,
         row=torch.from_numpy(np.repeat(row, counts)),
-        column=torch.from_numpy(np.repeat(offset, counts)) + flat("column"),
+        column=begin + flat("column"),
+        read=begin + torch.from_numpy(np.concatenate(read)),
         target=flat("target"),
         trajectory=flat("trajectory"),
         step=flat("step"),
         sampler_logprob=flat("sampler_logprob", np.float64),
         weight_factor=flat("weight_factor", np.float64),
-        logit_shift=logit_shift,
+        context_causal=context_causal,
         **{name: sampler[name] for name in ("temperature", "top_p", "top_k", "cfg_scale") if name in sampler},
     )
 

@@ -31,7 +31,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rl.estimators.rows import Reads, TokenRows, assemble, block_document, canvas_document, whole_blocks
+from rl.estimators.rows import Reads, TokenRows, assemble, block_document, canvas_document, readout, whole_blocks
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -53,7 +53,8 @@ def trace_rows(
     """
     assert steps is None, "the trace trains every step"
     if model.attention == "block_causal":
-        return packed_rows(whole_blocks(trajectories, block), shrink, block, pack_to, segments)
+        whole = whole_blocks(trajectories, block)
+        return packed_rows(whole, shrink, block, pack_to, segments, **readout(model))
     return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments)
 
 
@@ -64,11 +65,12 @@ def remask_rows(
     block_length: int | None = None,
     pack_to: int | None = None,
     segments: int | None = None,
+    context_causal: bool = False,
 ) -> TokenRows:
     """One document per merged step: the canvas before it.
 
     Args:
-        shrink, segments: see `merged_steps`; pack_to: see `assemble`.
+        shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`.
         block_length: None for full attention; a block-causal model's block size otherwise.
     """
     exact = _sampler_states(trajectories, shrink, segments)
@@ -76,10 +78,11 @@ def remask_rows(
     for index, trajectory in enumerate(trajectories):
         everything = np.arange(len(trajectory.step))
         for step, (canvas, reveals) in enumerate(_states(trajectory, everything, shrink, segments)):
-            documents.append(canvas_document(canvas, block_length))
+            active = trajectory.position[reveals].min() // block_length if context_causal and block_length else None
+            documents.append(canvas_document(canvas, block_length, active))
             logprob = trajectory.logprob[reveals] if exact else None
             reads.append(Reads(index, trajectory.position[reveals], trajectory.token[reveals], step, logprob))
-    return assemble(documents, reads, trajectories, pack_to, logit_shift)
+    return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
 
 
 def packed_rows(
@@ -88,13 +91,15 @@ def packed_rows(
     block_length: int | None = None,
     pack_to: int | None = None,
     segments: int | None = None,
+    logit_shift: int = 0,
+    context_causal: bool = False,
 ) -> TokenRows:
     """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
 
     The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside each block.
 
     Args:
-        shrink, segments: see `merged_steps`; pack_to: see `assemble`.
+        shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`.
         block_length: training block size; the trajectory's own when None.
     """
     exact = _sampler_states(trajectories, shrink, segments)
@@ -118,7 +123,7 @@ def packed_rows(
         own = trajectory.is_reveal
         logprob = trajectory.logprob[own] if exact else None
         reads.append(Reads(index, column[own], trajectory.token[own], step[own], logprob))
-    return assemble(documents, reads, trajectories, pack_to)
+    return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
 
 
 def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:
@@ -189,7 +194,7 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     """Without the decisions behind an answer's end token; these tokens stay in the canvas where they were seen."""
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
-    flat = ("row", "column", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
+    flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
     return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document
+from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout
 from rollouts.model_protocol import DenoisingModel
 
 Ids = Sequence[int]
@@ -179,5 +179,5 @@ def _rows(model: DenoisingModel, jobs: Sequence[tuple[_Text, Pattern]]) -> tuple
         document, shift = noisy_document(text.canvas, noisy, block, text.start // block if block else 0)
         documents.append(document)
         reads.append(Reads(index, masked + shift, text.canvas[masked], 0))
-    rows = assemble(documents, reads, logit_shift=model.logit_shift)
+    rows = assemble(documents, reads, **readout(model))
     return rows, np.concatenate([weight for _, (_, weight) in jobs])

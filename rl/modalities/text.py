@@ -12,7 +12,7 @@ import torch
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import TokenRows
+from rl.estimators.rows import TokenRows, readout
 from rl.modalities.text_plan import TextPlan, open_tokenizer, review
 from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Example, Task
@@ -170,9 +170,9 @@ class TextModality(TextPlan):
             model.mask_token_id,
             np.random.default_rng(list(seed)),
             model.block_length if model.attention == "block_causal" else None,
-            model.logit_shift,
-            config.sampler.block_length if config.sft.masking == "semi_ar" else None,
-            part,
+            semi_ar=config.sampler.block_length if config.sft.masking == "semi_ar" else None,
+            part=part,
+            **readout(model),
         )
         if config.sft.loss_weight == "uniform":
             weight = torch.ones_like(weight)

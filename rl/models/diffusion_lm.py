@@ -39,6 +39,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         attention: str = "full",
         block_length: int | None = None,
         logit_shift: int = 0,
+        context_causal: bool = False,
         excluded_token_ids: Ranges = (),
         published: dict[str, Any] | None = None,
         family: str | None = None,
@@ -60,6 +61,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.attention = attention
         self.block_length = block_length
         self.logit_shift = logit_shift
+        # Clean tokens see only clean tokens to their left, also inside their block (NBDiff's context-causal mask).
+        self.context_causal = context_causal
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -73,8 +76,8 @@ class DiffusionLMConfig(PreTrainedConfig):
             raise ValueError(block_length_message(self.attention))
         if self.logit_shift not in (0, 1):
             raise ValueError(f"model.logit_shift must be 0 or 1, got {self.logit_shift}")
-        if self.logit_shift and self.attention == "block_causal":
-            raise ValueError("model.logit_shift 1 is defined for attention full only")
+        if self.context_causal and self.attention == "full":
+            raise ValueError("model.context_causal needs attention block_causal: full attention has no context")
         vocab_size = self.backbone.get("vocab_size")
         if self.mask_token_id is None or (vocab_size and not 0 <= self.mask_token_id < vocab_size):
             raise ValueError(
@@ -120,6 +123,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
     attention = property(attrgetter("config.attention"))
     block_length = property(attrgetter("config.block_length"))
     logit_shift = property(attrgetter("config.logit_shift"))
+    context_causal = property(attrgetter("config.context_causal"))
     max_length = property(attrgetter("backbone.config.max_position_embeddings"))
     excluded_token_ids = property(attrgetter("config.excluded_token_ids"))
     vocab_size = property(attrgetter("lm_head.out_features"))

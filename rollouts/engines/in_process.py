@@ -88,6 +88,8 @@ class InProcessEngine(SharedModelEngine):
             assert model.block_length is not None
             options = options.model_copy(update={"block_length": model.block_length})
             options.steps_per_block()
+        if self.block_causal and (model.logit_shift or getattr(model, "context_causal", False)):
+            raise ValueError("model.logit_shift 1 and model.context_causal cannot be sampled yet with block_causal")
         if self.block_causal and options.record_x0:
             raise ValueError(
                 "sampler.record_x0 needs a full-attention model: a block-causal one predicts no whole canvas"
