@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +75,7 @@ def sft(args: argparse.Namespace) -> int | None:
             return stop.exit_code
         if distributed.rank() == 0:
             model = run.folder / "model"
-            # A comparison takes a folder of this name for a finished stage.
-            partial = model.with_name("model.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            run.save_model(partial)
-            shutil.rmtree(model, ignore_errors=True)
-            os.replace(partial, model)
+            run.save_model(model)
             print(f"model: {model}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items()))
     distributed.stop()
     return None

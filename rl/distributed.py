@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,26 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank, which must all call this; the others do not run `make`.
+
+    Raises:
+        ValueError, OSError: what `make` raised on rank 0, so that no rank waits for one that has gone.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = make()
+        except (ValueError, OSError) as raised:
+            error = raised
+    value, there = gather_objects((value, error))[0]
+    if there is not None:
+        # Rank 0 raises the one that has its traceback.
+        raise error or there
+    return value
 
 
 class Means:

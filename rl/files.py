@@ -8,6 +8,7 @@ import fcntl
 import gzip
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,20 @@ def write_whole(path: str | Path, content: str | bytes | Callable[[Path], object
             # A full disk does not say by itself which file did not fit.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    return path
+
+
+def write_folder(path: str | Path, make: Callable[[Path], object]) -> Path:
+    """Write a folder in one step: `make` fills one beside it, which then takes the place of an older one.
+
+    A writer that is stopped leaves `path` as it was, and the unfinished one as `path`.partial.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
     return path
 
 

@@ -12,6 +12,7 @@ import pytest
 from rl import cli
 from rl.config import load_config
 from rl.evaluation.align import align, summary_lines
+from rl.files import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +73,48 @@ def test_a_table_with_its_budgets_and_nothing_twice(tmp_path: Path, capsys: pyte
     # Another number of samples is another table.
     align(load_config(config_file(tmp_path, num_samples=4)))
     assert all(p.stat().st_mtime_ns > at for p, at in times.items() if p.name == "row.json")
+
+
+def test_a_row_is_computed_again_when_anything_changes_that_its_numbers_depend_on(tmp_path: Path) -> None:
+    rows = [{"name": "pretrained"}]
+    config = load_config(config_file(tmp_path, rows=rows))
+    align(config)
+    row, model = (tmp_path / "run" / name for name in ("pretrained/row.json", "pretrained/config.json"))
+    assert model.is_file() and not list(tmp_path.rglob("*.partial"))
+    for override, again in (
+        ("filters.drop_overlong=true", True),
+        ("rollout.max_importance_weight=1.5", True),
+        ("rollout.max_batch_size=3", False),
+        ("eval.viewer_items=1", False),
+    ):
+        before = row.read_bytes(), row.stat().st_mtime_ns
+        align(load_config(config_file(tmp_path, rows=rows), [override]))
+        assert (row.stat().st_mtime_ns > before[1]) == again, override
+        row.write_bytes(before[0])
+
+
+def test_a_model_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+
+    def half(path: Path) -> None:
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        raise OSError("disk full")
+
+    def whole(path: Path) -> None:
+        path.mkdir()
+        (path / "weights").write_text("1")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(folder, half)
+    assert not folder.exists()
+    assert write_folder(folder, whole) == folder
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(folder, half)
+    # What the unfinished one left behind is gone with the next that is written.
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    write_folder(folder, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_intervals_by_hand() -> None:

@@ -25,6 +25,7 @@ from rl.models.load import load_policy, save_policy
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.track.intervals import pass_at_k
 from rollouts.samplers.options import SamplerOptions
+from tests import runs
 
 Run = Callable[..., tuple[int, str, str]]  # exit code, standard output, standard error
 ROOT = Path(__file__).parents[1]
@@ -224,6 +225,11 @@ def test_more_samples_are_added_and_other_settings_refused(run: Run, model: str,
         assert code == 2 and f"{folder} was written with {message}" in err, err
         assert len(err.strip().splitlines()) == 1
     assert GenerationFolder(folder).generations() == first
+    # Rank 0 alone reads the folder; no other rank is left waiting for it.
+    done = runs.ranks(2, "-m", "rl.cli", "eval", *base, "run.seed=1", "--samples", "2", *sampling, folder)
+    complaints = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(complaints) == 2, done.stderr
+    assert [line.split(" was")[0] for line in complaints] == [f"denoise-rl: rank {r}: {folder}" for r in (0, 1)]
 
     moved = tmp_path / "moved"
     shutil.copytree(model, moved)

@@ -95,7 +95,10 @@ def check_rows(config: Config) -> None:
 
 def _row_settings(config: Config, row: AlignRow) -> dict[str, Any]:
     """All that a row's numbers depend on; another value computes the row again."""
-    kept = config.model_dump(mode="json", include={"task", "sampler", "reward", "train", "sft", "model"})
+    sections = {"model", "task", "sampler", "rollout", "reward", "sft", "train", "filters"}
+    kept = config.model_dump(mode="json", include=sections)
+    # How many are decoded together changes no number.
+    del kept["rollout"]["max_batch_size"]
     align = config.align.model_dump(mode="json", exclude={"rows"})
     return {**kept, "align": align, "row": row.model_dump(mode="json"), "seed": config.run.seed}
 

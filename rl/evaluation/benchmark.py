@@ -146,10 +146,13 @@ def run_benchmark(
             unfit=_too_long,
         )
         main = distributed.rank() == 0
-        if main:
+
+        def begin() -> set[tuple[str, str, int]]:
             folder.open(settings)
+            return {generation.key for generation in folder.generations()}
+
         try:
-            done = distributed.gather_objects({g.key for g in folder.generations()} if main else None)[0]
+            done = distributed.from_first(begin)
             for name, option in options.items():
                 _generate(evaluator, folder if main else None, name, option, plan.samples, done)
             results = write_results(folder, plan.ks) if main else {}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rl import distributed
-from rl.files import write_whole, writing
+from rl.files import write_folder, write_whole, writing
 from rl.run_folder import FOLDER, checkpoint_steps, incomplete, model_folder
 from rl.train.learner import STATE
 
@@ -143,13 +143,8 @@ def export_policy(source: str | os.PathLike[str], output: str | os.PathLike[str]
     target = Path(output)
     if target.exists():
         raise ValueError(f"{target} exists: name a new folder")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     if layout is None and not (hf / "adapter_config.json").is_file():
-        shutil.copytree(hf, partial)
-    else:
-        from rl.models.export import convert_folder
+        return write_folder(target, lambda partial: shutil.copytree(hf, partial))
+    from rl.models.export import convert_folder
 
-        convert_folder(hf, partial, layout)
-    os.replace(partial, target)
-    return target
+    return write_folder(target, lambda partial: convert_folder(hf, partial, layout))

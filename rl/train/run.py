@@ -14,7 +14,7 @@ from rl import distributed
 from rl.config import Config, save_config
 from rl.errors import about
 from rl.estimators.base import Rows
-from rl.files import lock_file, write_json, writing
+from rl.files import lock_file, write_folder, write_json, writing
 from rl.modalities.base import Modality, open_modality
 from rl.models.copies import share_frozen, trained_copy
 from rl.tasks.load import load_task
@@ -132,9 +132,9 @@ class Run:
         return self.modality.engine(model, options or self.modality.options(), self.device)
 
     def save_model(self, path: str | Path) -> None:
-        """Write `model` as it is now to a folder."""
+        """Write `model` as it is now to a folder, which is whole or as it was."""
         with writing(path):
-            self.modality.save_model(self.model, path)
+            write_folder(path, lambda partial: self.modality.save_model(self.model, partial))
 
     def starting_policy(self, resumed: bool) -> Any:
         """A frozen copy of the policy RL started from; what is never trained is not copied.
