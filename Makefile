@@ -6,6 +6,7 @@
 #   make test-all     those too: long ones that are only worth running before a release
 #   make mutants      plant bugs, one line each, and see whether the tests notice (docs/testing.md)
 #   make lint         style, format and types only
+#   make options      write docs/options.md, the reference of every option, from the code
 #   make clean        remove build products and caches; runs/ and .venv/ stay
 
 SEED ?= 0
@@ -24,7 +25,7 @@ PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all mutants lint clean
+.PHONY: help quickstart test test-all mutants lint options clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+options: $(CORE)
+	$(BIN)/python scripts/options_page.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

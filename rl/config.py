@@ -262,7 +262,9 @@ def option_help(config: Config) -> list[tuple[str, str, str]]:
                 visit(nested, f"{prefix}{name}.")
             else:
                 default = "required" if field.is_required() else repr(field.get_default())
-                choices = ", ".join(str(value) for value in _choices(field.annotation))
+                if prefix + name == "algorithm.name":  # a class in a file has no name of its own to be shown
+                    default = repr(config.algorithm.name)
+                choices = ", ".join(str(value) for value in option_choices(field.annotation))
                 text = (field.description or "") + (f" [{choices}]" if choices else "")
                 lines.append((prefix + name, default, text))
 
@@ -270,8 +272,8 @@ def option_help(config: Config) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _choices(annotation: Any) -> list[Any]:
+def option_choices(annotation: Any) -> list[Any]:
     """The values of the Literals in a type: of `list[Literal["a", "b"]] | None`, a and b."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    return [value for part in get_args(annotation) for value in _choices(part)]
+    return [value for part in get_args(annotation) for value in option_choices(part)]
