@@ -70,20 +70,12 @@ def load_causal_lm(path: str | os.PathLike[str], dtype: str = "float32") -> Any:
 
     place, more = _arguments(path)
     if more and hasattr(transformers, "GgufConfig"):
-        # Newer versions would keep the weights packed where they have kernels for it.
+        # Otherwise the weights may stay packed, and a model of packed weights refuses to be saved.
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **more)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unloadable("causal language model", path, error) from error
-    if more:
-        # transformers takes the model for a quantised one, which it does not save: the weights move to a plain one.
-        config = model.config
-        del config.quantization_config
-        plain = type(model)(config).to(getattr(torch, dtype))
-        plain.load_state_dict(model.state_dict())
-        plain.generation_config = model.generation_config
-        model = plain
     return model.eval().requires_grad_(False)
 
 

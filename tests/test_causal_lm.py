@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,3 +109,44 @@ def test_a_path_that_holds_no_model_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         with pytest.raises(ValueError, match="there is no file"):
             load(tmp_path / "none.gguf")
+
+
+def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
+    """Quantised tensors are unpacked, and the model saves like any other: both read the same."""
+    gguf = pytest.importorskip("gguf")
+    rng, width = np.random.default_rng(0), 32
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_context_length(16)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(11)
+    shapes = {"token_embd": (11, width), "output": (11, width), "output_norm": (width,)}
+    shapes |= {f"blk.0.{name}": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {f"blk.0.{name}": (width, width) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+    shapes |= {f"blk.0.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            packed = gguf.quants.quantize(tensor, kind)
+            tensors[name] = gguf.quants.dequantize(packed, kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load_causal_lm(tmp_path / "small.gguf")
+    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(tensors["token_embd"]))
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, torch.from_numpy(tensors["blk.0.ffn_down"]))
+    model.save_pretrained(tmp_path / "folder")
+    # In half precision too, where a rotary table would suffer from being rounded with the weights.
+    model, again = (load_causal_lm(tmp_path / name, "bfloat16") for name in ("small.gguf", "folder"))
+    first, second = (CausalReader(each).read([[1, 2]], [[3, 4, 5]])[0].logprob for each in (model, again))
+    assert torch.equal(first, second)
