@@ -98,6 +98,7 @@ TASKS = Table(
         "prompts": "rl.tasks.prompts:PromptsTask",
         "jsonl": "rl.tasks.jsonl:JsonlTask",
         "digits": "rl.tasks.digits:DigitsTask",
+        "words": "rl.tasks.words:WordsTask",
     },
 )
 

@@ -26,7 +26,9 @@ class Task(Protocol):
         alphabet: characters of the built-in character tokenizer, None when the task needs a real one. With a further
             attribute `ends` False, that tokenizer has no end token: every response has the full length.
 
-    A task may also have `templates` (`rl.tasks.templates`), the prompts that evaluation can ask it with.
+    A task may also have `templates` (`rl.tasks.templates`), the prompts that evaluation can ask it with, and
+    `measure(examples, completions, reported)`, numbers about the answers of an evaluation that are no score; `reported`
+    holds the means of what the judge reported (`rewards.score.Score.metrics`).
     """
 
     reward: str | None
