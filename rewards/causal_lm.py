@@ -39,7 +39,7 @@ def resolve(path: str | os.PathLike[str]) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{text}: there is no installed package {name!r} (pip install {name.replace('_', '-')})")
     folder = Path(next(iter(spec.submodule_search_locations)))
-    if not file or not (folder / file).is_file():
+    if not file or not (folder / file).exists():
         found = ", ".join(sorted(f"{PACKAGE}{name}/{part.name}" for part in folder.glob("*.gguf"))) or "no .gguf file"
         raise ValueError(f"{text}: no such file in the package; there is {found}")
     return str(folder / file)
