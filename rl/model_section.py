@@ -84,6 +84,11 @@ class ModelConfig(Section):
     block_length: int | None = Field(
         None, ge=1, description="Block size of a block-causal model; null takes that of a loaded one."
     )
+    context_causal: bool = Field(
+        False,
+        description="Block-causal attention of a new model: clean tokens see only clean tokens to their left, also in "
+        "their block (NBDiff).",
+    )
     logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
     attn_implementation: Literal["sdpa", "flex_attention"] = Field(
         "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."

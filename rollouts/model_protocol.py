@@ -23,7 +23,8 @@ class DenoisingModel(Protocol):
         logit_shift: 0 when the state at position j predicts token j, 1 when the state at j-1 does. The first token of a
             block that a block-causal model decides is then predicted at the last clean position before the block.
         context_causal: optional, False when absent. True: in a block-causal model, decided tokens see only the decided
-            tokens to their left, also inside their block; the block that is being decided sees itself whole.
+            tokens to their left, also inside their block; the block that is being decided sees itself whole (NBDiff,
+            arXiv 2512.06776). At block length 1 and logit_shift 1 this is an autoregressive model.
         max_length: longest canvas the model can see.
     """
 

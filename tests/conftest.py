@@ -73,6 +73,8 @@ def shared_data() -> Path:
 def make_model() -> Callable[..., Any]:
     """make_model(family, vocab_size=12, seed=0, scale=1.5): a float64 model in eval mode; the last id is the mask.
 
+    `family` is one of FAMILIES or another combination of its words: "qwen3-block2-shifted-causal" has blocks of 2, the
+    shifted readout and causal context.
     Weights are drawn so that every position and every context gets a different, peaked distribution: with
     the usual initialisation all predictions are nearly uniform, and a test would not see a wrong state.
     """
@@ -80,14 +82,16 @@ def make_model() -> Callable[..., Any]:
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 
     def make(family: str, vocab_size: int = 12, seed: int = 0, scale: float = 1.5) -> DiffusionLM:
-        backbone, attention, block_length, logit_shift = FAMILIES[family]
+        backbone, kind, *more = family.split("-")
+        block_length = None if kind == "full" else int(kind.removeprefix("block"))
         sizes = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, **_BACKBONES[backbone]}
         config = DiffusionLMConfig(
             backbone={"model_type": backbone, **sizes},
             mask_token_id=vocab_size - 1,
-            attention=attention,
+            attention="full" if kind == "full" else "block_causal",
             block_length=block_length,
-            logit_shift=logit_shift,
+            logit_shift=int("shifted" in more),
+            context_causal="causal" in more,
         )
         model = DiffusionLM(config).double().eval()
         generator = torch.Generator().manual_seed(seed)

@@ -79,6 +79,7 @@ def model_settings(model: Any, path: str, tokenizer_path: str | None) -> dict[st
         "attention": model.attention,
         "block_length": model.block_length,
         "logit_shift": model.logit_shift,
+        **({"context_causal": True} if model.context_causal else {}),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 

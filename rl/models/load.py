@@ -96,6 +96,7 @@ def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
             attention=config.attention,
             block_length=config.block_length,
             logit_shift=config.logit_shift,
+            context_causal=config.context_causal,
             attn_implementation=config.attn_implementation,
         )
     ).eval()

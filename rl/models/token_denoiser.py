@@ -20,6 +20,8 @@ class TokenDenoiser(ExactRotary):
         head: a function that turns hidden states [..., D] into logits [..., V].
     """
 
+    context_causal: Any = False
+
     def head_parameters(self: Any) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""
         body = {id(p) for p in self.body.parameters()}
@@ -39,6 +41,12 @@ class TokenDenoiser(ExactRotary):
         if visible is None and self.attention == "block_causal":
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             assert self.block_length is not None
-            visible = block_causal_visibility(positions, input_ids.shape[1], self.block_length)
+            clean = None
+            if self.context_causal:
+                # Blocks before the first mask are clean.
+                decided = (input_ids != self.mask_token_id).cumprod(1).sum(1, keepdim=True)
+                noisy = decided < input_ids.shape[1]
+                clean = torch.where(noisy, decided // self.block_length * self.block_length, decided)
+            visible = block_causal_visibility(positions, input_ids.shape[1], self.block_length, clean)
             visible = visible.expand(input_ids.shape[0], -1, -1)
         return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))

@@ -23,6 +23,8 @@ class BlockCache:
         self.max_length = max_length
         self.device = torch.device(device)
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # [slots, D]: the hidden state of the last clean position, from which a shifted model reads the next.
+        self._last_clean: torch.Tensor | None = None
         self._slots = self._positions = torch.empty(0)
         self._held: slice | torch.Tensor = slice(0)
         self._num_keys = 0
@@ -58,9 +60,24 @@ class BlockCache:
         states = states[:, :, : self._num_keys]
         return states[self._held] if isinstance(self._held, slice) else states.index_select(0, self._held)
 
+    def set_last_clean(self, slots: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Keep the hidden states [N, D] of the last clean position of some slots, int64 [N]."""
+        if self._last_clean is None:
+            self._last_clean = hidden.new_zeros(self.num_slots, hidden.shape[1])
+        self._last_clean[slots] = hidden
+
+    def last_clean(self, slots: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The states kept for some slots, [N, D]; `hidden` gives shape and dtype where none was kept yet."""
+        if self._last_clean is None:
+            self.set_last_clean(slots, torch.zeros_like(hidden))
+        assert self._last_clean is not None
+        return self._last_clean[slots]
+
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
         """Give slots the states of other slots, from position 0 on."""
         source, target = (torch.as_tensor(slots, device=self.device) for slots in (sources, targets))
+        if self._last_clean is not None:
+            self._last_clean[target] = self._last_clean[source]
         for pair in self._layers.values():
             for states in pair:
                 states[target, :, :num_keys] = states[source, :, :num_keys]

@@ -3,7 +3,8 @@
 Requests of any lengths share a batch and leave it when they are done; waiting requests take their slots at once.
 Full-attention models see the whole canvas at every step. Block-causal models keep the keys and values of finished
 blocks. A finished block is stored by the first denoising forward of the next one: the same computation layer by layer,
-so exact, and one forward per block less.
+so exact, and one forward per block less. Where logits are shifted, that forward also gives the state from which the
+block's first token is read, and later ones of the same block find it in the cache.
 
 Full-attention models may opt into the approximate caches of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): the
 first forward of a block sees the whole canvas, later ones compute the block alone ("dual") or the block and all
@@ -79,6 +80,7 @@ class InProcessEngine(SharedModelEngine):
         self.model = model
         self.mask_token_id = mask_token_of(model)
         self.block_causal = model.attention == "block_causal"
+        self.context_causal = bool(getattr(model, "context_causal", False))
         if self.block_causal and approximate_cache != "none":
             raise ValueError(
                 f"rollout.cache {approximate_cache} is for full-attention models: the cache of a block-causal model "
@@ -88,8 +90,6 @@ class InProcessEngine(SharedModelEngine):
             assert model.block_length is not None
             options = options.model_copy(update={"block_length": model.block_length})
             options.steps_per_block()
-        if self.block_causal and (model.logit_shift or getattr(model, "context_causal", False)):
-            raise ValueError("model.logit_shift 1 and model.context_causal cannot be sampled yet with block_causal")
         if self.block_causal and options.record_x0:
             raise ValueError(
                 "sampler.record_x0 needs a full-attention model: a block-causal one predicts no whole canvas"
@@ -208,14 +208,19 @@ class InProcessEngine(SharedModelEngine):
             positions = torch.arange(num_keys, device=self.device).expand(len(batch), -1)
             # A shorter prompt computes states beyond its own blocks too. They are written over before any query of
             # that request can see them: its window is rewritten in every forward, and hides what follows.
-            visible = block_causal_visibility(positions[:1], num_keys, self.options.block_length)
+            clean = positions[:1, :1] + num_keys if self.context_causal else None
+            visible = block_causal_visibility(positions[:1], num_keys, self.options.block_length, clean)
             cache.aim(batch, positions, num_keys)
-            self.model.hidden_states(
-                canvas[torch.as_tensor(batch, device=self.device), :num_keys],
+            where = torch.as_tensor(batch, device=self.device)
+            hidden = self.model.hidden_states(
+                canvas[where, :num_keys],
                 visible=visible.expand(len(batch), -1, -1),
                 position_ids=positions,
                 cache=cache,
             )
+            if self.model.logit_shift:
+                last = torch.as_tensor(slots.start[batch] - 1, device=self.device)
+                cache.set_last_clean(where, hidden[torch.arange(len(batch), device=self.device), last])
             self._count(positions)
         for source, targets in copies.items():
             if targets:
@@ -338,7 +343,9 @@ class InProcessEngine(SharedModelEngine):
             begin = start - block * fresh
             num_keys = int(slots.end[group].max())
             positions = begin[:, None] + torch.arange(num_queries, device=self.device)
-            visible = block_causal_visibility(positions, num_keys, block)
+            visible = block_causal_visibility(
+                positions, num_keys, block, start[:, None] if self.context_causal else None
+            )
         else:
             begin, num_queries = torch.zeros_like(start), width
             if not fresh:
@@ -358,6 +365,13 @@ class InProcessEngine(SharedModelEngine):
             tokens.gather(1, positions), visible=visible, position_ids=positions, cache=cache
         )
         self._count(positions)
+        if self.block_causal and self.model.logit_shift:
+            where = torch.as_tensor(group, device=self.device)
+            if fresh:
+                cache.set_last_clean(where, hidden[:, num_queries // 2 - 1])
+            else:
+                hidden = torch.cat([cache.last_clean(where, hidden[:, 0])[:, None], hidden], dim=1)
+                begin = begin - 1
         return hidden, begin
 
     def trajectory(

@@ -257,7 +257,8 @@ class TokenSampler:
             if engine.block_causal:
                 assert engine.options.block_length is not None
                 queries = index[None, :width].expand(len(chunk), -1)
-                visible = block_causal_visibility(queries, width, engine.options.block_length)
+                clean = self._put(part.start)[:, None] if engine.context_causal else None
+                visible = block_causal_visibility(queries, width, engine.options.block_length, clean)
             hidden = model.hidden_states(part.canvas[:, :width], visible=visible)
             self.budget.denoiser_evaluations += len(chunk)
             row, position = where.nonzero(as_tuple=True)

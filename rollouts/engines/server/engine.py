@@ -111,6 +111,11 @@ class ServerEngine:
     def options(self, options: SamplerOptions) -> None:
         check_server(self.server, options)
         causal = self.model.attention == "block_causal"
+        if causal and (self.model.logit_shift or getattr(self.model, "context_causal", False)):
+            raise ValueError(
+                "rollout.engine server decodes block-causal models without logit_shift and context_causal: set "
+                "rollout.engine to in_process"
+            )
         if causal and options.block_length is None:
             options = options.model_copy(update={"block_length": self.model.block_length})
         if self.peers and options.block_length != self._options.block_length:
