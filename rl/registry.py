@@ -99,6 +99,10 @@ TASKS = Table(
         "jsonl": "rl.tasks.jsonl:JsonlTask",
         "digits": "rl.tasks.digits:DigitsTask",
         "words": "rl.tasks.words:WordsTask",
+        "sums": "rl.tasks.templated:SumsTask",
+        "stories": "rl.tasks.templated:StoriesTask",
+        "instructions": "rl.tasks.templated:InstructionsTask",
+        "one_liners": "rl.tasks.templated:OneLinerTask",
     },
 )
 
