@@ -230,6 +230,14 @@ class EvalConfig(Section):
     viewer_items: int = Field(6, ge=0, description="Prompts shown step by step in the report.")
     viewer_steps: int | None = Field(None, ge=1, description="Step count of the viewer; null takes the sampler's.")
     sampler: dict[str, Any] = Field({}, description="Sampler options that evaluations change, {selector: top_n}.")
+    baseline: str | None = Field(
+        None,
+        description="Autoregressive model whose greedy answers are judged too, before any training: folder, hub name, "
+        ".gguf file or package:NAME/FILE.gguf.",
+    )
+    keep_answers: int = Field(
+        0, ge=0, description="Held-out answers, the first ones, that each evaluation at the ends writes to answers/."
+    )
     backslide: bool = Field(
         False,
         description="Also judge every step's x0 prediction: how often one was right and the answer wrong.",

@@ -134,10 +134,10 @@ def causal_folder(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = ["<end>", "<user>", "<model>", "the", "wolf", "plays", "piano", "old", "a"]
+    words = ["<end>", "<user>", "<model>", "the", "wolf", "plays", "piano", "old", "a", "<mask>"]
     raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", mask_token="<mask>")
     tokenizer.chat_template = "<user> {{ messages[0]['content'] }} <model> "
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -198,3 +198,45 @@ def test_the_causal_engine_is_the_greedy_loop(causal_folder) -> None:
         assert made.reveal_step()[len(prompt) :][: len(answer)].tolist() == list(range(len(answer)))
         made.validate()
     assert engine.stats.generated_tokens == engine.stats.sequence_forwards and math.isfinite(engine.stats.seconds)
+
+
+def test_a_run_judges_the_baseline_and_keeps_answers(causal_folder, tmp_path, monkeypatch) -> None:
+    from rl.config import load_config
+    from rl.train import loop
+    from rl.train.run import Run
+
+    folder = str(causal_folder)
+    judge = f"{{name: keyword_sentence, weight: 0, params: {{model: {folder}, max_nats: 9, min_words: 1}}}}"
+    config = load_config(
+        None,
+        [
+            f"run.output_dir={tmp_path / 'run'}", "task.name=words", "task.chat=true", f"model.tokenizer={folder}",
+            "model.backbone={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+            "num_attention_heads: 2, max_position_embeddings: 64}",
+            "sampler.gen_length=4", f"reward.functions=[{judge}, {{name: fluency, params: {{model: {folder}}}}}]",
+            "train.steps=0", "eval.num_inference_steps=[4, 2]", "eval.num_prompts=6", "eval.keep_answers=2",
+            f"eval.baseline={folder}", "eval.viewer_items=0",
+        ],
+    )  # fmt: skip
+    with Run.open(config) as run:
+        summary = loop.train(run)
+    kept = [json.loads(line) for line in (run.folder / "answers" / "baseline.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in kept] == [4, 4] and all(line["prompt"].startswith("Write") for line in kept)
+    assert len((run.folder / "answers" / "before.jsonl").read_text().splitlines()) == 4
+    assert summary["baseline"].keys() == {"4"} and summary["before"].keys() == {"4", "2"}
+    quality = summary["baseline_quality"]["4"]
+    assert quality.keys() == {"words", "nats", "num_words", "distinct_frames", "repetition"}
+    nats = AnswerNats(folder, "bfloat16")
+    examples = run.task.heldout_examples(6)
+    engine = run.modality.baseline_engine(run.model, run.device)
+    made = engine.generate(run.modality.requests(examples, [[0]] * 6))
+    texts = run.tokenizer.batch_decode([t.response_ids() for t in made], skip_special_tokens=True)
+    assert [line["completion"] for line in kept] == texts[:2]
+    expected = sum(nats([row["prompt"] for row in examples], texts)) / 6
+    assert quality["nats"] == pytest.approx(expected, rel=1e-3)
+    # A run that resumes does not ask the baseline again.
+    monkeypatch.setattr(type(run.modality), "baseline_engine", None)
+    again = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+    (run.folder / "before.json").unlink()
+    with Run.open(again) as run:
+        assert loop.train(run)["baseline_quality"] == summary["baseline_quality"]

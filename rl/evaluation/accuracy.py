@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rl import distributed
@@ -28,6 +29,7 @@ class Accuracy:
         unscored: prompts without a score; they count in no other number.
         tokens_per_forward: see `rl.evaluation.figures.Figures`.
         backslide: with `eval.backslide`.
+        reported: mean of everything that the judge reported beside its score.
     """
 
     steps: int
@@ -40,6 +42,7 @@ class Accuracy:
     forward_passes: float
     tokens_per_forward: float
     backslide: Backslide | None = None
+    reported: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """All fields, `value` under the name of the measure: `accuracy` or `mean_reward`."""
@@ -48,9 +51,12 @@ class Accuracy:
 
 
 def evaluate(
-    run: Run, examples: Sequence[Example], step_counts: Sequence[int]
+    run: Run, examples: Sequence[Example], step_counts: Sequence[int], engines: Mapping[int, Any] | None = None
 ) -> tuple[dict[int, Accuracy], dict[int, list[Generation]]]:
     """Decode every example once for each step count, on all ranks together.
+
+    Args:
+        engines: step count -> what samples; by default the model of the run with the sampler of evaluations.
 
     Returns:
         step count -> accuracy, and step count -> the completions, in the order of the examples.
@@ -62,11 +68,11 @@ def evaluate(
     results: dict[int, Accuracy] = {}
     completions: dict[int, list[Generation]] = {}
     for steps in step_counts:
-        engine = run.engine(run.model, run.modality.evaluation_options(steps))
+        engine = engines[steps] if engines else run.engine(run.model, run.modality.evaluation_options(steps))
         _, mine = distributed.shard([(index, 0) for index in range(len(problems))])
         answers = evaluator.ask(engine, str(steps), mine)
-        parts = distributed.gather_objects((answers.generations, answers.step_reward))
-        completions[steps] = [generation for part, _ in parts for generation in part]
+        parts = distributed.gather_objects((answers.generations, answers.step_reward, answers.reported))
+        completions[steps] = [generation for part, _, _ in parts for generation in part]
         figure = figures(completions[steps], [])
         work = distributed.sum_metrics(answers.stats, run.device)
         value = (figure.avg, figure.low, figure.high)
@@ -82,9 +88,16 @@ def evaluate(
             figure.unscored,
             work["sequence_forwards"],
             figure.tokens_per_forward,
-            backslide_of([reward for _, part in parts for reward in part]) if backslide else None,
+            backslide_of([reward for _, part, _ in parts for reward in part]) if backslide else None,
+            _means([reported for _, _, part in parts for reported in part]),
         )
     return results, completions
+
+
+def _means(reported: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Name -> mean over those that have it."""
+    names = dict.fromkeys(name for one in reported for name in one)
+    return {name: statistics.fmean(one[name] for one in reported if name in one) for name in names}
 
 
 def as_metrics(results: dict[int, Accuracy]) -> dict[str, float]:

@@ -45,12 +45,14 @@ class Answers:
         batch: work and time.
         stats: work of the engine, all zero where nothing was sampled.
         step_reward: float64 [T_i] for each trajectory, with `Evaluator.every_step`.
+        reported: what the judge reported of each answer beside its score (`Score.metrics`).
     """
 
     generations: list[Generation]
     batch: BatchCost
     stats: dict[str, float]
     step_reward: list[np.ndarray]
+    reported: list[dict[str, float]]
 
 
 @dataclass
@@ -106,8 +108,11 @@ class Evaluator:
                 made.completion_ids, made.reveal_steps = columns["completion_ids"][i], columns["reveal_steps"][i]
             made.ended = eos in made.completion_ids
         step_reward: list[np.ndarray] = []
+        reported: list[dict[str, float]] = []
         if sampled:
             table = score(self.rewards, self.cut, examples, sampled, columns)
+            for scores in zip(*table.parts.values(), strict=True):
+                reported.append({name: value for part in scores for name, value in part.metrics.items()})
             if self.every_step:
                 step_reward, _ = self.run.judge.score_x0(examples, trajectories, completions, table, verifier=True)
         batch = BatchCost(
@@ -117,4 +122,4 @@ class Evaluator:
             seconds=engine.stats.seconds,
             reward_seconds=time.perf_counter() - started,
         )
-        return Answers(generations, batch, vars(engine.stats), step_reward)
+        return Answers(generations, batch, vars(engine.stats), step_reward, reported)

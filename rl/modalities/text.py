@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rewards.causal_lm import load_causal_lm, load_causal_tokenizer
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
@@ -17,6 +18,7 @@ from rl.modalities.text_plan import TextPlan, open_tokenizer, review
 from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
+from rollouts.engines.causal import CausalEngine
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
@@ -61,6 +63,20 @@ class TextModality(TextPlan):
             device=device,
             approximate_cache=self.config.rollout.cache,
         )
+
+    def baseline_engine(self, model: Any, device: torch.device) -> CausalEngine:
+        """What samples `eval.baseline` instead of `model`, in the same tokens.
+
+        Raises:
+            ValueError: it cannot be loaded, or has another vocabulary.
+        """
+        path, eos = str(self.config.eval.baseline), self.tokenizer.eos_token_id
+        with about(f"eval.baseline {path!r}"):
+            if eos is None or load_causal_tokenizer(path).get_vocab() != self.tokenizer.get_vocab():
+                raise ValueError(f"eval.baseline {path!r} has another vocabulary, or the model's has no end token")
+            causal = load_causal_lm(path, "bfloat16").to(device)
+        length, size = self.config.sampler.gen_length, self.config.rollout.max_batch_size
+        return CausalEngine(causal, length, eos, model.mask_token_id, size, device)
 
     def options(self) -> SamplerOptions:
         return self._with_block(self.config.sampler)

@@ -12,6 +12,7 @@ from typing import Any
 from rewards.failures import WINDOW, RewardFailureError
 from rl import distributed
 from rl.evaluation.accuracy import as_metrics, evaluate
+from rl.evaluation.generations import Generation
 from rl.files import write_json, write_whole, writing
 from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
@@ -52,6 +53,8 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
         if config.run.resume:
             run.progress.message("no complete checkpoint to resume from: starting over")
             run.metrics.truncate_after(-1)
+        if config.eval.baseline:
+            summary |= _baseline(run, heldout)
         if config.sft.steps:
             with heeding_signals() as told_to_stop:
                 summary |= supervised(run, told_to_stop=told_to_stop)
@@ -195,24 +198,60 @@ def _without_score(run: Run, step: int, metrics: Mapping[str, float], before: fl
     return silent
 
 
-def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str, Any]:
-    """Evaluate the model as it is, log it, and give its part of the summary."""
-    results, completions = evaluate(run, rows, run.config.eval.num_inference_steps)
+def _baseline(run: Run, heldout: list[Example]) -> dict[str, Any]:
+    """The part `baseline` of the summary: how `eval.baseline` answers. A run that resumes keeps what it found."""
+    path = run.folder / "baseline.json"
+    if not (run.config.run.resume and path.is_file()):
+        engine = run.modality.baseline_engine(run.model, run.device)
+        found = _evaluated(run, "baseline", heldout, 0, {run.config.sampler.gen_length: engine})
+        if distributed.rank() == 0:
+            write_json(path, found)
+        distributed.barrier()
+        return found
+    found = json.loads(path.read_text())
+    return found
+
+
+def _evaluated(
+    run: Run, name: str, rows: list[Example], step: int, engines: Mapping[int, Any] | None = None
+) -> dict[str, Any]:
+    """Evaluate the model as it is, or other engines, log it, and give its part of the summary."""
+    started = time.perf_counter()
+    results, completions = evaluate(run, rows, list(engines or run.config.eval.num_inference_steps), engines)
     quality: dict[str, Any] = {}
     for steps, made in completions.items():
         rewards = [math.nan if answer.reward is None else answer.reward for answer in made]
-        quality[str(steps)] = run.modality.measure(rows, [answer.completion for answer in made], rewards)
+        texts = [answer.completion for answer in made]
+        quality[str(steps)] = run.modality.measure(rows, texts, rewards)
+        if hasattr(run.task, "measure"):
+            quality[str(steps)] |= run.task.measure(rows, texts, results[steps].reported)
     metrics = {f"eval/{key}@{steps}": value for steps, values in quality.items() for key, value in values.items()}
-    run.metrics.log(step, "eval", as_metrics(results) | metrics)
+    run.metrics.log(step, "baseline" if engines else "eval", as_metrics(results) | metrics)
+    if name != "on the way" and run.config.eval.keep_answers and distributed.rank() == 0:
+        _keep_answers(run, name, rows, completions)
     parts = {
         "": {str(steps): result.value for steps, result in results.items()},
         "_interval": {str(steps): [result.low, result.high] for steps, result in results.items()},
         "_unscored": {str(steps): result.unscored for steps, result in results.items()},
         "_backslide": {str(steps): vars(result.backslide) for steps, result in results.items() if result.backslide},
         "_quality": {steps: values for steps, values in quality.items() if values},
+        "_seconds": time.perf_counter() - started,
     }
     optional = ("_backslide", "_quality")
     return {f"{name}{suffix}": part for suffix, part in parts.items() if part or suffix not in optional}
+
+
+def _keep_answers(run: Run, name: str, rows: list[Example], completions: Mapping[int, list[Generation]]) -> None:
+    """The first answers at every step count, whatever they are worth, to answers/NAME.jsonl."""
+    lines = [
+        {"steps": steps, "prompt": shown_prompt(row["prompt"]), "completion": made.completion, "reward": made.reward}
+        for steps, answers in completions.items()
+        for row, made in list(zip(rows, answers, strict=True))[: run.config.eval.keep_answers]
+    ]
+    path = run.folder / "answers" / f"{name}.jsonl"
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _overflows(updater: Updater) -> int:
