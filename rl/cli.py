@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", commands.train, "Warm-start (if the config says so), train by RL, evaluate, report.")
     train.add_argument("--dry-run", action="store_true", help="print the derived numbers and stop")
     train.add_argument("--options", action="store_true", help="list every config key and stop")
+    add("convert", commands.convert, "Make a diffusion model of an autoregressive one and save it.")
     add("sft", commands.sft, "Run the supervised stage only and save the model.")
     rollout = add("rollout", commands.rollout, "Sample rollouts of a model and save trajectories and scores.")
     rollout.add_argument("--output", metavar="FOLDER", required=True, help="where trajectories and scores go")

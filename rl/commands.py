@@ -56,10 +56,19 @@ def train(args: argparse.Namespace) -> int | None:
 
 
 def sft(args: argparse.Namespace) -> int | None:
+    return _one_stage(args, "sft")
+
+
+def convert(args: argparse.Namespace) -> int | None:
+    return _one_stage(args, "convert")
+
+
+def _one_stage(args: argparse.Namespace, name: str) -> int | None:
     config = _config(args)
-    if not config.sft.steps:
-        raise ValueError("sft.steps is 0: set it to the number of supervised updates")
+    if not getattr(config, name).steps:
+        raise ValueError(f"{name}.steps is 0: set it to the number of updates")
     from rl import distributed
+    from rl.train.convert import convert
     from rl.train.interrupt import Stopped, heeding_signals
     from rl.train.plan import check_run
     from rl.train.run import Run
@@ -69,7 +78,7 @@ def sft(args: argparse.Namespace) -> int | None:
     with Run.open(config) as run:
         try:
             with heeding_signals() as told_to_stop:
-                summary = supervised(run, "sft", told_to_stop)
+                summary = (supervised if name == "sft" else convert)(run, name, told_to_stop)
         except Stopped as stop:
             distributed.stop()
             return stop.exit_code

@@ -20,6 +20,7 @@ from rl.registry import parse_recipe, recipe_class
 from rl.sections import (
     AlignConfig,
     CheckpointConfig,
+    ConvertConfig,
     EvalConfig,
     FilterConfig,
     GoalConfig,
@@ -44,6 +45,7 @@ class Config(Section):
     sampler: Any = Field({}, description="Options of the sampler (see the task's modality).")
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    convert: ConvertConfig = ConvertConfig()
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     filters: FilterConfig = FilterConfig()

@@ -93,12 +93,16 @@ class TokenRows(Rows):
         Args:
             hidden: [R, W, D] when the backbone has already run on these rows.
         """
+        logits = self.logits(model, hidden)
+        return Scores(*logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k))
+
+    def logits(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, V] of every decision, guided where the sampler was; `hidden` as of `score`."""
         place = (self.row, self.read)
         logits = model.token_logits((self.hidden(model) if hidden is None else hidden)[place])
-        if self.unprompted is not None:
-            unconditional = model.token_logits(self.hidden(model, self.unprompted)[place])
-            logits = guided_logits(logits, unconditional, self.cfg_scale)
-        return Scores(*logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k))
+        if self.unprompted is None:
+            return logits
+        return guided_logits(logits, model.token_logits(self.hidden(model, self.unprompted)[place]), self.cfg_scale)
 
     def hidden(self, model: DenoisingModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place.

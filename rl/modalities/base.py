@@ -102,6 +102,8 @@ class Modality:
             raise ValueError(f"eval.baseline {about_it}: set it to null")
         if config.sft.trajectories is not None:
             raise ValueError(f"sft.trajectories {about_it}: set it to null")
+        if config.convert.steps:
+            raise ValueError(f"convert.steps {about_it}: set it to 0")
         if config.sft.masking != "random":
             raise ValueError(f"sft.masking {config.sft.masking} {about_it}: set it to random")
         path = config.model.path

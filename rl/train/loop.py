@@ -18,6 +18,7 @@ from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
+from rl.train.convert import convert
 from rl.train.interrupt import heeding_signals
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
@@ -55,9 +56,12 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
             run.metrics.truncate_after(-1)
         if config.eval.baseline:
             summary |= _baseline(run, heldout)
-        if config.sft.steps:
-            with heeding_signals() as told_to_stop:
-                summary |= supervised(run, told_to_stop=told_to_stop)
+        # A checkpoint of the later stage holds what the earlier one has made.
+        fitted = config.run.resume and find_checkpoint(run.folder / "sft")[0] is not None
+        for steps, stage in ((0 if fitted else config.convert.steps, convert), (config.sft.steps, supervised)):
+            if steps:
+                with heeding_signals() as told_to_stop:
+                    summary |= stage(run, told_to_stop=told_to_stop)
         summary |= _evaluated(run, "before", heldout, 0)
         views_before = _views(run, heldout)
         if distributed.rank() == 0:

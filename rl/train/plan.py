@@ -33,6 +33,8 @@ def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
     world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train
     lines = [f"run {config.run.output_dir}, task {config.task.name}, seed {config.run.seed}, {world} rank(s)"]
+    if config.convert.steps:
+        lines.append(f"convert: {config.convert.steps} updates of {config.convert.batch_size} texts")
     if config.sft.steps:
         lines.append(f"sft: {config.sft.steps} updates of {config.sft.batch_size} sequences")
     if train.steps:

@@ -39,7 +39,7 @@ def check_same_run(config: Config) -> None:
     sampling = ("model", "task", "sampler", "rollout")
     # Of the engine only what the numbers depend on: where rollouts are sampled may change.
     rollout = {"asynchronous", "cache"} | ({"max_importance_weight"} if config.rollout.asynchronous else set())
-    for section in (*sampling, "reward", "sft", "train", "filters", "algorithm"):
+    for section in (*sampling, "reward", "convert", "sft", "train", "filters", "algorithm"):
         old, now = (getattr(settings, section).model_dump() for settings in (before, config))
         free = set(now) - rollout if section == "rollout" else {"max_seconds", "steps"}
         key = next((name for name in now if name not in free and old.get(name) != now[name]), None)
@@ -56,9 +56,10 @@ def _check_what_is_lost(run: Path) -> None:
     if find_checkpoint(run)[0] is not None or not (run / "metrics.jsonl").is_file():
         return
     stages = {line["stage"] for line in read_metrics(run)}
-    # The supervised stage is over where a warm start is, and has checkpoints of its own.
-    fitted = (run / "before.json").is_file() or find_checkpoint(run / "sft")[0] is not None
-    if "train" in stages or ("sft" in stages and not fitted):
+    # The stages before RL are over where a warm start is, and have checkpoints of their own.
+    latest = next((name for name in ("sft", "convert") if name in stages), None)
+    lost = latest and not (run / "before.json").is_file() and find_checkpoint(run / latest)[0] is None
+    if "train" in stages or lost:
         raise ValueError(
             f"run.resume: {run} has metrics and no complete checkpoint to go on from: choose another run.output_dir, "
             "or delete the folder"

@@ -1,10 +1,13 @@
-"""Supervised warm start: fit noised answers (the modality says how; text: `rl/estimators/masking.py`)."""
+"""Stages that fit data: the supervised warm start (the modality says how; text: `rl/estimators/masking.py`).
+
+`fit` is the loop that the conversion of an autoregressive model shares (`rl/train/convert.py`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
 from rl.run_folder import find_checkpoint
+from rl.sections import ConvertConfig, SftConfig
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
 from rl.train.run import Run
@@ -21,10 +25,36 @@ from rl.values.model import Policy
 from rollouts.trajectory import TokenTrajectory, load_trajectories
 
 
-def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int] = lambda: 0) -> dict[str, float]:
-    """Run the `sft` stage on `run.model` and return its summary (steps, seconds, final loss).
+class Fit(Protocol):
+    """What a stage fits.
 
-    A run that resumes goes on from the stage's newest complete checkpoint, in the folder `sft` of the run.
+    Attributes:
+        total: this rank's loss of the update so far.
+        learner: set by `fit`.
+    """
+
+    total: Any
+    learner: Learner
+
+    def batches(self, step: int) -> tuple[list[Any], Any]:
+        """The micro-batches of this rank, and one that fills up the counts of ranks with fewer."""
+        ...
+
+    def loss(self, micro: Any) -> torch.Tensor:
+        """A micro-batch's share of the loss of the update."""
+        ...
+
+    def seen(self) -> tuple[float, str, dict[str, float]]:
+        """What the update has fitted over all ranks: how many, of what unit, and metrics of the stage's own."""
+        ...
+
+
+def fit(
+    run: Run, name: str, config: SftConfig | ConvertConfig, data: Fit, command: str, told_to_stop: Callable[[], int]
+) -> dict[str, float]:
+    """Run a stage on `run.model` and return its summary (steps, seconds, final loss).
+
+    A run that resumes goes on from the stage's newest complete checkpoint, in the folder `name` of the run.
 
     Args:
         command: sub-command that resumes it.
@@ -32,10 +62,10 @@ def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int]
     Raises:
         Stopped: a rank was told to stop; its update is finished and in a checkpoint.
     """
-    config = run.config.sft
     learner = Learner(Policy(run.model), run.config.train.deepspeed, config.optimizer, config.steps, run.device)
-    plain, folder = Policy(run.model), run.folder / "sft"
-    run.progress.stage("sft", config.steps)
+    data.learner = learner
+    plain, folder = Policy(run.model), run.folder / name
+    run.progress.stage(name, config.steps)
     step, loss = 0, float("nan")
     if run.config.run.resume:
         checkpoint, notes = find_checkpoint(folder)
@@ -43,29 +73,30 @@ def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int]
             step, state = load_checkpoint(checkpoint, {"policy": learner})
             loss = state["loss"]
             notes.append(f"resumed from {checkpoint}")
-        run.metrics.truncate_after(step if checkpoint else -1, "sft")
+        run.metrics.truncate_after(step if checkpoint else -1, name)
         for note in notes:
             run.progress.message(note)
-    started, first = time.perf_counter(), step
-    fit = _Fit(run, learner)
+    started, fitted = time.perf_counter(), 0.0
     while step < config.steps:
-        batches, spare = fit.batches(step)
+        batches, spare = data.batches(step)
         before = learner.overflows
-        norm = learner.update(batches, fit.loss, spare)
+        norm = learner.update(batches, data.loss, spare)
         step += 1
-        loss = distributed.reduce_number(float(fit.total), "sum", run.device)
+        loss = distributed.reduce_number(float(data.total), "sum", run.device)
         seconds = time.perf_counter() - started
-        unit = run.modality.unit
-        speed = (step - first) * config.batch_size * (run.modality.horizon if unit == "tokens" else 1) / seconds
-        metrics = {"loss/total": loss, "policy/grad_norm": norm, "optimizer/lr": learner.learning_rate()}
+        count, unit, own = data.seen()
+        fitted += count
+        speed = fitted / seconds
+        metrics = {"loss/total": loss, "policy/grad_norm": norm, "optimizer/lr": learner.learning_rate(), **own}
         if learner.scales_loss:
             metrics["optimizer/overflows"] = learner.overflows - before
-        run.metrics.log(step, "sft", metrics | {f"speed/{unit}_per_s": speed})
+        run.metrics.log(step, name, metrics | {f"speed/{unit}_per_s": speed})
         run.progress.update(step, loss=loss, **{f"{unit}_per_s": speed})
         out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
         # On all ranks or on none: one that went on alone would wait for the others forever.
         ending = distributed.reduce_number(max(told_to_stop(), out_of_time), "max", run.device)
-        if ending > 1 or (config.checkpoint_every and step % config.checkpoint_every == 0):
+        due = config.checkpoint_every and (step % config.checkpoint_every == 0 or step == config.steps)
+        if ending > 1 or due:
             learner.copy_weights_into(plain)
             keep = run.config.checkpoint.keep
             save_checkpoint(folder, step, {"policy": learner}, run.save_model, {"loss": loss}, keep)
@@ -74,10 +105,15 @@ def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int]
         if ending:
             break
     learner.copy_weights_into(plain)
-    return {"sft_steps": step, "sft_seconds": time.perf_counter() - started, "sft_loss": loss}
+    return {f"{name}_steps": step, f"{name}_seconds": time.perf_counter() - started, f"{name}_loss": loss}
 
 
-class _Part(NamedTuple):
+def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int] = lambda: 0) -> dict[str, float]:
+    """The `sft` stage, see `fit`."""
+    return fit(run, "sft", run.config.sft, _Answers(run), command, told_to_stop)
+
+
+class Part(NamedTuple):
     """A micro-batch: `part` of the batch of an update, and whether it only fills up a rank."""
 
     batch: list[Any]
@@ -86,35 +122,40 @@ class _Part(NamedTuple):
     spare: bool = False
 
 
-class _Fit:
-    """The micro-batches of the stage and their loss: answers under random masks, or recorded trajectories.
+def parts(batch: list[Any], step: int, micro_batch_size: int | None) -> tuple[list[Part], Part]:
+    """The micro-batches of this rank in a batch of all ranks, and one that fills up ranks with fewer."""
+    first, mine = distributed.shard(batch)
+    end = first + len(mine)
+    size = micro_batch_size or max(len(mine), 1)
+    own = [Part(batch, slice(i, min(i + size, end)), step) for i in range(first, end, size)]
+    return own, Part(batch, slice(0, 1), step, spare=True)
 
-    Attributes:
-        total: this rank's loss of the update so far.
-    """
 
-    def __init__(self, run: Run, learner: Learner):
-        self.run, self.learner = run, learner
+class _Answers:
+    """The micro-batches of the supervised stage: answers under random masks, or recorded trajectories."""
+
+    learner: Learner
+
+    def __init__(self, run: Run):
+        self.run = run
         path = run.config.sft.trajectories
         self.traces = load_trajectories(path) if path else []
         self.total: Any = 0.0
 
-    def batches(self, step: int) -> tuple[list[_Part], _Part]:
-        """The micro-batches of this rank, and one that fills up the counts of ranks with fewer."""
+    def batches(self, step: int) -> tuple[list[Part], Part]:
         self.total = 0.0
         config, seed, batch = self.run.config.sft, self.run.config.run.seed, []
         if self.traces:
             batch += _trace_batch(self.traces, seed, step, config.batch_size)
         else:
             batch += self.run.task.train_examples(seed, step, config.batch_size)
-        first, mine = distributed.shard(batch)
-        end = first + len(mine)
-        size = config.micro_batch_size or max(len(mine), 1)
-        parts = [_Part(batch, slice(i, min(i + size, end)), step) for i in range(first, end, size)]
-        return parts, _Part(batch, slice(0, 1), step, spare=True)
+        return parts(batch, step, config.micro_batch_size)
 
-    def loss(self, micro: _Part) -> torch.Tensor:
-        """A micro-batch's share of the loss of the update."""
+    def seen(self) -> tuple[float, str, dict[str, float]]:
+        unit, count = self.run.modality.unit, self.run.config.sft.batch_size
+        return count * (self.run.modality.horizon if unit == "tokens" else 1), unit, {}
+
+    def loss(self, micro: Part) -> torch.Tensor:
         rows, weight = self._fitted(micro)
         logprob = self.learner.forward(rows.to(self.run.device)).logprob
         value = weighted_sum(-logprob, weight.to(self.run.device))
@@ -122,7 +163,7 @@ class _Fit:
             self.total = self.total + value.detach()
         return value
 
-    def _fitted(self, micro: _Part) -> tuple[Rows, torch.Tensor]:
+    def _fitted(self, micro: Part) -> tuple[Rows, torch.Tensor]:
         """Rows, and the weight [U] of each decision's -logprob."""
         if self.traces:
             # The mean over the revealed tokens of the batch.

@@ -1,0 +1,254 @@
+"""The `convert` stage: an autoregressive language model becomes a diffusion model (docs/convert.md).
+
+The weights are the autoregressive model's own, the attention is already that of a diffusion model. The stage teaches
+them to predict masked tokens, on the frozen model's own answers to the task's prompts or on texts of the user's. What
+is hidden and what is fitted: `rl/estimators/conversion.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from rewards.causal_lm import load_causal_lm, load_causal_tokenizer
+from rl import distributed
+from rl.estimators.conversion import Text, conversion_rows, soft_rows
+from rl.files import write_whole
+from rl.losses.aggregate import weighted_sum
+from rl.sections import ConvertConfig
+from rl.tasks.chat import answer_text, token_ids
+from rl.tasks.records import read_records
+from rl.train.learner import Learner
+from rl.train.run import Run
+from rl.train.sft import Part, fit, parts
+
+ANSWERS = "answers.jsonl"
+
+
+def convert(run: Run, command: str = "train", told_to_stop: Callable[[], int] = lambda: 0) -> dict[str, float]:
+    """Run the stage on `run.model` and return its summary; see `rl.train.sft.fit`.
+
+    Raises:
+        ValueError: one line: the model, the teacher or the data do not fit the section `convert`.
+    """
+    config = run.config.convert
+    check_model(config, run.model)
+    needed = config.targets == "soft" or config.data == "samples"
+    teacher = _teacher(run) if needed else None
+    return fit(run, "convert", config, Conversion(run, teacher, _texts(run, teacher)), command, told_to_stop)
+
+
+def check_model(config: ConvertConfig, model: Any) -> None:
+    """Raise ValueError when the options do not fit the model."""
+    causal = model.attention == "block_causal"
+    if config.block_lengths and not causal:
+        raise ValueError(
+            "convert.block_lengths is for block-causal models, and this one has full attention: set it to []"
+        )
+    if config.noise == "nbdiff" and not (causal and getattr(model, "context_causal", False) and model.logit_shift):
+        raise ValueError(
+            "convert.noise nbdiff fits clean tokens autoregressively, which needs a shifted readout and a causal "
+            "context: set model.convert's readout to shifted and its context to causal, or convert.noise to sdar"
+        )
+    for length in {length for phase in config.block_lengths for length in phase.lengths}:
+        if length > model.max_length:
+            raise ValueError(f"convert.block_lengths has {length}, and the model has {model.max_length} positions")
+
+
+def _teacher(run: Run) -> Any:
+    """The frozen autoregressive model, in the dtype of the policy.
+
+    Raises:
+        ValueError: there is none, or it has another vocabulary.
+    """
+    path = run.config.convert.teacher or run.config.model.path
+    if path is None:
+        raise ValueError("convert.teacher is required: a new model (model.backbone) was no autoregressive model before")
+    option = "convert.teacher" if run.config.convert.teacher else "model.path"
+    try:
+        teacher = load_causal_lm(path, str(next(run.model.parameters()).dtype).removeprefix("torch."))
+        tokenizer = load_causal_tokenizer(path)
+    except ValueError as error:
+        hint = "" if run.config.convert.teacher else " (name the autoregressive model in convert.teacher)"
+        raise ValueError(f"{option}: {error}{hint}") from error
+    own, theirs = run.modality.tokenizer.get_vocab(), tokenizer.get_vocab()
+    mask = run.model.mask_token_id
+    different = {word for word in own.keys() | theirs.keys() if own.get(word) != theirs.get(word)}
+    different -= {word for word in different if own.get(word) == mask}
+    if different or teacher.config.vocab_size > run.model.vocab_size:
+        what = f"token {min(different)!r}" if different else f"{teacher.config.vocab_size} tokens"
+        raise ValueError(
+            f"{option} {path!r} has another vocabulary than the model ({what}): name a teacher with its tokenizer"
+        )
+    return teacher.to(run.device)
+
+
+def _texts(run: Run, teacher: Any) -> list[Text]:
+    """The texts of the stage.
+
+    Raises:
+        ValueError: there are none, or one that cannot be trained on.
+    """
+    data = run.config.convert.data
+    if data == "samples":
+        records = _samples(run, teacher)
+        where = str(run.folder / "convert" / ANSWERS)
+    elif data == "task":
+        count = run.config.convert.num_texts
+        records, where = _with_ids(run, run.task.train_examples(run.config.run.seed, 0, count), "the task"), "the task"
+    else:
+        records, where = _with_ids(run, read_records(data), data), data
+    texts = []
+    eos, mask = run.modality.tokenizer.eos_token_id, run.model.mask_token_id
+    longest = run.config.sampler.gen_length
+    for number, record in enumerate(records, start=1):
+        prompt, answer = record["prompt_ids"], record["answer_ids"][:longest]
+        if not prompt or not answer:
+            raise ValueError(f"{where}: row {number} has an empty {'answer' if prompt else 'prompt'}: leave it out")
+        if mask in prompt or mask in answer:
+            raise ValueError(
+                f"{where}: row {number} holds the mask token (id {mask}), which stands for what is not decided: choose "
+                "another model.convert mask_token, or leave the row out"
+            )
+        texts.append(Text(np.array([*prompt, *answer]), len(prompt), answer[-1] == eos))
+    if not texts:
+        raise ValueError(f"convert.data: {where} holds no texts")
+    return texts
+
+
+def _with_ids(run: Run, examples: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Examples with `prompt_ids` and `answer_ids`; those of a file of sampled answers are kept as they are."""
+    if examples and all(row.get("prompt_ids") and row.get("answer_ids") for row in examples):
+        return examples
+    for number, row in enumerate(examples, start=1):
+        if row.get("prompt") is None or row.get("answer") is None:
+            raise ValueError(f"{where}: row {number} has no {'prompt' if row.get('prompt') is None else 'answer'}")
+    tokenizer, chat = run.modality.tokenizer, run.config.task.chat
+    prompts = token_ids(tokenizer, [run.modality.prompt_text(row) for row in examples])
+    answers = token_ids(tokenizer, [answer_text(tokenizer, row, chat) for row in examples])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        {"prompt_ids": prompt, "answer_ids": answer + (end if answer[-1:] != end else [])}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _samples(run: Run, teacher: Any) -> list[dict[str, Any]]:
+    """The teacher's own answers to training prompts; made once, a batch at a time, and kept in the run folder.
+
+    A batch depends on run seed and index alone, so a stopped run goes on with the next one.
+    """
+    config, seed = run.config.convert, run.config.run.seed
+    path = run.folder / "convert" / ANSWERS
+    records: list[dict[str, Any]] = []
+    if distributed.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if run.config.run.resume and path.is_file():
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+    begun = int(distributed.reduce_number(len(records), "sum", run.device))
+    run.progress.stage("convert answers", config.num_texts)
+    for index in range(begun // config.sample_batch_size, -(-config.num_texts // config.sample_batch_size)):
+        first = index * config.sample_batch_size
+        if distributed.rank() == 0:
+            count = min(config.sample_batch_size, config.num_texts - first)
+            rows = run.task.train_examples(seed, index, config.sample_batch_size)[:count]
+            records = records[:first] + _answers(run, teacher, rows, seed + index)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+            run.progress.update(len(records))
+        # Ranks that wait for all answers at once would wait longer than a collective may take.
+        distributed.barrier()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@torch.no_grad()
+def _answers(run: Run, teacher: Any, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Sampled answers, each up to its end token or `sampler.gen_length`."""
+    tokenizer, config = run.modality.tokenizer, run.config.convert
+    prompts = token_ids(tokenizer, [run.modality.prompt_text(row) for row in rows])
+    width, eos = max(map(len, prompts)), tokenizer.eos_token_id
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=run.device)
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=run.device)
+    # What the converted model can never say.
+    never = [run.model.mask_token_id, *(i for span in run.model.excluded_token_ids for i in range(*span))]
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    # Nothing else in the run draws from torch's own generators here.
+    torch.manual_seed(seed)
+    made = teacher.generate(
+        ids,
+        attention_mask=seen,
+        max_new_tokens=run.config.sampler.gen_length,
+        eos_token_id=eos,
+        pad_token_id=0 if eos is None else eos,
+        suppress_tokens=never,
+        **(sampling if config.temperature else {"do_sample": False}),
+    )[:, width:].tolist()
+    answers = [answer[: answer.index(eos) + 1] if eos in answer else answer for answer in made]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [
+        {"prompt": run.modality.prompt_text(row), "answer": text, "prompt_ids": prompt, "answer_ids": answer}
+        for row, text, prompt, answer in zip(rows, texts, prompts, answers, strict=True)
+    ]
+
+
+class Conversion:
+    """The micro-batches of the stage and their loss; see `rl.train.sft.Fit`."""
+
+    learner: Learner
+
+    def __init__(self, run: Run, teacher: Any, texts: list[Text]):
+        self.run, self.teacher, self.texts = run, teacher, texts
+        self.total: Any = 0.0
+        self._block: int | None = None
+        self._hidden = 0
+
+    def block_length(self, step: int) -> int | None:
+        """The block length of an update, None under full attention."""
+        if self.run.model.attention == "full":
+            return None
+        config = self.run.config.convert
+        for phase in config.block_lengths:
+            if step < phase.until * config.steps:
+                return int(np.random.default_rng([self.run.config.run.seed, step, 1]).choice(phase.lengths))
+        return int(self.run.model.block_length)
+
+    def batches(self, step: int) -> tuple[list[Part], Part]:
+        config, seed = self.run.config.convert, self.run.config.run.seed
+        self.total, self._hidden, self._block = 0.0, 0, self.block_length(step)
+        batch = []
+        for index in range(step * config.batch_size, (step + 1) * config.batch_size):
+            epoch, place = divmod(index, len(self.texts))
+            batch.append(self.texts[np.random.default_rng([seed, epoch]).permutation(len(self.texts))[place]])
+        return parts(batch, step, config.micro_batch_size)
+
+    def loss(self, micro: Part) -> torch.Tensor:
+        run, config = self.run, self.run.config.convert
+        block = self._block or 1
+        rows, weight = conversion_rows(
+            micro.batch,
+            run.model,
+            run.modality.tokenizer.eos_token_id,
+            np.random.default_rng([run.config.run.seed, micro.step]),
+            self._block,
+            run.config.sampler.gen_length,
+            config.position_slope * block if config.noise == "efficient_dlm" else 0.0,
+            config.loss_weight == "elbo",
+            config.ar_weight if config.noise == "nbdiff" else 0.0,
+            micro.part,
+        )
+        rows = rows.to(run.device)
+        if self.teacher is not None and config.targets == "soft":
+            rows = soft_rows(rows, micro.batch[micro.part], run.model, self.teacher)
+        scores = self.learner.forward(rows)
+        value = weighted_sum(-scores.logprob if scores.kl is None else scores.kl, weight.to(run.device))
+        if not micro.spare:
+            self.total = self.total + value.detach()
+            self._hidden += int((rows.input_ids[rows.row, rows.column] == run.model.mask_token_id).sum())
+        return value
+
+    def seen(self) -> tuple[float, str, dict[str, float]]:
+        hidden = distributed.reduce_number(self._hidden, "sum", self.run.device)
+        return hidden, "tokens", {"convert/block_length": float(self._block or 0), "convert/masked_tokens": hidden}
