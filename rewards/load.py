@@ -18,6 +18,8 @@ is the reward; a function gets them as keyword arguments of every call.**
 from __future__ import annotations
 
 import inspect
+import itertools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +70,9 @@ NAMES = {
     "vlm_judge": "rewards.vlm_judge:VlmJudge",
 }
 
+
+# Functions of this process that have no address (`name_of`), by `python:NAME`.
+_LOCAL: dict[str, Any] = {}
 
 ADAPTERS: dict[str, type[OneByOne]] = {"verl": VerlReward, "verifiers": VerifiersReward}
 
@@ -125,6 +130,22 @@ def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFun
     return TrlReward(reward) if kind == "trl" else reward
 
 
+def name_of(function: Any) -> str:
+    """A name by which `load_reward` finds a function, class or object: its address, or `python:NAME` without one.
+
+    What has no address is found in this process alone: a lambda, a function of a notebook or script.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if module != "__main__" and getattr(sys.modules.get(module or ""), name, None) is function:
+        return f"{module}:{name}"
+    plain = reward_name(function).strip("<>")
+    for count in itertools.count(1):
+        name = plain if count == 1 else f"{plain}_{count}"
+        if _LOCAL.setdefault(name, function) is function:
+            break
+    return f"python:{name}"
+
+
 def known_names() -> list[str]:
     """All short names: shipped rewards and entry points of installed distributions."""
     return sorted({*NAMES, *entry_points(ENTRY_POINT_GROUP)})
@@ -137,6 +158,10 @@ def _find(spec: str) -> Any:
     plugins = entry_points(ENTRY_POINT_GROUP)
     if spec in plugins:
         return load_entry_point(plugins[spec], what)
+    if spec.startswith("python:"):
+        if spec[7:] not in _LOCAL:
+            raise ValueError(f"{what} was a Python object of another process: name it as file.py:{spec[7:]}")
+        return _LOCAL[spec[7:]]
     if ":" not in spec:
         near = nearest(spec, known_names())
         raise ValueError(f"unknown reward '{spec}'; did you mean '{near}'? (or name it as module:function)")

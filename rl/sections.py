@@ -29,8 +29,8 @@ class RunConfig(Section):
     collective_timeout_seconds: float = Field(
         1800.0, gt=0, description="A run of several ranks fails when one of them keeps the others waiting this long."
     )
-    services: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Metric services to log to besides metrics.jsonl."
+    services: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        [], description="Trackers that get the metrics of metrics.jsonl, and samples of held-out prompts."
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rl.track.callbacks import Callbacks
 from rl.track.jsonl import MetricsWriter, read_metrics
 from rl.track.progress import Progress
 from rl.track.services import Service, open_services
@@ -95,7 +96,7 @@ def test_reading_what_is_not_there_or_damaged_is_one_line(tmp_path: Path) -> Non
 
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with MetricsWriter(tmp_path, services=open_services(["tensorboard"], tmp_path)) as metrics:
+    with MetricsWriter(tmp_path, callbacks=Callbacks(services=open_services(["tensorboard"], tmp_path))) as metrics:
         metrics.log(4, "train", {"reward/mean": 0.25, "bad": math.nan})
         metrics.log(5, "train", {"reward/mean": 0.75})
         metrics.log(5, "eval", {"eval/accuracy@4": 0.5})
@@ -119,7 +120,7 @@ def test_after_a_resume_tensorboard_holds_every_step_once(tmp_path: Path) -> Non
     """Raw events: steps 3 and 4 are logged again; a later step of another stage stays."""
     pytest.importorskip("tensorboard")
     for first in (1, 3):
-        with MetricsWriter(tmp_path, services=open_services(["tensorboard"], tmp_path)) as metrics:
+        with MetricsWriter(tmp_path, callbacks=Callbacks(services=open_services(["tensorboard"], tmp_path))) as metrics:
             if first == 1:
                 metrics.log(9, "sft", {"loss": 1.5})
             else:
@@ -157,10 +158,10 @@ def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setitem(sys.modules, "wandb", Stub)
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
-        with MetricsWriter(folder, services=open_services(["wandb"], folder)) as metrics:
+        with MetricsWriter(folder, callbacks=Callbacks(services=open_services(["wandb"], folder))) as metrics:
             metrics.truncate_after(0)
             metrics.log(1, "train", {"a": 1.0})
-            assert not metrics.services[0].failures
+            assert not metrics.callbacks.services[0].failures
     assert calls[0]["id"] == calls[1]["id"] != calls[2]["id"] and {call["resume"] for call in calls} == {"allow"}
 
 
@@ -188,7 +189,7 @@ def test_a_service_that_breaks_is_said_once_and_counted(tmp_path: Path, caplog: 
         raise ConnectionError("no route")
 
     services = [Service("full", FullDisk), Service("unreachable", refused)]
-    with MetricsWriter(tmp_path, services=services) as metrics:
+    with MetricsWriter(tmp_path, callbacks=Callbacks(services=services)) as metrics:
         for step in range(3):
             metrics.log(step, "train", {"a": step})
     records = read_metrics(tmp_path)
@@ -204,7 +205,9 @@ def test_a_service_that_breaks_is_said_once_and_counted(tmp_path: Path, caplog: 
 def test_a_service_that_is_not_there_is_an_error_that_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"run\.services: unknown service 'wand'; choose from tensorboard, trackio"):
+    with pytest.raises(
+        ValueError, match=r"run\.services: unknown service 'wand'; choose from mlflow, tensorboard, trackio"
+    ):
         open_services(["wand"], tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a module that cannot be imported
     with pytest.raises(ValueError, match=r"pip install 'denoise-rl\[wandb\]'"):

@@ -1,22 +1,24 @@
 """`metrics.jsonl`: one line per logged step, plain enough for `jq`, pandas and a text editor.
 
 A line is `{"step": 12, "stage": "train", "time": 1760000000.0, "reward/mean": 0.61, ...}`. The names are
-explained in docs/metrics.md. The file is the record; tensorboard, wandb and trackio get copies of it.
+explained in docs/metrics.md. The file is the record; trackers get copies of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rl.files import write_whole, writing
-from rl.track.services import Service
+from rl.track.callbacks import Callbacks
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = "warnings/non_finite"
@@ -26,23 +28,23 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends one JSON line per `log` call and passes the same numbers on to the services.
+    """Appends one JSON line per `log` call and tells the callbacks the same numbers.
 
     Example::
 
-        with MetricsWriter(run_dir, rank=0, services=open_services(["tensorboard"], run_dir)) as metrics:
+        with MetricsWriter(run_dir, callbacks=Callbacks(services=open_services(["tensorboard"], run_dir))) as metrics:
             metrics.log(3, "train", {"reward/mean": 0.5, "policy/entropy": 1.2})
 
     Args:
         run_dir: the run folder; it is created when absent.
         rank: the process's rank; every rank but 0 writes nothing, so callers need no `if`.
-        services: see `rl.track.services`; they are closed together with the writer.
+        callbacks: told on every rank; their trackers are closed together with the writer.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], rank: int = 0, services: Sequence[Service] = ()) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], rank: int = 0, callbacks: Callbacks | None = None) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self.rank = rank
-        self.services = list(services) if rank == 0 else []
+        self.callbacks = callbacks or Callbacks()
         self._file: Any = None
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +63,6 @@ class MetricsWriter:
         Raises:
             ValueError: a metric is not a number or takes a name the line needs for itself.
         """
-        if self._file is None:
-            return
         line: dict[str, Any] = {"step": int(step), "stage": stage, "time": round(time.time(), 3)}
         non_finite = 0
         for name, value in metrics.items():
@@ -75,15 +75,14 @@ class MetricsWriter:
             line[name] = number
         if non_finite:
             line[NON_FINITE] = non_finite
-        for service in self.services:
+        for service in self.callbacks.services:
             if service.failures:
                 line[f"warnings/{service.name}_failures"] = service.failures
-        with writing(self.path):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._file is not None:
+            with writing(self.path):
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {name: value for name, value in line.items() if name not in {"step", "stage", "time"}}
-        finite = {name: value for name, value in numbers.items() if value is not None}
-        for service in self.services:
-            service.log(int(step), stage, finite)
+        self.callbacks.log(int(step), stage, {name: value for name, value in numbers.items() if value is not None})
 
     def truncate_after(self, step: int, stages: str | Iterable[str] = ("train", "eval")) -> int:
         """Drop the lines of `stages` whose step is greater than `step`: a resumed run logs them again.
@@ -96,22 +95,19 @@ class MetricsWriter:
         dropped_stages = {stages} if isinstance(stages, str) else set(stages)
         self._file.close()
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            record = json.loads(line)
-            if record["stage"] not in dropped_stages or record["step"] <= step:
-                kept.append(line)
-        write_whole(self.path, "".join(kept))
+        records = [json.loads(line) for line in lines]
+        keep = [record["stage"] not in dropped_stages or record["step"] <= step for record in records]
+        write_whole(self.path, "".join(itertools.compress(lines, keep)))
         self._open()
-        for service in self.services:
-            service.rewind([json.loads(line) for line in kept])
-        return len(lines) - len(kept)
+        dropped = list(itertools.compress(records, map(operator.not_, keep)))
+        for service in self.callbacks.services:
+            service.rewind(list(itertools.compress(records, keep)), dropped)
+        return len(dropped)
 
     def close(self) -> None:
-        """Close the file and every service; calling it twice is fine."""
-        for service in self.services:
+        """Close the file and every tracker; calling it twice is fine."""
+        for service in self.callbacks.services:
             service.close()
-        self.services = []
         if self._file is not None:
             file, self._file = self._file, None
             with writing(self.path):

@@ -1,15 +1,19 @@
-"""Copies of the metrics for tensorboard, wandb and trackio behind one small interface.
+"""Trackers: tensorboard, wandb, trackio and mlflow get copies of the metrics, and of samples of held-out prompts.
 
-`metrics.jsonl` stays the record. A service that is not installed is an error before training starts; a service
-that breaks later is reported once, counted (`warnings/<service>_failures` in metrics.jsonl) and never stops a run.
+Each is a callback of the run (`rl.track.callbacks`). `metrics.jsonl` stays the
+record. A service that is not installed is an error before training starts; a service that breaks later is reported
+once, counted (`warnings/<service>_failures` in metrics.jsonl) and never stops a run.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib
+import io
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,13 +28,22 @@ _NO_METRICS = frozenset({"step", "stage", "time"})
 
 
 class Backend(Protocol):
-    """An adapter of one service; it may raise, `Service` deals with that."""
+    """An adapter of one service; it may raise, `Service` deals with that.
+
+    A backend whose service takes lines back has a further method, `rewrite(lines)`: a resumed run has only these lines
+    of metrics.jsonl left, and logs later steps again.
+
+    Attributes:
+        is_new: the service has nothing of this run yet.
+    """
+
+    is_new: bool
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         """Store finite numbers under names that already start with the stage."""
 
-    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """A resumed run has only these lines of metrics.jsonl left, and logs later steps again."""
+    def show(self, step: int, images: Sequence[tuple[str, Any]], table: Sequence[Mapping[str, Any]]) -> None:
+        """Store images, each with its caption (`PIL.Image`), and rows of a table of text."""
 
     def close(self) -> None:
         """Flush and let go."""
@@ -52,26 +65,42 @@ class Service:
         self.failures = 0
         self._backend: Backend | None = None
         self._said = False
+        # Stage -> last step that the service has from before a resume.
+        self._sent: dict[str, int] = {}
         try:
             self._backend = start()
         except Exception as error:
             self._failed(error)
 
-    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
-        """Pass on one line; names get the stage as prefix where they lack it, so stages never share a curve."""
+    def on_log(self, logs: Mapping[str, float], step: int, stage: str) -> None:
+        """Pass on one line, unless the service has it from before a resume: no step is there twice."""
+        if step > self._sent.get(stage, -1):
+            self._call("log", step, stage, staged(logs))
+
+    def on_views(self, items: Sequence[Mapping[str, Any]], step: int, grid: Sequence[int] | None) -> None:
+        """Pass on samples of held-out prompts: `items` of viewer.json, each a prompt and a view."""
+        images, table = shown_samples(items, grid)
+        self._call("show", step, images, table)
+
+    def rewind(self, kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, Any]]) -> None:
+        """A resumed run has the lines `kept` of metrics.jsonl left, and logs those `dropped` again."""
+        if hasattr(self._backend, "rewrite"):
+            self._call("rewrite", kept)
+        elif self._backend is not None and self._backend.is_new:
+            # It was asked for only now.
+            self._backend.is_new = False
+            for line in kept:
+                self._call("log", line["step"], line["stage"], staged_line(line))
+        else:
+            for line in dropped:
+                self._sent[line["stage"]] = max(line["step"], self._sent.get(line["stage"], -1))
+
+    def _call(self, method: str, *arguments: Any) -> None:
         if self._backend is None:
             self.failures += 1
             return
         try:
-            self._backend.log(step, stage, staged(stage, metrics))
-        except Exception as error:
-            self._failed(error)
-
-    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """See `Backend.rewind`."""
-        try:
-            if self._backend is not None:
-                self._backend.rewind(lines)
+            getattr(self._backend, method)(*arguments)
         except Exception as error:
             self._failed(error)
 
@@ -97,10 +126,59 @@ class Service:
             )
 
 
-def staged(stage: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """`{"train/reward/mean": 0.5}` of `{"reward/mean": 0.5}`."""
-    prefix = f"{stage}/"
-    return {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
+def staged(logs: Mapping[str, float]) -> dict[str, float]:
+    """`{"train/reward/mean": 0.5, "eval/accuracy@4": 1.0}` of `{"reward/mean": 0.5, "eval_accuracy@4": 1.0}`."""
+    names = {name: name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name for name in logs}
+    return {
+        name if name.startswith(("eval/", "sft/")) else f"train/{name}": logs[given] for given, name in names.items()
+    }
+
+
+def staged_line(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of metrics.jsonl under the names that services have."""
+    prefix = f"{line['stage']}/"
+    return {
+        prefix + name.removeprefix(prefix): value
+        for name, value in line.items()
+        if name not in _NO_METRICS and value is not None
+    }
+
+
+def shown_samples(
+    items: Sequence[Mapping[str, Any]], grid: Sequence[int] | None
+) -> tuple[list[tuple[str, Any]], list[dict[str, Any]]]:
+    """Images with their prompts, and a table of canvases, one row a denoising step; masked positions are `_`.
+
+    Args:
+        items: of viewer.json.
+        grid: rows and columns of a canvas, None for text.
+    """
+    images, table = [], []
+    for item in items:
+        view = item["view"]
+        if "image" in view:
+            data = base64.b64decode(view["image"].partition(",")[2])
+            if data:
+                from PIL import Image
+
+                images.append((item["prompt"], Image.open(io.BytesIO(data))))
+            continue
+        for step, canvas in enumerate(view["steps"]):
+            width = grid[1] if grid else len(canvas["tokens"]) or 1
+            cells = [token or "_" for token in canvas["tokens"]]
+            text = "\n".join("".join(cells[start : start + width]) for start in range(0, len(cells), width))
+            table.append({"prompt": item["prompt"], "step": step, "canvas": text, "correct": view["correct"]})
+    return images, table
+
+
+def _kept(run_dir: Path, service: str, make: Callable[[], str]) -> tuple[str, bool]:
+    """The name that a service knows the run by, kept in its folder, and whether it was made just now."""
+    path = run_dir / f"{service}_id"
+    is_new = not path.is_file()
+    if is_new:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(path, make())
+    return path.read_text(), is_new
 
 
 class TensorBoard:
@@ -108,6 +186,7 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
         self._folder = run_dir / "tensorboard"
+        self.is_new = False
         self._open()
 
     def _open(self) -> None:
@@ -120,18 +199,35 @@ class TensorBoard:
             self._writer.add_scalar(name, value, global_step=step, walltime=time)
         self._writer.flush()
 
-    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def rewrite(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write the event files anew: a purge by step would hide the later steps of other stages too."""
         self._writer.close()
         for path in self._folder.glob("events.out.tfevents.*"):
             path.unlink()
         self._open()
         for line in lines:
-            numbers = {name: value for name, value in line.items() if name not in _NO_METRICS and value is not None}
-            self.log(line["step"], line["stage"], staged(line["stage"], numbers), line["time"])
+            self.log(line["step"], line["stage"], staged_line(line), line["time"])
+
+    def show(self, step: int, images: Sequence[tuple[str, Any]], table: Sequence[Mapping[str, Any]]) -> None:
+        import numpy as np
+        from torch.utils.tensorboard import SummaryWriter
+
+        # In files of their own, which stay when the others are written anew.
+        with SummaryWriter(log_dir=str(self._folder / "samples")) as writer:
+            for number, (caption, image) in enumerate(images):
+                writer.add_image(
+                    f"samples/{number}: {caption[:60]}", np.asarray(image.convert("RGB")), step, None, "HWC"
+                )
+            if table:
+                writer.add_text("samples/denoising", _markdown(table), step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[str(value).replace("|", "\\|").replace("\n", "<br>") for value in row.values()] for row in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(table[0]), ["---"] * len(table[0]), *rows])
 
 
 class WandB:
@@ -140,18 +236,9 @@ class WandB:
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        # A resumed run goes on under the id that its folder keeps.
-        kept = run_dir / "wandb_id"
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not kept.is_file():
-            write_whole(kept, secrets.token_hex(4))
+        run_id, self.is_new = _kept(run_dir, "wandb", lambda: secrets.token_hex(4))
         self._run = wandb.init(
-            project=project,
-            name=run_dir.name,
-            dir=str(run_dir),
-            config=dict(config),
-            id=kept.read_text(),
-            resume="allow",
+            project=project, name=run_dir.name, dir=str(run_dir), config=dict(config), id=run_id, resume="allow"
         )
         # wandb's own step must never go back, but every stage counts from zero: each gets its own axis.
         for stage in ("sft", "train", "eval"):
@@ -161,8 +248,16 @@ class WandB:
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, f"{stage}/step": step})
 
-    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """wandb takes nothing back: repeated steps have the numbers that they had."""
+    def show(self, step: int, images: Sequence[tuple[str, Any]], table: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        shown: dict[str, Any] = {"eval/step": step}
+        if images:
+            shown["eval/samples"] = [wandb.Image(image, caption=caption) for caption, image in images]
+        if table:
+            rows = [list(row.values()) for row in table]
+            shown["eval/denoising"] = wandb.Table(columns=list(table[0]), data=rows)
+        self._run.log(shown)
 
     def close(self) -> None:
         self._run.finish()
@@ -174,13 +269,23 @@ class Trackio:
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
         import trackio
 
-        self._run = trackio.init(project=project, name=run_dir.name, config=dict(config), embed=False, resume="allow")
+        # Two folders may have one name, and trackio knows a run by it.
+        name, self.is_new = _kept(run_dir, "trackio", lambda: f"{run_dir.name}-{secrets.token_hex(2)}")
+        self._run = trackio.init(project=project, name=name, config=dict(config), embed=False, resume="allow")
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """trackio takes nothing back either."""
+    def show(self, step: int, images: Sequence[tuple[str, Any]], table: Sequence[Mapping[str, Any]]) -> None:
+        import pandas as pd
+        import trackio
+
+        shown: dict[str, Any] = {
+            f"eval/samples_{i}": trackio.Image(pil, caption=t) for i, (t, pil) in enumerate(images)
+        }
+        if table:
+            shown["eval/denoising"] = trackio.Table(dataframe=pd.DataFrame(table))
+        self._run.log(shown, step=step)
 
     def close(self) -> None:
         import trackio
@@ -188,14 +293,49 @@ class Trackio:
         trackio.finish()
 
 
+class MLflow:
+    """One MLflow run per run folder, on the server or in the store that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self._client.create_experiment(project)
+        self._id, self.is_new = _kept(
+            run_dir, "mlflow", lambda: self._client.create_run(experiment, run_name=run_dir.name).info.run_id
+        )
+        if self.is_new:
+            self._client.log_dict(self._id, dict(config), "config.yaml")
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        # MLflow allows no @ in a name.
+        named = [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._id, metrics=named)
+
+    def show(self, step: int, images: Sequence[tuple[str, Any]], table: Sequence[Mapping[str, Any]]) -> None:
+        for number, (_, image) in enumerate(images):
+            self._client.log_image(self._id, image, artifact_file=f"samples/step_{step}_{number}.png")
+        if table:
+            columns = {name: [row[name] for row in table] for name in table[0]}
+            self._client.log_table(self._id, columns, f"samples/denoising_step_{step}.json")
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
 _BACKENDS: dict[str, Callable[[Path, str, Mapping[str, Any]], Backend]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "trackio": Trackio,
+    "mlflow": MLflow,
 }
 
 
-# Groups runs in wandb and trackio.
+# Groups runs in wandb, trackio and MLflow.
 PROJECT = "denoise-rl"
 
 
@@ -224,7 +364,7 @@ def open_services(
     """Start the named services.
 
     Args:
-        names: any of "tensorboard", "wandb", "trackio".
+        names: any of "tensorboard", "wandb", "trackio", "mlflow".
         run_dir: the run folder; its name is the run's name.
         config: the resolved settings, stored with the run where the service can.
 

@@ -17,6 +17,7 @@ from rl.files import write_json, write_whole, writing
 from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
+from rl.track.callbacks import Wishes
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.convert import convert
 from rl.train.interrupt import heeding_signals
@@ -63,7 +64,7 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
                 with heeding_signals() as told_to_stop:
                     summary |= stage(run, told_to_stop=told_to_stop)
         summary |= _evaluated(run, "before", heldout, 0)
-        views_before = _views(run, heldout)
+        views_before = _views(run, heldout, 0)
         if distributed.rank() == 0:
             run.save_model(run.folder / "warm_start")
             write_json(run.folder / "before.json", summary | {"views": views_before})
@@ -87,7 +88,7 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
             summary |= reinforce(run, source, checkpoint, told_to_stop)
         summary |= _evaluated(run, "after", heldout, summary["train_steps"])
         summary["goal"] = _goal(run, summary)
-    views = _views(run, heldout)
+    views = _views(run, heldout, summary.get("train_steps", 0))
     if distributed.rank() == 0:
         pairs = zip(views_before, views, strict=False)
         items = [{"prompt": b["prompt"], "before": b["view"], "after": a["view"]} for b, a in pairs]
@@ -95,6 +96,7 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
         write_json(run.folder / "viewer.json", {"grid": grid, "items": items})
         write_json(run.folder / "summary.json", summary)
     distributed.barrier()
+    run.heard()
     return summary
 
 
@@ -131,14 +133,24 @@ def reinforce(
         _drop_samples(run, step)
         run.progress.message(f"resumed from {checkpoint}")
     run.progress.stage("train", config.train.steps)
+    objects = {"model": run.model, "processing_class": run.tokenizer}
+    objects |= {"optimizer": updater.learner.optimizer, "lr_scheduler": updater.learner.schedule}
+    run.callbacks.begin(step, config.train.steps, distributed.rank() == 0, **objects)
     stage: Counter[str] = Counter()
+    kept = step if resumed else None
     silent = 0.0 if resumed else float(WINDOW)
     started = time.perf_counter()
     while step < config.train.steps:
+        run.callbacks.step_begins()
+        if run.wishes().failed:
+            if kept != step:
+                _save(run, updater, saved, step)
+            run.heard()
         tick, before = time.perf_counter(), _overflows(updater)
         outcome = updater.step(step)
         learned = time.perf_counter()
         step += 1
+        run.callbacks.step_ends(step)
         stage.update(outcome.seconds)
         metrics = outcome.metrics | {f"time/{name}": value for name, value in outcome.seconds.items()}
         # Of images an engine counts pixels or latents: their speed is in samples, as that of rollouts with gradient.
@@ -156,29 +168,41 @@ def reinforce(
         out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
         # Reduced, because all ranks have to end after the same step.
         ending = distributed.reduce_number(max(told_to_stop(), out_of_time), "max", run.device)
+        asked = run.wishes()
         # Costs are sums over all ranks already.
         spent = run.costs.sequence_forwards >= (config.train.max_sequence_forwards or math.inf)
-        last = step == config.train.steps or ending > 0 or spent
-        if config.eval.every and step % config.eval.every == 0 and not last:
+        last = step == config.train.steps or ending > 0 or spent or asked.stop
+        if (asked.evaluate or (config.eval.every and step % config.eval.every == 0)) and not last:
             rows = validation_examples(run.task, config.eval.every_prompts)
             _evaluated(run, "on the way", rows, step)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            state = {"costs": vars(run.costs)}
-            if updater.memory is not None:
-                state["memory"] = updater.memory.state()
-            save_checkpoint(run.folder, step, saved, run.save_model, state, config.checkpoint.keep)
+            asked = Wishes.of_all([asked, run.wishes()])
+        if last or any(asked) or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            _save(run, updater, saved, step)
+            kept = step
+        stopped = run.heard().stop
         if ending > 1:
             raise run.stopped(ending, step)
-        if ending or spent:
+        if ending or spent or stopped:
             option = "train.max_seconds" if ending else "train.max_sequence_forwards"
-            run.progress.message(f"{option} reached after {step} of {config.train.steps} steps")
+            why = f"{option} reached" if ending or spent else "a callback stopped training"
+            run.progress.message(f"{why} after {step} of {config.train.steps} steps")
             break
+    run.callbacks.tell("on_train_end")
     return {
         "train_steps": step,
         "train_seconds": time.perf_counter() - started,
         "stage_seconds": dict(stage),
         **vars(run.costs),
     }
+
+
+def _save(run: Run, updater: Updater, saved: Mapping[str, Any], step: int) -> None:
+    """Write a checkpoint of the run after `step` steps; `saved` has a sub-folder each."""
+    state = {"costs": vars(run.costs)}
+    if updater.memory is not None:
+        state["memory"] = updater.memory.state()
+    save_checkpoint(run.folder, step, saved, run.save_model, state, run.config.checkpoint.keep)
+    run.callbacks.tell("on_save")
 
 
 def _without_score(run: Run, step: int, metrics: Mapping[str, float], before: float) -> float:
@@ -230,7 +254,11 @@ def _evaluated(
         if hasattr(run.task, "measure"):
             quality[str(steps)] |= run.task.measure(rows, texts, results[steps].reported)
     metrics = {f"eval/{key}@{steps}": value for steps, values in quality.items() for key, value in values.items()}
-    run.metrics.log(step, "baseline" if engines else "eval", as_metrics(results) | metrics)
+    metrics |= as_metrics(results)
+    stage = "baseline" if engines else "eval"
+    run.metrics.log(step, stage, metrics)
+    if stage == "eval":
+        run.callbacks.tell("on_evaluate", metrics=run.callbacks.named(stage, metrics))
     if name != "on the way" and run.config.eval.keep_answers and distributed.rank() == 0:
         _keep_answers(run, name, rows, completions)
     parts = {
@@ -271,8 +299,8 @@ def _goal(run: Run, summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"metric": key, "before_max": goal.before_max, "after_min": goal.after_min, "met": met}
 
 
-def _views(run: Run, heldout: list[Example]) -> list[dict[str, Any]]:
-    """Step-by-step views of the first held-out prompts (rank 0 decodes them all)."""
+def _views(run: Run, heldout: list[Example], step: int) -> list[dict[str, Any]]:
+    """Step-by-step views of the first held-out prompts after `step` RL steps (rank 0 decodes them all)."""
     rows = heldout[: run.config.eval.viewer_items]
     if not rows or distributed.rank() != 0:
         return []
@@ -281,7 +309,9 @@ def _views(run: Run, heldout: list[Example]) -> list[dict[str, Any]]:
     trajectories = engine.generate(run.modality.requests(rows, [[i] for i in range(len(rows))], None))
     _, table = run.judge.score(rows, trajectories, verifier=True)
     views = run.modality.views(rows, trajectories, table.values)
-    return [{"prompt": shown_prompt(row["prompt"]), "view": view} for row, view in zip(rows, views, strict=True)]
+    items = [{"prompt": shown_prompt(row["prompt"]), "view": view} for row, view in zip(rows, views, strict=True)]
+    run.callbacks.tell("on_views", items=items, step=step, grid=run.task.grid)
+    return items
 
 
 def _log_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:

@@ -121,9 +121,16 @@ def check_run(config: Config, new: bool = True) -> list[str]:
             )
         check_server(config.rollout.server, config.sampler)
     modality.check(config, task, rows)
-    if new and config.run.resume:
+    if new:
+        check_folder(config)
+    return [file.note for file in getattr(task, "files", ()) if file.note]
+
+
+def check_folder(config: Config) -> None:
+    """Raise ValueError where a run would write over another one, or go on from a different one."""
+    if config.run.resume:
         check_same_run(config)
-    if new and not config.run.resume and int(os.environ.get("RANK", "0")) == 0:
+    elif int(os.environ.get("RANK", "0")) == 0:
         metrics = Path(config.run.output_dir) / "metrics.jsonl"
         # A start that failed leaves an empty file: there is nothing in it to lose.
         if metrics.exists() and metrics.stat().st_size:
@@ -131,7 +138,6 @@ def check_run(config: Config, new: bool = True) -> list[str]:
                 f"run.output_dir {config.run.output_dir} already holds a run: choose another folder, delete it, or set "
                 "run.resume=true"
             )
-    return [file.note for file in getattr(task, "files", ()) if file.note]
 
 
 def engine_needs(config: Config) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from rl.files import lock_file, write_folder, write_json, writing
 from rl.modalities.base import Modality, open_modality
 from rl.models.copies import share_frozen, trained_copy
 from rl.tasks.load import load_task
+from rl.track.callbacks import Callbacks, Wishes
 from rl.track.jsonl import MetricsWriter
 from rl.track.progress import Progress
 from rl.track.services import open_services, require_services
 from rl.train.interrupt import Stopped
 from rl.train.judge import Judge
+from rl.train.learner import TrainingError
 from rl.train.same_run import DATA, fingerprints
 
 
@@ -63,15 +66,20 @@ class Run:
     judge: Judge
     metrics: MetricsWriter
     progress: Progress
+    callbacks: Callbacks
     costs: Costs = field(default_factory=Costs)
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @classmethod
-    def open(cls, config: Config, write: bool = True) -> Run:
+    def open(
+        cls, config: Config, write: bool = True, callbacks: Sequence[Any] = (), args: Any = None, model: Any = None
+    ) -> Run:
         """Build everything a config names.
 
         Args:
             write: False leaves the disk alone (evaluation of a model, dry runs).
+            callbacks, args: see `rl.track.callbacks.Callbacks`.
+            model: the policy, where it is loaded already.
 
         Raises:
             ValueError: anything the user got wrong, in one line.
@@ -83,7 +91,7 @@ class Run:
         with about(f"task.name {config.task.name!r} with task.params {config.task.params}"):
             task = load_task(config.task.name, config.task.params)
         modality: Modality = open_modality(config, task)
-        policy: Any = modality.load_model()
+        policy: Any = modality.load_model() if model is None else model
         modality.review(policy)
         judge = Judge(config.reward, task, modality)
         # Alone, only a learner needs a process group; it starts one of its own.
@@ -101,13 +109,14 @@ class Run:
                     write_json(folder / DATA, fingerprints(config))
                 lock = opening.pop_all()
             services = open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
-        metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, services)
+        told = Callbacks(callbacks, services, args)
+        metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, told)
         policy.to(device)
         progress = Progress(enabled=distributed.rank() == 0)
         for file in getattr(task, "files", ()):
             if file.note:
                 progress.message(file.note)
-        return cls(config, device, task, modality, policy, judge, metrics, progress, lock=lock)
+        return cls(config, device, task, modality, policy, judge, metrics, progress, told, lock=lock)
 
     def __enter__(self) -> Run:
         self.progress.__enter__()
@@ -162,6 +171,21 @@ class Run:
         how = f"go on from its checkpoint with denoise-rl {command} --config {config} run.resume=true"
         self.progress.message(f"{stop}: stopped after step {step}, {how}")
         return stop
+
+    def wishes(self) -> Wishes:
+        """What the callbacks of any rank ask for; all ranks must call this."""
+        return Wishes.of_all(distributed.gather_objects(self.callbacks.wishes()))
+
+    def heard(self) -> Wishes:
+        """What the callbacks of any rank ask for; all ranks must call this.
+
+        Raises:
+            Exception: what a callback raised.
+        """
+        wishes = self.wishes()
+        if wishes.failed:
+            raise self.callbacks.error or TrainingError("a callback failed on another rank: see what it says")
+        return wishes
 
     def spend(self, work: Costs) -> None:
         """Add the work of every rank to the run's costs; all ranks must call this."""

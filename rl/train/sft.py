@@ -95,11 +95,14 @@ def fit(
         out_of_time = bool(config.max_seconds and seconds > config.max_seconds)
         # On all ranks or on none: one that went on alone would wait for the others forever.
         ending = distributed.reduce_number(max(told_to_stop(), out_of_time), "max", run.device)
+        failed = run.wishes().failed
         due = config.checkpoint_every and (step % config.checkpoint_every == 0 or step == config.steps)
-        if ending > 1 or due:
+        if ending > 1 or failed or due:
             learner.copy_weights_into(plain)
             keep = run.config.checkpoint.keep
             save_checkpoint(folder, step, {"policy": learner}, run.save_model, {"loss": loss}, keep)
+        if failed:
+            run.heard()
         if ending > 1:
             raise run.stopped(ending, step, command)
         if ending:
