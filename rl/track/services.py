@@ -1,8 +1,8 @@
 """Trackers: tensorboard, wandb, trackio and mlflow get copies of the metrics, and of samples of held-out prompts.
 
-Each is a callback of the run (`rl.track.callbacks`). `metrics.jsonl` stays the
-record. A service that is not installed is an error before training starts; a service that breaks later is reported
-once, counted (`warnings/<service>_failures` in metrics.jsonl) and never stops a run.
+Each is a callback of the run (`rl.track.callbacks`). `metrics.jsonl` stays the record. A service that is not installed
+is an error before training starts; a service that breaks later is reported once, counted
+(`warnings/<service>_failures` in metrics.jsonl) and never stops a run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Service:
     def on_log(self, logs: Mapping[str, float], step: int, stage: str) -> None:
         """Pass on one line, unless the service has it from before a resume: no step is there twice."""
         if step > self._sent.get(stage, -1):
-            self._call("log", step, stage, staged(logs))
+            self._call("log", step, stage, staged(stage, logs))
 
     def on_views(self, items: Sequence[Mapping[str, Any]], step: int, grid: Sequence[int] | None) -> None:
         """Pass on samples of held-out prompts: `items` of viewer.json, each a prompt and a view."""
@@ -126,12 +126,9 @@ class Service:
             )
 
 
-def staged(logs: Mapping[str, float]) -> dict[str, float]:
-    """`{"train/reward/mean": 0.5, "eval/accuracy@4": 1.0}` of `{"reward/mean": 0.5, "eval_accuracy@4": 1.0}`."""
-    names = {name: name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name for name in logs}
-    return {
-        name if name.startswith(("eval/", "sft/")) else f"train/{name}": logs[given] for given, name in names.items()
-    }
+def staged(stage: str, logs: Mapping[str, float]) -> dict[str, float]:
+    """`{"train/reward/mean": 0.5}` of `{"reward/mean": 0.5}`, `{"eval/accuracy@4": 1.0}` of `{"eval_accuracy@4": 1.0}`."""
+    return {f"{stage}/{name.removeprefix(f'{stage}_').removeprefix(f'{stage}/')}": logs[name] for name in logs}
 
 
 def staged_line(line: Mapping[str, Any]) -> dict[str, float]:
@@ -241,7 +238,7 @@ class WandB:
             project=project, name=run_dir.name, dir=str(run_dir), config=dict(config), id=run_id, resume="allow"
         )
         # wandb's own step must never go back, but every stage counts from zero: each gets its own axis.
-        for stage in ("sft", "train", "eval"):
+        for stage in ("sft", "train", "eval", "baseline"):
             self._run.define_metric(f"{stage}/step", hidden=True)
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
