@@ -127,7 +127,10 @@ class Service:
 
 
 def staged(stage: str, logs: Mapping[str, float]) -> dict[str, float]:
-    """`{"train/reward/mean": 0.5}` of `{"reward/mean": 0.5}`, `{"eval/accuracy@4": 1.0}` of `{"eval_accuracy@4": 1.0}`."""
+    """Logs under names that begin with their stage.
+
+    Example: `{"train/loss": 1}` of `{"loss": 1}`, `{"eval/accuracy@4": 1}` of `{"eval_accuracy@4": 1}`.
+    """
     return {f"{stage}/{name.removeprefix(f'{stage}_').removeprefix(f'{stage}/')}": logs[name] for name in logs}
 
 
@@ -237,12 +240,14 @@ class WandB:
         self._run = wandb.init(
             project=project, name=run_dir.name, dir=str(run_dir), config=dict(config), id=run_id, resume="allow"
         )
-        # wandb's own step must never go back, but every stage counts from zero: each gets its own axis.
-        for stage in ("sft", "train", "eval", "baseline"):
-            self._run.define_metric(f"{stage}/step", hidden=True)
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._stages: set[str] = set()
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        if stage not in self._stages:
+            # wandb's own step must never go back, but every stage counts from zero: each gets its own axis.
+            self._run.define_metric(f"{stage}/step", hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
         self._run.log({**metrics, f"{stage}/step": step})
 
     def show(self, step: int, images: Sequence[tuple[str, Any]], table: Sequence[Mapping[str, Any]]) -> None:
