@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,24 @@ def train(args: argparse.Namespace) -> int | None:
         finish(run.folder)
     distributed.stop()
     return None
+
+
+def launch(args: argparse.Namespace) -> None:
+    """This process becomes deepspeed's launcher, so signals and the exit code are its own."""
+    for name in ("num_gpus", "num_nodes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    # A mistake in the config is one line now, and would be one of every rank later.
+    _config(args)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    for name in ("num_gpus", "num_nodes", "hostfile", "include", "master_port"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    # Ranks read the environment, and the flag that the launcher would add stands before the command's name.
+    command += ["--no_local_rank", "--module", "rl.cli", "train"]
+    command += [*(["--config", args.config] if args.config else []), *args.overrides]
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 def sft(args: argparse.Namespace) -> int | None:

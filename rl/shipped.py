@@ -41,11 +41,16 @@ def find_config(path: str | Path) -> Path:
 
 
 def list_lines() -> list[str]:
-    """A line per shipped config, its name and the first line of the file; then the names for `train.deepspeed`."""
+    """Two lines per shipped config, its name and the first two of the file: a sentence; model size and hardware.
+
+    The last line has the names for `train.deepspeed`.
+    """
     known = shipped_configs()
     width = max(map(len, known), default=0)
-    first = {name: path.read_text("utf-8").splitlines()[0].lstrip("# ") for name, path in known.items()}
-    lines = [f"{name:{width}}  {sentence}" for name, sentence in first.items()]
+    lines = []
+    for name, path in known.items():
+        sentence, needs = (line.lstrip("# ") for line in path.read_text("utf-8").splitlines()[:2])
+        lines += [f"{name:{width}}  {sentence}", f"{'':{width}}  {needs}"]
     return [*lines, f"train.deepspeed={' | '.join(shipped_deepspeed())}"]
 
 

@@ -166,11 +166,23 @@ def torchrun(ranks: int, *script: str | Path, **options: Any) -> subprocess.Comp
 
 
 def deepspeed(ranks: int, *script: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`script` under DeepSpeed's launcher, which must be told a port; tried again when it was taken."""
+    """`script` under DeepSpeed's launcher."""
     launcher = Path(sys.executable).parent / "deepspeed"
+    return _on_a_port([launcher, "--num_gpus", str(ranks), "--master_port"], script, **options)
+
+
+def launch(ranks: int, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`denoise-rl launch`."""
+    command = [sys.executable, "-m", "rl.cli", "launch", "--num-gpus", str(ranks), "--master-port"]
+    return _on_a_port(command, arguments, **options)
+
+
+def _on_a_port(
+    command: Sequence[str | Path], arguments: Sequence[str | Path], **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """A launcher that must be told a port; tried again when it was taken."""
     for _ in range(5):
-        command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port(), *script]
-        done = execute(command, **options)
+        done = execute([*command, free_port(), *arguments], **options)
         if done.returncode == 0 or "EADDRINUSE" not in done.stderr:
             break
     return done

@@ -205,10 +205,10 @@ def test_the_ranks_really_had_unequal_work(two_ranks: Path) -> None:
 
 
 def test_deepspeed_launcher(one_rank: Path, folder: Path) -> None:
-    """`deepspeed scripts/train.py --config ...` as the README says it, ZeRO 2 on two ranks, overrides in both forms."""
+    """`denoise-rl launch` is DeepSpeed's launcher: ZeRO 2 on two ranks, overrides in both forms."""
     home = folder / "launcher"
     arguments = runs.tiny_config(home, SEED, "--train.deepspeed", runs.ZERO[2], f"--run.output_dir={home / 'run'}")
-    done = runs.deepspeed(2, "scripts/train.py", *arguments)
+    done = runs.launch(2, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(home / "run", one_rank / "plain" / "run")
     assert {"summary.json", "report.html", "learning_curve.png", "samples.jsonl"} <= {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,31 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_every_shipped_config_is_listed_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert [line.split()[0] for line in lines[::2]] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     assert all(line.endswith(".") for line in lines)
+    # Below every sentence: how large the model is, and what trains it.
+    needs = re.compile(r" +[\d.]+ [MB] parameters(, .+)?; .*(CPU cores?|GPUs? of \d+ GB)(, .+)?\.")
+    assert [line for line in lines[1::2] if not needs.fullmatch(line)] == []
     assert last.removeprefix("train.deepspeed=").split(" | ") == sorted(BUILT_IN)
+
+
+def test_launch_becomes_the_deepspeed_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/test_distributed.py` runs it; here all of its options, and what it refuses before any rank starts."""
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, words: started.append(words))
+    devices = ["--num-nodes", "2", "--num-gpus", "8", "--hostfile", "hosts", "--master-port", "29501"]
+    main(["launch", *devices, "--config", "quickstart", "train.steps=1", "--train.epochs", "1"])
+    main(["launch", "--include", "localhost:0,1", "--config", "quickstart"])
+    expected = "--num_gpus 8 --num_nodes 2 --hostfile hosts --master_port 29501"
+    train = "--no_local_rank --module rl.cli train --config quickstart"
+    assert [" ".join(words[3:]) for words in started] == [
+        f"{expected} {train} train.steps=1 train.epochs=1",
+        f"--include localhost:0,1 {train}",
+    ]
+    assert all(words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"] for words in started)
+    for words in (["--num-gpus", "0"], ["--config", "quickstar"], ["train.stepz=1"], ["--gpus", "2"]):
+        assert main(["launch", *words]) == 2
+    assert len(started) == 2
 
 
 def test_a_file_of_the_user_comes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
