@@ -57,6 +57,11 @@ class ModelConfig(Section):
         description="Folder or hub name of a model to start from; a run folder stands for its newest checkpoint, null "
         "builds a new one.",
     )
+    autoregressive: bool = Field(
+        False,
+        description="The model in path is an autoregressive one, to compare with: eval samples it here, or with the "
+        "vLLM servers of rollout.server; it is not trained.",
+    )
     family: str | None = Field(
         None,
         description="Layout of the model in path: llada, dream, sdar, file.py:Class or pkg.module:Class; null goes by "

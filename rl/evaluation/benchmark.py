@@ -26,6 +26,7 @@ from rl.tasks.chat import token_ids
 from rl.tasks.load import load_task
 from rl.tasks.templates import Template, choose_template, with_chat
 from rl.train.run import Run
+from rollouts.engines.causal import causal_options
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.samplers.presets import PRESETS
@@ -61,8 +62,10 @@ class EvalPlan:
     reward: str | None = None
 
 
-def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]) -> dict[str, SamplerOptions]:
-    """`static@8` -> options, for every decoding and step count.
+def decoders(
+    plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int], autoregressive: bool = False
+) -> dict[str, SamplerOptions]:
+    """`static@8` -> options, for every decoding and step count; of an autoregressive model one, whose steps are tokens.
 
     Raises:
         ValueError: an unknown decoding, steps that do not divide over the blocks, or greedy samples that would all
@@ -76,6 +79,12 @@ def decoders(plan: EvalPlan, sampler: SamplerOptions, step_counts: Sequence[int]
     temperature = plan.temperature or 0.0
     if plan.ks and not 1 <= min(plan.ks) <= max(plan.ks) <= plan.samples:
         raise ValueError(f"--pass-k must lie between 1 and --samples {plan.samples}, got {max(plan.ks)}")
+    if autoregressive:
+        if plan.decodings:
+            raise ValueError("--decoding chooses positions, and model.autoregressive knows one order: leave it out")
+        if plan.samples > 1 and not temperature:
+            raise ValueError(f"--samples {plan.samples} needs --temperature above 0: greedy samples are all the same")
+        return {f"autoregressive@{sampler.gen_length}": causal_options(sampler, temperature)}
     selectors = {selector: name for name, selector in DECODINGS.items()}
     # A config's own decoder is named by its preset, or by its selector where the papers have no name for it.
     configured = sampler.preset or selectors.get(sampler.selector, sampler.selector)
@@ -109,7 +118,8 @@ def run_benchmark(
     if config.model.path is None:
         raise ValueError("model.path is required: name the folder of the model to evaluate")
     task = load_task(config.task.name, config.task.params)
-    options = decoders(plan, config.sampler, config.eval.num_inference_steps)
+    causal = config.model.autoregressive
+    options = decoders(plan, config.sampler, config.evaluation_steps(), causal)
     examples = load_examples(task, plan.data, plan.limit, config.eval.num_prompts)
     judge = judge_of(config.reward, task, plan.reward)
     folder = GenerationFolder(plan.output or f"{config.run.output_dir}/eval/{config.task.name.replace(':', '-')}")

@@ -31,12 +31,28 @@ def eval_config(path: str | None, overrides: Sequence[str], task: str | None) ->
     return load_config(path, [f"task.name={task}", "task.params={}", *overrides])
 
 
+def baseline_overrides(model: str | None, server: str | None) -> list[str]:
+    """Overrides that make an autoregressive model the one to evaluate, sampled by a vLLM server where there is one."""
+    if model is None:
+        if server is not None:
+            raise ValueError("--server has the model of --autoregressive: name its folder or hub name there")
+        return []
+    overrides = [f"model={json.dumps({'path': model, 'autoregressive': True})}"]
+    if server is not None:
+        served = {"engine": "server", "server": {"dialect": "vllm", "urls": [server]}}
+        overrides.append(f"rollout={json.dumps(served)}")
+    return overrides
+
+
 def eval_command(args: argparse.Namespace) -> list[str]:
     """`denoise-rl eval`; returns the lines to print.
+
+    `--autoregressive MODEL` puts that model in the place of the config's section `model`.
 
     Raises:
         ValueError: anything the user got wrong, in one line.
     """
+    args.overrides = [*baseline_overrides(args.autoregressive, args.server), *args.overrides]
     names = (*NOT_WITH_RESCORE, "pass_k", "reward", "export", "rescore")
     asked = any(getattr(args, name) is not None for name in names if name != "output")
     return _kept(args) if asked or not (args.output or ".json").endswith(".json") else _counted(args)
@@ -54,7 +70,7 @@ def _counted(args: argparse.Namespace) -> list[str]:
         with about(f"--data {args.data}" if args.data else "task.params"):
             task = run.task
             examples = task.file_examples(args.data) if args.data else task.heldout_examples(config.eval.num_prompts)
-        results, _ = evaluate(run, examples, config.eval.num_inference_steps)
+        results, _ = evaluate(run, examples, config.evaluation_steps())
     names = run.judge.names
     lines = [f"{names['measure']}, judged by {names['judge']}"]
     for steps, result in results.items():

@@ -80,7 +80,7 @@ def model_settings(model: Any, path: str, tokenizer_path: str | None) -> dict[st
         "block_length": model.block_length,
         "logit_shift": model.logit_shift,
         **({"context_causal": True} if model.context_causal else {}),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": next((str(weight.dtype) for weight in model.parameters()), "of the server").removeprefix("torch."),
     }
 
 

@@ -15,10 +15,12 @@ from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows, readout
 from rl.modalities.text_plan import TextPlan, open_tokenizer, review
+from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
-from rollouts.engines.causal import CausalEngine
+from rollouts.engines.base import Engine
+from rollouts.engines.causal import CausalEngine, ServedCausalEngine, causal_options
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions, with_changes
@@ -45,6 +47,8 @@ class TextModality(TextPlan):
     def load_model(self, path: str | None = None) -> Any:
         model = self.config.model if path is None else self.config.model.model_copy(update={"path": path})
         with about("model.backbone" if model.path is None else f"model.path {model.path!r}"):
+            if model.autoregressive:
+                return load_autoregressive(model, self.config.rollout.engine == "server")
             return load_policy(model, self.tokenizer, self.config.run.seed)
 
     def review(self, model: Any) -> None:
@@ -54,7 +58,13 @@ class TextModality(TextPlan):
     def save_model(self, model: Any, path: str | Path) -> None:
         save_policy(model, self.tokenizer, path)
 
-    def engine(self, model: Any, options: SamplerOptions, device: torch.device) -> InProcessEngine:
+    def engine(self, model: Any, options: SamplerOptions, device: torch.device) -> Engine:
+        if isinstance(model, CausalLM):
+            rollout, eos = self.config.rollout, self.tokenizer.eos_token_id
+            more: dict[str, Any] = {"eos_token_id": eos, "max_batch_size": rollout.max_batch_size}
+            if model.lm is None:
+                return ServedCausalEngine(rollout.server, model, options, **more)
+            return CausalEngine(model, options, **more, device=device)
         return InProcessEngine(
             SharedForwards(model),
             self._with_block(options),
@@ -87,6 +97,8 @@ class TextModality(TextPlan):
         )
 
     def evaluation_options(self, num_inference_steps: int) -> SamplerOptions:
+        if self.config.model.autoregressive:
+            return causal_options(self.config.sampler, temperature=0.0)
         changed = {
             **self.config.eval.sampler,
             "temperature": 0.0,
@@ -138,6 +150,8 @@ class TextModality(TextPlan):
         return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
 
     def search_sampler(self, engine: InProcessEngine, rows: Sequence[Example]) -> TokenSampler:
+        if self.config.model.autoregressive:
+            raise ValueError("--search branches denoising steps, which model.autoregressive has none of: leave it out")
         requests = self.requests(rows, [[0]] * len(rows))
         return TokenSampler(engine, [request.prompt_ids for request in requests])
 

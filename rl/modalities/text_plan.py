@@ -33,6 +33,8 @@ class TextPlan(Modality):
         from rl.tasks.chat import prompt_text, token_ids
 
         model, sampler = config.model, config.sampler
+        if model.autoregressive:
+            raise ValueError("model.autoregressive is for eval and rollout: what is trained here is a diffusion model")
         if config.train.steps and sampler.temperature == 0:
             raise ValueError("sampler.temperature is 0: greedy rollouts carry no gradient, set it above 0 to train")
         if config.sft.masking == "semi_ar" and sampler.block_length is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.causal_lm import PACKAGE, load_causal_tokenizer
 from rewards.weights import first_line
 from rl.model_section import ModelConfig
 from rl.models.families import family_of
@@ -27,10 +28,11 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         from rl.tasks.char_tokenizer import char_tokenizer
 
         return char_tokenizer(task.alphabet, getattr(task, "ends", True))
-    if not Path(source).is_dir() and not is_hub_name(source):
+    gguf = source.startswith(PACKAGE) or source.endswith(".gguf")
+    if not gguf and not Path(source).is_dir() and not is_hub_name(source):
         raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
     try:
-        tokenizer = read_tokenizer(source)
+        tokenizer = load_causal_tokenizer(source) if gguf else read_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer can be loaded from {source!r}: {first_line(error)}; set model.tokenizer"

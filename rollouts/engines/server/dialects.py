@@ -8,7 +8,7 @@ tested.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rollouts.engines.server.answers import Answer, Ask
@@ -177,6 +177,11 @@ def _vllm_request(ask: Ask, model: str | None) -> dict[str, Any]:
     }
 
 
+def _vllm_causal_request(ask: Ask, model: str | None) -> dict[str, Any]:
+    """As above, and nothing that the model's generation_config.json would add: its own ends, and penalties."""
+    return {**_vllm_request(ask, model), "ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
 def _vllm_answer(body: Mapping[str, Any]) -> Answer:
     choice = _get(body, "choices", 0)
     return Answer(
@@ -263,3 +268,7 @@ DIALECTS = {
         # Its own updates hand over CUDA memory; there is none from disk.
     ),
 }
+# An autoregressive model, which is sampled and not trained; `rollouts.engines.causal` asks for it.
+DIALECTS["vllm_causal"] = replace(
+    DIALECTS["vllm"], request=_vllm_causal_request, push=(), started_from=lambda replies: None
+)
