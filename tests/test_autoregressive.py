@@ -73,8 +73,8 @@ def by_hand(lm: Any, prompt: list[int], seed: int, length: int, temperature: flo
 def test_answers_are_those_of_a_loop_without_batch_and_cache(lm: Any, temperature: float) -> None:
     options = SamplerOptions(gen_length=9, temperature=temperature)
     engine = CausalEngine(CausalLM(lm.config, lm), options, eos_token_id=EOS, max_batch_size=3)
-    found = engine.generate([Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)])
-    wanted = [by_hand(lm, prompt, seed, 9, temperature) for seed, prompt in enumerate(PROMPTS)]
+    found = engine.generate([Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS * 2)])
+    wanted = [by_hand(lm, prompt, seed, 9, temperature) for seed, prompt in enumerate(PROMPTS * 2)]
     # Rows leave the batch at different times, and one never does.
     assert len({len(tokens) for tokens, _ in wanted}) > 2 or not temperature
     for trajectory, (tokens, logprobs) in zip(found, wanted, strict=True):
@@ -171,6 +171,6 @@ def test_refusals(run: Run, folder: str, tmp_path: Path, arguments: list[str], m
 
 
 def test_steps_of_an_evaluation_are_tokens() -> None:
-    overrides = ["model.path=x", "sampler.gen_length=24", "sampler.block_length=4", "eval.num_inference_steps=[12]"]
-    assert load_config(None, overrides).evaluation_steps() == [12]
-    assert load_config(None, [*overrides, "model.autoregressive=true"]).evaluation_steps() == [24]
+    overrides = ["model.path=x", "sampler.gen_length=16", "sampler.block_length=4", "eval.num_inference_steps=[8]"]
+    assert load_config(None, overrides).evaluation_steps() == [8]
+    assert load_config(None, [*overrides, "model.autoregressive=true"]).evaluation_steps() == [16]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from rewards.causal_lm import load_causal_lm, resolve
 from rewards.weights import first_line
@@ -46,6 +47,7 @@ def load_autoregressive(config: ModelConfig, served: bool) -> CausalLM:
             raise ValueError(f"model.{name} is for diffusion models: take it out, or set model.autoregressive=false")
     if config.lora.rank:
         raise ValueError("model.lora is for models that are trained: take it out, or set model.autoregressive=false")
+    logging.disable_progress_bar()
     if not served:
         lm = load_causal_lm(config.path)
         return CausalLM(lm.config, lm)
