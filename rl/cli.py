@@ -153,9 +153,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a table for each run.seed")
     evaluate = add("eval", commands.eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
-    for name, text in (("autoregressive", "this causal language model instead"), ("server", "vLLM server that has it")):
-        metavar = {"autoregressive": "MODEL", "server": "URL"}[name]
-        evaluate.add_argument(f"--{name}", metavar=metavar, help=text)
     evaluate.add_argument("--data", metavar="FILE", help="problems in the task's published file format")
     evaluate.add_argument(
         "--output", metavar="FOLDER", help="keep generations here and continue there (FILE.json: none)"

@@ -66,14 +66,22 @@ class Config(Section):
             return self.rollout.max_staleness
         return self.train.updates_per_step * self.train.epochs if self.rollout.asynchronous else 0
 
+    def of_baseline(self) -> Config:
+        """The config of `eval.baseline` in the place of the model: same task, rewards and lengths."""
+        # The end token and the tokenizer are the baseline's own.
+        model = ModelConfig(path=self.eval.baseline, autoregressive=True)
+        evaluation = self.eval.model_copy(update={"baseline": None, "backslide": False})
+        return self.model_copy(update={"model": model, "eval": evaluation})
+
     def evaluation_steps(self) -> list[int]:
         """Step counts to evaluate at: of an autoregressive model one, a step for every token."""
         return [self.sampler.gen_length] if self.model.autoregressive else self.eval.num_inference_steps
 
     @model_validator(mode="after")
     def _autoregressive_fits(self) -> Config:
-        if self.model.autoregressive and modality_of(self.task.name).name != "text":
-            raise ValueError(f"model.autoregressive is for text, and task.name {self.task.name!r} is not: leave it out")
+        if (self.model.autoregressive or self.eval.baseline) and modality_of(self.task.name).name != "text":
+            name = "model.autoregressive" if self.model.autoregressive else "eval.baseline"
+            raise ValueError(f"{name} is for text, and task.name {self.task.name!r} is not: leave it out")
         if self.model.autoregressive and self.eval.backslide:
             raise ValueError(
                 "eval.backslide needs x0 predictions, which model.autoregressive has none of: set it to false"

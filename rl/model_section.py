@@ -59,8 +59,8 @@ class ModelConfig(Section):
     )
     autoregressive: bool = Field(
         False,
-        description="The model in path is an autoregressive one, to compare with: eval samples it here, or with the "
-        "vLLM servers of rollout.server; it is not trained.",
+        description="The model in path is an autoregressive one, to compare with: a folder, hub name, .gguf file or "
+        "package:NAME/FILE.gguf that is sampled here in bfloat16, or http://HOST:PORT of a vLLM server (docs/vllm.md).",
     )
     family: str | None = Field(
         None,

@@ -299,8 +299,8 @@ class EvalConfig(Section):
     sampler: dict[str, Any] = Field({}, description="Sampler options that evaluations change, {selector: top_n}.")
     baseline: str | None = Field(
         None,
-        description="Autoregressive model whose greedy answers are judged too, before any training: folder, hub name, "
-        ".gguf file or package:NAME/FILE.gguf.",
+        description="Autoregressive model whose answers are judged too, in train before any training: folder, hub "
+        "name, .gguf file, package:NAME/FILE.gguf, or http://HOST:PORT of a vLLM server.",
     )
     keep_answers: int = Field(
         0, ge=0, description="Held-out answers, the first ones, that each evaluation at the ends writes to answers/."

@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl.cli import main
 from rl.config import load_config
+from rl.model_section import ModelConfig
 from rl.models.causal import CausalLM
+from rl.models.load import load_policy, save_policy
 from rl.tasks.char_tokenizer import char_tokenizer
 from rollouts.engines.causal import CausalEngine
 from rollouts.engines.in_process import Request
@@ -72,7 +74,7 @@ def by_hand(lm: Any, prompt: list[int], seed: int, length: int, temperature: flo
 @pytest.mark.parametrize("temperature", [0.0, 4.0])
 def test_answers_are_those_of_a_loop_without_batch_and_cache(lm: Any, temperature: float) -> None:
     options = SamplerOptions(gen_length=9, temperature=temperature)
-    engine = CausalEngine(CausalLM(lm.config, lm), options, eos_token_id=EOS, max_batch_size=3)
+    engine = CausalEngine(CausalLM(lm, lm.config, 64), options, eos_token_id=EOS, max_batch_size=3)
     found = engine.generate([Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS * 2)])
     wanted = [by_hand(lm, prompt, seed, 9, temperature) for seed, prompt in enumerate(PROMPTS * 2)]
     # Rows leave the batch at different times, and one never does.
@@ -86,7 +88,7 @@ def test_answers_are_those_of_a_loop_without_batch_and_cache(lm: Any, temperatur
 
 
 def test_greedy_answers_are_those_of_generate(lm: Any) -> None:
-    engine = CausalEngine(CausalLM(lm.config, lm), SamplerOptions(gen_length=12, temperature=0), eos_token_id=EOS)
+    engine = CausalEngine(CausalLM(lm, lm.config, 64), SamplerOptions(gen_length=12, temperature=0), eos_token_id=EOS)
     for prompt, trajectory in zip(PROMPTS, engine.generate([Request(p, 0) for p in PROMPTS]), strict=True):
         ids = torch.tensor([prompt])
         text = lm.generate(
@@ -97,7 +99,7 @@ def test_greedy_answers_are_those_of_generate(lm: Any) -> None:
 
 
 def test_a_request_that_does_not_fit_is_refused(lm: Any) -> None:
-    engine = CausalEngine(CausalLM(lm.config, lm), SamplerOptions(gen_length=60))
+    engine = CausalEngine(CausalLM(lm, lm.config, 64), SamplerOptions(gen_length=60))
     with pytest.raises(ValueError, match=r"request 0: prompt of 5 tokens plus sampler.gen_length 60 .* 64 positions"):
         engine.generate([Request([1] * 5, 0)])
     with pytest.raises(ValueError, match="request 0 has an empty prompt"):
@@ -119,27 +121,46 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 SIZES = ["run.device=cpu", "sampler.gen_length=16", "eval.num_prompts=6"]
 
 
-def test_eval_counts_and_keeps_it_as_any_model(run: Run, folder: str, tmp_path: Path) -> None:
-    # The config's own model section, which describes a diffusion model, is put aside.
-    config = ["--config", "quickstart", "--autoregressive", folder, *SIZES]
-    code, out, err = run("eval", *config, "--output", str(tmp_path / "one.json"))
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path, tokenizer = tmp_path_factory.mktemp("diffusion"), char_tokenizer("01234=")
+    backbone = {"model_type": "gpt2", "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    save_policy(load_policy(ModelConfig(backbone=backbone), tokenizer, seed=0), tokenizer, path)
+    return str(path)
+
+
+LINE = r" {2}16 steps: \d\.\d{3} .* n=6  unscored=0  tokens/forward=1.00$"
+
+
+def test_eval_counts_it_beside_a_model_or_alone(run: Run, folder: str, diffusion: str, tmp_path: Path) -> None:
+    config = ["eval", "--config", "quickstart", f"eval.baseline={folder}", *SIZES]
+    both = [*config, f"model.path={diffusion}", "eval.num_inference_steps=[8]"]
+    code, out, err = run(*both, "--output", str(tmp_path / "both.json"))
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0] == "accuracy, judged by sudoku" and len(lines) == 2
-    assert re.match(r" {2}16 steps: \d\.\d{3} .* n=6  unscored=0  tokens/forward=1.00$", lines[1])
-    saved = json.loads((tmp_path / "one.json").read_text())
-    assert saved["model"] == folder and list(saved["results"]) == ["16"]
-    kept = ["--samples", "2", "--temperature", "0.7", "--output", str(tmp_path / "kept")]
-    code, out, err = run("eval", *config, *kept)
+    assert lines[0] == "accuracy, judged by sudoku" and lines[1].startswith("   8 steps: ")
+    assert lines[2] == f"autoregressive, {folder}" and re.match(LINE, lines[3]) and len(lines) == 4
+    code, alone, err = run(*config, "--output", str(tmp_path / "alone.json"))
+    assert code == 0 and alone.splitlines() == [lines[0], *lines[2:]]
+    both_json, alone_json = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("both", "alone"))
+    assert both_json["baseline"] == alone_json["baseline"] and list(alone_json["baseline"]["results"]) == ["16"]
+    assert list(both_json["results"]) == ["8"] and alone_json["results"] == {}
+
+
+def test_eval_keeps_its_generations(run: Run, folder: str, diffusion: str, tmp_path: Path) -> None:
+    kept = ["--samples", "2", "--temperature", "0.7", "--output", str(tmp_path)]
+    config = ["eval", "--config", "quickstart", f"model.path={diffusion}", f"eval.baseline={folder}", *SIZES, *kept]
+    code, out, err = run(*config, "eval.num_inference_steps=[8]")
     assert code == 0, err
-    settings = json.loads((tmp_path / "kept" / "settings.json").read_text())
+    assert "\ntop_n@8 " in out.replace("static", "top_n") and "\nautoregressive@16 " in out
+    settings = json.loads((tmp_path / "autoregressive" / "settings.json").read_text())
     assert list(settings["decoders"]) == ["autoregressive@16"] and settings["model"]["attention"] == "causal"
     assert settings["decoders"]["autoregressive@16"]["temperature"] == 0.7
-    written = [json.loads(line) for line in (tmp_path / "kept" / "generations.jsonl").read_text().splitlines()]
-    assert len(written) == 12
-    for line in written:
+    lines = (tmp_path / "autoregressive" / "generations.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    for line in map(json.loads, lines):
         assert line["steps"] == len(line["completion_ids"]) and line["reveal_steps"] == list(range(line["steps"]))
-    assert run("eval", *config, *kept)[0] == 0  # goes on, with nothing to do
+    assert run(*config, "eval.num_inference_steps=[8]")[0] == 0  # goes on, with nothing to do
 
 
 def test_rollout_writes_its_trajectories(run: Run, folder: str, tmp_path: Path) -> None:
@@ -154,18 +175,18 @@ def test_rollout_writes_its_trajectories(run: Run, folder: str, tmp_path: Path) 
     [
         (["train", "model.autoregressive=true"], "model.autoregressive is for eval and rollout"),
         (["eval", "model.autoregressive=true"], "model.path is required"),
-        (["eval", "--server", "http://localhost:1"], "--server has the model of --autoregressive"),
-        (["eval", "--autoregressive", "FOLDER", "eval.backslide=true"], "eval.backslide needs x0 predictions"),
-        (["eval", "--autoregressive", "FOLDER", "--decoding", "static"], "--decoding chooses positions"),
-        (["eval", "--autoregressive", "FOLDER", "--samples", "2"], "--samples 2 needs --temperature above 0"),
-        (["eval", "--autoregressive", "FOLDER", "task.name=digits", "sampler={}"], "model.autoregressive is for text"),
-        (["eval", "--autoregressive", "FOLDER", "model.lora.rank=2"], "model.lora is for models that are trained"),
-        (["eval", "--autoregressive", "FOLDER", "model.attention=full", "model.family=sdar"], "model.family is for"),
-        (["eval", "--autoregressive", "missing/model.gguf"], "there is no file missing/model.gguf"),
+        (["eval", "AR", "eval.backslide=true"], "eval.backslide needs x0 predictions"),
+        (["eval", "BASELINE", "--decoding", "static"], "--decoding chooses positions"),
+        (["eval", "BASELINE", "--samples", "2"], "--samples 2 needs --temperature above 0"),
+        (["eval", "BASELINE", "task.name=digits", "sampler={}"], "eval.baseline is for text"),
+        (["eval", "AR", "PATH", "model.lora.rank=2"], "model.lora is for models that are trained"),
+        (["eval", "AR", "PATH", "model.family=sdar"], "model.family is for"),
+        (["eval", "eval.baseline=missing/model.gguf"], "there is no file missing/model.gguf"),
     ],
 )
 def test_refusals(run: Run, folder: str, tmp_path: Path, arguments: list[str], message: str) -> None:
-    arguments = [folder if word == "FOLDER" else word for word in arguments]
+    words = {"BASELINE": f"eval.baseline={folder}", "PATH": f"model.path={folder}", "AR": "model.autoregressive=true"}
+    arguments = [words.get(word, word) for word in arguments]
     code, _, err = run(*arguments, f"run.output_dir={tmp_path / 'run'}")
     assert code == 2 and message in err and len(err.splitlines()) == 1
 

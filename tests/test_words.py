@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 
 import pytest
 import torch
@@ -180,26 +179,6 @@ def test_equal_answers_are_read_once(causal_folder, monkeypatch) -> None:
     assert nats(["wolf", "old"], ["the wolf", "a"])[0] == pytest.approx(first[0]) and len(asked) == 4
 
 
-def test_the_causal_engine_is_the_greedy_loop(causal_folder) -> None:
-    from transformers import LlamaForCausalLM
-
-    from rollouts.engines.causal import CausalEngine
-    from rollouts.engines.in_process import Request
-
-    model = LlamaForCausalLM.from_pretrained(causal_folder).eval()
-    prompts = [[1, 3, 7, 6, 2], [1, 4, 2], [1, 5, 5, 2]]
-    engine = CausalEngine(model, 6, eos_token_id=0, mask_token_id=8, max_batch_size=2, device="cpu")
-    for prompt, made in zip(prompts, engine.generate([Request(p, 0) for p in prompts]), strict=True):
-        answer: list[int] = []
-        while len(answer) < 6 and (not answer or answer[-1] != 0):
-            with torch.no_grad():
-                answer.append(int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
-        assert made.response_ids().tolist() == answer and made.num_steps == len(answer)
-        assert made.reveal_step()[len(prompt) :][: len(answer)].tolist() == list(range(len(answer)))
-        made.validate()
-    assert engine.stats.generated_tokens == engine.stats.sequence_forwards and math.isfinite(engine.stats.seconds)
-
-
 def test_a_run_judges_the_baseline_and_keeps_answers(causal_folder, tmp_path, monkeypatch) -> None:
     from rl.config import load_config
     from rl.train import loop
@@ -228,14 +207,15 @@ def test_a_run_judges_the_baseline_and_keeps_answers(causal_folder, tmp_path, mo
     assert quality.keys() == {"words", "nats", "num_words", "distinct_frames", "repetition"}
     nats = AnswerNats(folder, "bfloat16")
     examples = run.task.heldout_examples(6)
-    engine = run.modality.baseline_engine(run.model, run.device)
-    made = engine.generate(run.modality.requests(examples, [[0]] * 6))
+    other = run.of_baseline()
+    engine = other.engine(other.model, other.modality.evaluation_options(4))
+    made = engine.generate(other.modality.requests(examples, [[0]] * 6))
     texts = run.tokenizer.batch_decode([t.response_ids() for t in made], skip_special_tokens=True)
     assert [line["completion"] for line in kept] == texts[:2]
     expected = sum(nats([row["prompt"] for row in examples], texts)) / 6
     assert quality["nats"] == pytest.approx(expected, rel=1e-3)
     # A run that resumes does not ask the baseline again.
-    monkeypatch.setattr(type(run.modality), "baseline_engine", None)
+    monkeypatch.setattr(Run, "of_baseline", None)
     again = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
     (run.folder / "before.json").unlink()
     with Run.open(again) as run:

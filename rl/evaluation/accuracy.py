@@ -51,12 +51,9 @@ class Accuracy:
 
 
 def evaluate(
-    run: Run, examples: Sequence[Example], step_counts: Sequence[int], engines: Mapping[int, Any] | None = None
+    run: Run, examples: Sequence[Example], step_counts: Sequence[int]
 ) -> tuple[dict[int, Accuracy], dict[int, list[Generation]]]:
     """Decode every example once for each step count, on all ranks together.
-
-    Args:
-        engines: step count -> what samples; by default the model of the run with the sampler of evaluations.
 
     Returns:
         step count -> accuracy, and step count -> the completions, in the order of the examples.
@@ -68,7 +65,7 @@ def evaluate(
     results: dict[int, Accuracy] = {}
     completions: dict[int, list[Generation]] = {}
     for steps in step_counts:
-        engine = engines[steps] if engines else run.engine(run.model, run.modality.evaluation_options(steps))
+        engine = run.engine(run.model, run.modality.evaluation_options(steps))
         _, mine = distributed.shard([(index, 0) for index in range(len(problems))])
         answers = evaluator.ask(engine, str(steps), mine)
         parts = distributed.gather_objects((answers.generations, answers.step_reward, answers.reported))

@@ -104,6 +104,11 @@ def decoders(
     return options
 
 
+def default_folder(config: Config) -> str:
+    """Where generations are kept when no folder is named."""
+    return f"{config.run.output_dir}/eval/{config.task.name.replace(':', '-')}"
+
+
 def run_benchmark(
     config: Config, plan: EvalPlan
 ) -> tuple[GenerationFolder, dict[str, Figures], Template, list[Example]]:
@@ -122,7 +127,7 @@ def run_benchmark(
     options = decoders(plan, config.sampler, config.evaluation_steps(), causal)
     examples = load_examples(task, plan.data, plan.limit, config.eval.num_prompts)
     judge = judge_of(config.reward, task, plan.reward)
-    folder = GenerationFolder(plan.output or f"{config.run.output_dir}/eval/{config.task.name.replace(':', '-')}")
+    folder = GenerationFolder(plan.output or default_folder(config))
     with Run.open(config.model_copy(update={"reward": judge}), write=False) as run:
         chat = bool(getattr(run.tokenizer, "chat_template", None))
         template = choose_template(task, plan.template, chat)

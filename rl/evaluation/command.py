@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rl.config import Config, load_config
 from rl.errors import about
-from rl.evaluation.accuracy import evaluate
-from rl.evaluation.benchmark import EvalPlan, run_benchmark
+from rl.evaluation.accuracy import Accuracy, evaluate
+from rl.evaluation.benchmark import EvalPlan, default_folder, run_benchmark
 from rl.evaluation.export_samples import check_format, export_samples
 from rl.evaluation.figures import Figures, table
 from rl.evaluation.generations import GenerationFolder
@@ -31,28 +32,12 @@ def eval_config(path: str | None, overrides: Sequence[str], task: str | None) ->
     return load_config(path, [f"task.name={task}", "task.params={}", *overrides])
 
 
-def baseline_overrides(model: str | None, server: str | None) -> list[str]:
-    """Overrides that make an autoregressive model the one to evaluate, sampled by a vLLM server where there is one."""
-    if model is None:
-        if server is not None:
-            raise ValueError("--server has the model of --autoregressive: name its folder or hub name there")
-        return []
-    overrides = [f"model={json.dumps({'path': model, 'autoregressive': True})}"]
-    if server is not None:
-        served = {"engine": "server", "server": {"dialect": "vllm", "urls": [server]}}
-        overrides.append(f"rollout={json.dumps(served)}")
-    return overrides
-
-
 def eval_command(args: argparse.Namespace) -> list[str]:
     """`denoise-rl eval`; returns the lines to print.
-
-    `--autoregressive MODEL` puts that model in the place of the config's section `model`.
 
     Raises:
         ValueError: anything the user got wrong, in one line.
     """
-    args.overrides = [*baseline_overrides(args.autoregressive, args.server), *args.overrides]
     names = (*NOT_WITH_RESCORE, "pass_k", "reward", "export", "rescore")
     asked = any(getattr(args, name) is not None for name in names if name != "output")
     return _kept(args) if asked or not (args.output or ".json").endswith(".json") else _counted(args)
@@ -61,26 +46,27 @@ def eval_command(args: argparse.Namespace) -> list[str]:
 def _counted(args: argparse.Namespace) -> list[str]:
     """Greedy accuracy at every number of steps, kept in a JSON file or nowhere."""
     config = load_config(args.config, args.overrides)
-    if config.model.path is None:
+    if config.model.path is None and config.eval.baseline is None:
         raise ValueError("model.path is required: name the folder of the model to evaluate")
     if args.output and not Path(args.output).parent.is_dir():
         # Found out now and not when the evaluation is done.
         raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
-    with Run.open(config, write=False) as run:
+    baseline = config.eval.baseline
+    results: dict[int, Accuracy] = {}
+    others: dict[int, Accuracy] = {}
+    with Run.open(config.of_baseline() if config.model.path is None else config, write=False) as run:
         with about(f"--data {args.data}" if args.data else "task.params"):
             task = run.task
             examples = task.file_examples(args.data) if args.data else task.heldout_examples(config.eval.num_prompts)
-        results, _ = evaluate(run, examples, config.evaluation_steps())
+        if config.model.path is not None:
+            results, _ = evaluate(run, examples, config.evaluation_steps())
+        if baseline is not None:
+            other = run if config.model.path is None else run.of_baseline()
+            others, _ = evaluate(other, examples, other.config.evaluation_steps())
     names = run.judge.names
-    lines = [f"{names['measure']}, judged by {names['judge']}"]
-    for steps, result in results.items():
-        lines.append(
-            f"{steps:4d} steps: {result.value:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
-            f"n={result.num_prompts}  unscored={result.unscored}"
-            + (f"  tokens/forward={result.tokens_per_forward:.2f}" if run.modality.unit == "tokens" else "")
-        )
-        if result.backslide is not None:
-            lines.append(f"            {result.backslide.line()}")
+    lines = [f"{names['measure']}, judged by {names['judge']}", *_result_lines(results, run.modality.unit)]
+    if baseline is not None:
+        lines += [f"autoregressive, {baseline}", *_result_lines(others, run.modality.unit)]
     if args.output:
         payload = {
             "task": config.task.name,
@@ -90,7 +76,23 @@ def _counted(args: argparse.Namespace) -> list[str]:
             "sampler": config.sampler.model_dump(),
             "results": {str(steps): result.as_json() for steps, result in results.items()},
         }
+        if baseline is not None:
+            found = {str(steps): result.as_json() for steps, result in others.items()}
+            payload["baseline"] = {"model": baseline, "results": found}
         Path(args.output).write_text(json.dumps(payload, indent=1))
+    return lines
+
+
+def _result_lines(results: dict[int, Accuracy], unit: str) -> list[str]:
+    lines = []
+    for steps, result in results.items():
+        lines.append(
+            f"{steps:4d} steps: {result.value:.3f}  95% [{result.low:.3f}, {result.high:.3f}]  "
+            f"n={result.num_prompts}  unscored={result.unscored}"
+            + (f"  tokens/forward={result.tokens_per_forward:.2f}" if unit == "tokens" else "")
+        )
+        if result.backslide is not None:
+            lines.append(f"            {result.backslide.line()}")
     return lines
 
 
@@ -125,7 +127,13 @@ def _kept(args: argparse.Namespace) -> list[str]:
         ks=ks,
         reward=args.reward,
     )
-    return report(*run_benchmark(config, plan), args.export)
+    lines: list[str] = []
+    if config.model.path is not None or config.eval.baseline is None:
+        lines += report(*run_benchmark(config, plan), args.export)
+        plan = replace(plan, output=f"{plan.output or default_folder(config)}/autoregressive", decodings=())
+    if config.eval.baseline is not None:
+        lines += report(*run_benchmark(config.of_baseline(), plan), args.export)
+    return lines
 
 
 def _numbers(text: str) -> list[int]:

@@ -98,8 +98,6 @@ class Modality:
             raise ValueError(f"train.mixed_steps {about_it}: set sampler.num_inference_steps")
         if config.train.block_schedule:
             raise ValueError(f"train.block_schedule {about_it}: set it to []")
-        if config.eval.baseline is not None:
-            raise ValueError(f"eval.baseline {about_it}: set it to null")
         if config.sft.trajectories is not None:
             raise ValueError(f"sft.trajectories {about_it}: set it to null")
         if config.convert.steps:

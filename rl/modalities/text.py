@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rewards.causal_lm import load_causal_lm, load_causal_tokenizer
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
@@ -48,7 +47,7 @@ class TextModality(TextPlan):
         model = self.config.model if path is None else self.config.model.model_copy(update={"path": path})
         with about("model.backbone" if model.path is None else f"model.path {model.path!r}"):
             if model.autoregressive:
-                return load_autoregressive(model, self.config.rollout.engine == "server")
+                return load_autoregressive(model, self.config.rollout.server)
             return load_policy(model, self.tokenizer, self.config.run.seed)
 
     def review(self, model: Any) -> None:
@@ -60,11 +59,10 @@ class TextModality(TextPlan):
 
     def engine(self, model: Any, options: SamplerOptions, device: torch.device) -> Engine:
         if isinstance(model, CausalLM):
-            rollout, eos = self.config.rollout, self.tokenizer.eos_token_id
-            more: dict[str, Any] = {"eos_token_id": eos, "max_batch_size": rollout.max_batch_size}
-            if model.lm is None:
-                return ServedCausalEngine(rollout.server, model, options, **more)
-            return CausalEngine(model, options, **more, device=device)
+            eos, size = self.tokenizer.eos_token_id, self.config.rollout.max_batch_size
+            if model.server is not None:
+                return ServedCausalEngine(model.server, model, options, eos_token_id=eos, max_batch_size=size)
+            return CausalEngine(model, options, eos_token_id=eos, max_batch_size=size, device=device)
         return InProcessEngine(
             SharedForwards(model),
             self._with_block(options),
@@ -73,20 +71,6 @@ class TextModality(TextPlan):
             device=device,
             approximate_cache=self.config.rollout.cache,
         )
-
-    def baseline_engine(self, model: Any, device: torch.device) -> CausalEngine:
-        """What samples `eval.baseline` instead of `model`, in the same tokens.
-
-        Raises:
-            ValueError: it cannot be loaded, or has another vocabulary.
-        """
-        path, eos = str(self.config.eval.baseline), self.tokenizer.eos_token_id
-        with about(f"eval.baseline {path!r}"):
-            if eos is None or load_causal_tokenizer(path).get_vocab() != self.tokenizer.get_vocab():
-                raise ValueError(f"eval.baseline {path!r} has another vocabulary, or the model's has no end token")
-            causal = load_causal_lm(path, "bfloat16").to(device)
-        length, size = self.config.sampler.gen_length, self.config.rollout.max_batch_size
-        return CausalEngine(causal, length, eos, model.mask_token_id, size, device)
 
     def options(self) -> SamplerOptions:
         return self._with_block(self.config.sampler)

@@ -10,6 +10,9 @@ from typing import Any
 
 from rl.model_section import ModelConfig
 from rl.models.families import family_of
+from rollouts.engines.base import EngineError
+from rollouts.engines.server.http_json import JsonServer
+from rollouts.engines.server.options import ServerOptions
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -97,6 +100,24 @@ def local_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+
+
+def is_url(path: str) -> bool:
+    """Whether this is the address of a server."""
+    return path.startswith(("http://", "https://"))
+
+
+def served_model(url: str) -> dict[str, Any]:
+    """What a vLLM server says of its model: `id`, `root` (folder or hub name), `max_model_len`, and its `version`.
+
+    Raises:
+        EngineError: nothing answers there, or no vLLM server.
+    """
+    http = JsonServer(url.removesuffix("/").removesuffix("/v1"), 60.0, ServerOptions().api_key_variable)
+    try:
+        return {**http.call("/v1/models")["data"][0], **http.call("/version")}
+    except (KeyError, IndexError, TypeError):
+        raise EngineError(f"{url} does not answer as a vLLM server does") from None
 
 
 def is_hub_name(path: str) -> bool:

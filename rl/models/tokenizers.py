@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rewards.causal_lm import PACKAGE, load_causal_tokenizer
+from rewards.causal_lm import load_causal_tokenizer
 from rewards.weights import first_line
 from rl.model_section import ModelConfig
 from rl.models.families import family_of
-from rl.models.folder import is_hub_name, local_folder, read_config
+from rl.models.folder import is_hub_name, is_url, local_folder, read_config, served_model
 from rl.tasks.base import Task
 
 
@@ -22,17 +22,19 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         ValueError: none of them exists.
     """
     source = config.tokenizer or config.path
+    if source == config.path and source is not None and is_url(source):
+        source = str(served_model(source)["root"])
     if source is None:
         if task.alphabet is None:
             raise ValueError("model.tokenizer is required: this task does not bring its own alphabet")
         from rl.tasks.char_tokenizer import char_tokenizer
 
         return char_tokenizer(task.alphabet, getattr(task, "ends", True))
-    gguf = source.startswith(PACKAGE) or source.endswith(".gguf")
-    if not gguf and not Path(source).is_dir() and not is_hub_name(source):
+    # Only an autoregressive model may come in one file.
+    if not config.autoregressive and not Path(source).is_dir() and not is_hub_name(source):
         raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
     try:
-        tokenizer = load_causal_tokenizer(source) if gguf else read_tokenizer(source)
+        tokenizer = load_causal_tokenizer(source) if config.autoregressive else read_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer can be loaded from {source!r}: {first_line(error)}; set model.tokenizer"

@@ -230,8 +230,7 @@ def _baseline(run: Run, heldout: list[Example]) -> dict[str, Any]:
     """The part `baseline` of the summary: how `eval.baseline` answers. A run that resumes keeps what it found."""
     path = run.folder / "baseline.json"
     if not (run.config.run.resume and path.is_file()):
-        engine = run.modality.baseline_engine(run.model, run.device)
-        found = _evaluated(run, "baseline", heldout, 0, {run.config.sampler.gen_length: engine})
+        found = _evaluated(run.of_baseline(), "baseline", heldout, 0)
         if distributed.rank() == 0:
             write_json(path, found)
         distributed.barrier()
@@ -240,12 +239,10 @@ def _baseline(run: Run, heldout: list[Example]) -> dict[str, Any]:
     return found
 
 
-def _evaluated(
-    run: Run, name: str, rows: list[Example], step: int, engines: Mapping[int, Any] | None = None
-) -> dict[str, Any]:
-    """Evaluate the model as it is, or other engines, log it, and give its part of the summary."""
+def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str, Any]:
+    """Evaluate the model as it is, log it, and give its part of the summary."""
     started = time.perf_counter()
-    results, completions = evaluate(run, rows, list(engines or run.config.eval.num_inference_steps), engines)
+    results, completions = evaluate(run, rows, run.config.evaluation_steps())
     quality: dict[str, Any] = {}
     for steps, made in completions.items():
         rewards = [math.nan if answer.reward is None else answer.reward for answer in made]
@@ -255,7 +252,7 @@ def _evaluated(
             quality[str(steps)] |= run.task.measure(rows, texts, results[steps].reported)
     metrics = {f"eval/{key}@{steps}": value for steps, values in quality.items() for key, value in values.items()}
     metrics |= as_metrics(results)
-    stage = "baseline" if engines else "eval"
+    stage = "baseline" if name == "baseline" else "eval"
     run.metrics.log(step, stage, metrics)
     if stage == "eval":
         run.callbacks.tell("on_evaluate", metrics=run.callbacks.named(stage, metrics))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,18 @@ class Run:
     def engine(self, model: Any, options: Any = None) -> Any:
         """An engine of this process that samples with `model`; by the config's sampler without `options`."""
         return self.modality.engine(model, options or self.modality.options(), self.device)
+
+    def of_baseline(self) -> Run:
+        """This run with `eval.baseline` in the place of its model.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        config = self.config.of_baseline()
+        with about(f"eval.baseline {self.config.eval.baseline!r}"):
+            modality = open_modality(config, self.task)
+            model = modality.load_model().to(self.device)
+        return replace(self, config=config, modality=modality, model=model)
 
     def save_model(self, path: str | Path) -> None:
         """Write `model` as it is now to a folder, which is whole or as it was."""

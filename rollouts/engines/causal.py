@@ -180,10 +180,10 @@ class CausalEngine(SharedModelEngine):
 
 
 class ServedCausalEngine(ServerEngine):
-    """Samples with vLLM servers that serve an autoregressive model (`rollout.server.urls`); nothing is pushed to them.
+    """Samples with vLLM servers that serve an autoregressive model ; nothing is pushed to them.
 
     Args:
-        model: has `max_length` and `vocab_size`; it is never run.
+        model: has `max_length`; it is never run.
         max_batch_size: requests that an evaluation hands over together.
     """
 
@@ -196,8 +196,6 @@ class ServedCausalEngine(ServerEngine):
         eos_token_id: int | None = None,
         max_batch_size: int = 256,
     ):
-        if server.dialect != "vllm":
-            raise ValueError(f"rollout.server.dialect {server.dialect} serves no autoregressive model here: set vllm")
         self.max_batch_size = max_batch_size
         # The folder of weights stays unused: what the servers were started with is version 0.
         server = server.model_copy(update={"dialect": "vllm_causal"})
