@@ -65,11 +65,11 @@ def test_every_block_hides_one_to_all_of_its_tokens_equally_often() -> None:
 
 
 def test_later_tokens_of_a_block_are_hidden_more_often() -> None:
-    """Two tokens, one of them hidden: the odds of the second are exp(beta (1 - 1/2) 1), beta = slope / 2."""
-    rng, slope = np.random.default_rng(1), 3.0
+    """Two tokens, one of them hidden: the odds of the second are exp(beta (1 - 1/2) 1)."""
+    rng, slope = np.random.default_rng(1), 1.5
     drawn = [hidden_tokens(np.zeros(2, dtype=np.int64), rng, slope)[0] for _ in range(6000)]
     alone = [hidden for hidden in drawn if hidden.sum() == 1]
-    odds = np.exp(slope / 2 * 0.5)
+    odds = np.exp(slope * 0.5)
     assert np.mean([hidden[1] for hidden in alone]) == pytest.approx(odds / (1 + odds), abs=0.02)
     assert len(alone) / len(drawn) == pytest.approx(0.5, abs=0.02)
 

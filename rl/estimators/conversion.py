@@ -62,7 +62,7 @@ def hidden_tokens(block: np.ndarray, rng: np.random.Generator, slope: float = 0.
 
     Args:
         block: int64 [n], ascending, the block of every token.
-        slope: beta x (tokens of the block) of Efficient-DLM; 0 chooses the k tokens uniformly.
+        slope: beta of Efficient-DLM; 0 chooses the k tokens uniformly.
 
     Returns:
         hidden bool [n], and the share float64 [n] of its block that is hidden.
@@ -71,7 +71,7 @@ def hidden_tokens(block: np.ndarray, rng: np.random.Generator, slope: float = 0.
     count = 1 + (rng.random(len(size)) * size).astype(np.int64)
     share, place = count / size, np.arange(len(block)) - first[own]
     # The k largest of log-weights with Gumbel noise are k draws without replacement.
-    key = slope * (1 - share[own]) * place / size[own] + rng.gumbel(size=len(block))
+    key = slope * (1 - share[own]) * place + rng.gumbel(size=len(block))
     hidden = np.empty(len(block), dtype=bool)
     hidden[np.lexsort((-key, block))] = place < count[own]
     return hidden, share[own]

@@ -17,14 +17,13 @@ import torch
 from rewards.causal_lm import load_causal_lm, load_causal_tokenizer
 from rl import distributed
 from rl.estimators.conversion import Text, conversion_rows, soft_rows
+from rl.estimators.rows import TokenRows
 from rl.files import write_whole
-from rl.losses.aggregate import weighted_sum
 from rl.sections import ConvertConfig
 from rl.tasks.chat import answer_text, token_ids
 from rl.tasks.records import read_records
-from rl.train.learner import Learner
 from rl.train.run import Run
-from rl.train.sft import Part, fit, parts
+from rl.train.sft import Fit, Part, epochs, fit
 
 ANSWERS = "answers.jsonl"
 
@@ -36,14 +35,13 @@ def convert(run: Run, command: str = "train", told_to_stop: Callable[[], int] = 
         ValueError: one line: the model, the teacher or the data do not fit the section `convert`.
     """
     config = run.config.convert
-    check_model(config, run.model)
-    needed = config.targets == "soft" or config.data == "samples"
-    teacher = _teacher(run) if needed else None
-    return fit(run, "convert", config, Conversion(run, teacher, _texts(run, teacher)), command, told_to_stop)
+    _check(config, run.model)
+    teacher = _teacher(run) if config.targets == "soft" or config.data == "samples" else None
+    return fit(run, _Conversion(run, teacher, _texts(run, teacher)), command, told_to_stop)
 
 
-def check_model(config: ConvertConfig, model: Any) -> None:
-    """Raise ValueError when the options do not fit the model."""
+def _check(config: ConvertConfig, model: Any) -> None:
+    """Raise ValueError where the options do not fit the model."""
     causal = model.attention == "block_causal"
     if config.block_lengths and not causal:
         raise ValueError(
@@ -75,14 +73,15 @@ def _teacher(run: Run) -> Any:
     except ValueError as error:
         hint = "" if run.config.convert.teacher else " (name the autoregressive model in convert.teacher)"
         raise ValueError(f"{option}: {error}{hint}") from error
-    own, theirs = run.modality.tokenizer.get_vocab(), tokenizer.get_vocab()
-    mask = run.model.mask_token_id
-    different = {word for word in own.keys() | theirs.keys() if own.get(word) != theirs.get(word)}
-    different -= {word for word in different if own.get(word) == mask}
-    if different or teacher.config.vocab_size > run.model.vocab_size:
-        what = f"token {min(different)!r}" if different else f"{teacher.config.vocab_size} tokens"
+    # The mask token is the diffusion model's own.
+    own, theirs = (
+        {(word, i) for word, i in source.get_vocab().items() if i != run.model.mask_token_id}
+        for source in (run.modality.tokenizer, tokenizer)
+    )
+    if own != theirs or teacher.config.vocab_size > run.model.vocab_size:
+        what = f", token {min(own ^ theirs)[0]!r} for one" if own != theirs else ""
         raise ValueError(
-            f"{option} {path!r} has another vocabulary than the model ({what}): name a teacher with its tokenizer"
+            f"{option} {path!r} has another vocabulary than the model{what}: name the model it was made of"
         )
     return teacher.to(run.device)
 
@@ -194,61 +193,49 @@ def _answers(run: Run, teacher: Any, rows: list[dict[str, Any]], seed: int) -> l
     ]
 
 
-class Conversion:
-    """The micro-batches of the stage and their loss; see `rl.train.sft.Fit`."""
+class _Conversion(Fit):
+    """Texts under noise; see `rl.estimators.conversion`."""
 
-    learner: Learner
+    name = "convert"
 
     def __init__(self, run: Run, teacher: Any, texts: list[Text]):
-        self.run, self.teacher, self.texts = run, teacher, texts
-        self.total: Any = 0.0
+        super().__init__(run)
+        self.teacher, self.texts = teacher, texts
         self._block: int | None = None
-        self._hidden = 0
+        self._masked = 0
 
-    def block_length(self, step: int) -> int | None:
-        """The block length of an update, None under full attention."""
+    def batch(self, step: int) -> list[Text]:
+        self._block, self._masked = self._block_length(step), 0
+        return epochs(self.texts, self.seed, step, self.config.batch_size)
+
+    def _block_length(self, step: int) -> int | None:
         if self.run.model.attention == "full":
             return None
-        config = self.run.config.convert
-        for phase in config.block_lengths:
-            if step < phase.until * config.steps:
-                return int(np.random.default_rng([self.run.config.run.seed, step, 1]).choice(phase.lengths))
+        for phase in self.config.block_lengths:
+            if step < phase.until * self.config.steps:
+                return int(np.random.default_rng([self.seed, step, 1]).choice(phase.lengths))
         return int(self.run.model.block_length)
 
-    def batches(self, step: int) -> tuple[list[Part], Part]:
-        config, seed = self.run.config.convert, self.run.config.run.seed
-        self.total, self._hidden, self._block = 0.0, 0, self.block_length(step)
-        batch = []
-        for index in range(step * config.batch_size, (step + 1) * config.batch_size):
-            epoch, place = divmod(index, len(self.texts))
-            batch.append(self.texts[np.random.default_rng([seed, epoch]).permutation(len(self.texts))[place]])
-        return parts(batch, step, config.micro_batch_size)
-
-    def loss(self, micro: Part) -> torch.Tensor:
-        run, config = self.run, self.run.config.convert
-        block = self._block or 1
+    def fitted(self, micro: Part) -> tuple[TokenRows, torch.Tensor]:
+        run, config = self.run, self.config
         rows, weight = conversion_rows(
             micro.batch,
             run.model,
             run.modality.tokenizer.eos_token_id,
-            np.random.default_rng([run.config.run.seed, micro.step]),
+            np.random.default_rng([self.seed, micro.step]),
             self._block,
             run.config.sampler.gen_length,
-            config.position_slope * block if config.noise == "efficient_dlm" else 0.0,
+            config.position_slope if config.noise == "efficient_dlm" else 0.0,
             config.loss_weight == "elbo",
             config.ar_weight if config.noise == "nbdiff" else 0.0,
             micro.part,
         )
-        rows = rows.to(run.device)
-        if self.teacher is not None and config.targets == "soft":
-            rows = soft_rows(rows, micro.batch[micro.part], run.model, self.teacher)
-        scores = self.learner.forward(rows)
-        value = weighted_sum(-scores.logprob if scores.kl is None else scores.kl, weight.to(run.device))
         if not micro.spare:
-            self.total = self.total + value.detach()
-            self._hidden += int((rows.input_ids[rows.row, rows.column] == run.model.mask_token_id).sum())
-        return value
+            self._masked += int((rows.input_ids[rows.row, rows.column] == run.model.mask_token_id).sum())
+        if config.targets == "soft":
+            rows = soft_rows(rows.to(run.device), micro.batch[micro.part], run.model, self.teacher)
+        return rows, weight
 
     def seen(self) -> tuple[float, str, dict[str, float]]:
-        hidden = distributed.reduce_number(self._hidden, "sum", self.run.device)
-        return hidden, "tokens", {"convert/block_length": float(self._block or 0), "convert/masked_tokens": hidden}
+        masked = distributed.reduce_number(self._masked, "sum", self.run.device)
+        return masked, "tokens", {"convert/block_length": float(self._block or 0), "convert/masked_tokens": masked}

@@ -1,13 +1,13 @@
-"""Stages that fit data: the supervised warm start (the modality says how; text: `rl/estimators/masking.py`).
+"""Supervised warm start: fit noised answers (the modality says how; text: `rl/estimators/masking.py`).
 
-`fit` is the loop that the conversion of an autoregressive model shares (`rl/train/convert.py`).
+The conversion of an autoregressive model is a stage of the same form (`rl/train/convert.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,44 +17,84 @@ from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
 from rl.run_folder import find_checkpoint
-from rl.sections import ConvertConfig, SftConfig
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
 from rl.train.run import Run
 from rl.values.model import Policy
 from rollouts.trajectory import TokenTrajectory, load_trajectories
 
+T = TypeVar("T")
 
-class Fit(Protocol):
-    """What a stage fits.
+
+class Part(NamedTuple):
+    """A micro-batch: `part` of the batch of an update, and whether it only fills up a rank."""
+
+    batch: list[Any]
+    part: slice
+    step: int
+    spare: bool = False
+
+
+class Fit:
+    """The micro-batches of a stage and their loss. This one: answers under random masks, or recorded trajectories.
 
     Attributes:
+        name: of the stage, its section in the config, and its folder.
         total: this rank's loss of the update so far.
-        learner: set by `fit`.
     """
 
-    total: Any
+    name = "sft"
     learner: Learner
 
-    def batches(self, step: int) -> tuple[list[Any], Any]:
-        """The micro-batches of this rank, and one that fills up the counts of ranks with fewer."""
-        ...
+    def __init__(self, run: Run):
+        self.run, self.config = run, getattr(run.config, self.name)
+        self.seed, self.traces = run.config.run.seed, list[TokenTrajectory]()
+        self.total: Any = 0.0
 
-    def loss(self, micro: Any) -> torch.Tensor:
-        """A micro-batch's share of the loss of the update."""
-        ...
+    def batch(self, step: int) -> list[Any]:
+        """What the update fits, on all ranks."""
+        if self.traces:
+            return epochs(self.traces, self.seed, step, self.config.batch_size)
+        return self.run.task.train_examples(self.seed, step, self.config.batch_size)
+
+    def fitted(self, micro: Part) -> tuple[Rows, torch.Tensor]:
+        """Rows, and the weight [U] of each decision's -logprob, or of its kl where the rows have one."""
+        if self.traces:
+            # The mean over the revealed tokens of the batch.
+            rows = trace_rows(micro.batch[micro.part], self.run.model)
+            decisions = sum(int(trajectory.is_reveal.sum()) for trajectory in micro.batch)
+            return rows, torch.full((len(rows.step),), 1.0 / decisions, dtype=torch.float64)
+        # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
+        return self.run.modality.supervised(self.run.model, micro.batch, micro.part, [self.seed, micro.step])
 
     def seen(self) -> tuple[float, str, dict[str, float]]:
-        """What the update has fitted over all ranks: how many, of what unit, and metrics of the stage's own."""
-        ...
+        """What the update has fitted on all ranks: how many, their unit, and metrics of the stage's own."""
+        unit = self.run.modality.unit
+        return self.config.batch_size * (self.run.modality.horizon if unit == "tokens" else 1), unit, {}
+
+    def parts(self, step: int) -> tuple[list[Part], Part]:
+        """The micro-batches of this rank, and one that fills up the counts of ranks with fewer."""
+        self.total, batch = 0.0, self.batch(step)
+        first, mine = distributed.shard(batch)
+        end = first + len(mine)
+        size = self.config.micro_batch_size or max(len(mine), 1)
+        parts = [Part(batch, slice(i, min(i + size, end)), step) for i in range(first, end, size)]
+        return parts, Part(batch, slice(0, 1), step, spare=True)
+
+    def loss(self, micro: Part) -> torch.Tensor:
+        """A micro-batch's share of the loss of the update."""
+        rows, weight = self.fitted(micro)
+        scores = self.learner.forward(rows.to(self.run.device))
+        value = weighted_sum(-scores.logprob if scores.kl is None else scores.kl, weight.to(self.run.device))
+        if not micro.spare:
+            self.total = self.total + value.detach()
+        return value
 
 
-def fit(
-    run: Run, name: str, config: SftConfig | ConvertConfig, data: Fit, command: str, told_to_stop: Callable[[], int]
-) -> dict[str, float]:
+def fit(run: Run, data: Fit, command: str, told_to_stop: Callable[[], int]) -> dict[str, float]:
     """Run a stage on `run.model` and return its summary (steps, seconds, final loss).
 
-    A run that resumes goes on from the stage's newest complete checkpoint, in the folder `name` of the run.
+    A run that resumes goes on from the stage's newest complete checkpoint, in the folder `data.name` of the run.
 
     Args:
         command: sub-command that resumes it.
@@ -62,8 +102,10 @@ def fit(
     Raises:
         Stopped: a rank was told to stop; its update is finished and in a checkpoint.
     """
-    learner = Learner(Policy(run.model), run.config.train.deepspeed, config.optimizer, config.steps, run.device)
-    data.learner = learner
+    name, config = data.name, data.config
+    learner = data.learner = Learner(
+        Policy(run.model), run.config.train.deepspeed, config.optimizer, config.steps, run.device
+    )
     plain, folder = Policy(run.model), run.folder / name
     run.progress.stage(name, config.steps)
     step, loss = 0, float("nan")
@@ -78,7 +120,7 @@ def fit(
             run.progress.message(note)
     started, fitted = time.perf_counter(), 0.0
     while step < config.steps:
-        batches, spare = data.batches(step)
+        batches, spare = data.parts(step)
         before = learner.overflows
         norm = learner.update(batches, data.loss, spare)
         step += 1
@@ -113,76 +155,15 @@ def fit(
 
 def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int] = lambda: 0) -> dict[str, float]:
     """The `sft` stage, see `fit`."""
-    return fit(run, "sft", run.config.sft, _Answers(run), command, told_to_stop)
+    data, path = Fit(run), run.config.sft.trajectories
+    data.traces = load_trajectories(path) if path else []
+    return fit(run, data, command, told_to_stop)
 
 
-class Part(NamedTuple):
-    """A micro-batch: `part` of the batch of an update, and whether it only fills up a rank."""
-
-    batch: list[Any]
-    part: slice
-    step: int
-    spare: bool = False
-
-
-def parts(batch: list[Any], step: int, micro_batch_size: int | None) -> tuple[list[Part], Part]:
-    """The micro-batches of this rank in a batch of all ranks, and one that fills up ranks with fewer."""
-    first, mine = distributed.shard(batch)
-    end = first + len(mine)
-    size = micro_batch_size or max(len(mine), 1)
-    own = [Part(batch, slice(i, min(i + size, end)), step) for i in range(first, end, size)]
-    return own, Part(batch, slice(0, 1), step, spare=True)
-
-
-class _Answers:
-    """The micro-batches of the supervised stage: answers under random masks, or recorded trajectories."""
-
-    learner: Learner
-
-    def __init__(self, run: Run):
-        self.run = run
-        path = run.config.sft.trajectories
-        self.traces = load_trajectories(path) if path else []
-        self.total: Any = 0.0
-
-    def batches(self, step: int) -> tuple[list[Part], Part]:
-        self.total = 0.0
-        config, seed, batch = self.run.config.sft, self.run.config.run.seed, []
-        if self.traces:
-            batch += _trace_batch(self.traces, seed, step, config.batch_size)
-        else:
-            batch += self.run.task.train_examples(seed, step, config.batch_size)
-        return parts(batch, step, config.micro_batch_size)
-
-    def seen(self) -> tuple[float, str, dict[str, float]]:
-        unit, count = self.run.modality.unit, self.run.config.sft.batch_size
-        return count * (self.run.modality.horizon if unit == "tokens" else 1), unit, {}
-
-    def loss(self, micro: Part) -> torch.Tensor:
-        rows, weight = self._fitted(micro)
-        logprob = self.learner.forward(rows.to(self.run.device)).logprob
-        value = weighted_sum(-logprob, weight.to(self.run.device))
-        if not micro.spare:
-            self.total = self.total + value.detach()
-        return value
-
-    def _fitted(self, micro: Part) -> tuple[Rows, torch.Tensor]:
-        """Rows, and the weight [U] of each decision's -logprob."""
-        if self.traces:
-            # The mean over the revealed tokens of the batch.
-            rows = trace_rows(micro.batch[micro.part], self.run.model)
-            decisions = sum(int(trajectory.is_reveal.sum()) for trajectory in micro.batch)
-            return rows, torch.full((len(rows.step),), 1.0 / decisions, dtype=torch.float64)
-        # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
-        seed = [self.run.config.run.seed, micro.step]
-        return self.run.modality.supervised(self.run.model, micro.batch, micro.part, seed)
-
-
-def _trace_batch(trajectories: list[TokenTrajectory], seed: int, step: int, size: int) -> list[TokenTrajectory]:
-    """Trajectories of an update: whole epochs in an order that depends on (seed, epoch) only."""
+def epochs(items: Sequence[T], seed: int, step: int, size: int) -> list[T]:
+    """The items of an update: whole epochs in an order that depends on (seed, epoch) only."""
     batch = []
     for index in range(step * size, (step + 1) * size):
-        epoch, place = divmod(index, len(trajectories))
-        order = np.random.default_rng([seed, epoch]).permutation(len(trajectories))
-        batch.append(trajectories[order[place]])
+        epoch, place = divmod(index, len(items))
+        batch.append(items[np.random.default_rng([seed, epoch]).permutation(len(items))[place]])
     return batch
