@@ -74,6 +74,8 @@ RECIPES = Table(
         "drakes": "rl.recipes.drakes:DRAKES",
         "tracerl": "rl.recipes.tracerl:TraceRL",
         "mdpo": "rl.recipes.mdpo:MDPO",
+        "opd": "rl.recipes.opd:OPD",
+        "d_opsd": "rl.recipes.d_opsd:DOPSD",
         "diffu_grpo": "rl.recipes.diffu_grpo:DiffuGRPO",
         "coupled_grpo": "rl.recipes.coupled_grpo:CoupledGRPO",
         "unigrpo": "rl.recipes.unigrpo:UniGRPO",

@@ -71,7 +71,7 @@ class TokenRows(Rows):
 
     @property
     def num_tokens(self) -> int:
-        return self.num_rows * self.input_ids.shape[1]
+        return self.input_ids.numel() * (1 if self.unprompted is None else 2)
 
     def distinct(self) -> TokenRows:
         """The same decisions on the distinct rows only. Log-probs and gradients stay what they were."""
@@ -88,21 +88,23 @@ class TokenRows(Rows):
     def score(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> Scores:
         """Log-prob and entropy of every decision under the model's weights.
 
-        Hidden states are gathered before the output head: logits are [N, V], never [R, W, V].
-
         Args:
             hidden: [R, W, D] when the backbone has already run on these rows.
         """
-        logits = self.logits(model, hidden)
-        return Scores(*logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k))
+        return Scores(*self.drawn(self.logits(model, hidden)))
 
     def logits(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, V] of every decision, guided where the sampler was; `hidden` as of `score`."""
+        """[N, V] at every decision. Hidden states are gathered before the output head: it never makes [R, W, V]."""
         place = (self.row, self.read)
         logits = model.token_logits((self.hidden(model) if hidden is None else hidden)[place])
         if self.unprompted is None:
             return logits
-        return guided_logits(logits, model.token_logits(self.hidden(model, self.unprompted)[place]), self.cfg_scale)
+        unconditional = model.token_logits(self.hidden(model, self.unprompted)[place])
+        return guided_logits(logits, unconditional, self.cfg_scale)
+
+    def drawn(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob of the targets, and entropy [N], in the sampling distribution."""
+        return logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k)
 
     def hidden(self, model: DenoisingModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place.

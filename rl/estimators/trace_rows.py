@@ -44,18 +44,19 @@ def trace_rows(
     shrink: int = 1,
     pack_to: int | None = None,
     segments: int | None = None,
+    masked: bool = False,
 ) -> TokenRows:
     """The trace in the layout of the model's attention.
 
     Args:
         block: training block length, None for the rollout's.
-        shrink, segments: see `merged_steps`; pack_to: see `assemble`.
+        shrink, segments: see `merged_steps`; pack_to: see `assemble`; masked: see `targets_at`.
     """
     assert steps is None, "the trace trains every step"
     if model.attention == "block_causal":
         whole = whole_blocks(trajectories, block)
-        return packed_rows(whole, shrink, block, pack_to, segments, **readout(model))
-    return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments)
+        return packed_rows(whole, shrink, block, pack_to, segments, masked=masked, **readout(model))
+    return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments, masked=masked)
 
 
 def remask_rows(
@@ -66,14 +67,16 @@ def remask_rows(
     pack_to: int | None = None,
     segments: int | None = None,
     context_causal: bool = False,
+    masked: bool = False,
 ) -> TokenRows:
     """One document per merged step: the canvas before it.
 
     Args:
-        shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`.
+        shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`; masked: see
+            `targets_at`.
         block_length: None for full attention; a block-causal model's block size otherwise.
     """
-    exact = _sampler_states(trajectories, shrink, segments)
+    exact = _sampler_states(trajectories, shrink, segments) and not masked
     documents, reads = [], []
     for index, trajectory in enumerate(trajectories):
         everything = np.arange(len(trajectory.step))
@@ -81,7 +84,8 @@ def remask_rows(
             active = trajectory.position[reveals].min() // block_length if context_causal and block_length else None
             documents.append(canvas_document(canvas, block_length, active))
             logprob = trajectory.logprob[reveals] if exact else None
-            reads.append(Reads(index, trajectory.position[reveals], trajectory.token[reveals], step, logprob))
+            places, tokens = targets_at(trajectory, canvas, reveals, masked)
+            reads.append(Reads(index, places, tokens, step, logprob))
     return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
 
 
@@ -93,16 +97,18 @@ def packed_rows(
     segments: int | None = None,
     logit_shift: int = 0,
     context_causal: bool = False,
+    masked: bool = False,
 ) -> TokenRows:
     """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
 
     The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside each block.
 
     Args:
-        shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`.
+        shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`; masked: see
+            `targets_at`.
         block_length: training block size; the trajectory's own when None.
     """
-    exact = _sampler_states(trajectories, shrink, segments)
+    exact = _sampler_states(trajectories, shrink, segments) and not masked
     documents, reads = [], []
     for index, trajectory in enumerate(trajectories):
         size = block_length or trajectory.block_length
@@ -113,16 +119,19 @@ def packed_rows(
             raise ValueError("the packed layout needs blocks that are finished one after the other")
         clean = trajectory.final_canvas()[:-size]
         copies: list[tuple[int, np.ndarray]] = []
-        column, step = np.empty((2, len(block)), dtype=np.int64)
+        # Blocks are finished one after the other, and states come in order: so do the reveals.
+        column, target, step = ([np.zeros(0, dtype=np.int64)] for _ in range(3))
         for b in np.unique(block):
             for canvas, reveals in _states(trajectory, np.flatnonzero(block == b), shrink, segments):
-                step[reveals] = len(copies)
-                column[reveals] = len(clean) + len(copies) * size + trajectory.position[reveals] - b * size
+                places, tokens = targets_at(trajectory, canvas, reveals, masked)
+                column.append(len(clean) + len(copies) * size + places - b * size)
+                target.append(tokens)
+                step.append(np.full(len(places), len(copies)))
                 copies.append((b, canvas[b * size : (b + 1) * size]))
         documents.append(block_document(clean, copies, size))
-        own = trajectory.is_reveal
-        logprob = trajectory.logprob[own] if exact else None
-        reads.append(Reads(index, column[own], trajectory.token[own], step[own], logprob))
+        logprob = trajectory.logprob[trajectory.is_reveal] if exact else None
+        joined = [np.concatenate(part) for part in (column, target, step)]
+        reads.append(Reads(index, joined[0], joined[1], joined[2], logprob))
     return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
 
 
@@ -150,6 +159,24 @@ def _states(
     for own in np.split(reveals, np.flatnonzero(np.diff(group)) + 1):
         if len(own):
             yield trajectory.canvas_at(trajectory.step[own[0]]), own
+
+
+def targets_at(
+    trajectory: TokenTrajectory, canvas: np.ndarray, reveals: np.ndarray, masked: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64 positions and tokens that are read in the state from which some reveals were made.
+
+    Args:
+        masked: instead of the reveals alone, all that is still masked in their blocks of the decoding grid, with the
+            tokens it holds in the end. Example: a block of [M, b, M] of which the step revealed the first; both M.
+    """
+    if not masked:
+        return trajectory.position[reveals], trajectory.token[reveals]
+    final, mask = trajectory.final_canvas(), trajectory.mask_token_id
+    places = np.flatnonzero((canvas == mask) & (final != mask))
+    active = trajectory.block_of(trajectory.position[reveals])
+    places = places[np.isin(trajectory.block_of(places), active)]
+    return places, final[places]
 
 
 def _sampler_states(trajectories: Sequence[TokenTrajectory], shrink: int, segments: int | None) -> bool:
@@ -188,6 +215,15 @@ def trained_steps(
     step = merged_steps(trajectory.step[reveal], shrink, segments)
     inside = trajectory.position[reveal] < trajectory.prompt_length + trajectory.stop_length
     return step[inside] if answer else step
+
+
+def masked_steps(trajectory: TokenTrajectory, answer: bool = False) -> np.ndarray:
+    """int64 [U]: `trained_steps` where all that is masked is read (`targets_at`)."""
+    steps, end = [np.zeros(0, dtype=np.int64)], trajectory.prompt_length + trajectory.stop_length
+    for index, (canvas, reveals) in enumerate(_states(trajectory, np.arange(len(trajectory.step)), 1, None)):
+        places, _ = targets_at(trajectory, canvas, reveals, masked=True)
+        steps.append(np.full((places < end).sum() if answer else len(places), index))
+    return np.concatenate(steps)
 
 
 def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> TokenRows:

@@ -67,6 +67,13 @@ class AnyRecipe(BaseModel):
     def check(self, config: Config) -> None:
         """Raise ValueError where the config does not fit in another way; asked before anything is built."""
 
+    def prepare(self, run: Any) -> None:
+        """Load what the recipe needs beside the policy, once, before a run (`rl.train.run.Run`) trains.
+
+        Raises:
+            ValueError: it cannot be had, or does not fit the run's model.
+        """
+
     def engine_needs(self) -> set[str]:
         """What the engine must give beside finished samples (keys of `rollouts.engines.base.NEEDS`)."""
         return {"gradients"} if self.reward_gradient else set()

@@ -33,6 +33,9 @@ def train(run: Run) -> dict[str, Any]:
     heldout = run.task.heldout_examples(run.config.eval.num_prompts)
     if not heldout:
         raise ValueError("the task has no held-out rows: set task.params so that it has some")
+    if run.config.train.steps:
+        # Before anything else is trained, too.
+        run.config.algorithm.prepare(run)
     with RolloutSource.open(run) as source:
         return _stages(run, source, heldout)
 

@@ -79,6 +79,7 @@ class PolicyUpdater(Updater):
             resumed: the run goes on from a checkpoint, which the loop loads into the learners.
         """
         run, config, critic = source.run, source.run.config, recipe.critic()
+        recipe.prepare(run)
         # The frozen policy is the one RL started from, also after a resume.
         self.reference = run.starting_policy(resumed) if recipe.needs_reference else None
         if recipe.needs_log_ratio and config.filters.drop_zero_variance:

@@ -1,0 +1,149 @@
+"""Decisions that a teacher has an opinion on: its distribution over tokens at each of them, as dense targets.
+
+`score` gives the divergence from the teacher's distribution to the policy's in `Scores.kl`, beside the log-prob and
+entropy of every other estimator. The distributions themselves, [N, V], never leave it. The policy's is the model's own
+(temperature 1, no filters); log-prob and entropy are of the sampling distribution, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from rl.estimators.base import Scores
+from rl.estimators.rows import TokenRows
+from rl.losses.divergence import divergence
+from rollouts.model_protocol import DenoisingModel
+from rollouts.trajectory import TokenTrajectory
+
+
+@dataclass(kw_only=True)
+class TaughtRows(TokenRows):
+    """Token rows with a teacher; a subclass says where its distributions come from.
+
+    Attributes:
+        kind: of the divergence (`rl.losses.divergence`).
+    """
+
+    kind: str
+
+    def taught(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs [N, V], or log-probs [N, K] and the ids [N, K] they belong to."""
+        raise NotImplementedError
+
+    def score(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> Scores:
+        logits = self.logits(model, hidden)
+        return Scores(*self.drawn(logits), kl=divergence(self.kind, logits, *self.taught()))
+
+
+@dataclass(kw_only=True)
+class ReadRows(TaughtRows):
+    """A causal language model reads the finished answers: a token is judged from the tokens to its left.
+
+    Attributes:
+        reader: `rewards.causal_lm.CausalReader`, or anything with its `read`.
+        prompts, answers: token ids of every trajectory.
+        place: int64 [N], index of each decision's token in its answer.
+        top: likeliest tokens of the teacher that are looked at; None takes the vocabulary.
+    """
+
+    reader: Any
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    place: torch.Tensor
+    top: int | None
+
+    @property
+    def num_rows(self) -> int:
+        return super().num_rows + len(self.answers)
+
+    @property
+    def num_tokens(self) -> int:
+        return super().num_tokens + sum(map(len, self.prompts + self.answers))
+
+    def taught(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Read anew in every forward: [N, V] of a whole RL step would not fit into memory.
+        readings = self.reader.read(self.prompts, self.answers, self.top)
+        start = torch.tensor([0, *map(len, self.answers)]).cumsum(0).to(self.place.device)
+        at = start[self.trajectory] + self.place
+        logprobs = torch.cat([reading.logprobs for reading in readings]).to(at.device)[at]
+        if self.top is None:
+            return logprobs, None
+        return logprobs, torch.cat([reading.ids for reading in readings]).to(at.device)[at]
+
+
+def read_rows(
+    rows: TokenRows, trajectories: Sequence[TokenTrajectory], reader: Any, kind: str, top: int | None
+) -> ReadRows:
+    """Rows whose decisions lie in the answers, with a causal teacher."""
+    start = torch.tensor([t.prompt_length for t in trajectories])
+    return ReadRows(
+        **vars(rows),
+        kind=kind,
+        reader=reader,
+        prompts=[t.prompt_ids.tolist() for t in trajectories],
+        answers=[t.response_ids().tolist() for t in trajectories],
+        place=rows.position_ids[rows.row, rows.column] - start[rows.trajectory],
+        top=top,
+    )
+
+
+@dataclass(kw_only=True)
+class ShownRows(TaughtRows):
+    """The teacher is a policy that is shown more than the student: the same decisions in other rows.
+
+    Attributes:
+        shown: rows with the same decisions in the same order.
+        top: K, likeliest tokens of the teacher that are kept; None keeps the vocabulary.
+        targets: what the teacher said, once `set_anchor` has asked it.
+    """
+
+    shown: TokenRows
+    top: int | None
+    targets: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def distinct(self) -> Self:
+        rows: Any = super().distinct()
+        return replace(rows, shown=self.shown.distinct())
+
+    def set_anchor(self, model: Any) -> None:
+        logprobs = self.shown.logits(model).log_softmax(-1)
+        if self.top is None:
+            self.targets = logprobs, None
+        else:
+            best = logprobs.topk(min(self.top, logprobs.shape[-1]))
+            self.targets = best.values, best.indices
+
+    def taught(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.targets is not None, "call set_anchor with the teacher first"
+        return self.targets
+
+
+def shown_rows(rows: TokenRows, suffixes: Sequence[np.ndarray], kind: str, top: int | None) -> ShownRows:
+    """Rows of canvases under full attention, with a teacher that sees a suffix behind each.
+
+    Args:
+        rows: one canvas a row.
+        suffixes: int64, of every trajectory; empty ones show nothing.
+    """
+    width = max(map(len, suffixes))
+    fill = {name: 0 for name in ("input_ids", "position_ids", "segment", "block")} | {"document": -1}
+    if rows.unprompted is not None:
+        fill["unprompted"] = 0
+    wide: dict[str, Any] = {
+        name: functional.pad(getattr(rows, name), (0, width), value=value) for name, value in fill.items()
+    }
+    for row, owner in {int(row): int(owner) for row, owner in zip(rows.row, rows.trajectory, strict=True)}.items():
+        suffix, end = torch.from_numpy(suffixes[owner]), int((rows.document[row] >= 0).sum())
+        place = slice(end, end + len(suffix))
+        wide["position_ids"][row, place] = torch.arange(end, end + len(suffix))
+        wide["document"][row, place] = 0
+        for name in ("input_ids", "unprompted"):
+            if name in wide:
+                wide[name][row, place] = suffix
+    return ShownRows(**vars(rows), kind=kind, top=top, shown=replace(rows, **wide))
