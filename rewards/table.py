@@ -76,6 +76,10 @@ class ScoreTable:
     steps: list[list[float] | None] = field(default_factory=list)
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
+    def by_completion(self) -> list[dict[str, float | None]]:
+        """[B] what every part gave a completion: `{"sudoku": 1.0, "overlong": None}`."""
+        return [{key: scores[i].value for key, scores in self.parts.items()} for i in range(len(self.values))]
+
 
 @dataclass
 class PartTally:

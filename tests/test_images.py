@@ -127,7 +127,7 @@ def test_an_image_that_decodes_to_nan_is_a_failed_sample(tmp_path: Path, monkeyp
                             "reward.max_failure_share=0.1"))  # fmt: skip
     (line,) = lines(tmp_path / "run", "train")
     assert line["reward/masked"] == line["filters/unscored"] == line["reward/digit_classifier/failures"] == 1
-    (first, second) = (json.loads(text) for text in (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
+    first, second, *_ = (json.loads(text) for text in (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
     assert (first["completion"], first["reward"]) == ("", None) and second["reward"] is not None
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["after_unscored"] == {"6": 1}
     write_report(tmp_path / "run")

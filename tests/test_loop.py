@@ -253,3 +253,19 @@ def test_mixed_step_counts_depend_on_seed_and_prompt_only(tmp_path: Path) -> Non
     assert all(len(values) == 1 for values in counts.values())
     forwards = runs.series(tmp_path / "run", "train", "cost/reward_queries")
     assert forwards == [16, 32]
+    # The mean of all is that of the two step counts, whose prompts are as many as the draws gave them.
+    for line in runs.lines(tmp_path / "run", "train"):
+        two, eight = (line[f"reward/mean@{steps}"] for steps in (2, 8))
+        weight = (line["reward/mean"] - eight) / (two - eight) * 8
+        assert weight == pytest.approx(round(weight), abs=1e-6) and 0 < weight < 8
+
+
+def test_samples_are_the_first_the_worst_and_the_best_with_their_parts(tmp_path: Path) -> None:
+    runs.train_here(runs.tiny_config(tmp_path, "train.steps=1"))
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    rewards = [sample["reward"] for sample in samples]
+    assert len(samples) == 4 and rewards[2] < rewards[3]
+    assert all(sample["parts"] == {"dense": sample["reward"]} for sample in samples)
+    viewer = json.loads((tmp_path / "run" / "viewer.json").read_text())
+    view = viewer["items"][0]["after"]
+    assert view["parts"] == {"sudoku": view["value"]} and view["correct"] == (view["value"] >= 1)

@@ -94,7 +94,9 @@ def _stages(run: Run, source: RolloutSource, heldout: list[Example]) -> dict[str
     views = _views(run, heldout, summary.get("train_steps", 0))
     if distributed.rank() == 0:
         pairs = zip(views_before, views, strict=False)
-        items = [{"prompt": b["prompt"], "before": b["view"], "after": a["view"]} for b, a in pairs]
+        items = [
+            {"prompt": b["prompt"], "answer": a["answer"], "before": b["view"], "after": a["view"]} for b, a in pairs
+        ]
         grid = list(run.task.grid) if run.task.grid else None
         write_json(run.folder / "viewer.json", {"grid": grid, "items": items})
         write_json(run.folder / "summary.json", summary)
@@ -309,13 +311,20 @@ def _views(run: Run, heldout: list[Example], step: int) -> list[dict[str, Any]]:
     trajectories = engine.generate(run.modality.requests(rows, [[i] for i in range(len(rows))], None))
     _, table = run.judge.score(rows, trajectories, verifier=True)
     views = run.modality.views(rows, trajectories, table.values)
-    items = [{"prompt": shown_prompt(row["prompt"]), "view": view} for row, view in zip(rows, views, strict=True)]
+    items = [
+        {
+            "prompt": shown_prompt(row["prompt"]),
+            "answer": None if row.get("answer") is None else shown_prompt(row["answer"]),
+            "view": view | {"value": value, "parts": part},
+        }
+        for row, view, value, part in zip(rows, views, table.values, table.by_completion(), strict=True)
+    ]
     run.callbacks.tell("on_views", items=items, step=step, grid=run.task.grid)
     return items
 
 
 def _log_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:
-    """Append the first samples of a step to samples.jsonl."""
+    """Append samples of a step to samples.jsonl."""
     if distributed.rank() != 0:
         return
     path = run.folder / "samples.jsonl"

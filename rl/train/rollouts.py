@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ class ScoredRollouts:
         filtered: the filters' own numbers.
         stats: work of the engine.
         reward_queries: completions and x0 predictions that were judged.
+        parts: [M] what every part of the reward gave (`ScoreTable.by_completion`).
         step_reward: [M] float64 [T_i], the reward of every step's x0 prediction, where it was asked for.
+        asked_steps: [M] numbers of denoising steps with `train.mixed_steps`, else empty.
     """
 
     examples: list[Example]
@@ -57,7 +59,9 @@ class ScoredRollouts:
     stats: EngineStats
     reward_seconds: float
     reward_queries: int
+    parts: list[dict[str, float | None]]
     step_reward: list[np.ndarray] | None = None
+    asked_steps: list[int] = field(default_factory=list)
 
     @staticmethod
     def join(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -70,12 +74,17 @@ class ScoredRollouts:
         joined["stats"] = EngineStats(**_joined([vars(part.stats) for part in parts]))
         return ScoredRollouts(**joined)
 
-    def lines(self, modality: Any, count: int | None = None) -> list[dict[str, Any]]:
-        """Prompt, completion and reward of the first rollouts, of all without `count`, as plain JSON."""
-        shown = list(zip(self.examples, self.completions, self.reward.tolist(), strict=True))[:count]
+    def lines(self, modality: Any, chosen: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Prompt, completion, reward and its parts of the chosen rollouts, of all without `chosen`, as plain JSON."""
+        reward = self.reward.tolist()
         return [
-            {"prompt": row["prompt"], "completion": modality.sample_line(sample), "reward": None if r != r else r}
-            for row, sample, r in shown
+            {
+                "prompt": self.examples[i]["prompt"],
+                "completion": modality.sample_line(self.completions[i]),
+                "reward": None if reward[i] != reward[i] else reward[i],
+                "parts": self.parts[i],
+            }
+            for i in (range(len(reward)) if chosen is None else chosen)
         ]
 
 
@@ -188,6 +197,7 @@ def scored(
         stats=stats,
         reward_seconds=time.perf_counter() - started,
         reward_queries=len(completions) + queries,
+        parts=table.by_completion(),
         step_reward=of_steps,
     )
 
@@ -264,6 +274,8 @@ class RolloutSource:
                     engine = self._engine(policy_version, recipe.branch_points(step + 1))
                     self.ahead.begin(engine, self._asked(step + 1)[1], policy_version)
             part = scored(run, examples, config.train.group_size, trajectories, stats, recipe.needs_step_rewards)
+            if config.train.mixed_steps:
+                part.asked_steps = [request.num_inference_steps for request in asked]
             run.spend(
                 Costs(
                     forward_passes=stats.forwards,
@@ -310,21 +322,27 @@ class RolloutSource:
         return mine, requests(run, mine, train.group_size, step_seed(seed, step), first, steps)
 
 
-def sample_lines(run: Run, rollouts: ScoredRollouts, count: int = 2) -> list[dict[str, Any]]:
-    """The first rollouts as plain JSON."""
-    shown = zip(rollouts.lines(run.modality, count), rollouts.trajectories, strict=False)
-    return [
-        line | {"prompt": shown_prompt(line["prompt"]), "num_steps": trajectory.num_steps} for line, trajectory in shown
-    ]
+def sample_lines(run: Run, rollouts: ScoredRollouts) -> list[dict[str, Any]]:
+    """The first two rollouts of this rank, then the worst and the best of the others, as plain JSON."""
+    order = [i for i in rollouts.reward.argsort(stable=True).tolist() if i > 1 and not rollouts.reward[i].isnan()]
+    chosen = [*range(min(2, len(rollouts.examples))), *dict.fromkeys([*order[:1], *order[-1:]])]
+    lines = rollouts.lines(run.modality, chosen)
+    for line, index in zip(lines, chosen, strict=True):
+        line |= {"prompt": shown_prompt(line["prompt"]), "num_steps": rollouts.trajectories[index].num_steps}
+        if rollouts.examples[index].get("answer") is not None:
+            line["answer"] = shown_prompt(rollouts.examples[index]["answer"])
+    return lines
 
 
 def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str, float]:
     """Over all ranks: reward mean with a 95 % interval over prompts, failures, zero-variance groups, the rewards' and
     the filters' own numbers, tokens generated, and the share of forwarded rows that were distinct.
     """
-    parts = distributed.gather_objects((rollouts.reward.tolist(), rollouts.group.tolist()))
-    rewards = torch.tensor([value for values, _ in parts for value in values], dtype=torch.float64)
-    groups = joined_groups(part for _, part in parts)
+    parts = distributed.gather_objects((rollouts.reward.tolist(), rollouts.group.tolist(), rollouts.asked_steps))
+    rewards = torch.tensor([value for values, _, _ in parts for value in values], dtype=torch.float64)
+    groups = joined_groups(part for _, part, _ in parts)
+    asked = torch.tensor([steps for _, _, part in parts for steps in part])
+    by_steps = {f"reward/mean@{s}": float(rewards[asked == s].nanmean()) for s in sorted(set(asked.tolist()))}
     filtered = distributed.sum_metrics(rollouts.filtered, device)
     work = distributed.sum_metrics(vars(rollouts.stats), device)
     slid, steps = {}, None
@@ -341,6 +359,7 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         **{f"rollout/{name}": work[name] for name in ("retries", "repushes", "workers_lost", "requests_reassigned")},
         "speed/distinct_row_share": work["sequence_forwards"] / max(work["rows_asked"], 1),
         **prompt_interval(rewards, groups),
+        **{name: mean for name, mean in by_steps.items() if mean == mean},
         "reward/failed": filtered["filters/unscored"],
         "reward/zero_variance_share": float(zero_variance_groups(rewards, groups, steps).double().mean()),
     }
