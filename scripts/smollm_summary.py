@@ -2,9 +2,9 @@
 
     python scripts/smollm_summary.py runs/smollm-0
 
-`ar` is the autoregressive model, `converted` the diffusion model before RL, `after` the same after it; each maps tokens a
-forward ("1", "2", "4") to the share of right answers `score`, of answers with both words `words`, mean `nats` a token
-and the number `n` of prompts. `beside` has the measures that no reward sees, `sentences` the first answers as they came.
+`ar` is the autoregressive model, `converted` the diffusion model before RL, `after` the same after it; each maps tokens
+a forward ("1", "2", "4") to the share of right answers `score`, of answers with both words `words`, mean `nats` a token
+and the number `n` of prompts. `beside` has measures that no reward sees, `sentences` the first answers as they came.
 """
 
 import json

