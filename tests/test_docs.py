@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+from rl.model_section import ModelConfig
+from rl.models.load import load_policy, save_policy
+from rl.tasks.char_tokenizer import char_tokenizer
+from tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "rewards" / "README.md"]
@@ -33,3 +40,51 @@ def test_links_lead_somewhere(page: Path) -> None:
         found = (page.parent / path) if path else page
         assert found.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(found), f"{page.name}: no heading for {target}"
+
+
+GUIDES = ["data", "own_recipe", "sft_to_rl", "troubleshooting", "hardware"]
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The commands of a page say what a user would run; here they run with these sizes.
+TINY = "train.steps=1 train.prompts_per_step=4 train.group_size=2 train.mixed_steps=[] sft.steps=2 sft.batch_size=8"
+TINY += (
+    " eval.num_prompts=4 eval.every=0 eval.viewer_items=1 eval.num_inference_steps=[2,4] goal=null run.num_threads=1"
+)
+LETTERS = "".join(map(chr, range(32, 127))) + "\n"
+
+
+def tiny(line: str) -> list[str]:
+    """The words of a command with `TINY` before its first flag; a stage that the line leaves out stays out."""
+    words = shlex.split(line)
+    if words[1] not in ("train", "sft", "eval", "compare", "check", "rollout") or "--plan" in words:
+        return words[1:]
+    small = [word for word in TINY.split() if not ("sft.steps=0" in words and word.startswith("sft.steps"))]
+    first = next(place for place, word in enumerate(words) if word.startswith("--"))
+    return [*words[1:first], *small, *words[first:]]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with a title are files, of Python blocks the rest runs, and every command ends well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for folder, alphabet in (("mine", LETTERS), ("sudoku", "01234=")):
+        tokenizer = char_tokenizer(alphabet, ends=folder == "mine")
+        save_policy(load_policy(ModelConfig(backbone=runs.GPT2), tokenizer, 0), tokenizer, Path("models") / folder)
+    text = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    ran = 0
+    loaded = set(sys.modules)
+    for language, title, body in BLOCK.findall(text):
+        if title:
+            Path(title).write_text(body)
+        elif language == "python":
+            exec(compile(body, f"docs/{name}.md", "exec"), {})
+        else:
+            assert language == "bash", f"a block of {language} without a title"
+            for line in body.strip().splitlines():
+                assert line.startswith("denoise-rl "), line
+                done = runs.cli(*tiny(line), cwd=tmp_path)
+                assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+                ran += 1
+    assert ran
+    for module in {Path(title).stem for _, title, _ in BLOCK.findall(text)} & (set(sys.modules) - loaded):
+        del sys.modules[module]
