@@ -6,10 +6,12 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rl.cli import main
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.tasks.char_tokenizer import char_tokenizer
@@ -62,8 +64,24 @@ def tiny(line: str) -> list[str]:
     return [*words[1:first], *small, *words[first:]]
 
 
+@pytest.fixture
+def forget_files(tmp_path: Path) -> Iterator[None]:
+    """Modules that a page's files became are forgotten behind it."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("denoise_rl_file_") or str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 @pytest.mark.parametrize("name", GUIDES)
-def test_a_guide_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guide_runs_from_top_to_bottom(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forget_files: None,
+) -> None:
     """Blocks with a title are files, of Python blocks the rest runs, and every command ends well."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -72,7 +90,6 @@ def test_a_guide_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch:
         save_policy(load_policy(ModelConfig(backbone=runs.GPT2), tokenizer, 0), tokenizer, Path("models") / folder)
     text = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
     ran = 0
-    loaded = set(sys.modules)
     for language, title, body in BLOCK.findall(text):
         if title:
             Path(title).write_text(body)
@@ -82,9 +99,6 @@ def test_a_guide_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch:
             assert language == "bash", f"a block of {language} without a title"
             for line in body.strip().splitlines():
                 assert line.startswith("denoise-rl "), line
-                done = runs.cli(*tiny(line), cwd=tmp_path)
-                assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+                assert main(tiny(line)) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
                 ran += 1
     assert ran
-    for module in {Path(title).stem for _, title, _ in BLOCK.findall(text)} & (set(sys.modules) - loaded):
-        del sys.modules[module]

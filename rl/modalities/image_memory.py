@@ -16,6 +16,7 @@ from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models.class_policy import network_class
 
 CLIP_TOKENS = 77
+T5_TOKENS = 256  # of SD3, unless model.pipeline.max_sequence_length asks for fewer
 
 
 def build_denoiser(config: Config, device: str = "meta") -> Any:
@@ -48,7 +49,7 @@ def activation_bytes(model: Any, rows: int) -> int:
     """What autograd keeps of `rows` rows in one forward.
 
     Raises:
-        ValueError: the network is neither a text- nor a class-conditional UNet.
+        ValueError: the network is none of a UNet, text- or class-conditional, and SD3's transformer.
     """
     config, device = model.config, next(model.parameters()).device
     size = config.sample_size
@@ -56,15 +57,21 @@ def activation_bytes(model: Any, rows: int) -> int:
         rows, config.in_channels, *(size if isinstance(size, (tuple, list)) else (size, size)), device=device
     )
     timestep = torch.zeros(rows, device=device)
-    if config.get("cross_attention_dim"):
+    if config.get("joint_attention_dim"):
+        tokens = CLIP_TOKENS + T5_TOKENS
         given: dict[str, Any] = {
-            "encoder_hidden_states": torch.zeros(rows, CLIP_TOKENS, config.cross_attention_dim, device=device)
+            "encoder_hidden_states": torch.zeros(rows, tokens, config.joint_attention_dim, device=device),
+            "pooled_projections": torch.zeros(rows, config.pooled_projection_dim, device=device),
         }
+    elif config.get("cross_attention_dim"):
+        given = {"encoder_hidden_states": torch.zeros(rows, CLIP_TOKENS, config.cross_attention_dim, device=device)}
     elif config.get("num_class_embeds"):
         given = {"class_labels": torch.zeros(rows, dtype=torch.int64, device=device)}
     else:
-        raise ValueError("--plan knows class-conditional networks and UNet2DConditionModel: model.backbone is neither")
-    return saved_bytes(lambda: model(latents, timestep, **given).sample, model)
+        raise ValueError(
+            "--plan knows class-conditional networks, UNet2DConditionModel, SD3Transformer2DModel: backbone is none"
+        )
+    return saved_bytes(lambda: model(latents, timestep=timestep, **given).sample, model)
 
 
 def image_memory(config: Config, ranks: int, half: bool) -> ModelMemory:

@@ -33,7 +33,7 @@ class PromptsTask:
         self,
         train: str = BUILT_IN,
         heldout: str | None = None,
-        reward: str = "clip_match",
+        reward: str | None = "clip_match",
     ):
         """
         Args:
@@ -42,6 +42,7 @@ class PromptsTask:
             heldout: a file of prompts that are not trained; None takes the 90 other combinations of the built-in list,
                 and the training prompts themselves beside a file.
             reward: the verifier; `reward.functions` may give it parameters, with weight 0 where it is not trained on.
+                None lets the rewards trained on judge.
         """
         self.reward = reward
         self._train = _rows(train, trained=True)
