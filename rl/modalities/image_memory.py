@@ -49,7 +49,7 @@ def activation_bytes(model: Any, rows: int) -> int:
     """What autograd keeps of `rows` rows in one forward.
 
     Raises:
-        ValueError: the network is none of a UNet, text- or class-conditional, and SD3's transformer.
+        ValueError: the network is no UNet, text- or class-conditional, and not the transformer of SD3.
     """
     config, device = model.config, next(model.parameters()).device
     size = config.sample_size
