@@ -44,7 +44,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{page.name}: no heading for {target}"
 
 
-GUIDES = ["data", "own_recipe", "sft_to_rl", "troubleshooting", "hardware"]
+GUIDES = ["data", "own_recipe", "sft_to_rl", "troubleshooting"]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The commands of a page say what a user would run; here they run with these sizes.
 TINY = "train.steps=1 train.prompts_per_step=4 train.group_size=2 train.mixed_steps=[] sft.steps=2 sft.batch_size=8"
