@@ -4,5 +4,5 @@
 set -euo pipefail
 nodes=$1 gpus=$2 first=$3
 shift 3
-exec torchrun --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_endpoint "$first:29500" \
+exec torchrun --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_endpoint "$first:${MASTER_PORT:-29500}" \
   scripts/train.py "$@"
