@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from rl.cli import main
+from rl.config import load_config
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.tasks.char_tokenizer import char_tokenizer
+from rl.train.memory import memory_lines
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +46,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{page.name}: no heading for {target}"
 
 
-GUIDES = ["data", "own_recipe", "sft_to_rl", "troubleshooting"]
+GUIDES = ["data", "own_recipe", "sft_to_rl", "troubleshooting", "hardware"]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The commands of a page say what a user would run; here they run with these sizes.
 TINY = "train.steps=1 train.prompts_per_step=4 train.group_size=2 train.mixed_steps=[] sft.steps=2 sft.batch_size=8"
@@ -102,3 +104,12 @@ def test_a_guide_runs_from_top_to_bottom(
                 assert main(tiny(line)) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
                 ran += 1
     assert ran
+
+
+def test_the_plan_of_the_hardware_page_is_todays() -> None:
+    rows = re.findall(r"^\|.*`(llada_8b_mdpo|llada_8b_d1|sd15_b2)`(?: \+ `([^`]*)`)?.*\| (\S+) \|$",
+                      (ROOT / "docs" / "hardware.md").read_text("utf-8"), re.MULTILINE)  # fmt: skip
+    assert len(rows) == 4
+    for name, overrides, last in rows:
+        lines = memory_lines(load_config(name, overrides.split()), 8, 256)
+        assert any(f"peak {last} " in line for line in lines), (name, overrides, lines)
