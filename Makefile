@@ -7,6 +7,7 @@
 #   make test-all     those too: long ones that are only worth running before a release
 #   make mutants      plant bugs, one line each, and see whether the tests notice (docs/testing.md)
 #   make lint         style, format and types only
+#   make docs         the site of docs/ into build/site, every link checked
 #   make options      write docs/options.md, the reference of every option, from the code
 #   make clean        remove build products and caches; runs/ and .venv/ stay
 
@@ -27,7 +28,7 @@ PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smollm test test-all mutants lint options clean
+.PHONY: help quickstart smollm test test-all mutants lint options docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +55,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 options: $(CORE)
 	$(BIN)/python scripts/options_page.py
@@ -84,3 +88,8 @@ endef
 
 $(READY): pyproject.toml constraints.txt
 	$(call install,.[dev])
+
+.venv/ready-docs: constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt mkdocs-material
+	@touch $@

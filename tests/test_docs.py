@@ -99,7 +99,7 @@ def test_a_guide_runs_from_top_to_bottom(
             exec(compile(body, f"docs/{name}.md", "exec"), {})
         else:
             assert language == "bash", f"a block of {language} without a title"
-            for line in body.strip().splitlines():
+            for line in body.strip().replace("\\\n", " ").splitlines():
                 assert line.startswith("denoise-rl "), line
                 assert main(tiny(line)) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
                 ran += 1
