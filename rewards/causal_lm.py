@@ -7,8 +7,11 @@ model is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,38 @@ def _arguments(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     return os.path.dirname(place) or ".", {"gguf_file": os.path.basename(place)}
 
 
+def plain_folder(path: str | os.PathLike[str]) -> str:
+    """Where transformers finds the model: the folder or hub name itself, for a GGUF file an unpacked copy of it.
+
+    The copy (weights in bfloat16, tokenizer, chat template) is made once and kept in the user's cache, or in the folder
+    that the environment variable DENOISE_RL_CACHE names: reading a GGUF file again takes half a minute.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be loaded.
+    """
+    place, more = _arguments(path)
+    if not more:
+        return place
+    file = Path(place) / more["gguf_file"]
+    facts = file.stat()
+    digest = zlib.crc32(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("DENOISE_RL_CACHE") or Path(home) / "denoise-rl")
+    target = cache / f"{file.stem}-{digest:08x}"
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as making:
+            _load_model(path, "bfloat16").save_pretrained(making)
+            # A file may hold weights alone: whoever asks for its tokenizer is told.
+            with contextlib.suppress(ValueError):
+                _load_tokenizer(path).save_pretrained(making)
+            # Another process may have been faster.
+            with contextlib.suppress(OSError):
+                os.rename(making, target)
+                Path(making).mkdir()
+    return str(target)
+
+
 def load_causal_lm(path: str | os.PathLike[str], dtype: str = "float32") -> Any:
     """The model, in evaluation mode and with gradients off.
 
@@ -64,6 +99,11 @@ def load_causal_lm(path: str | os.PathLike[str], dtype: str = "float32") -> Any:
     Raises:
         ValueError: it cannot be loaded.
     """
+    # A GGUF file's weights are read from the file itself where bfloat16 would round them.
+    return _load_model(plain_folder(path) if dtype == "bfloat16" else path, dtype)
+
+
+def _load_model(path: str | os.PathLike[str], dtype: str) -> Any:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
@@ -85,6 +125,10 @@ def load_causal_tokenizer(path: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: it cannot be loaded.
     """
+    return _load_tokenizer(plain_folder(path))
+
+
+def _load_tokenizer(path: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     place, more = _arguments(path)

@@ -51,11 +51,34 @@ class LoraOptions(Section):
         return self
 
 
+class ConvertOptions(Section):
+    block_length: int | None = Field(
+        None, ge=1, description="Block length of the diffusion model that an autoregressive model.path becomes."
+    )
+    mask_token: int | str = Field(
+        "new", description="Its mask token: an id or a token of the tokenizer that no text uses, or new for one more."
+    )
+    readout: Literal["shifted", "unshifted"] = Field(
+        "shifted", description="Token p is read at position p - 1, as the autoregressive model does, or at p (SDAR)."
+    )
+    context: Literal["causal", "block", "full"] = Field(
+        "causal",
+        description="Clean tokens see those to their left (NBDiff), or their whole block too; full has no blocks "
+        "(Dream), block_length 1 stands for it.",
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> ConvertOptions:
+        if self.block_length is None and self.model_dump(exclude_defaults=True):
+            raise ValueError("model.convert.block_length is missing: set it, or leave model.convert out")
+        return self
+
+
 class ModelConfig(Section):
     path: str | None = Field(
         None,
-        description="Folder or hub name of a model to start from; a run folder stands for its newest checkpoint, null "
-        "builds a new one.",
+        description="Folder or hub name of a model to start from, a .gguf file or package:NAME/FILE.gguf; a run folder "
+        "stands for its newest checkpoint, null builds a new one.",
     )
     autoregressive: bool = Field(
         False,
@@ -64,9 +87,10 @@ class ModelConfig(Section):
     )
     family: str | None = Field(
         None,
-        description="Layout of the model in path: llada, dream, sdar, file.py:Class or pkg.module:Class; null goes by "
-        "the model_type in its config.json.",
+        description="Layout of the model in path: llada, dream, sdar, llama, qwen2, qwen3, mistral, gemma, gpt_neox, "
+        "file.py:Class or pkg.module:Class; null goes by the model_type in its config.json.",
     )
+    convert: ConvertOptions = ConvertOptions()
     tokenizer: str | None = Field(
         None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
     )

@@ -121,6 +121,12 @@ FAMILIES = Table(
         "llada": "rl.models.families.llada:Llada",
         "dream": "rl.models.families.dream:Dream",
         "sdar": "rl.models.families.sdar:Sdar",
+        "llama": "rl.models.families.causal:Llama",
+        "qwen2": "rl.models.families.causal:Qwen2",
+        "qwen3": "rl.models.families.causal:Qwen3",
+        "mistral": "rl.models.families.causal:Mistral",
+        "gemma": "rl.models.families.causal:Gemma",
+        "gpt_neox": "rl.models.families.causal:GPTNeoX",
     },
 )
 

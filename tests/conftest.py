@@ -9,6 +9,7 @@ import tempfile
 os.environ["OMP_NUM_THREADS"] = "1"
 # No test may reach for the network or write into the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DENOISE_RL_CACHE", os.path.join(tempfile.gettempdir(), "denoise-rl-cache"))
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f"denoise-rl-datasets-{os.getpid()}"))
 
 from collections.abc import Callable

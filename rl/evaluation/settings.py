@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rewards.causal_lm import plain_folder
 from rl.tasks.templates import Template
 
 PACKAGES = ("denoise-rl", "torch", "transformers", "tokenizers", "mpmath", "reasoning-gym", "numpy")
@@ -74,7 +75,7 @@ def model_settings(model: Any, path: str, tokenizer_path: str | None) -> dict[st
     return {
         "path": path,
         "tokenizer": tokenizer_path,
-        "fingerprint": folder_fingerprint(path) or commit,
+        "fingerprint": folder_fingerprint(plain_folder(path)) or commit,
         "tokenizer_fingerprint": folder_fingerprint(tokenizer_path) if tokenizer_path else None,
         "attention": model.attention,
         "block_length": model.block_length,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from rl.errors import about
 from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
-from rl.models.folder import backbone_of, shape_of
+from rl.models.folder import backbone_of, local_config, shape_of
 from rl.models.lora import add_adapters
 from rollouts.engines.in_process import InProcessEngine, Request
 
@@ -193,8 +192,8 @@ def _as_loaded(config: Config) -> tuple[Config, str]:
         ValueError: neither says.
     """
     path = config.model.path
-    file = Path(path or "") / "config.json"
-    if path is not None and file.is_file():
+    file = local_config(path) if path is not None else None
+    if file is not None:
         with about(f"model.path {path!r}"):
             described = json.loads(file.read_text())
             _, _, block = shape_of(described, config.model, None)
@@ -209,7 +208,7 @@ def _as_loaded(config: Config) -> tuple[Config, str]:
             "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with a hub name in "
             "model.path they describe the checkpoint and build nothing"
         )
-    return config, str(file) if path is not None and file.is_file() else "model.backbone"
+    return config, str(file) if file is not None else "model.backbone"
 
 
 def _rollout_bytes(config: Config, backbone: Any, size: int, ranks: int, prompt_length: int) -> tuple[float, float]:

@@ -144,10 +144,11 @@ def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int 
     backbone, mask_token_id = model.backbone, tokenizer.mask_token_id
     block = model.block_length if model.attention == "block_causal" else None
     if model.path is not None:
-        if not (Path(model.path) / "config.json").is_file():
+        from rl.models.folder import local_config, shape_of
+
+        file = local_config(model.path)
+        if file is None:
             return None, mask_token_id, None
         with about(f"model.path {model.path!r}"):
-            from rl.models.folder import shape_of
-
-            return shape_of(json.loads((Path(model.path) / "config.json").read_text()), model, mask_token_id)
+            return shape_of(json.loads(file.read_text()), model, mask_token_id)
     return backbone.get("max_position_embeddings", backbone.get("n_positions")), mask_token_id, block

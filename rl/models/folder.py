@@ -8,24 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.causal_lm import plain_folder, resolve
 from rl.model_section import ModelConfig
 from rl.models.families import family_of
+from rl.models.families.causal import CausalFamily, causal_family
 from rollouts.engines.base import EngineError
 from rollouts.engines.server.http_json import JsonServer
 from rollouts.engines.server.options import ServerOptions
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The config.json of a folder or hub name."""
+    """The config.json of a folder or hub name, or of an unpacked GGUF file."""
     from transformers import PreTrainedConfig
 
-    described, _ = PreTrainedConfig.get_config_dict(path)
+    described, _ = PreTrainedConfig.get_config_dict(plain_folder(path))
     return dict(described)
+
+
+def local_config(path: str) -> Path | None:
+    """The config.json of a model on this machine; None for a hub name."""
+    file = Path(plain_folder(path)) / "config.json"
+    return file if file.is_file() else None
 
 
 def backbone_of(described: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
     """The transformers config of the backbone a config.json describes; empty for a masked LM, which has none."""
     found = family_of(described, family)
+    if isinstance(found, CausalFamily):
+        return found.read(described)
     if found is not None:
         return dict(found.fields(described, described.get("block_size") or 1)["backbone"])
     return dict(described.get("backbone", {}))
@@ -41,6 +51,10 @@ def shape_of(
     """
     found = family_of(described, model.family)
     fields = described
+    causal = causal_family(found, described, model.convert)
+    if causal is not None:
+        fields = causal.fields(described, model.block_length, model.convert, mask_token_id)
+        return fields["backbone"]["max_position_embeddings"], fields["mask_token_id"], fields["block_length"]
     if found is not None:
         fields = found.fields(described, model.block_length or described.get("block_size") or 1)
     backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
@@ -90,11 +104,12 @@ def block_length_message(attention: str) -> str:
 
 
 def local_folder(path: str) -> Path:
-    """The folder of a model, downloaded first when `path` is a hub name.
+    """The folder of a model, downloaded first when `path` is a hub name, unpacked when it is a GGUF file.
 
     Raises:
         OSError: there is no such model, or no connection.
     """
+    path = plain_folder(path)
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -129,7 +144,9 @@ def is_hub_name(path: str) -> bool:
 
 def check_model_folder(path: str) -> None:
     """Raise ValueError when a local model folder lacks its config or weights (hub names pass)."""
-    folder = Path(path)
+    folder = Path(resolve(path))
+    if folder.suffix == ".gguf" and folder.is_file():
+        return
     if not folder.exists() and is_hub_name(path):
         return
     if not folder.is_dir():

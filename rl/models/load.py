@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rewards.weights import first_line
-from rl.model_section import ModelConfig, PipelineConfig
+from rl.model_section import ConvertOptions, ModelConfig, PipelineConfig
 from rl.models import lora
 from rl.models.families import family_of, open_family
+from rl.models.families.causal import CausalFamily, causal_family, settings_of
 from rl.models.folder import check_backbone, check_model_folder, local_folder, read_config
 from rl.models.tokenizers import read_tokenizer
 from rl.models.vocabulary import as_ranges, excluded_ranges
@@ -111,11 +112,12 @@ def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
     _quiet()
     try:
         described = read_config(config.path)
+        causal_family(family_of(described, config.family), described, config.convert)
         if config.family is None and described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             from rl.models.masked_lm import load_masked_lm
 
             return load_masked_lm(config.path, tokenizer, config.wrap)
-        return _diffusion_lm(config, described)
+        return _diffusion_lm(config, described, None if tokenizer is None else tokenizer.mask_token_id)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path {config.path!r} cannot be loaded: {first_line(error)}") from error
 
@@ -127,6 +129,8 @@ def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
         check_model_folder(base)
         saved = read_config(config.path)
         settings = config.model_copy(update={"path": base, "family": config.family or saved.get("family")})
+        if isinstance(family_of(read_config(base), settings.family), CausalFamily):
+            settings.convert = settings_of(saved)
         model = _from_path(settings, tokenizer or read_tokenizer(config.path))
     except ValueError as error:
         raise ValueError(f"model.path {config.path!r}, adapters of another model: {error}") from error
@@ -138,18 +142,25 @@ def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
 
 
 def model_fields(
-    described: Mapping[str, Any], block_length: int | None = None, family: str | None = None
+    described: Mapping[str, Any],
+    block_length: int | None = None,
+    family: str | None = None,
+    convert: ConvertOptions | None = None,
+    mask_token_id: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of `DiffusionLMConfig` from a config.json in our own layout or a published one.
 
     Args:
         block_length: overrides the file's.
         family: `model.family`.
+        convert, mask_token_id: see `CausalFamily.fields`.
 
     Raises:
         ValueError: it is neither, or a published one that this code does not know how to read.
     """
     found = family_of(described, family)
+    if isinstance(found, CausalFamily):
+        return found.fields(described, block_length, convert, mask_token_id)
     if found is not None:
         return found.fields(described, block_length) | ({"family": _from_anywhere(family)} if family else {})
     if described.get("model_type") != "diffusion_lm":
@@ -167,7 +178,7 @@ def _from_anywhere(address: str) -> str:
     return f"{Path(file).resolve()}:{name}" if file.endswith(".py") else address
 
 
-def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM:
+def _diffusion_lm(config: ModelConfig, described: dict[str, Any], mask_token_id: int | None) -> DiffusionLM:
     from transformers.initialization import no_init_weights
 
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
@@ -176,7 +187,12 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM
     assert config.path is not None
     where = f"model.path {config.path!r}"
     try:
-        fields = model_fields(described, config.block_length, config.family)
+        fields = model_fields(described, config.block_length, config.family, config.convert, mask_token_id)
+        # A mask token of its own lies behind the vocabulary until there are weights to make it of.
+        mask_token_id, new = fields["mask_token_id"], 0
+        if config.convert.block_length and mask_token_id is not None:
+            new = max(0, mask_token_id + 1 - int(fields["backbone"]["vocab_size"]))
+            fields["mask_token_id"] = 0 if new else mask_token_id
         files = Folder(local_folder(config.path))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -208,6 +224,12 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any]) -> DiffusionLM
         ignored=lambda name: name in spare or name.endswith("rotary_emb.inv_freq"),
     )
     files.copy_into(model, layout)
+    if new:
+        model.grow(new)
+        model.config.mask_token_id = mask_token_id
+        table: Any = model.get_input_embeddings()
+        with torch.no_grad():
+            table.weight[-new:] = table.weight[:-new].float().mean(0)
     return model.eval()
 
 

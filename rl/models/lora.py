@@ -53,7 +53,7 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
         target_modules=options.targets or sorted({name.rpartition(".")[2] for name in linear}),
         # transformers' Conv1D, the linear layer of GPT-2, holds its weight the other way round.
         fan_in_fan_out=Conv1D in linear.values(),
-        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
     )
     torch.manual_seed(seed)
     _inject(policy, config, f"model.lora.targets {options.targets}")

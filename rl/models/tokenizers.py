@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rewards.causal_lm import load_causal_tokenizer
+from rewards.causal_lm import PACKAGE, load_causal_tokenizer, plain_folder
 from rewards.weights import first_line
 from rl.model_section import ModelConfig
 from rl.models.families import family_of
+from rl.models.families.causal import CausalFamily
 from rl.models.folder import is_hub_name, is_url, local_folder, read_config, served_model
 from rl.tasks.base import Task
 
@@ -30,8 +32,8 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         from rl.tasks.char_tokenizer import char_tokenizer
 
         return char_tokenizer(task.alphabet, getattr(task, "ends", True))
-    # Only an autoregressive model may come in one file.
-    if not config.autoregressive and not Path(source).is_dir() and not is_hub_name(source):
+    one_file = source.startswith(PACKAGE) or source.endswith(".gguf")
+    if not (config.autoregressive or one_file or Path(source).is_dir() or is_hub_name(source)):
         raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
     try:
         tokenizer = load_causal_tokenizer(source) if config.autoregressive else read_tokenizer(source)
@@ -43,6 +45,8 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
         if config.eos_token not in tokenizer.get_vocab():
             raise ValueError(f"model.eos_token {config.eos_token!r} is no token of the tokenizer")
         tokenizer.eos_token = config.eos_token
+    if config.convert.block_length is not None and not config.autoregressive:
+        _set_mask(tokenizer, config.convert.mask_token)
     if config.conditions:
         _add_conditions(tokenizer, config.conditions)
     return tokenizer
@@ -65,12 +69,36 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Any:
     if model_type == "diffusion_lm":
         import rl.models.diffusion_lm  # noqa: F401  (registers the config that AutoTokenizer finds in the folder)
 
-    if family_of(described) is None and (model_type is None or model_type in CONFIG_MAPPING):
+    family, source = family_of(described), plain_folder(source)
+    ordinary = family is None or isinstance(family, CausalFamily)
+    if ordinary and (model_type is None or model_type in CONFIG_MAPPING):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # These folders name code of the publisher's for what is an ordinary tokenizer: one file, or Qwen's two.
-    folder = local_folder(str(source))
+    folder = local_folder(source)
     one_file = (folder / "tokenizer.json").is_file()
     return (PreTrainedTokenizerFast if one_file else Qwen2Tokenizer).from_pretrained(folder)
+
+
+def _set_mask(tokenizer: Any, mask: int | str) -> None:
+    """Give a tokenizer the mask token that `model.convert.mask_token` names.
+
+    Raises:
+        ValueError: it has no such token, or one that means something else already.
+    """
+    field = f"model.convert.mask_token {mask!r}"
+    if mask == "new":
+        if tokenizer.mask_token_id is None:
+            tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+        return
+    known = tokenizer.get_vocab()
+    token = mask if isinstance(mask, str) else next((token for token, i in known.items() if i == mask), None)
+    if token not in known:
+        near = difflib.get_close_matches(str(mask), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "name an unused one, or new"
+        raise ValueError(f"{field} is no token of the tokenizer: {hint}")
+    if token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token):
+        raise ValueError(f"{field} is the tokenizer's {token!r}, which texts use: name an unused one, or new")
+    tokenizer.mask_token = token
 
 
 def _add_conditions(tokenizer: Any, conditions: Mapping[str, str]) -> None:

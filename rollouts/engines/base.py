@@ -174,6 +174,21 @@ class SampleRequest:
     seed: int
 
 
+@dataclass
+class Request:
+    """One rollout of tokens to sample.
+
+    Attributes:
+        prompt_ids: token ids of the conditioning, at least one.
+        seed: the draws depend on this, the step and the position only.
+        num_inference_steps: overrides the sampler's step count for this request.
+    """
+
+    prompt_ids: Sequence[int]
+    seed: int
+    num_inference_steps: int | None = None
+
+
 class SharedModelEngine:
     """The common part of engines that sample the caller's own module, whose weights are always today's."""
 

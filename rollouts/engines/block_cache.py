@@ -60,18 +60,22 @@ class BlockCache:
         states = states[:, :, : self._num_keys]
         return states[self._held] if isinstance(self._held, slice) else states.index_select(0, self._held)
 
-    def set_last_clean(self, slots: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Keep the hidden states [N, D] of the last clean position of some slots, int64 [N]."""
+    def keep_last_clean(self, hidden: torch.Tensor) -> None:
+        """Keep the hidden states [B, D] of the last clean position of the aimed slots."""
         if self._last_clean is None:
             self._last_clean = hidden.new_zeros(self.num_slots, hidden.shape[1])
-        self._last_clean[slots] = hidden
+        self._last_clean[self._slots] = hidden
 
-    def last_clean(self, slots: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The states kept for some slots, [N, D]; `hidden` gives shape and dtype where none was kept yet."""
+    def with_last_clean(self, hidden: torch.Tensor, begin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [B, 1 + Q, D] that begin at the last clean position, and that position, int64 [B].
+
+        Args:
+            hidden: [B, Q, D] of the aimed slots' current blocks.
+            begin: int64 [B], their positions.
+        """
         if self._last_clean is None:
-            self.set_last_clean(slots, torch.zeros_like(hidden))
-        assert self._last_clean is not None
-        return self._last_clean[slots]
+            self._last_clean = hidden.new_zeros(self.num_slots, hidden.shape[2])
+        return torch.cat([self._last_clean[self._slots, None], hidden], dim=1), begin - 1
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
         """Give slots the states of other slots, from position 0 on."""

@@ -17,13 +17,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from rollouts.engines.base import EngineStats, SharedModelEngine
+from rollouts.engines.base import Request as Request
 from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
@@ -36,22 +36,6 @@ from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import block_causal_visibility, full_visibility
 
 
-@dataclass
-class Request:
-    """One rollout to sample.
-
-    Attributes:
-        prompt_ids: token ids of the conditioning, at least one.
-        seed: the draws depend on this, the step and the position only.
-        num_inference_steps: overrides the sampler's step count for this request.
-    """
-
-    prompt_ids: Sequence[int]
-    seed: int
-    num_inference_steps: int | None = None
-
-
-# What sampling the caller's own module can do.
 class InProcessEngine(SharedModelEngine):
     """Samples trajectories with one model on one device."""
 
@@ -211,16 +195,15 @@ class InProcessEngine(SharedModelEngine):
             clean = positions[:1, :1] + num_keys if self.context_causal else None
             visible = block_causal_visibility(positions[:1], num_keys, self.options.block_length, clean)
             cache.aim(batch, positions, num_keys)
-            where = torch.as_tensor(batch, device=self.device)
             hidden = self.model.hidden_states(
-                canvas[where, :num_keys],
+                canvas[torch.as_tensor(batch, device=self.device), :num_keys],
                 visible=visible.expand(len(batch), -1, -1),
                 position_ids=positions,
                 cache=cache,
             )
             if self.model.logit_shift:
                 last = torch.as_tensor(slots.start[batch] - 1, device=self.device)
-                cache.set_last_clean(where, hidden[torch.arange(len(batch), device=self.device), last])
+                cache.keep_last_clean(hidden[torch.arange(len(batch), device=self.device), last])
             self._count(positions)
         for source, targets in copies.items():
             if targets:
@@ -366,12 +349,9 @@ class InProcessEngine(SharedModelEngine):
         )
         self._count(positions)
         if self.block_causal and self.model.logit_shift:
-            where = torch.as_tensor(group, device=self.device)
-            if fresh:
-                cache.set_last_clean(where, hidden[:, num_queries // 2 - 1])
-            else:
-                hidden = torch.cat([cache.last_clean(where, hidden[:, 0])[:, None], hidden], dim=1)
-                begin = begin - 1
+            if not fresh:
+                return cache.with_last_clean(hidden, begin)
+            cache.keep_last_clean(hidden[:, num_queries // 2 - 1])
         return hidden, begin
 
     def trajectory(
