@@ -168,7 +168,7 @@ def test_what_cannot_be_converted_is_refused_by_name(folders: dict[str, Path], t
     with pytest.raises(ValueError, match=r"llama is an autoregressive model: set model\.convert\.block_length"):
         load_policy(ModelConfig(path=str(folders["llama"])), None, seed=0)
     with pytest.raises(ValueError, match=r"model\.convert\.block_length is missing"):
-        ModelConfig(path="x", convert={"readout": "shifted"})
+        ModelConfig(path="x", convert={"readout": "unshifted"})
     assert "block_length 33 is longer than the model's 32 positions" in refusal(folders["llama"], block_length=33)
     assert "'zz' is no token of the tokenizer" in refusal(folders["llama"], mask_token="zz")
     assert "77 is no token of the tokenizer" in refusal(folders["llama"], mask_token=77)

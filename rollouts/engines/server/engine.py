@@ -113,7 +113,7 @@ class ServerEngine:
         causal = self.model.attention == "block_causal"
         if causal and (self.model.logit_shift or getattr(self.model, "context_causal", False)):
             raise ValueError(
-                "rollout.engine server reads block-causal models unshifted, with block context: use in_process"
+                "rollout.engine server knows no shifted readout of blocks, no causal context: use in_process"
             )
         if causal and options.block_length is None:
             options = options.model_copy(update={"block_length": self.model.block_length})
