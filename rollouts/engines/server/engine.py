@@ -112,9 +112,7 @@ class ServerEngine:
         check_server(self.server, options)
         causal = self.model.attention == "block_causal"
         if causal and (self.model.logit_shift or getattr(self.model, "context_causal", False)):
-            raise ValueError(
-                "rollout.engine server knows no shifted readout of blocks, no causal context: use in_process"
-            )
+            raise ValueError("rollout.engine server: no shifted readout of blocks, no causal context; set in_process")
         if causal and options.block_length is None:
             options = options.model_copy(update={"block_length": self.model.block_length})
         if self.peers and options.block_length != self._options.block_length:
