@@ -211,8 +211,8 @@ def test_a_missing_shard_is_refused(make_model, tmp_path: Path) -> None:
 def test_other_peoples_models_are_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     assert "cannot be loaded" in refusal(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8}))
-    assert "model_type 'llama': known are diffusion_lm, llada, Dream, sdar, and masked LMs" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "opt", "vocab_size": 8}))
+    assert "model_type 'opt': known are diffusion_lm, llada, Dream, sdar, llama," in refusal(folder)
 
 
 def test_no_model_at_all_is_refused(tokenizer, tmp_path: Path) -> None:
