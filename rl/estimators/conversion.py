@@ -17,8 +17,8 @@ import torch
 
 from rl.estimators.base import Scores
 from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout
-from rl.models.vocabulary import exclude_
 from rollouts.model_protocol import DenoisingModel
+from rollouts.samplers.distribution import exclude_
 
 
 class Text(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# A token with a smaller logit is never generated (`rl/models/vocabulary.py`).
+# A token with a smaller logit is never generated (`rollouts/samplers/distribution.py`).
 _NEVER = -1e8
 # What a token costs, in nats, that the teacher cannot say.
 _MOST = 100.0

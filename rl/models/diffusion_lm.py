@@ -24,7 +24,7 @@ from rl.models import attention
 from rl.models.folder import block_length_message
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
-from rl.models.vocabulary import Ranges
+from rollouts.samplers.distribution import Ranges
 
 
 class DiffusionLMConfig(PreTrainedConfig):

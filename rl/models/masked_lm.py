@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rl.models.token_denoiser import TokenDenoiser
-from rl.models.vocabulary import Ranges
+from rollouts.samplers.distribution import Ranges
 
 # Parts that published checkpoints carry for tasks other than masked prediction.
 _OTHER_TASKS = ("pooler", "seq_relationship", "contact_head", "discriminator_predictions")

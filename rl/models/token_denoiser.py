@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rl.models.rotary import ExactRotary
-from rl.models.vocabulary import exclude_
+from rollouts.samplers.distribution import exclude_
 from rollouts.visibility import block_causal_visibility
 
 

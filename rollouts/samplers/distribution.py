@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+# Low enough to underflow to probability 0 in every dtype, high enough to survive a division by a temperature.
+_NEVER = -1e9
+
+# Half-open ranges of token ids. Example: [[0, 4], [126349, 126464]].
+Ranges = Sequence[Sequence[int]]
+
+
+def exclude_(logits: torch.Tensor, mask_token_id: int, excluded: Ranges) -> torch.Tensor:
+    """Logits [..., V] in at least float32 in which the mask token and the excluded ranges cannot win.
+
+    The argument is changed in place if it is float32 already: nobody else holds a head's output, and it is the largest
+    tensor of a forward.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    never[mask_token_id] = _NEVER
+    for start, stop in excluded:
+        never[start:stop] = _NEVER
+    return logits.add_(never)
 
 
 def sampling_logprobs(

@@ -99,8 +99,7 @@ class ServerEngine:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._cause: BaseException | None = None
-        # The version in `weights_dir`/current, which servers load when they are started anew.
-        self._newest: int | None = None
+        self._newest: int | None = None  # the version in `weights_dir`/current, which servers load when started anew
         self.peers = [self._meet(url) for url in server.urls]
 
     @property
