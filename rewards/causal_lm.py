@@ -109,6 +109,8 @@ def _load_model(path: str | os.PathLike[str], dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     place, more = _arguments(path)
+    # A run has a display of its own.
+    transformers.utils.logging.disable_progress_bar()
     if more and hasattr(transformers, "GgufConfig"):
         # Otherwise the weights may stay packed, and a model of packed weights refuses to be saved.
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
