@@ -185,7 +185,7 @@ def main() -> int:
         text = args.write.read_text()
         parts = re.split(r"(<!-- mutants -->\n)", text)
         assert len(parts) == 5, f"{args.write} needs two lines <!-- mutants --> around the table"
-        args.write.write_text("".join([*parts[:2], "\n".join(lines) + "\n", *parts[3:]]))
+        args.write.write_text("".join([*parts[:2], "\n" + "\n".join(lines) + "\n", *parts[3:]]))
     return 1 if any(not mutant.equivalent for mutant in alive) else 0
 
 
