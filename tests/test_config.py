@@ -58,6 +58,9 @@ def test_every_option_of_every_recipe_has_a_sentence() -> None:
         for key, _, text in options:
             assert text.partition(" [")[0].endswith((".", ")")) and len(text) > 10, key
         assert ("algorithm.name", repr(name)) in [option[:2] for option in options]
+    address = f"{ROOT}/docs/examples/block_elbo.py:BlockELBO"
+    named = option_help(load_config(None, [f"algorithm.name={address}"]))
+    assert ("algorithm.name", repr(address)) in [option[:2] for option in named]
 
 
 def test_a_resolved_config_round_trips(tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def test_a_guide_runs_from_top_to_bottom(
 
 
 def test_the_plan_of_the_hardware_page_is_todays() -> None:
-    rows = re.findall(r"^\|.*`(llada_8b_mdpo|llada_8b_d1|sd15_b2)`(?: \+ `([^`]*)`)?.*\| (\S+) \|$",
+    rows = re.findall(r"^\|.*`(llada_8b_mdpo|llada_8b_d1|sd15_b2|sd35_flow_grpo)`(?: \+ `([^`]*)`)?.*\| (\S+) \|$",
                       (ROOT / "docs" / "hardware.md").read_text("utf-8"), re.MULTILINE)  # fmt: skip
-    assert len(rows) == 4
+    assert len(rows) == 5
     for name, overrides, last in rows:
         lines = memory_lines(load_config(name, overrides.split()), 8, 256)
         assert any(f"peak {last} " in line for line in lines), (name, overrides, lines)
