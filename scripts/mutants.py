@@ -25,7 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("rl", "rewards", "rollouts", "tests", "configs", "scripts", "docs")
-COPIED = (*FOLDERS, "pyproject.toml", "Makefile", "README.md", "LICENSE", "CITATION.cff")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+COPIED = (*FOLDERS, *PAGES, "pyproject.toml", "constraints.txt", "Makefile", "Dockerfile", "LICENSE", "CITATION.cff")
 LIMIT = 600  # seconds after which a bug that hangs the tests counts as noticed
 
 
@@ -84,7 +85,7 @@ def start(tests: list[str], mutant: Mutant | None) -> tuple[int, Path]:
     tree = Path(tempfile.mkdtemp(prefix="mutant-"))
     for name in (name for name in COPIED if (ROOT / name).exists()):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("images"))
+            shutil.copytree(ROOT / name, tree / name)
         else:
             shutil.copy2(ROOT / name, tree / name)
     if mutant is not None:
