@@ -1,7 +1,7 @@
 """Tokens per second of a converted model against the autoregressive one: `python scripts/bench_causal.py MODEL`.
 
 The autoregressive model runs transformers' `generate` with its key-value cache, the converted one the in-process engine
-with a block at a forward. Weights are equal and untrained, end tokens are ignored. Both run in one process, in turns; the
+with a block at a forward. Weights are equal and untrained, end tokens are ignored. Both run in one process; the
 figures are CPU seconds of the process, so that a loaded machine changes little.
 """
 
