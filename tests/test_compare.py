@@ -38,6 +38,9 @@ def test_the_table_by_hand() -> None:
     accuracies = "0.300 ± 0.248 | +0.100 ± 0.000 | 0.600 ± 0.000 | -0.050 ± 0.000"
     assert row == f"| mine | 3 | {accuracies} | 3 | 2,000 | 96 | 6 | 10 |"
     assert interval([0.25]) == "0.250"
+    runs[0] |= {"baseline": {"12": 0.5}, "baseline_interval": {"12": [0.4, 0.6]}}
+    other = markdown({"mine": runs}).splitlines()[3]
+    assert other == "| autoregressive |  | 0.500 [0.400, 0.600] |  | 0.500 [0.400, 0.600] |  |" + "  |" * 5
 
 
 def write_run(folder: Path, rows: list[tuple[int, int, int, int, float]]) -> Path:

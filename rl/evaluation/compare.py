@@ -121,6 +121,9 @@ def _run(comparison: ComparisonPlan, name: str, seed: int) -> None:
         return
     model = comparison.warm_start or comparison.output / f"warm-{seed}" / "model"
     where = [f"model.path={model}", "sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
+    if (name, seed) != (next(iter(comparison.variants)), comparison.seeds[0]):
+        # The first run judges it for all.
+        where.append("eval.baseline=null")
     overrides = [*comparison.common, *where, *comparison.variants[name]]
     _command(comparison, "train", overrides, comparison.output / f"{name}-{seed}.log")
 
@@ -137,6 +140,11 @@ def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     head = ["variant", "seeds", *columns, *[cost.replace("_", " ") for cost in COSTS]]
     before = [cell for s in steps for cell in (interval([run["before"][s] for run in first]), "")]
     rows = [head, ["---"] * len(head), ["warm start", str(len(first)), *before, *[""] * len(COSTS)]]
+    # One model, and one forward a token: the same in every column.
+    for tokens, value in first[0].get("baseline", {}).items():
+        low, high = first[0]["baseline_interval"][tokens]
+        cell = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        rows.append(["autoregressive", "", *[part for _ in steps for part in (cell, "")], *[""] * len(COSTS)])
     for name, runs in summaries.items():
         cells = []
         for s in steps:
