@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rl.functions import evaluate, logprobs, sample, score
     from rl.trainer import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Trainer", "evaluate", "logprobs", "sample", "score"]
 
 

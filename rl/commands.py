@@ -34,25 +34,15 @@ def train(args: argparse.Namespace) -> int | None:
         print("not looked at: task, rewards, files and what the recipe requires (denoise-rl check)")
         return None
     from rl import distributed
-    from rl.train.finish import finish
-    from rl.train.plan import check_run
-    from rl.train.run import Run
+    from rl.train.interrupt import Stopped
+    from rl.trainer import Trainer
 
-    check_run(config)
-    with Run.open(config) as run:
-        from rl.train import loop
-        from rl.train.interrupt import Stopped
-
-        for line in plan_lines(config):
-            run.progress.message(line)
-        try:
-            loop.train(run)
-        except Stopped as stop:
-            distributed.stop()
-            return stop.exit_code
-    if distributed.rank() == 0:
-        finish(run.folder)
-    distributed.stop()
+    try:
+        Trainer(args=config).train()
+    except Stopped as stop:
+        return stop.exit_code
+    finally:
+        distributed.stop()
     return None
 
 

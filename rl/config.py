@@ -180,7 +180,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         node[leaf] = _value(value)
         if key == "sampler.preset" and node[leaf] is not None:
             node.update(preset_parts(str(node[leaf])))
-    return _validate(_at_home(raw))
+    return validate(_at_home(raw))
 
 
 def _at_home(value: Any) -> Any:
@@ -213,7 +213,12 @@ def _modality(raw: dict[str, Any]) -> Any:
     return modality_of((raw.get("task") or {}).get("name", TaskConfig().name))
 
 
-def _validate(raw: dict[str, Any]) -> Config:
+def validate(raw: dict[str, Any]) -> Config:
+    """The config of some sections.
+
+    Raises:
+        ValueError: one line naming the key and the fix.
+    """
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

@@ -76,7 +76,9 @@ def test_imports_go_down_the_list_of_the_docs() -> None:
         f"{module} imports {other}"
         for module, others in import_graph().items()
         for other in others
-        if room(module) != room(other) != "rl"
+        # The package itself names the Python interface, for type checkers.
+        if room(module) != room(other)
+        and "rl" not in (room(module), room(other))
         and floor[room(module)] <= floor[room(other)]
         and {room(module), room(other)} != {"rl/train", "rl/evaluation"}
     ]

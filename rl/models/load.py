@@ -233,13 +233,13 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any], mask_token_id:
     return model.eval()
 
 
-def save_policy(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
-    """Write a Hugging Face folder that `load_policy` reads back with equal logits."""
+def save_policy(model: Any, tokenizer: Any, path: str | os.PathLike[str], shard_size: str = "5GB") -> None:
+    """Write a Hugging Face folder that `load_policy` reads back with equal logits, a file per `shard_size`."""
     _quiet()
     if lora.has_adapters(model):
         lora.save_adapters(model, path)
     else:
-        model.save_pretrained(path)
+        model.save_pretrained(path, max_shard_size=shard_size)
     tokenizer.save_pretrained(path)
 
 
