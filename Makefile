@@ -3,6 +3,7 @@
 #
 #   make quickstart   train a tiny diffusion policy by RL and show the result (SEED=1 picks the seed)
 #   make smollm       a real language model becomes a diffusion model and is improved by RL, 90 minutes (FAST=1: 30)
+#   make demo         that model before and after, side by side with the one it came from, from adapters in demo/
 #   make test         lint, then every test but the few below (WORKERS=2 processes)
 #   make test-all     those too: long ones that are only worth running before a release
 #   make test-vllm    judge, reward model, teacher and baseline against a real vLLM, in .venv-vllm (docs/vllm.md)
@@ -29,7 +30,7 @@ PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smollm test test-all test-vllm mutants lint options docs clean
+.PHONY: help quickstart smollm demo test test-all test-vllm mutants lint options docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,6 +43,9 @@ smollm: .venv/ready-smollm
 	$(BIN)/denoise-rl train --config configs/smollm_words.yaml run.seed=$(SEED) run.output_dir=$(SMOLLM)/train \
 	  run.resume=true $(if $(FAST),convert.steps=100 convert.num_texts=800 train.steps=10 eval.num_prompts=64)
 	$(BIN)/python scripts/smollm_summary.py $(SMOLLM)
+
+demo: .venv/ready-smollm
+	$(BIN)/python scripts/demo.py
 
 test: lint
 	$(PYTEST)

@@ -8,7 +8,6 @@ diffusion models are the adapters in demo/smollm on SmolLM2-135M-Instruct; demo/
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,7 @@ def table(answers: list[Answers], forwards: int) -> Table:
     return grid
 
 
-def main() -> int:
-    """Returns the exit code."""
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", default="demo/smollm", help="folder with the adapters converted and after_rl")
     parser.add_argument("--config", default="smollm_words")
@@ -79,21 +77,22 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="denoising steps of an answer of 24 tokens")
     parser.add_argument("--seconds", type=float, default=0.4, help="pause after each forward of the playback")
     args, overrides = parser.parse_known_args()
+    folders = [Path(args.adapters) / name for name in ("converted", "after_rl")]
+    for folder in folders:
+        if not folder.is_dir():
+            parser.error(f"there are no adapters in {folder}: demo/README.md says how to train some")
     try:
         base = load_config(args.config, overrides)
         answers = [Answers(base.of_baseline(), base.sampler.gen_length, args.prompts)]
-        for name in ("converted", "after_rl"):
-            folder = Path(args.adapters) / name
-            if not folder.is_dir():
-                raise ValueError(f"there are no adapters in {folder}: train some as demo/README.md says")
-            answers.append(
-                Answers(load_config(args.config, [*overrides, f"model.path={folder}"]), args.steps, args.prompts)
+        for folder in folders:
+            config = load_config(
+                args.config, [*overrides, f"model.path={folder}", f"model.tokenizer={base.model.path}"]
             )
+            answers.append(Answers(config, args.steps, args.prompts))
     except ValueError as error:
         if not is_message(error):
             raise
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     console = Console()
     last = max(trajectory.num_steps for each in answers for trajectory in each.trajectories)
     if console.is_terminal:
@@ -109,8 +108,7 @@ def main() -> int:
         console.print(
             f"{name}: {right} of {args.prompts} right, {nats:.2f} nats a token, {forwards:.1f} forwards an answer"
         )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
