@@ -125,11 +125,8 @@ def several(given: Reward | Sequence[Reward]) -> list[Reward]:
     return [given] if isinstance(given, str | Mapping) or callable(given) else list(given)
 
 
-def reward_part(given: Reward, index: int, chats: bool = False) -> dict[str, Any]:
-    """An entry of `reward.functions`.
-
-    Args:
-        chats: the prompts are chats, so that a function of TRL's signature gets completions that are chats.
+def reward_part(given: Reward, index: int) -> dict[str, Any]:
+    """An entry of `reward.functions`; those of `trl.rewards` read chats only, and are given them.
 
     Raises:
         ValueError: it is neither a name nor a function.
@@ -144,7 +141,7 @@ def reward_part(given: Reward, index: int, chats: bool = False) -> dict[str, Any
             "{'name': 'reward_model', 'params': {'path': ...}}"
         )
     name = name_of(given)
-    return {"name": f"trl:{name}" if chats or name.startswith("trl.") else name}
+    return {"name": f"trl:{name}" if name.startswith("trl.") else name}
 
 
 def set_options(raw: dict[str, Any], options: Mapping[str, Any]) -> None:

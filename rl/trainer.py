@@ -118,8 +118,7 @@ class Trainer:
         if data:
             self._name_data(raw, data, given, inputs)
         if reward_funcs is not None:
-            chats = "train_dataset" in data and isinstance(data["train_dataset"][0].get("prompt"), list)
-            parts = [reward_part(found, i, chats) for i, found in enumerate(several(reward_funcs))]
+            parts = [reward_part(found, i) for i, found in enumerate(several(reward_funcs))]
             weights = getattr(args, "reward_weights", None) or [1.0] * len(parts)
             if len(weights) != len(parts):
                 raise ValueError(f"args.reward_weights has {len(weights)} weights for {len(parts)} reward_funcs")
