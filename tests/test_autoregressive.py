@@ -195,3 +195,18 @@ def test_steps_of_an_evaluation_are_tokens() -> None:
     overrides = ["model.path=x", "sampler.gen_length=16", "sampler.block_length=4", "eval.num_inference_steps=[8]"]
     assert load_config(None, overrides).evaluation_steps() == [8]
     assert load_config(None, [*overrides, "model.autoregressive=true"]).evaluation_steps() == [16]
+
+
+def test_a_misspelt_tokenizer_is_refused_at_once_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from rl.models import tokenizers
+
+    def unknown(*place: Any) -> Any:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tokenizers.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(tokenizers.socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"'tokeniser' is no folder here .* the hub cannot be reached"):
+        tokenizers.load_tokenizer(ModelConfig(tokenizer="tokeniser"), None)  # type: ignore[arg-type]

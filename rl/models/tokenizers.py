@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,11 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
     one_file = source.startswith(PACKAGE) or source.endswith(".gguf")
     if not (config.autoregressive or one_file or Path(source).is_dir() or is_hub_name(source)):
         raise ValueError(f"model.tokenizer or model.path {source!r} is not a folder")
+    if not Path(source).exists() and is_hub_name(source) and _out_of_reach(source):
+        raise ValueError(
+            f"model.tokenizer or model.path {source!r} is no folder here and no download, and the hub cannot be "
+            "reached: check the path"
+        )
     try:
         tokenizer = load_causal_tokenizer(source) if config.autoregressive else read_tokenizer(source)
     except (OSError, ValueError) as error:
@@ -99,6 +107,22 @@ def _set_mask(tokenizer: Any, mask: int | str) -> None:
     if token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token):
         raise ValueError(f"{field} is the tokenizer's {token!r}, which texts use: name an unused one, or new")
     tokenizer.mask_token = token
+
+
+def _out_of_reach(name: str) -> bool:
+    """Whether the hub would be asked in vain for a name: libraries find out after retries of a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    # A proxy resolves names itself; offline, libraries answer at once.
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return False
+    if any(try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _add_conditions(tokenizer: Any, conditions: Mapping[str, str]) -> None:
