@@ -105,7 +105,7 @@ def checked_chat(value: list[Any], where: str) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'{where} is a list, and not of messages {{"role": ..., "content": ...}}')
         if message.get("tool_calls") or message["role"] == "tool":
-            raise ValueError(f"{where} holds tool calls, which no model here is given")
+            raise ValueError(f"{where} holds tool calls: tool use and rollouts of several turns are out of scope")
         content = message.get("content")
         if not isinstance(content, str):
             raise ValueError(f"{where}: the content of a message must be text, not {type(content).__name__}")
