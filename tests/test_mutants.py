@@ -42,6 +42,10 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_every_bug_of_the_list_can_be_planted_today() -> None:
+    assert not list(mutants.problems(mutants.read(mutants.ROOT / "tests/mutants.txt")))
+
+
 def test_survivors_are_named_and_fail_the_run(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mutants.main() == 1
     said = capsys.readouterr().out.splitlines()
