@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rl.estimators.base import Scores
 from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout
+from rl.estimators.taught import TaughtRows
 from rollouts.model_protocol import DenoisingModel
-from rollouts.samplers.distribution import exclude_
 
 
 class Text(NamedTuple):
@@ -36,23 +35,17 @@ class Text(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class SoftRows(TokenRows):
-    """Token rows that are fitted to whole distributions.
+class SoftRows(TaughtRows):
+    """Rows whose teacher has been asked.
 
     Attributes:
-        expected: [N, V], probability of every token at each decision.
+        logprobs: [N, U] of tokens 0..U-1, the teacher's at each decision.
     """
 
-    expected: torch.Tensor
+    logprobs: torch.Tensor
 
-    def score(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> Scores:
-        """With `kl`, KL(expected || model) in nats; its gradient in the logits is model - expected."""
-        logprobs = self.logits(model, hidden).log_softmax(-1)
-        expected = self.expected.to(logprobs.dtype)
-        # An excluded token has log-prob -1e9 and probability 0 on both sides.
-        kl = -(expected * logprobs).sum(-1) - torch.special.entr(expected).sum(-1)
-        entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
-        return Scores(logprobs.gather(-1, self.target[:, None]).squeeze(-1), entropy, kl)
+    def taught(self) -> tuple[torch.Tensor, None]:
+        return self.logprobs, None
 
 
 def hidden_tokens(block: np.ndarray, rng: np.random.Generator, slope: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -149,11 +142,10 @@ def conversion_rows(
 
 
 @torch.no_grad()
-def soft_rows(rows: TokenRows, texts: Sequence[Text], model: Any, teacher: Any) -> SoftRows:
-    """The same rows with the distributions that an autoregressive model has, read causally on the clean texts.
+def soft_rows(rows: TokenRows, texts: Sequence[Text], teacher: Any) -> SoftRows:
+    """The same rows with the distributions of an autoregressive model, read causally on the clean texts.
 
-    Behind an answer's end token the end token is certain. Tokens that the model never predicts are left out of the
-    teacher's distribution, too.
+    Behind an answer's end token the end token is certain.
 
     Args:
         texts: those that the rows are made of.
@@ -167,10 +159,8 @@ def soft_rows(rows: TokenRows, texts: Sequence[Text], model: Any, teacher: Any) 
     states = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
     position = rows.position_ids[rows.row, rows.column]
     behind = position >= torch.tensor([len(text.ids) for text in texts], device=device)[rows.trajectory]
-    logits = teacher.get_output_embeddings()(states[rows.trajectory, (position - 1).clamp(max=width - 1)])
-    shared = min(logits.shape[-1], model.vocab_size)
-    padded = logits.new_full((len(logits), model.vocab_size), -torch.inf, dtype=torch.float32)
-    padded[:, :shared] = logits[:, :shared]
-    expected = exclude_(padded, model.mask_token_id, model.excluded_token_ids).softmax(-1)
-    expected[behind] = torch.nn.functional.one_hot(rows.target[behind], model.vocab_size).to(expected.dtype)
-    return SoftRows(**vars(rows), expected=expected)
+    state = states[rows.trajectory, (position - 1).clamp(max=width - 1)]
+    logprobs = teacher.get_output_embeddings()(state).float().log_softmax(-1)
+    logprobs[behind] = -torch.inf
+    logprobs[behind, rows.target[behind]] = 0.0
+    return SoftRows(**vars(rows), kind="forward", logprobs=logprobs)

@@ -233,7 +233,7 @@ class _Conversion(Fit):
         if not micro.spare:
             self._masked += int((rows.input_ids[rows.row, rows.column] == run.model.mask_token_id).sum())
         if config.targets == "soft":
-            rows = soft_rows(rows.to(run.device), micro.batch[micro.part], run.model, self.teacher)
+            rows = soft_rows(rows.to(run.device), micro.batch[micro.part], self.teacher)
         return rows, weight
 
     def seen(self) -> tuple[float, str, dict[str, float]]:
