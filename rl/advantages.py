@@ -272,6 +272,38 @@ def mdpo_advantage(
     return torch.where(chosen, advantage, torch.nan)
 
 
+def rank_advantage(value: torch.Tensor, order: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
+    """[M, T]: at the `count` steps that come first in a rollout's order, its value minus the group's mean at this rank.
+
+    Steps of one rank are compared across the rollouts of a prompt, whichever steps they are (EGSPO).
+
+    Args:
+        value: [M, T], NaN behind a rollout's last step; a rollout of NaN alone has no part.
+        order: int64 [M, T], a permutation of the steps of each rollout; those of NaN come last.
+    """
+    chosen = order[:, :count]
+    picked = value.gather(1, chosen)
+    advantage = torch.full_like(value, torch.nan)
+    for index in group.unique():
+        own = group == index
+        advantage[own] = advantage[own].scatter(1, chosen[own], picked[own] - picked[own].nanmean(0))
+    return advantage
+
+
+def best_and_worst(reward: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """[M]: 1 for the largest reward of every group, -1 for the smallest, NaN for the others and where all are equal.
+
+    Of equal rewards the first counts. Example: rewards 0.2, 0.9, 0.2 of one group give -1, 1, NaN.
+    """
+    value = torch.full_like(reward, torch.nan)
+    for index in range(int(group.max()) + 1 if len(group) else 0):
+        inside = ((group == index) & ~torch.isnan(reward)).nonzero().flatten()
+        if len(inside) and reward[inside].max() > reward[inside].min():
+            value[inside[reward[inside].argmax()]] = 1.0
+            value[inside[reward[inside].argmin()]] = -1.0
+    return value
+
+
 def extremes(value: torch.Tensor, group: torch.Tensor, high: float, low: float) -> torch.Tensor:
     """bool [M]: the largest value of every group if it is at least `high`, the smallest if it is below `low`.
 

@@ -49,3 +49,34 @@ class PromptHistory:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._rewards = {name: [list(part) for part in parts] for name, parts in state.items()}
+
+
+class PromptNumbers:
+    """One number for every prompt, moved a part of the way to its estimate whenever the prompt is met; a memory."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, float] = {}
+
+    def towards(self, prompts: Sequence[Hashable], estimate: torch.Tensor, rate: float) -> torch.Tensor:
+        """[M]: each prompt's number before it moves; that of a new prompt is its estimate.
+
+        Args:
+            estimate: [M], of which the mean over a prompt's rollouts counts; NaN takes no part.
+            rate: share of the way.
+        """
+        names = [str(prompt) for prompt in prompts]
+        result = torch.full_like(estimate, torch.nan)
+        for name in dict.fromkeys(names):
+            own = torch.tensor([other == name for other in names]) & ~estimate.isnan()
+            if own.any():
+                mean = float(estimate[own].mean())
+                now = self._numbers.get(name, mean)
+                result[own] = now
+                self._numbers[name] = now + rate * (mean - now)
+        return result
+
+    def state(self) -> dict[str, Any]:
+        return self._numbers
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._numbers = dict(state)

@@ -58,6 +58,18 @@ class CombinedRows(Rows):
         return Scores(total, entropy / count.clamp(min=1))
 
 
+def whole_trajectories(rows: TokenRows, count: int) -> CombinedRows:
+    """One decision per trajectory: the log-prob of everything that is read of it, the sampler's likewise."""
+    total = None
+    if rows.sampler_logprob is not None:
+        total = torch.zeros(count, dtype=torch.float64).index_add(0, rows.trajectory, rows.sampler_logprob)
+    index = torch.arange(count)
+    ones = torch.ones(len(rows.trajectory), dtype=torch.float64)
+    return CombinedRows(
+        rows=rows, part=rows.trajectory, weight=ones, trajectory=index, step=0 * index, sampler_logprob=total
+    )
+
+
 @dataclass(kw_only=True)
 class SandwichRows(CombinedRows):
     """Two decisions per answer: first the lower bounds of all answers (step 0), then the upper ones (step 1).

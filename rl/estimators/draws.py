@@ -22,12 +22,12 @@ class Copy:
     Attributes:
         hidden: int64, the positions that carry the mask token.
         read: int64, the positions whose token is scored, all of them hidden.
-        weight: factor of their log-probs.
+        weight: factor of their log-probs, or one for each.
     """
 
     hidden: np.ndarray
     read: np.ndarray
-    weight: float = 1.0
+    weight: float | np.ndarray = 1.0
 
 
 # The copies of one trajectory: (positions to estimate, its random numbers, its level) -> copies that hide some of them.
@@ -112,6 +112,24 @@ def block_masks(
         count = 1 + int((index + level) / draws * len(block))
         read = _some(block, count, rng)
         copies.append(Copy(np.concatenate([read, behind]), read, num_blocks * len(block) / count))
+    return copies
+
+
+def every_block(
+    places: np.ndarray, rng: np.random.Generator, level: float, draws: int, block_length: int | None = None
+) -> list[Copy]:
+    """Copies in which every block of the grid hides some of its tokens, all of them at one level (EBPO).
+
+    The number of hidden tokens of a block is uniform on 1..its length, stratified over the draws. With the weights, the
+    mean over draws of the sum over reads is an unbiased estimate of the sum of the blocks' evidence lower bounds.
+    """
+    blocks = np.split(places, np.flatnonzero(np.diff(places // (block_length or np.iinfo(np.int64).max))) + 1)
+    copies = []
+    for index in range(draws):
+        counts = [1 + int((index + level) / draws * len(block)) for block in blocks]
+        hidden = [_some(block, count, rng) for block, count in zip(blocks, counts, strict=True)]
+        weights = [np.full(count, len(block) / count) for block, count in zip(blocks, counts, strict=True)]
+        copies.append(Copy(np.concatenate(hidden), np.concatenate(hidden), np.concatenate(weights)))
     return copies
 
 

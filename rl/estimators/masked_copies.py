@@ -91,6 +91,20 @@ def answer_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[in
     )
 
 
+def copy_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int], num_copies: int) -> CombinedRows:
+    """One decision per copy of an answer, which share its weight: weighted reads added up, per token of the answer."""
+    copy, part = torch.unique(rows.trajectory * num_copies + rows.step, return_inverse=True)
+    size = torch.tensor(lengths, dtype=weight.dtype)[rows.trajectory]
+    return CombinedRows(
+        rows=rows,
+        part=part,
+        weight=weight / size,
+        trajectory=copy // num_copies,
+        step=copy % num_copies,
+        weight_factor=torch.full((len(copy),), 1 / num_copies, dtype=torch.float64),
+    )
+
+
 def sandwich_decisions(
     rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int], num_draws: int, power: float
 ) -> SandwichRows:

@@ -18,6 +18,7 @@ def clipped_policy_loss(
     kl_estimator: str = "k3",
     kl_to: str = "none",
     entropy_coef: float = 0.0,
+    linear_gain: bool = False,
 ) -> LossOutput:
     """PPO's clipped surrogate (Schulman et al. 2017, equation 7) plus KL and entropy terms.
 
@@ -27,6 +28,7 @@ def clipped_policy_loss(
     Args:
         batch: see `DecisionBatch`.
         log_ratio_clamp: bound on |log rho|.
+        linear_gain: put 1 + log rho in place of rho where A > 0, a lower bound that touches it at rho = 1 (BGPO).
         kl_to: "none", "old" (the policy that is being improved) or "reference" (frozen).
 
     Returns:
@@ -34,6 +36,8 @@ def clipped_policy_loss(
     """
     log_ratio = (batch.logprob - batch.old_logprob).clamp(-log_ratio_clamp, log_ratio_clamp)
     ratio = log_ratio.exp()
+    if linear_gain:
+        ratio = (1 + log_ratio).where(batch.advantage > 0, ratio)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
     loss = -surrogate - entropy_coef * batch.entropy

@@ -79,6 +79,11 @@ class AnyRecipe(BaseModel):
         return {"gradients"} if self.reward_gradient else set()
 
     @property
+    def preference_file(self) -> str | None:
+        """A file of pairs (`rl/tasks/preferences.py`) that takes the place of rollouts."""
+        return None
+
+    @property
     def needs_reference(self) -> bool:
         """Whether to keep a frozen copy of the starting policy."""
         return self.kl_weight > 0
@@ -116,6 +121,8 @@ class Recipe(AnyRecipe):
 
     # The estimator is random: every pass over the rollouts has rows of its own.
     redraw: ClassVar[bool] = False
+    # See `rl.losses.policy_gradient.clipped_policy_loss`.
+    linear_gain: ClassVar[bool] = False
 
     baseline: Literal["mean", "leave_one_out"] = Field("mean", description="Baseline of the group advantage.")
     scale: Literal["none", "std", "reward_std", "batch_std"] = Field(
@@ -227,6 +234,7 @@ class Recipe(AnyRecipe):
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
             entropy_coef=self.entropy_coef,
+            linear_gain=self.linear_gain,
         )
 
 

@@ -8,8 +8,8 @@ A rollout that is right is shown its own answer, a wrong one the first right ans
 are left out. The teacher has the weights before the first update of the RL step (`teacher: old`), or those that RL
 started from. Needs full attention: a block-causal model never sees what stands behind a block.
 
-Departs, or is not known to us: we read the abstract and notes on the paper. Its k, its direction of the KL, how much of
-the answer is shown (`shown_tokens`), and which weights the teacher has, are choices of ours.
+Departs, or is not known to us: we read the abstract and notes on the paper. Its k, its direction of the KL, how much
+of the answer is shown (`shown_tokens`), and which weights the teacher has, are choices of ours.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from rl.track.callbacks import Wishes
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.convert import convert
 from rl.train.interrupt import heeding_signals
+from rl.train.pairs import open_source
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.rollouts import RolloutSource
 from rl.train.run import Run
@@ -36,7 +37,7 @@ def train(run: Run) -> dict[str, Any]:
     if run.config.train.steps:
         # Before anything else is trained, too.
         run.config.algorithm.prepare(run)
-    with RolloutSource.open(run) as source:
+    with open_source(run) as source:
         return _stages(run, source, heldout)
 
 
@@ -121,7 +122,9 @@ def reinforce(
     """
     config = run.config
     total = config.train.steps * config.train.updates_per_step * config.train.epochs
-    source, resumed, step = source or RolloutSource(run), checkpoint is not None, 0
+    if source is None:
+        source = open_source(run) if config.algorithm.preference_file else RolloutSource(run)
+    resumed, step = checkpoint is not None, 0
     updater: Updater
     if config.algorithm.reward_gradient:
         updater = RewardGradientUpdater(run, config.algorithm, total, resumed)
