@@ -307,10 +307,11 @@ def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:
     check_run(load_config(arguments[1], right))
 
 
-@pytest.mark.parametrize("name", [*MASKED, *TRACED[1:]])
+@pytest.mark.parametrize("name", [*MASKED, *TRACED[1:], "trafl", "egspo"])
 def test_a_recipe_runs(tmp_path: Path, name: str) -> None:
     """Two passes over the rollouts of two steps, in micro-batches, through the real loop."""
     extra = ["sampler.selector=left_most", "sampler.num_inference_steps=16"] if name == "justgrpo" else []
+    extra += {"trafl": ["filters.drop_zero_variance=false"], "egspo": ["sampler.record_x0=true"]}.get(name, [])
     arguments = tiny_config(
         tmp_path, f"algorithm.name={name}", "algorithm.entropy_coef=0", "train.steps=2", "train.micro_batch_size=4",
         "eval.num_prompts=2", "eval.viewer_items=0", *extra,

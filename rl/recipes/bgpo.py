@@ -1,9 +1,9 @@
 """BGPO: a lower bound of the likelihood-bound objective that is a plain sum over masked copies.
 
-Lin et al. 2025, "Boundary-Guided Policy Optimization for Memory-Efficient RL of Diffusion Large Language Models"
-(arXiv 2510.11683). With d_j the change of one copy's estimate of an answer's evidence lower bound since sampling, the
-ratio exp(mean d_j) is replaced by mean(1 + d_j) where A > 0 and by mean(exp d_j) where A < 0. Both keep A times it
-below A times the ratio (1 + x <= e^x; Jensen), touch it on-policy with the same gradient, and need one copy at a time.
+arXiv 2510.11683; of the paper we read notes, and DARE's code. With d_j the change of one copy's estimate of an
+answer's evidence lower bound since sampling, the ratio exp(mean d_j) is replaced by mean(1 + d_j) where A > 0 and by
+mean(exp d_j) where A < 0. Both keep A times it below A times the ratio (1 + x <= e^x; Jensen), touch it on-policy with
+the same gradient, and need one copy at a time.
 
 Choices (published): 16 copies, one mask each; as in DARE's code the clip acts on the replaced ratio.
 

@@ -2,16 +2,15 @@
 
 Ahmadi et al. 2026, "Beyond Mode-Seeking RL: Trajectory-Balance Post-Training for Diffusion Language Models" (arXiv
 2605.13935): the loss of a rollout is (log Z(q) + log pi - log pi_ref - r / beta)^2, log Z(q) learned for a prompt q.
-It is 0 where pi is proportional to pi_ref exp(r / beta), so modes keep their shares, unlike at the optimum of a
-reward.
+It is 0 where pi is proportional to pi_ref exp(r / beta): modes keep their shares.
 
 log pi is the exact log-prob of the trace, one decision per rollout (published: a surrogate from masked copies, per
 token). log Z is a table by prompt, kept in checkpoints: a prompt begins with the value that makes its group's mean
 residual 0, and moves by `z_rate` of the way there each time it is met again, which is gradient descent on the loss.
 
-Departs, further: a table instead of a network on the prompt, so prompts that are met once use their group's estimate;
-rewards are not centred in the group (log Z takes a constant up); published code weighs the reward by beta, here r /
-beta. We do not know the published beta.
+Departs, further, of what we read (abstract, notes, another implementation): a table instead of a network on the prompt,
+so prompts that are met once use their group's estimate; rewards are not centred in the group (log Z does it);
+the reward is divided by beta, which that implementation multiplies by it. We do not know the published beta.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from pydantic import Field
 from rl.batch import DecisionBatch, LossOutput, Tensor
 from rl.config import Config
 from rl.estimators.base import Verdicts
-from rl.prompt_history import PromptNumbers
 from rl.recipes.traced import TracedRecipe
 
 
@@ -50,7 +48,9 @@ class TraFL(TracedRecipe):
     def needs_group(self) -> bool:
         return False
 
-    def memory(self) -> PromptNumbers:
+    def memory(self) -> Any:
+        from rl.prompt_history import PromptNumbers
+
         return PromptNumbers()
 
     def summary(self, trajectory: Any) -> Any:

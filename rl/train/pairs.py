@@ -58,6 +58,7 @@ class PairSource(RolloutSource):
             trajectories=trajectories,
             completions=run.modality.finished(trajectories)[0],
             reward=reward,
+            parts=[{} for _ in trajectories],
             group=group,
             keep=keep,
             counted=counted,
