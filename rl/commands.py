@@ -37,13 +37,14 @@ def train(args: argparse.Namespace) -> int | None:
     from rl.train.interrupt import Stopped
     from rl.trainer import Trainer
 
+    code = None
     try:
         Trainer(args=config).train()
     except Stopped as stop:
-        return stop.exit_code
-    finally:
-        distributed.stop()
-    return None
+        code = stop.exit_code
+    # After an error the group stays, since it tells `rl.cli.main` whether another rank may be the cause.
+    distributed.stop()
+    return code
 
 
 def launch(args: argparse.Namespace) -> None:

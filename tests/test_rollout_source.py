@@ -29,6 +29,7 @@ def scored(rewards: list[float], group: list[int], metrics: dict[str, float]) ->
         stats=EngineStats(forwards=3),
         reward_seconds=0.5,
         reward_queries=count,
+        parts=[{}] * count,
     )
 
 

@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "object": (lambda: {"model": 3}, r"model is a int: give a folder, a hub name, or a loaded one"),
     "args": (lambda: {"args": 3}, r"args is a int: give a Config, a dict of options, or a trl\.GRPOConfig"),
     "option": (lambda: {"options": {"train.stepz": 3}}, r"unknown config key 'train\.stepz': did you mean 'steps'"),
-    "callback": (lambda: {"callbacks": [print]}, r"callbacks\[0\] is a builtin_function_or_method"),
+    "callback": (lambda: {"callbacks": [len]}, r"callbacks\[0\] is a builtin_function_or_method"),
     "recipe": (lambda: {"recipe": "tracrl"}, r"'tracrl' does not exist: did you mean 'tracerl'"),
     "recipe twice": (
         lambda: {"recipe": TraceRL(clip_low=0.3), "args": grpo(epsilon=0.1), "options": SMALL},
