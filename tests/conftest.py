@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DENOISE_RL_CACHE", os.path.join(tempfile.gettempdir(), "denoise-rl-cache"))
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f"denoise-rl-datasets-{os.getpid()}"))
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch() -> Iterator[None]:
+    """DeepSpeed's stage 3 puts its own product into torch for the rest of the process, and it keeps more memory."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
 
 
 @pytest.fixture(scope="session")
