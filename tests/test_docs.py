@@ -106,6 +106,13 @@ def test_a_guide_runs_from_top_to_bottom(
     assert ran
 
 
+def test_every_page_is_in_the_table_of_pages_and_in_the_menu_of_the_site() -> None:
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} - {"index.md"}
+    table, menu = (ROOT / "docs" / "index.md").read_text("utf-8"), (ROOT / "mkdocs.yml").read_text("utf-8").split()
+    assert pages - set(re.findall(r"\]\(([^)#]+\.md)", table)) == set()
+    assert pages - set(menu) == set()
+
+
 def test_the_plan_of_the_hardware_page_is_todays() -> None:
     rows = re.findall(r"^\|.*`(llada_8b_mdpo|llada_8b_d1|sd15_b2|sd35_flow_grpo)`(?: \+ `([^`]*)`)?.*\| (\S+) \|$",
                       (ROOT / "docs" / "hardware.md").read_text("utf-8"), re.MULTILINE)  # fmt: skip
