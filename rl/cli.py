@@ -115,9 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: object, text: str, config: bool = True) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: object, text: str, config: bool = True, first: tuple[str, str] | None = None
+    ) -> argparse.ArgumentParser:
         command = parsers.add_parser(name, help=text, description=text)
         command.set_defaults(run=run, takes_overrides=config, parser=command)
+        if first:
+            command.add_argument(first[0], help=first[1])
         if config:
             command.add_argument(
                 "--config",
@@ -172,6 +176,16 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--export", metavar="FORMAT", help="also write samples for human-eval, evalplus or livecodebench")
     kept.add_argument("--reward", help="judge by another reward than the task's: a name, or {name: NAME, params: {}}")
     kept.add_argument("--rescore", metavar="FOLDER", help="judge the generations of a folder again, without a model")
+    model = ("model", "run folder, checkpoint, model or adapter folder, or hub name")
+    chat = add("chat", commands.chat, "Answer prompts, and show on a terminal how answers are denoised.", first=model)
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and end; else every line of standard input")
+    chat.add_argument("--steps", type=int, metavar="N", help="denoising steps; the config's when not given")
+    chat.add_argument("--temperature", type=float, default=0.0, help="of the tokens; 0, greedy, when not given")
+    chat.add_argument(
+        "--template",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts into the chat template; not given: as the run did (task.chat), else where there is one",
+    )
     check = add("check", commands.check, "Check a config, the installation and the DeepSpeed JSON without training.")
     check.add_argument("--plan", action="store_true", help="estimate the memory per rank instead; needs no checkpoint")
     check.add_argument("--ranks", type=int, help="with --plan: number of ranks; this process's when not given")
@@ -204,6 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", metavar="FOLDER", required=True, help="runs, table.md, results.json, budgets.png")
     compare.add_argument("--warm-start", metavar="FOLDER", help="one model for every seed, instead of a stage per seed")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    inspect = add("inspect", commands.inspect, "Show the worst and the best rollouts of a run.", config=False)
+    inspect.add_argument("folder", metavar="RUN", help="folder of a run, of rollout --output or of eval --output")
+    inspect.add_argument("--n", type=int, default=3, metavar="N", help="how many of each; 3 when not given")
+    inspect.add_argument("--step", type=int, help="of this RL step only")
     add("configs", commands.configs, "List the configs that come with the package.", config=False)
     init = add("init", commands.init, "Copy a config that comes with the package, to edit it.", config=False)
     init.add_argument("name", help="one of `denoise-rl configs`")

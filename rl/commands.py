@@ -215,6 +215,25 @@ def score(args: argparse.Namespace) -> None:
     print(report.text())
 
 
+def chat(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from rl.evaluation.chat import Chat, chat_config, talk
+
+    if args.temperature < 0:
+        raise ValueError(f"--temperature must be at least 0, got {args.temperature:g}")
+    config, templated = chat_config(args.model, args.config, args.overrides, args.steps, args.temperature)
+    talk(Chat(config, templated if args.template is None else args.template), Console(highlight=False), args.prompt)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from rl.track.samples import sample_lines
+
+    if args.n < 1:
+        raise ValueError(f"--n must be at least 1, got {args.n}")
+    print("\n".join(sample_lines(args.folder, args.n, args.step)))
+
+
 def compare(args: argparse.Namespace) -> None:
     from rl.evaluation import compare as comparing
 

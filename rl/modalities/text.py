@@ -200,12 +200,14 @@ class TextModality(TextPlan):
         self, rows: Sequence[Example], trajectories: Sequence[TokenTrajectory], values: Sequence[float | None]
     ) -> list[dict[str, Any]]:
         """Step-by-step canvases (`rl.track.viewer`)."""
+        from rl.track.pieces import Pieces
         from rl.track.viewer import trajectory_view
 
+        pieces = Pieces(self.tokenizer)
         return [
             trajectory_view(
                 trajectory,
-                lambda token: self.tokenizer.decode([token]),
+                pieces.texts,
                 (value or 0.0) >= 1.0,
                 self._givens(row),
             )

@@ -20,7 +20,7 @@ from rl.models.folder import is_hub_name, is_url, local_folder, read_config, ser
 from rl.tasks.base import Task
 
 
-def load_tokenizer(config: ModelConfig, task: Task) -> Any:
+def load_tokenizer(config: ModelConfig, task: Task | None) -> Any:
     """The tokenizer named by the config, the model folder's, or the task's character tokenizer.
 
     Raises:
@@ -30,7 +30,7 @@ def load_tokenizer(config: ModelConfig, task: Task) -> Any:
     if source == config.path and source is not None and is_url(source):
         source = str(served_model(source)["root"])
     if source is None:
-        if task.alphabet is None:
+        if task is None or task.alphabet is None:
             raise ValueError("model.tokenizer is required: this task does not bring its own alphabet")
         from rl.tasks.char_tokenizer import char_tokenizer
 

@@ -135,17 +135,24 @@ def read_metrics(run_dir: str | os.PathLike[str], stage: str | None = None) -> l
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{run_dir} has no {FILE_NAME}; give the folder of a run")
+    return [record for record in read_lines(path) if stage is None or record["stage"] == stage]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines. A last line without its newline is left out, with a logged warning.
+
+    Raises:
+        ValueError: a complete line is not JSON.
+    """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             logger.warning("%s line %d is incomplete and was left out", path, number)
             continue
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON ({error.msg}); delete that line") from None
-        if stage is None or record["stage"] == stage:
-            records.append(record)
     return records
 
 

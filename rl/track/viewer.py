@@ -10,7 +10,7 @@ from rollouts.trajectory import TokenTrajectory
 
 def trajectory_view(
     trajectory: TokenTrajectory,
-    decode_token: Callable[[int], str],
+    texts: Callable[[Sequence[int | None]], Sequence[str]],
     correct: bool,
     givens: Sequence[str] | None = None,
 ) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def trajectory_view(
 
     Args:
         trajectory: the rollout; remasking and token edits are replayed like any other edit.
-        decode_token: text of one token id.
+        texts: token ids -> their texts, None -> "" (`rl.track.pieces.Pieces.texts`).
         correct: the verifier's verdict on the finished response.
         givens: what the problem prescribes per response cell, "" where it prescribes nothing.
 
@@ -54,10 +54,7 @@ def trajectory_view(
         masked = [token == trajectory.mask_token_id for token in canvas]
         steps.append(
             {
-                # "" means masked, so a token without text shows its id.
-                "tokens": [
-                    "" if hidden else decode_token(t) or f"<{t}>" for t, hidden in zip(canvas, masked, strict=True)
-                ],
+                "tokens": texts([None if hidden else t for t, hidden in zip(canvas, masked, strict=True)]),
                 "confidence": [None if hidden else c for c, hidden in zip(confidence, masked, strict=True)],
                 "changed": sorted(changed),
             }

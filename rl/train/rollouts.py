@@ -75,12 +75,13 @@ class ScoredRollouts:
         return ScoredRollouts(**joined)
 
     def lines(self, modality: Any, chosen: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Prompt, completion, reward and its parts of the chosen rollouts, of all without `chosen`, as plain JSON."""
+        """Texts, reward and its parts of the chosen rollouts, of all without `chosen`, as plain JSON."""
         reward = self.reward.tolist()
         return [
             {
                 "prompt": self.examples[i]["prompt"],
                 "completion": modality.sample_line(self.completions[i]),
+                **({"answer": self.examples[i]["answer"]} if self.examples[i].get("answer") is not None else {}),
                 "reward": None if reward[i] != reward[i] else reward[i],
                 "parts": self.parts[i],
             }
