@@ -94,9 +94,20 @@ def test_the_stochastic_flow_step_is_diffusers_step(shift: float) -> None:
     assert steps.std[-1] == 0
 
 
-def test_a_flow_sde_without_noise_is_diffusers_euler_step() -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"kind": "flow_sde", "noise_level": 0.0},
+        {"kind": "flow_cps", "noise_level": 0.0},
+        {"kind": "flow_sde", "sde_window": (10, 0)},
+        {"kind": "flow_cps", "sde_window": (10, 0)},
+        {"kind": "flow_stochastic", "sde_window": (10, 0)},
+    ],
+)
+def test_a_flow_without_noise_is_diffusers_euler_step(chosen: dict[str, Any]) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    steps = make_steps(scheduler, options(kind="flow_sde", noise_level=0.0))
+    # An empty window is refused, since nothing could be learnt; as a copy it shows the steps outside of one.
+    steps = make_steps(scheduler, options().model_copy(update=chosen))
     scheduler.set_timesteps(10)
     for index, timestep in enumerate(scheduler.timesteps):
         latent, output = draws(index, 4, 2, 3), draws(100 + index, 4, 2, 3)
@@ -128,13 +139,16 @@ def closed_form(kind: str, index: int, x: np.ndarray, o: np.ndarray) -> tuple[np
     t, after = sigmas[index], sigmas[index + 1]
     if kind == "flow_stochastic":
         return (1 - after) * (x - t * o), after
+    if kind == "flow_cps":
+        # Half the noise level: cos and sin of 45 degrees.
+        return (1 - after) * (x - t * o) + after / 2**0.5 * (x + (1 - t) * o), after / 2**0.5
     sigma = 0.5 * np.sqrt(t / (1 - (sigmas[1] if t == 1 else t)))
     step = after - t
     mean = x * (1 + sigma**2 * step / (2 * t)) + o * (1 + sigma**2 * (1 - t) / (2 * t)) * step
     return mean, sigma * np.sqrt(-step)
 
 
-@pytest.mark.parametrize("kind", ["ddim", "ddpm", "flow_sde", "flow_stochastic"])
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "flow_sde", "flow_cps", "flow_stochastic"])
 def test_log_probs_are_the_closed_form_at_every_step(kind: str) -> None:
     """Against SciPy's density of formulas written down separately, in float64."""
     scheduler = FLOW if kind.startswith("flow") else {"name": "DDIMScheduler", "steps_offset": 1}
@@ -158,7 +172,7 @@ def test_log_probs_are_the_closed_form_at_every_step(kind: str) -> None:
                 density = norm.logpdf(trajectory.latents[index + 1], mean, std).sum()
                 # A mean that is off by 1e-4 moves the log-density by that many standard deviations.
                 np.testing.assert_allclose(trajectory.logprob[index], density, atol=2e-3 + 2e-3 / std, rtol=1e-4)
-        assert (trajectory.std[-1] == 0) == (kind in ("ddpm", "flow_stochastic")) or kind == "ddpm"
+        assert (trajectory.std[-1] == 0) == (kind in ("ddpm", "flow_cps", "flow_stochastic")) or kind == "ddpm"
 
 
 def test_the_published_schedule_of_stable_diffusion() -> None:
@@ -357,3 +371,99 @@ def test_the_one_step_of_a_flow_sde_has_the_published_deviation() -> None:
     np.testing.assert_allclose(steps.std, [0.7], rtol=1e-6)
     # mean = x (1 - a^2 / 2) - o, with o the velocity and dt = -1.
     np.testing.assert_allclose(steps.coefficients[0, 3:], [1 - 0.7**2 / 2, -1.0], rtol=1e-6)
+
+
+def test_a_window_draws_the_steps_of_the_sampler_and_follows_the_ode_elsewhere() -> None:
+    for kind, ode in (("ddim", {"eta": 0.0}), ("flow_sde", {"noise_level": 0.0}), ("flow_cps", {"noise_level": 0.0})):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if kind != "ddim" else DDIMScheduler(steps_offset=1)
+        whole, sure = make_steps(scheduler, options(kind=kind)), make_steps(scheduler, options(kind=kind, **ode))
+        # The floor raises small noise inside the window alone.
+        window = make_steps(scheduler, options(kind=kind, sde_window=(2, 3), small_std="floor", min_std=1e-6))
+        inside = np.isin(np.arange(10), [2, 3, 4])
+        np.testing.assert_array_equal(window.coefficients[inside], whole.coefficients[inside])
+        np.testing.assert_array_equal(window.std[inside], whole.std[inside])
+        # Tables may share the mean out among x0, latent and output in different ways: weights of latent and output.
+        a, c = (s.coefficients[~inside, 3:] + s.coefficients[~inside, 2:3] * s.coefficients[~inside, :2]
+                for s in (window, sure))  # fmt: skip
+        np.testing.assert_allclose(a, c, rtol=0, atol=1e-12)
+        assert (window.std[~inside] == 0).all() and (window.std[inside] > 0).all()
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 1.0])
+def test_cps_keeps_the_weights_of_data_and_noise_at_any_number_of_steps(noise_level: float) -> None:
+    """Data of one point m: x0 and x1 are exact, so x_t is N((1 - t) m, t^2) after three steps as after three hundred.
+
+    The SDE's steps miss that: its first, at t = 1, keeps a share of x that is none of the schedule's.
+    """
+    flow = exact_flow(2.0, 0.0)
+    variance = {}
+    for kind in ("flow_cps", "flow_sde"):
+        steps = make_steps(
+            flow.scheduler, options(kind=kind, noise_level=noise_level, num_inference_steps=3),
+            {"sigmas": [1.0, 0.6, 0.3]},
+        )  # fmt: skip
+        mean, spread, variance[kind] = 0.0, 1.0, []
+        for t, c, std in zip((1.0, 0.6, 0.3), steps.coefficients, steps.std, strict=True):
+            # The velocity is linear in x: v = (x - m) / t. Two outputs give slope and offset of the step's mean.
+            at = [
+                float(
+                    our_step(
+                        steps_of(c, 0.0), 0, torch.tensor([[(x - 2.0) / t]]), torch.tensor([[x]]), torch.zeros(1, 1)
+                    )[0]
+                )
+                for x in (0.0, 1.0)
+            ]
+            slope = at[1] - at[0]
+            mean, spread = at[0] + slope * mean, slope**2 * spread + std**2
+            variance[kind].append((mean, spread))
+    np.testing.assert_allclose(variance["flow_cps"], [(0.8, 0.36), (1.4, 0.09), (2.0, 0.0)], atol=1e-6)
+    assert abs(variance["flow_sde"][0][1] - 0.36) > 0.01
+
+
+def steps_of(coefficients: np.ndarray, std: float) -> GaussianSteps:
+    return GaussianSteps(np.zeros(1), coefficients[None], np.array([std]))
+
+
+def test_a_list_of_timesteps_takes_the_place_of_the_spacing() -> None:
+    """The scheduler's own timesteps, written out, are the same steps; others give the closed form between them."""
+    for kind, scheduler in (
+        ("ddim", DDIMScheduler(steps_offset=1, set_alpha_to_one=False)),
+        ("ddpm", DDPMScheduler()),
+        ("flow_sde", FlowMatchEulerDiscreteScheduler()),
+        ("flow_cps", FlowMatchEulerDiscreteScheduler()),
+    ):
+        own = make_steps(scheduler, options(kind=kind))
+        listed = make_steps(scheduler, options(kind=kind, timesteps=own.timestep.tolist()))
+        np.testing.assert_allclose(listed.coefficients, own.coefficients, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(listed.std, own.std, rtol=1e-5, atol=1e-7)
+    steps = make_steps(DDIMScheduler(), options(timesteps=(900, 300), num_inference_steps=2))
+    alphas = DDIMScheduler().alphas_cumprod.double().numpy()
+    variance = (1 - alphas[300]) / (1 - alphas[900]) * (1 - alphas[900] / alphas[300])
+    np.testing.assert_allclose(steps.std, [np.sqrt(variance), 0.0], rtol=1e-6)
+    assert steps.timestep.tolist() == [900, 300]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"timesteps": (900, 300)}, "sampler.timesteps has 2 entries for sampler.num_inference_steps 10"),
+        ({"timesteps": (300, 900), "num_inference_steps": 2}, "must descend"),
+        ({"sde_window": (8, 3)}, r"sampler.sde_window \[8, 3\] must lie in the 10 steps"),
+        ({"sde_window": (0, 0)}, r"sampler.sde_window \[0, 0\]"),
+        ({"sde_window": (0, 2), "kind": "ddpm"}, "set sampler.kind to ddim"),
+        ({"kind": "flow_cps", "noise_level": 1.5}, "must be at most 1"),
+    ],
+)
+def test_samplers_that_cannot_be_are_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options(**chosen)
+
+
+def test_timesteps_that_the_schedule_lacks_are_refused() -> None:
+    for scheduler, kind, times in (
+        (DDIMScheduler(), "ddim", (1000.0, 3.0)),
+        (DDIMScheduler(), "ddim", (10.5, 3.0)),
+        (FlowMatchEulerDiscreteScheduler(), "flow_cps", (900.0, 0.0)),
+    ):
+        with pytest.raises(ValueError, match=r"sampler\.timesteps"):
+            make_steps(scheduler, options(kind=kind, timesteps=times, num_inference_steps=2))

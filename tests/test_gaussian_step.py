@@ -11,12 +11,17 @@ from rl.estimators.gaussian_step import gaussian_rows
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.image_models import FLOW, rollouts, tiny_policy
 
-KINDS = ["ddim", "ddpm", "flow_sde", "flow_stochastic"]
+KINDS = ["ddim", "ddpm", "flow_sde", "flow_cps", "flow_stochastic"]
+WINDOWS = [(kind, window) for kind in KINDS for window in (None, (0, 2), (3, 1)) if kind != "ddpm" or window is None]
 
 
-def sampled(kind: str, double: bool = True, guidance: float = 2.0, count: int = 4) -> tuple:
+def sampled(
+    kind: str, double: bool = True, guidance: float = 2.0, count: int = 4, window: tuple[int, int] | None = None
+) -> tuple:
     policy = tiny_policy(FLOW if kind.startswith("flow") else None, double=double)
-    options = LatentSamplerOptions(kind=kind, num_inference_steps=6, guidance_scale=guidance, min_std=0.02)
+    options = LatentSamplerOptions(
+        kind=kind, num_inference_steps=6, guidance_scale=guidance, min_std=0.02, sde_window=window
+    )
     return policy, rollouts(policy, options, count)
 
 
@@ -33,10 +38,16 @@ def test_a_replay_gives_the_samplers_log_probs(kind: str, guidance: float) -> No
     torch.testing.assert_close(mean, rows.sampler_mean, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_ratio_of_a_first_replay_is_exactly_one_in_the_same_layout(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
+def test_the_ratio_of_a_first_replay_is_exactly_one_in_the_same_layout(
+    kind: str, window: tuple[int, int] | None
+) -> None:
     """float32, one step of all trajectories at a time, as the sampler forwarded them: not a bit differs."""
-    policy, trajectories = sampled(kind, double=False, count=8)
+    policy, trajectories = sampled(kind, double=False, count=8, window=window)
+    if window is not None:
+        assert np.flatnonzero(trajectories[0].is_decision).tolist() == list(range(window[0], sum(window)))
+        # The other steps are the ODE's: sure, and no decisions.
+        assert (np.delete(trajectories[0].std, range(window[0], sum(window))) == 0).all()
     for step in np.flatnonzero(trajectories[0].is_decision):
         wanted = np.zeros((8, 6), dtype=bool)
         wanted[:, step] = True

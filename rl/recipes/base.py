@@ -177,6 +177,10 @@ class Recipe(AnyRecipe):
         """[M]: what a critic predicts, given the advantages and the rewards."""
         return advantage
 
+    def sampler_options(self, options: Any, rl_step: int) -> Any:
+        """The sampler of an RL step's rollouts: the config's, or a copy of it that differs in what learning takes."""
+        return options
+
     def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
         """(denoising step, branches): before this step every rollout goes on as so many (`LatentEngine`)."""
         return []

@@ -7,6 +7,8 @@ reward minus the group's mean over the standard deviation of all rewards of the 
 (Xue et al. 2025, arXiv 2505.07818); its z-score by group is `scale: std`, its constant noise and its random 60 % of the
 steps are not built.
 
+The sampler may also be `flow_cps`; `sampler.sde_window` keeps noise and gradient to some steps (Flow-GRPO-Fast).
+
 Departs from the published code: the KL between two steps is the exact one, whose variance includes the step length that
 the code leaves out; every step that has a density is trained (there the first 99 %: of ten steps, nine).
 """
@@ -31,7 +33,7 @@ class FlowGRPO(ImageRecipe, defaults={"scale": "reward_std", "kl_to": "reference
     )
 
     def requires(self, config: Config) -> dict[str, Any]:
-        return {"sampler.kind": "flow_sde"}
+        return {} if config.sampler.kind == "flow_cps" else {"sampler.kind": "flow_sde"}
 
     def branch_points(self, rl_step: int) -> list[tuple[int, int]]:
         return [(0, self.shared_noise)] if self.shared_noise > 1 else []

@@ -263,16 +263,16 @@ class RolloutSource:
         for turn in range(1 + config.filters.refill_rounds):
             examples, asked = self._asked(step, turn)
             if self.ahead is None:
-                engine = self._engine(policy_version, recipe.branch_points(step))
+                engine = self._engine(policy_version, step)
                 trajectories = engine.generate(asked, policy_version)
                 check_versions(trajectories, policy_version)
                 stats = engine.stats
             else:
                 if not self.ahead.begun():
-                    self.ahead.begin(self._engine(policy_version, recipe.branch_points(step)), asked, policy_version)
+                    self.ahead.begin(self._engine(policy_version, step), asked, policy_version)
                 trajectories, stats = self.ahead.take()
                 if step + 1 < config.train.steps:
-                    engine = self._engine(policy_version, recipe.branch_points(step + 1))
+                    engine = self._engine(policy_version, step + 1)
                     self.ahead.begin(engine, self._asked(step + 1)[1], policy_version)
             part = scored(run, examples, config.train.group_size, trajectories, stats, recipe.needs_step_rewards)
             if config.train.mixed_steps:
@@ -291,13 +291,14 @@ class RolloutSource:
                 break
         return ScoredRollouts.join(parts)
 
-    def _engine(self, policy_version: int, branch_points: Sequence[tuple[int, int]]) -> Engine:
-        """An engine that samples with the weights of the run's model, which are this version's."""
-        run, engine = self.run, self.remote
+    def _engine(self, policy_version: int, step: int) -> Engine:
+        """An engine for an RL step's rollouts, with the weights of the run's model, which are this version's."""
+        run, engine, recipe = self.run, self.remote, self.run.config.algorithm
+        options = recipe.sampler_options(run.modality.options(), step)
         if engine is None:
-            engine = run.engine(run.model)
+            engine = run.engine(run.model, options)
         else:
-            engine.options = run.modality.options()
+            engine.options = options
             if self._pushed != policy_version:
                 started = time.perf_counter()
                 # A push that fails leaves the engine without a version, and the run ends.
@@ -305,7 +306,7 @@ class RolloutSource:
                 engine.push_weights(policy_version, PolicyWeights(run.model, run.tokenizer, layout))
                 self._pushed = policy_version
                 self.push_seconds += time.perf_counter() - started
-        engine.branch_points = tuple(branch_points)
+        engine.branch_points = tuple(recipe.branch_points(step))
         return engine
 
     def _asked(self, step: int, turn: int = 0) -> tuple[list[Example], list[Any]]:

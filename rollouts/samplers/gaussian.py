@@ -10,6 +10,7 @@ diffusers scheduler; steps are pure functions of it. Notation: a_t is the cumula
 * `ddim_steps`: Song et al. 2021 (arXiv 2010.02502), equation 12 with the sigma of equation 16 times eta.
 * `ddpm_steps`: Ho et al. 2020 (arXiv 2006.11239), equation 7.
 * `flow_sde_steps`: Liu et al. 2025, Flow-GRPO (arXiv 2505.05470): an SDE with the marginals of the flow's ODE.
+* `flow_cps_steps`: Wang and Yu 2025 (arXiv 2509.05952) as in the code of Flow-GRPO: noise is replaced, never added.
 * `flow_stochastic_steps`: diffusers' FlowMatchEulerDiscreteScheduler with stochastic_sampling: jump to x0, noise again.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +63,8 @@ def make_steps(scheduler: Any, options: LatentSamplerOptions, schedule: dict[str
         ValueError: the scheduler does not fit the options.
     """
     schedule = schedule or {"num_inference_steps": options.num_inference_steps}
+    if options.timesteps is not None:
+        schedule = explicit_schedule(scheduler, options.timesteps, schedule)
     flow = options.kind.startswith("flow")
     if flow != (not hasattr(scheduler, "alphas_cumprod")):
         needed = "a flow-matching scheduler" if flow else "a scheduler with alphas_cumprod"
@@ -72,11 +76,40 @@ def make_steps(scheduler: Any, options: LatentSamplerOptions, schedule: dict[str
         steps = ddpm_steps(own, schedule)
     elif options.kind == "flow_sde":
         steps = flow_sde_steps(own, schedule, options.noise_level)
+    elif options.kind == "flow_cps":
+        steps = flow_cps_steps(own, schedule, options.noise_level)
     else:
         steps = flow_stochastic_steps(own, schedule)
     if options.small_std == "floor":
         steps = replace(steps, std=np.maximum(steps.std, options.min_std))
+    if options.sde_window is not None:
+        first, length = options.sde_window
+        ode = flow_sde_steps(own, schedule, 0.0) if flow else ddim_steps(own, schedule, 0.0)
+        index = np.arange(len(steps))
+        inside = (index >= first) & (index < first + length)
+        steps = replace(
+            steps,
+            coefficients=np.where(inside[:, None], steps.coefficients, ode.coefficients),
+            std=np.where(inside, steps.std, 0.0),
+        )
     return steps
+
+
+def explicit_schedule(scheduler: Any, timesteps: Sequence[float], schedule: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `set_timesteps` for a list of timesteps: flow schedulers take them as t / 1000, before their shift.
+
+    Raises:
+        ValueError: the scheduler's own steps are of equal length, or a timestep is none that it was trained on.
+    """
+    size = scheduler.config.num_train_timesteps
+    if not hasattr(scheduler, "alphas_cumprod"):
+        if timesteps[0] > size or timesteps[-1] <= 0:
+            raise ValueError(f"sampler.timesteps of a flow must lie above 0 and at most at {size}")
+        rest = {name: value for name, value in schedule.items() if name == "mu"}
+        return {"sigmas": [t / size for t in timesteps], **rest}
+    if any(t != int(t) for t in timesteps) or timesteps[0] >= size:
+        raise ValueError(f"sampler.timesteps must be whole numbers below {size} for {type(scheduler).__name__}")
+    return {"timesteps": [int(t) for t in timesteps]}
 
 
 def ddim_steps(scheduler: Any, schedule: dict[str, Any], eta: float) -> GaussianSteps:
@@ -85,9 +118,7 @@ def ddim_steps(scheduler: Any, schedule: dict[str, Any], eta: float) -> Gaussian
     With `steps_offset=0` (diffusers' default) and `set_alpha_to_one=False` the last step has std 0, with
     `set_alpha_to_one=True` it has std 0 whatever the offset.
     """
-    scheduler.set_timesteps(**schedule)
-    t = scheduler.timesteps.numpy().astype(np.int64)
-    s = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    t, s = _ddim_timesteps(scheduler, schedule)
     alphas = scheduler.alphas_cumprod.double().numpy()
     final = float(getattr(scheduler, "final_alpha_cumprod", alphas[0]))
     a_t, a_s = alphas[t], np.where(s >= 0, alphas[np.maximum(s, 0)], final)
@@ -97,6 +128,17 @@ def ddim_steps(scheduler: Any, schedule: dict[str, Any], eta: float) -> Gaussian
     return _steps(
         scheduler, t, std, x0_latent, x0_output, np.sqrt(a_s), direction * noise_latent, direction * noise_output
     )
+
+
+def _ddim_timesteps(scheduler: Any, schedule: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [T] each: the timestep of every step and the one it leads to, which is negative after the last."""
+    if "timesteps" in schedule:
+        # DDIMScheduler takes no list. The last step leads to the end, as the last of a list of DDPMScheduler's does.
+        t = np.array(schedule["timesteps"], dtype=np.int64)
+        return t, np.append(t[1:], -1)
+    scheduler.set_timesteps(**schedule)
+    t = scheduler.timesteps.numpy().astype(np.int64)
+    return t, t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
 
 
 def ddpm_steps(scheduler: Any, schedule: dict[str, Any]) -> GaussianSteps:
@@ -140,6 +182,21 @@ def flow_sde_steps(scheduler: Any, schedule: dict[str, Any], noise_level: float)
     return _steps(
         scheduler, timestep, sigma * np.sqrt(-delta), np.ones_like(t), -t, np.zeros_like(t), mean_latent, mean_output
     )
+
+
+def flow_cps_steps(scheduler: Any, schedule: dict[str, Any], noise_level: float) -> GaussianSteps:
+    """x' = (1 - t') x0 + t' (cos(a pi / 2) x1 + sin(a pi / 2) z) with x0 = x - t v and x1 = x + (1 - t) v.
+
+    The weights of data and noise are those of the schedule, whatever a is. a = 0 is the ODE's Euler step. The published
+    code leaves out the density's factor 1 / (2 std^2); here it is the whole log-density.
+    """
+    scheduler.set_timesteps(**schedule)
+    sigmas = scheduler.sigmas.double().numpy()
+    t, after = sigmas[:-1], sigmas[1:]
+    kept = after * math.cos(noise_level * math.pi / 2)
+    std = after * math.sin(noise_level * math.pi / 2)
+    timestep = scheduler.timesteps.double().numpy()
+    return _steps(scheduler, timestep, std, np.ones_like(t), -t, 1 - after, kept, kept * (1 - t))
 
 
 def flow_stochastic_steps(scheduler: Any, schedule: dict[str, Any]) -> GaussianSteps:

@@ -12,14 +12,25 @@ class LatentSamplerOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["ddim", "ddpm", "flow_sde", "flow_stochastic"] = Field(
+    kind: Literal["ddim", "ddpm", "flow_sde", "flow_cps", "flow_stochastic"] = Field(
         "ddim",
-        description="Step rule: DDIM with eta, DDPM's ancestral step, Flow-GRPO's SDE, or diffusers' own stochastic "
-        "flow-matching step.",
+        description="Step rule: DDIM with eta, DDPM's ancestral step, Flow-GRPO's SDE, coefficients-preserving flow "
+        "sampling, or diffusers' own stochastic flow-matching step.",
     )
     num_inference_steps: int = Field(20, ge=1, description="Denoising steps.")
     eta: float = Field(1.0, ge=0, le=1, description="Noise of a DDIM step; 0 is deterministic, 1 has DDPM's variance.")
-    noise_level: float = Field(0.7, ge=0, description="a in the flow SDE's noise a sqrt(t / (1 - t)); 0 is the ODE.")
+    timesteps: tuple[float, ...] | None = Field(
+        None, description="Timesteps of the steps, descending, in place of the scheduler's spacing; null: its own."
+    )
+    sde_window: tuple[int, int] | None = Field(
+        None,
+        description="[first, length] of the steps that draw noise; others follow the ODE, no decisions. Null: all.",
+    )
+    noise_level: float = Field(
+        0.7,
+        ge=0,
+        description="a in the flow SDE's noise a sqrt(t / (1 - t)), or in flow_cps's t' sin(a pi / 2); 0 is the ODE.",
+    )
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance, in rollout and training; 1 is off.")
     min_std: float = Field(
         1e-3, ge=0, description="Steps with a smaller standard deviation have no usable density (DDIM's last step)."
@@ -35,6 +46,29 @@ class LatentSamplerOptions(BaseModel):
             raise ValueError("sampler.small_std floor does nothing with sampler.min_std 0: set min_std above 0")
         return self
 
+    @model_validator(mode="after")
+    def _steps_are_there(self) -> LatentSamplerOptions:
+        steps, times = self.num_inference_steps, self.timesteps
+        if self.kind == "flow_cps" and self.noise_level > 1:
+            raise ValueError(f"sampler.noise_level ({self.noise_level}) of flow_cps must be at most 1")
+        if times is not None:
+            if len(times) != steps:
+                raise ValueError(
+                    f"sampler.timesteps has {len(times)} entries for sampler.num_inference_steps {steps}: make them "
+                    "equal (eval.num_inference_steps too, or set eval.sampler.timesteps)"
+                )
+            if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
+                raise ValueError(f"sampler.timesteps {list(times)} must descend and not be negative")
+        if self.sde_window is not None:
+            first, length = self.sde_window
+            if first < 0 or length < 1 or first + length > steps:
+                raise ValueError(f"sampler.sde_window {[first, length]} must lie in the {steps} steps: [first, length]")
+            if self.kind == "ddpm":
+                raise ValueError(
+                    "sampler.sde_window needs steps with an ODE: set sampler.kind to ddim (eta 1) or a flow"
+                )
+        return self
+
     def record(self) -> dict[str, Any]:
         """The settings a trajectory carries; floored steps are ordinary decisions, so only exclusion has a bound."""
-        return {**self.model_dump(), "min_std": self.min_std if self.small_std == "exclude" else 0.0}
+        return {**self.model_dump(mode="json"), "min_std": self.min_std if self.small_std == "exclude" else 0.0}
