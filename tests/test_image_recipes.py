@@ -20,8 +20,11 @@ from rl.recipes.b2_diffurl import B2DiffuRL
 from rl.recipes.branch_grpo import BranchGRPO
 from rl.recipes.ddpo import DDPO
 from rl.recipes.diffusion_nft import DiffusionNFT
+from rl.recipes.flow_dppo import FlowDPPO
 from rl.recipes.flow_grpo import FlowGRPO
+from rl.recipes.grpo_guard import GRPOGuard
 from rl.recipes.images import ImageRecipe, PathSummary, branch_of
+from rl.recipes.mix_grpo import MixGRPO
 from rl.registry import RECIPES, parse_recipe
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.image_models import FLOW, rollouts, tiny_policy
@@ -234,6 +237,10 @@ def test_the_forward_process_draws_anew_every_pass_and_from_seeds_alone() -> Non
     [
         ({"name": "b2_diffurl", "branches": 1}, "algorithm.branches 1 leaves nothing to compare"),
         ({"name": "ddpo", "kl_coef": 0.1}, "algorithm.kl_coef does nothing"),
+        ({"name": "flow_dppo", "kl_to": "reference", "kl_coef": 0.1}, "algorithm.kl_to of flow_dppo must be none"),
+        ({"name": "flow_dppo", "old_logprob": "on_policy"}, "leaves flow_dppo no ratio"),
+        ({"name": "grpo_guard", "old_logprob": "on_policy"}, "leaves grpo_guard no ratio"),
+        ({"name": "grpo_guard", "kl_to": "old", "kl_coef": 1, "kl_estimator": "k3"}, "of grpo_guard must be exact"),
         ({"name": "branch_grpo", "splits": [1]}, "algorithm.splits is called algorithm.branch_steps now"),
         ({"name": "b2_diffurl", "advantage": "branch"}, "algorithm.advantage is called algorithm.compare now"),
     ],
@@ -249,6 +256,7 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({"name": "b2_diffurl"}, 10, 5, "algorithm.num_steps"),
         ({"name": "b2_diffurl"}, 20, 4, "train.group_size"),
         ({"name": "branch_grpo"}, 20, 8, "16 leaves"),
+        ({"name": "mix_grpo", "window_size": 11}, 10, 8, "algorithm.window_size"),
         ({"name": "branch_grpo", "branch_steps": [3, 1]}, 20, 8, r"branch_steps \[3, 1\] must ascend"),
     ],
 )
@@ -258,8 +266,80 @@ def test_a_recipe_that_does_not_fit_the_sampler_is_refused(options: dict, steps:
         parse_recipe(options).check(load_config(None, chosen))
 
 
+def test_mix_grpo_slides_its_window_from_the_noisy_end_and_begins_again() -> None:
+    """25 steps, a window of 4: 22 places, 25 RL steps each, so RL step 550 is at the first place again."""
+    sampler = LatentSamplerOptions(kind="flow_sde", num_inference_steps=25)
+    recipe = MixGRPO()
+    window = [recipe.sampler_options(sampler, step).sde_window for step in (0, 24, 25, 549, 550)]
+    assert window == [(0, 4), (0, 4), (1, 4), (21, 4), (0, 4)]
+    far = MixGRPO(window_stride=3, window_interval=1)
+    assert [far.sampler_options(sampler, step).sde_window[0] for step in range(9)] == [0, 3, 6, 9, 12, 15, 18, 21, 2]
+    drawn = MixGRPO(window_order="random", window_interval=2)
+    places = [drawn.sampler_options(sampler, step).sde_window[0] for step in range(400)]
+    assert places[::2] == places[1::2] and set(places) == set(range(22))
+    # Flow-GRPO trains every step; here the ODE's steps are none of the gradient's, nor of the shared path's.
+    assert FlowGRPO().sampler_options(sampler, 30) is sampler
+    policy, small = tiny_policy(FLOW), sampler.model_copy(update={"num_inference_steps": 6})
+    trajectories = rollouts(policy, MixGRPO().sampler_options(small, 25), count=2)
+    seen = verdicts([0, 1], [recipe.summary(t) for t in trajectories], [0, 0])
+    assert (~recipe.advantage(seen).isnan()).tolist() == [[False, True, True, True, True, False]] * 2
+    assert sorted(set(recipe.rows(trajectories, policy).step.tolist())) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"sampler\.sde_window is set by mix_grpo"):
+        recipe.check(load_config(None, ["task.name=digits", "sampler.sde_window=[0,2]"]))
+
+
+def test_guarded_ratios_have_the_same_spread_at_every_step_and_no_bias() -> None:
+    """With z the noise that was drawn and d the move of the mean, a guarded log-ratio is the mean of z d.
+
+    Flow-GRPO's is the mean of z d / std - d^2 / (2 std^2): biased, and wider where a step has less noise.
+    """
+    policy, options = tiny_policy(FLOW), LatentSamplerOptions(kind="flow_sde", num_inference_steps=6)
+    trajectories = rollouts(policy, options, count=3)
+    rows, plain = (recipe().rows(trajectories, policy) for recipe in (GRPOGuard, FlowGRPO))
+    first = rows.score(policy).logprob - rows.sampler_logprob
+    torch.testing.assert_close(first, torch.zeros_like(first), rtol=0, atol=1e-12)
+    moved = tiny_policy(FLOW, seed=1)
+    with torch.no_grad():
+        guarded = rows.score(moved).logprob - rows.sampler_logprob
+        ratio = plain.score(moved).logprob - plain.sampler_logprob
+    std = rows.std[:, None]
+    z = (rows.sample - rows.sampler_mean).flatten(1) / std
+    d = (rows.mean(moved).detach() - rows.sampler_mean).flatten(1)
+    torch.testing.assert_close(guarded, (z * d).mean(1))
+    torch.testing.assert_close(ratio, (z * d / std - d**2 / (2 * std**2)).mean(1))
+    # Sigmas 1, 0.8002, ..., 0.001, whose last step is below min_std. The loss of a step is divided by its length.
+    torch.testing.assert_close(1 / rows.weight_factor[:5], tensor(*[0.1998] * 5), rtol=0, atol=1e-6)
+
+
+def test_flow_dppo_holds_what_is_far_and_goes_further_whatever_its_ratio_says() -> None:
+    """Ratios 1.1, 1.1, 0.9, 0.9, 1.1 with advantages 1, -1, 1, -1, 1; all but the last are beyond the bound.
+
+    PPO's clip at 0.2 would clip none of them; its clip at 0.05 would clip the last one too.
+    """
+    ratio, advantage = tensor(1.1, 1.1, 0.9, 0.9, 1.1), tensor(1, -1, 1, -1, 1)
+    kl = tensor(2, 1, 2, 2, 0.5) * 1e-5
+    batch = DecisionBatch(ratio.log().requires_grad_(), ratio * 0, ratio * 0, None, advantage, ratio * 0 + 1, kl=kl)
+    output = FlowDPPO().loss(batch)
+    torch.testing.assert_close(output.loss, tensor(0, 1.1, -0.9, 0, -1.1))
+    (gradient,) = torch.autograd.grad(output.loss.sum(), batch.logprob)
+    torch.testing.assert_close(gradient, tensor(0, 1.1, -0.9, 0, -1.1))
+    assert output.metrics["clip_fraction"].tolist() == [1, 0, 0, 1, 0]
+    clipped = FlowGRPO(clip_low=0.05, clip_high=0.05, kl_to="none", kl_coef=0).loss(batch).loss
+    torch.testing.assert_close(clipped, tensor(-1.05, 1.1, -0.9, 0.95, -1.05))
+    # The KL is that to the recorded Gaussians: 0 where the old policy scores, d^2 / (2 std^2) elsewhere.
+    policy = tiny_policy(FLOW)
+    rows = FlowDPPO().rows(rollouts(policy, LatentSamplerOptions(kind="flow_cps", num_inference_steps=3)), policy)
+    kl = rows.score(tiny_policy(FLOW, seed=1)).kl
+    d = (rows.mean(tiny_policy(FLOW, seed=1)) - rows.sampler_mean).flatten(1)
+    torch.testing.assert_close(kl, (d**2).mean(1) / (2 * rows.std**2))
+    assert rows.score(policy).kl.abs().max() < 1e-12
+
+
 def test_every_image_recipe_says_so() -> None:
     images = {n for n in RECIPES.known if issubclass(type(parse_recipe({"name": n})), ImageRecipe)}
-    assert images == {"b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "find", "flow_grpo"}
+    assert images == {
+        "b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "find", "flow_dppo", "flow_grpo", "grpo_guard",
+        "mix_grpo",
+    }  # fmt: skip
     modality = {n: parse_recipe({"name": n}).modality for n in RECIPES.known}
     assert {n for n in RECIPES.known if modality[n] == "images"} == images | {"alignprop"}

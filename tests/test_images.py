@@ -64,6 +64,11 @@ RUNS = {
         "sampler.kind=flow_sde",
         "sampler.guidance_scale=2.0",
     ],
+    "mix_grpo": [
+        "algorithm={name: mix_grpo, window_size: 2, window_interval: 1}",
+        "model.scheduler={name: FlowMatchEulerDiscreteScheduler}",
+        "sampler.kind=flow_cps",
+    ],
     "diffusion_nft": ["algorithm={name: diffusion_nft, num_draws: 3}", "sampler.eta=0.0"],
     "branch_grpo": ["algorithm={name: branch_grpo, branch_steps: [1, 3]}"],
 }

@@ -126,3 +126,20 @@ def gaussian_rows(
         evaluations=1 if model is None else model.num_evaluations(guidance),
         scale=scale,
     )
+
+
+@dataclass(kw_only=True)
+class GuardedRows(GaussianRows):
+    """Steps whose log-probs are (log-prob + KL to the sampler's Gaussian) std: see `rl.recipes.grpo_guard`."""
+
+    def logprob(self, mean: torch.Tensor) -> torch.Tensor:
+        return (super().logprob(mean) + self.kl(mean, self.sampler_mean)) * self.std
+
+
+def guarded(rows: GaussianRows, trajectories: Sequence[LatentTrajectory]) -> GuardedRows:
+    """The same flow steps for GRPO-Guard; the weight of a decision is divided by the length of its step."""
+    sigma = np.append(trajectories[0].timestep / 1000, 0.0)
+    length = torch.from_numpy(sigma[:-1] - sigma[1:])[rows.step]
+    assert rows.sampler_logprob is not None
+    changed = {"sampler_logprob": rows.sampler_logprob * rows.std, "weight_factor": 1 / length}
+    return GuardedRows(**{**vars(rows), **changed})
