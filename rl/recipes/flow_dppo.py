@@ -1,8 +1,8 @@
 """Flow-DPPO: Flow-GRPO with a bound on the KL between two steps' Gaussians in place of the clip.
 
 "Flow-DPPO: Divergence Proximal Policy Optimization for Flow Matching Models" (arXiv 2606.11025), by its abstract and
-the code of UniRL: a decision is left out where KL(new || old) = ||mean - old mean||^2 / (2
-std^2) is at least `kl_bound` and the ratio moves further away (ratio > 1 with A > 0, ratio < 1 with A < 0):
+the loss of UniRL (unirl/algorithms/flowdppo.py): a decision is left out where KL(new || old) = ||mean - old mean||^2 /
+(2 std^2) is at least `kl_bound` and the ratio moves further away (ratio > 1 with A > 0, ratio < 1 with A < 0):
 
     loss = -A ratio,    0 where a decision is left out.
 

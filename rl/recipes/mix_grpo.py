@@ -5,9 +5,10 @@ a window of `window_size` steps draws noise and is trained, all other steps foll
 noisy end, moves on by `window_stride` every `window_interval` RL steps and begins again after the last place.
 Advantages are z-scores of the group, without KL.
 
-Departs from the published code: `random` draws a place anew every `window_interval` RL steps; no window that stays
-longer at the noisy end; no faster ODE solver behind the window (the Flash variant); rewards are summed before the
-advantage.
+Departs from the published code (MixGRPO's train_grpo_flux.py and grpo_states.py, whose update this is): a window is
+never cut short at the last steps, and behind the last place it goes to the first (there it stays, without `roll_back`);
+`random` draws a place every `window_interval` RL steps (there at every one); no (logprob - old_logprob)^2 / 2; no
+window that stays longer at the noisy end; no faster ODE solver behind it; rewards are summed before the advantage.
 """
 
 from __future__ import annotations
