@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart
-from rl.inputs import Reward, Rows, reward_part, several
+from rl.files import write_whole
+from rl.inputs import Reward, Rows, as_lines, reward_part, rows_of, several
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 from rl.models.tokenizers import read_tokenizer
@@ -156,9 +158,9 @@ def evaluate(
     settings |= {"eval.num_inference_steps": steps, "train.steps": 0} | {"sampler.num_inference_steps": steps[0]}
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"run.output_dir": folder, "eval.num_prompts": 10**9}
-        trainer = Trainer(
-            model, reward_funcs, settings, dataset, dataset, processing_class=processing_class, options=options
-        )
+        # One file for both: nothing is trained.
+        rows = str(write_whole(Path(folder) / "dataset.jsonl", as_lines(rows_of(dataset, "dataset"), "dataset")))
+        trainer = Trainer(model, reward_funcs, settings, rows, rows, processing_class=processing_class, options=options)
         return trainer.evaluate()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,11 +12,10 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from rewards.load import name_of
-from rl.tasks.records import Record, hub_records, read_records
+from rl.tasks.records import ENDINGS, Record, records_at
 
 Reward: TypeAlias = str | Mapping[str, Any] | Callable[..., Any]
-Rows: TypeAlias = Any  # datasets.Dataset, a list of dicts, a file, or owner/name[:split] on the hub
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+Rows: TypeAlias = Any  # datasets.Dataset, a list of dicts, a file, or owner/name[/config][:split] on the hub
 
 
 class Inputs:
@@ -84,10 +84,12 @@ def rows_of(given: Rows, argument: str) -> list[Record]:
         ValueError: it is in none of the forms there are, has no rows, or holds something that is no JSON.
     """
     if isinstance(given, str | Path):
-        name, _, split = str(given).partition(":")
-        if str(given).endswith(ENDINGS):
-            return read_records(str(given))
-        return hub_records(name, split or ("train" if argument == "train_dataset" else "test"))
+        return records_at(_source(given, argument))
+    if type(given).__name__ == "IterableDataset":
+        raise ValueError(
+            f"{argument} is an IterableDataset, which a resumed run could not find: name a file or owner/name:split"
+            + (" and set options={'task.params.streaming': True}" if argument == "train_dataset" else "")
+        )
     if isinstance(given, Mapping) or not isinstance(given, Iterable) or not hasattr(given, "__len__"):
         raise ValueError(
             f"{argument} is a {type(given).__name__}: give a datasets.Dataset with a length (one split), a list of "
@@ -97,6 +99,27 @@ def rows_of(given: Rows, argument: str) -> list[Record]:
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{argument} must hold rows with named columns, at least one")
     return [dict(row) for row in rows]
+
+
+def stream_name(given: Rows, argument: str) -> str:
+    """Where a stream is.
+
+    Raises:
+        ValueError: it has no name.
+    """
+    if not isinstance(given, str | Path):
+        raise ValueError(
+            f"{argument} is a {type(given).__name__}, and task.params.streaming reads what has a name: give a file or "
+            "owner/name:split, or leave streaming out"
+        )
+    return _source(given, argument)
+
+
+def _source(given: str | Path, argument: str) -> str:
+    """With the split of a dataset on the hub, `train` or `test` where none is said."""
+    if str(given).endswith(ENDINGS) or ":" in str(given):
+        return str(given)
+    return f"{given}:{'train' if argument == 'train_dataset' else 'test'}"
 
 
 def as_lines(rows: Sequence[Record], argument: str) -> str:
@@ -146,7 +169,8 @@ def reward_part(given: Reward, index: int) -> dict[str, Any]:
 
 def set_options(raw: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Set options by their names: `{"train.steps": 3}` and `{"train": {"steps": 3}}` do the same."""
-    for key, value in options.items():
+    for key, given in options.items():
+        value = copy.deepcopy(given)  # what is set below must not appear in the caller's own
         *parents, leaf = key.split(".")
         node = raw
         for parent in parents:

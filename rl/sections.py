@@ -47,8 +47,8 @@ class TaskConfig(Section):
     )
     unfit: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="Rows that cannot be used (an empty prompt, a mask token inside, too long for the model): refuse "
-        "them, or leave them out and say how many.",
+        description="Rows that cannot be used (an empty prompt, a mask token inside, too long for the model, a prompt "
+        "that is held out): refuse them, or leave them out and say how many.",
     )
 
     @field_validator("name")

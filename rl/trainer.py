@@ -20,7 +20,6 @@ from rl.errors import is_message
 from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_whole
 from rl.inputs import (
-    ENDINGS,
     Inputs,
     Reward,
     Rows,
@@ -30,9 +29,10 @@ from rl.inputs import (
     rows_of,
     set_options,
     several,
+    stream_name,
 )
 from rl.run_folder import find_checkpoint
-from rl.tasks.records import Record
+from rl.tasks.records import ENDINGS, Record
 from rl.track.callbacks import Callbacks
 from rl.train import loop
 from rl.train.finish import finish
@@ -94,8 +94,12 @@ class Trainer:
         self.callbacks = [_callback(found, i) for i, found in enumerate(callbacks)]
         self.args = args
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        data = {argument: rows_of(found, argument) for argument, found in given.items() if found is not None}
-        raw = _raw(args, len(data.get("train_dataset", ())))
+        streamed = _asks_to_stream(args, options) and train_dataset is not None
+        data: dict[str, list[Record]] = {"train_dataset": []} if streamed else {}
+        for argument, found in given.items():
+            if found is not None and argument not in data:
+                data[argument] = rows_of(found, argument)
+        raw = _raw(args, None if streamed else len(data.get("train_dataset", ())))
         own: dict[str, Any] = {}
         if peft_config is not None:
             own |= lora_options(peft_config)
@@ -245,6 +249,10 @@ class Trainer:
                     "two of one"
                 )
             rows = data[argument]
+            if not rows:
+                # A stream is named and not read.
+                params[param] = stream_name(given[argument], argument)
+                continue
             if column not in rows[0]:
                 raise ValueError(
                     f"{argument} has no column {column!r}, it has {', '.join(rows[0])}: rename one to it, or set "
@@ -256,7 +264,7 @@ class Trainer:
                 text = as_lines(rows, argument)
                 params[param] = inputs.named(f"{argument}.jsonl", partial(write_whole, content=text))
                 self._words[params[param]] = argument
-        if "answer" in data["train_dataset"][0] and task["name"] == "jsonl":
+        if any("answer" in row for row in data["train_dataset"][:1]) and task["name"] == "jsonl":
             params.setdefault("answer_column", "answer")
 
     def _resuming(self, checkpoint: bool | str | None) -> Config:
@@ -316,8 +324,20 @@ def _callback(found: Any, index: int) -> Any:
     return made
 
 
-def _raw(args: Any, num_rows: int) -> dict[str, Any]:
-    """The sections that `args` stands for."""
+def _asks_to_stream(args: Any, options: Mapping[str, Any] | None) -> bool:
+    asked: dict[str, Any] = {"task": {"params": dict(args.task.params)}} if isinstance(args, Config) else {}
+    for given in (args, options):
+        if isinstance(given, Mapping):
+            set_options(asked, given)
+    return bool(((asked.get("task") or {}).get("params") or {}).get("streaming"))
+
+
+def _raw(args: Any, num_rows: int | None) -> dict[str, Any]:
+    """The sections that `args` stands for.
+
+    Args:
+        num_rows: rows to train on; None for a stream, which does not say.
+    """
     if args is None:
         return {}
     if isinstance(args, Config):

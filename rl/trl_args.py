@@ -81,11 +81,11 @@ def is_grpo_config(args: Any) -> bool:
     )
 
 
-def grpo_options(args: Any, num_rows: int) -> dict[str, Any]:
+def grpo_options(args: Any, num_rows: int | None) -> dict[str, Any]:
     """Dotted options of ours for a `trl.GRPOConfig`.
 
     Args:
-        num_rows: rows of the training dataset, which `num_train_epochs` counts in.
+        num_rows: rows of the training dataset, which `num_train_epochs` counts in; None for a stream.
 
     Raises:
         ValueError: a field that differs from its default has no counterpart here.
@@ -138,7 +138,7 @@ def _of(table: Mapping[str, str], name: str, value: str) -> str:
     return table[value]
 
 
-def _batches(args: Any, num_rows: int) -> dict[str, Any]:
+def _batches(args: Any, num_rows: int | None) -> dict[str, Any]:
     """TRL counts optimizer updates and completions; an RL step here is a batch of generations and its updates."""
     prompts = args.generation_batch_size // args.num_generations
     updates, rest = divmod(args.steps_per_generation, args.gradient_accumulation_steps)
@@ -155,6 +155,10 @@ def _batches(args: Any, num_rows: int) -> dict[str, Any]:
                 f"args.max_steps ({args.max_steps}) must be a multiple of the {per_step} updates that a batch of "
                 "generations is learned from (steps_per_generation / gradient_accumulation_steps * num_iterations)"
             )
+    elif num_rows is None:
+        raise ValueError(
+            "args.num_train_epochs counts the rows of train_dataset, and a stream has no length: set max_steps"
+        )
     else:
         steps = math.ceil(args.num_train_epochs * max(num_rows // prompts, 1))
     warmup = args.warmup_steps

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from rl.cli import main
+from rl.config import load_config
 from rl.errors import is_message
+from rl.modalities.text_plan import review
 from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.chat import answer_text, prompt_text
 from rl.tasks.fit import FileExamples, unfit_reasons
@@ -97,6 +99,43 @@ def test_numbers_are_text_and_other_cells_are_refused_by_row(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="row 2: column 'prompt'") as error:
             JsonlTask(write(tmp_path / "b.jsonl", lines({"prompt": "a"}, {"prompt": cell})))
         assert says in str(error.value) and is_message(error.value)
+
+
+def test_what_is_out_of_scope_is_refused_by_name(tmp_path: Path) -> None:
+    turns = [HI, {"role": "assistant", "content": "hello"}, HI]
+    for row, says in (
+        ({"prompt": turns}, "row 1: column 'prompt' is a conversation of several user turns, which is out of scope"),
+        ({"prompt": [HI, {"role": "tool", "content": "4"}]}, "row 1: column 'prompt' holds tool calls"),
+        ({"prompt": "a", "tools": [{"name": "search"}]}, "row 1: column 'tools': tool use is out of scope: remove"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            JsonlTask(write(tmp_path / "a.jsonl", lines(row)))
+    task = JsonlTask(write(tmp_path / "a.jsonl", lines({"prompt": [HI, turns[1]], "tools": None})))
+    assert task.train_examples(0, 0, 1)[0]["prompt"] == [HI, turns[1]]
+
+
+def test_what_measures_is_not_trained_on(tmp_path: Path) -> None:
+    """A training row with a held-out prompt, and a validation row with one, are refused or left out."""
+    files = {
+        name: write(tmp_path / f"{name}.jsonl", lines(*({"prompt": prompt} for prompt in prompts)))
+        for name, prompts in {"train": ["a", "b ", "c", "d"], "validation": ["d", "e"], "heldout": ["b", "e"]}.items()
+    }
+
+    def reviewed(drop: bool, **params: str) -> JsonlTask:
+        task = JsonlTask(**{**files, **params})
+        overrides = ["task.name=jsonl", "sampler.gen_length=2", "sampler.num_inference_steps=2"]
+        config = load_config(None, [*overrides, f"task.unfit={'drop' if drop else 'refuse'}"])
+        review(config, task, tokenizer(), tokenizer().mask_token_id, 64, None)
+        return task
+
+    with pytest.raises(ValueError, match=r"train\.jsonl: row 2 .and 1 other.*: its prompt is that of row 1 of .*held"):
+        reviewed(False)
+    task = reviewed(True)
+    assert [[example["prompt"] for example in file.examples] for file in task.files] == [["a", "c"], ["d"], ["b", "e"]]
+    assert "validation.jsonl: 1 rows left out" in task.files[1].note
+    # Who names a file twice wants to measure on what is trained.
+    everywhere = {"validation": files["train"], "heldout": files["train"]}
+    assert [len(file.examples) for file in reviewed(False, **everywhere).files] == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -219,13 +258,13 @@ def test_a_review_refuses_by_row_or_leaves_out_and_counts() -> None:
     with pytest.raises(
         ValueError, match=r"^f\.jsonl: row 2 \(and 1 other rows\): too long: mend it, or set task\.unfit to drop"
     ):
-        FileExamples("f.jsonl", examples).review([None, "too long", "empty"], drop=False)
+        FileExamples("f.jsonl", examples).review(lambda _: [None, "too long", "empty"], drop=False)
     file = FileExamples("f.jsonl", examples)
-    file.review([None, "too long", None], drop=True)
+    file.review(lambda _: [None, "too long", None], drop=True)
     assert [example["prompt"] for example in file.examples] == ["a", "c"]
     assert file.note == "f.jsonl: 1 rows left out (task.unfit drop), the first is row 2: too long"
     with pytest.raises(ValueError, match="no row can be used; row 1: empty"):
-        FileExamples("f.jsonl", examples).review(["empty"] * 3, drop=True)
+        FileExamples("f.jsonl", examples).review(lambda _: ["empty"] * 3, drop=True)
 
 
 # --- through the commands ---------------------------------------------------------------------------------------------

@@ -255,6 +255,18 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "column": (lambda: {"train_dataset": [{"question": "a"}]}, "train_dataset has no column 'prompt', it has q"),
     "stream": (lambda: {"train_dataset": iter(ROWS)}, r"train_dataset is a list_iterator: give a datasets\.Dataset"),
     "one": (lambda: {"eval_dataset": None}, r"eval_dataset is required .*train_test_split"),
+    "both": (
+        lambda: {"eval_dataset": ROWS[39:41]},
+        "train_dataset: row 40: its prompt is that of row 1 of eval_dataset, and what measures is not trained on",
+    ),
+    "turns": (
+        lambda: {"eval_dataset": [{"prompt": [{"role": "user", "content": "a"}] * 2, "answer": "a"}]},
+        "eval_dataset: row 1: column 'prompt' is a conversation of several user turns, which is out of scope",
+    ),
+    "tools": (
+        lambda: {"train_dataset": [{"prompt": "a:", "tools": ["x"]}]},
+        "train_dataset: row 1: column 'tools': tool use is out of scope",
+    ),
     "no JSON": (lambda: {"eval_dataset": [{"prompt": "a", "x": {1}}]}, r"eval_dataset: row 1: column 'x' holds a set"),
     "reward's column": (
         lambda: {"reward_funcs": needs_solution}, r"reward_funcs '.*needs_solution' needs the column 'solution'.*"
@@ -286,8 +298,8 @@ def test_a_mistake_names_the_argument_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     given, message = REFUSED[case]
     options = {**SMALL, "run.output_dir": str(tmp_path / "run"), "model.backbone": runs.QWEN3}
-    arguments: dict[str, Any] = {"model": None, "reward_funcs": share_of_a, "args": options, "train_dataset": ROWS}
-    arguments |= {"eval_dataset": ROWS, "processing_class": tokenizer} | given()
+    arguments: dict[str, Any] = {"model": None, "reward_funcs": share_of_a, "args": options, "train_dataset": ROWS[:40]}
+    arguments |= {"eval_dataset": ROWS[40:], "processing_class": tokenizer} | given()
     with pytest.raises(ValueError, match=message) as caught:
         Trainer(**arguments)
     assert "\n" not in str(caught.value)
@@ -304,10 +316,10 @@ def test_chats_reach_a_function_as_trl_gives_them(tmp_path: Path, tokenizer: Any
     options = {**SMALL, "run.output_dir": str(tmp_path / "run"), "model.backbone": runs.QWEN3, "train.steps": 0}
     with_template = char_tokenizer(LETTERS + ":", ends=False)
     with_template.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    trainer = Trainer(None, judge, options, chat, chat, with_template, options={"sft.steps": 0})
+    trainer = Trainer(None, judge, options, chat[:40], chat[40:], with_template, options={"sft.steps": 0})
     trainer.train()
     prompt, completion = seen[0]
-    assert prompt == chat[0]["prompt"] and [turn["role"] for turn in completion] == ["assistant"]
+    assert prompt == chat[40]["prompt"] and [turn["role"] for turn in completion] == ["assistant"]
     assert set(completion[0]["content"]) <= set(LETTERS + ":")
 
 

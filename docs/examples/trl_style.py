@@ -6,6 +6,7 @@ Run it: python docs/examples/trl_style.py
 """
 
 # %% A dataset in TRL's format: the column `prompt`, and whatever the reward needs.
+import itertools
 import random
 import sys
 
@@ -22,9 +23,10 @@ LETTERS = "abcdefghij"
 OPTIONS = dict(word.split("=", 1) for word in sys.argv[1:])
 
 
-def rows(count: int, seed: int) -> Dataset:
-    rng = random.Random(seed)
-    drawn = [rng.sample(LETTERS, 4) for _ in range(count)]
+def rows(count: int) -> Dataset:
+    rng = random.Random(0)
+    # No prompt twice: a prompt to measure with must not be one to train on.
+    drawn = rng.sample(list(itertools.permutations(LETTERS, 4)), count)
     answers = ["".join(rng.sample(letters, 4)) for letters in drawn]
     return Dataset.from_list([{"prompt": "".join(d) + ":", "answer": a} for d, a in zip(drawn, answers, strict=True)])
 
@@ -45,10 +47,11 @@ class GoodEnough(TrainerCallback):
 tokenizer = char_tokenizer(LETTERS + ":", ends=False)
 backbone = {"model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 backbone |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+dataset = rows(2300).train_test_split(test_size=300, seed=0)
 trainer = Trainer(
     reward_funcs=each_once,
-    train_dataset=rows(2000, seed=0),
-    eval_dataset=rows(300, seed=1),
+    train_dataset=dataset["train"],
+    eval_dataset=dataset["test"],
     processing_class=tokenizer,
     recipe=TraceRL(clip_high=0.28),
     callbacks=[GoodEnough()],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import about
 from rl.modalities.base import Modality
-from rl.tasks.fit import unfit_reasons
+from rl.tasks.fit import apart_reasons, kept_prompts, unfit_reasons
 from rollouts.samplers.options import SamplerOptions
 
 if TYPE_CHECKING:
@@ -123,19 +124,25 @@ def open_tokenizer(config: Config, task: Task) -> Any:
 def review(
     config: Config, task: Task, tokenizer: Any, mask_token_id: int, max_length: int | None, block_length: int | None
 ) -> None:
-    """Refuse the examples of the task's files that the model cannot use, or leave them out (`task.unfit`).
+    """Refuse the examples of the task's files that cannot be used, or leave them out (`task.unfit`).
+
+    A prompt of a file must not be one of a later file: what is trained on does not measure, nor does what settings
+    were chosen by.
 
     Raises:
         ValueError: one line with the file and the row.
     """
-    for index, file in enumerate(getattr(task, "files", ())):
+    files = list(getattr(task, "files", ()))
+    for index, file in enumerate(files):
         # The first file is trained on; the supervised stage imitates its answers.
         imitated = index == 0 and config.sft.steps > 0 and config.sft.trajectories is None
-        reasons = unfit_reasons(
-            file.examples, tokenizer, config.task.chat, mask_token_id, config.sampler.gen_length, max_length,
-            block_length, imitated,
+        look = partial(
+            unfit_reasons, tokenizer=tokenizer, chat=config.task.chat, mask_token_id=mask_token_id,
+            gen_length=config.sampler.gen_length, max_length=max_length, block_length=block_length,
+            with_answers=imitated,
         )  # fmt: skip
-        file.review(reasons, config.task.unfit == "drop")
+        kept = kept_prompts(files[index + 1 :], file.path)
+        file.review(partial(apart_reasons, look=look, kept=kept), config.task.unfit == "drop")
 
 
 def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:

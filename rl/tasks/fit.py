@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import json
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rl.errors import about
 from rl.tasks.base import Example
 from rl.tasks.chat import answer_text, prompt_text, token_ids
+from rl.tasks.records import Record
+
+if TYPE_CHECKING:
+    import datasets
+
+# [N] examples -> [N] why one cannot be used, None for one that can.
+Look: TypeAlias = Callable[[Sequence[Example]], list[str | None]]
+HEAD = 256  # rows of a stream that are looked at before a run
 
 
 def unfit_reasons(
@@ -87,6 +100,30 @@ def _encoded(tokenizer: Any, texts: list[str], reasons: list[str | None]) -> lis
         return found
 
 
+def apart_reasons(examples: Sequence[Example], look: Look, kept: dict[str, str]) -> list[str | None]:
+    """[N]: what `look` finds, and for an example with a prompt that measures the model: where that prompt stands.
+
+    Args:
+        kept: of `kept_prompts`.
+    """
+    return [reason or kept.get(_prompt_key(example)) for reason, example in zip(look(examples), examples, strict=True)]
+
+
+def kept_prompts(files: Sequence[FileExamples], path: str) -> dict[str, str]:
+    """Prompts of files -> why the rows of another one must not have them; a file named twice is meant twice."""
+    return {
+        _prompt_key(example): f"its prompt is that of row {number} of {file.path}, and what measures is not trained on"
+        for file in files
+        if file.path != path
+        for number, example in enumerate(file.examples, start=1)
+    }
+
+
+def _prompt_key(example: Example) -> str:
+    prompt = example["prompt"]
+    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt)
+
+
 class FileExamples:
     """The examples of one file.
 
@@ -98,12 +135,13 @@ class FileExamples:
         self.path, self.examples = path, examples
         self.note = ""
 
-    def review(self, reasons: Sequence[str | None], drop: bool) -> None:
+    def review(self, look: Look, drop: bool) -> None:
         """Refuse the file or leave out what cannot be used.
 
         Raises:
             ValueError: an example cannot be used and `drop` is False, or none can.
         """
+        reasons = look(self.examples)
         wrong = [index for index, reason in enumerate(reasons) if reason is not None]
         if wrong and not drop:
             more = f" (and {len(wrong) - 1} other rows)" if len(wrong) > 1 else ""
@@ -116,3 +154,80 @@ class FileExamples:
             self.note = f"{self.path}: {len(wrong)} rows left out (task.unfit drop), {first}"
         if not self.examples:
             raise ValueError(f"{self.path}: no row can be used; row 1: {reasons[0]}")
+
+
+class StreamedExamples(FileExamples):
+    """The examples of a stream, read when they are drawn; `examples` are its first `HEAD`, for the checks before a run.
+
+    Every epoch has every row once: the files in an order drawn from (seed, epoch), their rows mixed in a buffer. What
+    is drawn depends on seed and place alone. To go on at a place, the stream is read again up to there.
+
+    Args:
+        path: where it is from, for messages.
+        stream: of `rl.tasks.records.stream_at`.
+        example: makes an example of a record; its second argument says which record, for messages.
+        buffer: rows that are mixed, and held in memory.
+    """
+
+    def __init__(
+        self, path: str, stream: datasets.IterableDataset, example: Callable[[Record, str], Example], buffer: int
+    ):
+        with about(path):
+            head = list(stream.take(HEAD))
+        if not head:
+            raise ValueError(f"{path} must hold rows with named columns, at least one")
+        super().__init__(path, [example(record, f"{path}: row {number}") for number, record in enumerate(head, 1)])
+        self._stream, self._example, self._buffer = stream, example, buffer
+        self._look: Look | None = None
+        self._drop = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._at: tuple[int, int] | None = None
+        self._latest: tuple[int, int, int] | None = None
+        self._drawn: list[Example] = []
+
+    def review(self, look: Look, drop: bool) -> None:
+        super().review(look, drop)
+        left = ", and left out uncounted where they cannot be used" if drop else ""
+        self.note = f"{self.path} is a stream: rows after the first {HEAD} are looked at when they are drawn{left}"
+        self._look, self._drop = look, drop
+        self._clear()
+
+    def drawn(self, seed: int, start: int, count: int) -> list[Example]:
+        """Examples `start` to `start + count` of the order of a seed, over all epochs.
+
+        Raises:
+            ValueError: one of them cannot be read or used.
+        """
+        if self._latest != (seed, start, count):
+            if self._at != (seed, start):
+                self._rows = self._in_order(seed)
+                deque(itertools.islice(self._rows, start), maxlen=0)
+            self._drawn = list(itertools.islice(self._rows, count))
+            self._at, self._latest = (seed, start + count), (seed, start, count)
+        return self._drawn
+
+    def _in_order(self, seed: int) -> Iterator[Example]:
+        for epoch in itertools.count():
+            found = 0
+            for record in self._stream.shuffle(seed=zlib.crc32(f"{seed} {epoch}".encode()), buffer_size=self._buffer):
+                example = self._usable(record)
+                if example is not None:
+                    found += 1
+                    yield example
+            if not found:
+                raise ValueError(f"{self.path}: no row can be used")
+
+    def _usable(self, record: Record) -> Example | None:
+        where = f"{self.path}: the row {str(record)[:80]}"
+        try:
+            example = self._example(record, where)
+        except ValueError:
+            if self._drop:
+                return None
+            raise
+        reason = self._look([example])[0] if self._look else None
+        if reason is not None and not self._drop:
+            raise ValueError(f"{where}: {reason}: mend it, or set task.unfit to drop")
+        return example if reason is None else None

@@ -3,16 +3,80 @@
 from __future__ import annotations
 
 import csv
+import glob
+import gzip
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl.errors import about
 from rl.files import read_text
 
+if TYPE_CHECKING:
+    import datasets
+
 Record = dict[str, Any]
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+
+
+def records_at(source: str) -> list[Record]:
+    """Rows of a file (`read_records`), or of a dataset on the hub: `owner/name:split`, `owner/name/config:split`."""
+    return hub_records(*_hub_name(source)) if _is_hub_split(source) else read_records(source)
+
+
+def stream_at(source: str) -> datasets.IterableDataset:
+    """The same rows, read one after the other whenever somebody goes through them, and never held together.
+
+    Args:
+        source: see `records_at`; a file may be a pattern, `data/*.parquet`, whose files are shards. A cell that its row
+            lacks is missing here.
+
+    Raises:
+        ValueError: there is no such file, it has another ending, or the hub does not give it. A row that cannot be read
+            is an error when it is reached.
+    """
+    import datasets
+
+    if _is_hub_split(source):
+        return _hub_table(*_hub_name(source), streaming=True)
+    files = sorted(glob.glob(str(Path(source).expanduser())))
+    if not files:
+        raise ValueError(f"data file {source} does not exist")
+    if source.endswith(".parquet"):
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    if not source.removesuffix(".gz").endswith((".jsonl", ".csv")):
+        raise ValueError(f"data file {source}: a stream is .jsonl, .csv (each also with .gz) or .parquet")
+    return datasets.IterableDataset.from_generator(_streamed, gen_kwargs={"files": files})
+
+
+def _streamed(files: list[str]) -> Iterator[Record]:
+    for path in files:
+        opened = gzip.open if path.endswith(".gz") else open
+        with about(f"data file {path}"), opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
+            if path.removesuffix(".gz").endswith(".csv"):
+                yield from _csv_records(lines, path)
+            else:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        record = _parse(line, f"{path}:{number}")
+                        if not isinstance(record, dict):
+                            raise ValueError(f"{path}:{number}: a row must have named columns")
+                        _check_text(record, f"{path}:{number}")
+                        yield record
+
+
+def _is_hub_split(source: str) -> bool:
+    return ":" in source and not source.endswith(ENDINGS)
+
+
+def _hub_name(source: str) -> tuple[str, str, str | None]:
+    name, _, split = source.partition(":")
+    parts = name.split("/")
+    if len(parts) < 3 or Path(name).is_dir():
+        return name, split, None
+    return "/".join(parts[:2]), split, "/".join(parts[2:])
 
 
 def read_records(path: str) -> list[Record]:
@@ -35,7 +99,7 @@ def read_records(path: str) -> list[Record]:
         with about(f"data file {path}"):
             records: Any = [dict(row) for row in datasets.Dataset.from_parquet(str(file))]
     elif kind == ".csv":
-        records = _csv_records(read_text(path, "data file"), path)
+        records = list(_csv_records(io.StringIO(read_text(path, "data file"), newline=""), path))
     elif kind == ".jsonl":
         lines = [line for line in enumerate(read_text(path, "data file").split("\n"), start=1) if line[1].strip()]
         records = [_parse(line, f"{path}:{number}") for number, line in lines]
@@ -47,11 +111,7 @@ def read_records(path: str) -> list[Record]:
         raise ValueError(f"data file {path} must hold rows with named columns, at least one")
     columns = dict.fromkeys(name for record in records for name in record)
     for number, record in enumerate(records, start=1):
-        for name, value in record.items():
-            if _has_surrogate(value):
-                raise ValueError(
-                    f"{path}: row {number}: column {name!r} holds half of a surrogate pair, which is no text"
-                )
+        _check_text(record, f"{path}: row {number}")
     return [{name: record.get(name) for name in columns} for record in records]
 
 
@@ -64,6 +124,12 @@ def hub_records(dataset: str, split: str, config: str | None = None, files: Sequ
     Raises:
         ValueError: it cannot be loaded; the line says how to do without a network.
     """
+    return [dict(row) for row in _hub_table(dataset, split, config, files)]
+
+
+def _hub_table(
+    dataset: str, split: str, config: str | None = None, files: Sequence[str] = (), streaming: bool = False
+) -> Any:
     import logging
 
     import datasets
@@ -74,9 +140,8 @@ def hub_records(dataset: str, split: str, config: str | None = None, files: Sequ
     try:
         if files:
             urls = [f"hf://datasets/{dataset}/{name}" for name in files]
-            table = datasets.load_dataset("json", data_files=urls, split="train")
-        else:
-            table = datasets.load_dataset(dataset, config, split=split)
+            return datasets.load_dataset("json", data_files=urls, split="train", streaming=streaming)
+        return datasets.load_dataset(dataset, config, split=split, streaming=streaming)
     # Which exception a missing network, dataset or cache raises changes with every release of `datasets`.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -86,13 +151,12 @@ def hub_records(dataset: str, split: str, config: str | None = None, files: Sequ
         ) from error
     finally:
         hub.setLevel(level)
-    return [dict(row) for row in table]
 
 
-def _csv_records(text: str, path: str) -> list[Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records: list[Record] = []
+def _csv_records(lines: Iterable[str], path: str) -> Iterator[Record]:
+    reader = csv.reader(lines, strict=True)
     header: list[str] = []
+    row = 0
     try:
         for fields in reader:
             if not fields:
@@ -103,15 +167,15 @@ def _csv_records(text: str, path: str) -> list[Record]:
                 if twice is not None:
                     raise ValueError(f"{path}:1: the column {twice!r} is there twice: rename one")
                 continue
+            row += 1
             if len(fields) != len(header):
                 raise ValueError(
-                    f"{path}:{reader.line_num}: row {len(records) + 1} has {len(fields)} fields, the header names "
+                    f"{path}:{reader.line_num}: row {row} has {len(fields)} fields, the header names "
                     f"{len(header)}: quote a field that holds a comma"
                 )
-            records.append(dict(zip(header, fields, strict=True)))
+            yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not CSV: {error}") from None
-    return records
 
 
 def _parse(text: str, where: str) -> Any:
@@ -129,6 +193,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise KeyError(next(name for name in names if names.count(name) > 1))
     return found
+
+
+def _check_text(record: Record, where: str) -> None:
+    for name, value in record.items():
+        if _has_surrogate(value):
+            raise ValueError(f"{where}: column {name!r} holds half of a surrogate pair, which is no text")
 
 
 def _has_surrogate(value: Any) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def _check_what_is_lost(run: Path) -> None:
 
 
 def fingerprints(config: Config) -> dict[str, tuple[str, str]]:
-    """Option -> path and sha256 of the data file that it names."""
+    """Option -> path and sha256 of the data file that it names; of what is streamed, of its files' names and sizes."""
     named = {
         "task.params": config.task.params,
         "sft.trajectories": config.sft.trajectories,
@@ -75,6 +77,10 @@ def fingerprints(config: Config) -> dict[str, tuple[str, str]]:
     }
     digests = {}
     for key, value in _leaves(named):
+        if key == "task.params.train" and config.task.params.get("streaming"):
+            sizes = [(name, os.path.getsize(name)) for name in sorted(glob.glob(os.path.expanduser(str(value))))]
+            digests[key] = str(value), hashlib.sha256(repr(sizes).encode()).hexdigest()
+            continue
         # A text that is too long for a name is none.
         with contextlib.suppress(OSError):
             if isinstance(value, str) and value and (path := Path(value).expanduser()).is_file():
