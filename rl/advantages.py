@@ -63,6 +63,42 @@ def group_advantage(
     return torch.where(valid, advantage, torch.full_like(advantage, torch.nan))
 
 
+def returns_to_go(reward: torch.Tensor, given: Sequence[Sequence[float]], gamma: float) -> torch.Tensor:
+    """[M, C]: the discounted sum of what an episode is given from each of its chunks on, 0 behind its end.
+
+    Args:
+        reward: [M]; what it says beyond the sum of `given`, such as a bonus, counts at the last chunk.
+        given: of each episode, what it was given during each chunk.
+        gamma: discount from a chunk to the next.
+    """
+    later = torch.zeros(len(given), max(map(len, given)) + 1, dtype=torch.float64)
+    for i, own in enumerate(given):
+        for chunk in reversed(range(len(own))):
+            bonus = reward[i] - sum(own) if chunk + 1 == len(own) else 0.0
+            later[i, chunk] = own[chunk] + bonus + gamma * later[i, chunk + 1]
+    return later[:, :-1]
+
+
+def minus_regression(value: torch.Tensor, seen: Sequence[torch.Tensor], ridge: float = 1e-5) -> torch.Tensor:
+    """[N]: values minus what a ridge regression predicts from what is seen, o, and the place t of each chunk.
+
+    The linear baseline of Duan et al. 2016 (arXiv 1604.06778), whose features in rllab are 1, o, o², t, t², t³; here
+    with all products o_i o_j, and o scaled to mean 0 and deviation 1.
+
+    Args:
+        value: float64 [N], of all chunks of all episodes.
+        seen: float64 [C, O] of every episode, N chunks in all.
+    """
+    every = torch.cat(list(seen))
+    scaled = (every - every.mean(0)) / (every.std(0, correction=0) + 1e-8)
+    t = torch.cat([torch.arange(len(own), dtype=torch.float64) for own in seen])[:, None]
+    t = t / (t.max() + 1)
+    first, second = torch.triu_indices(every.shape[1], every.shape[1])
+    features = torch.cat([torch.ones_like(t), scaled, scaled[:, first] * scaled[:, second], t, t**2, t**3], dim=1)
+    square = features.T @ features + ridge * torch.eye(features.shape[1], dtype=features.dtype)
+    return value - features @ torch.linalg.solve(square, features.T @ value)
+
+
 def group_softmax(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """[M]: exp(value) over its mean in the group, so that weights average 1; NaN where the value is NaN."""
     return _softmax_in_groups(value, group) * torch.bincount(group[~torch.isnan(value)], minlength=len(value))[group]

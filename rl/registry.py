@@ -67,6 +67,7 @@ RECIPES = Table(
         "branch_grpo": "rl.recipes.branch_grpo:BranchGRPO",
         "ddpo": "rl.recipes.ddpo:DDPO",
         "diffusion_nft": "rl.recipes.diffusion_nft:DiffusionNFT",
+        "dppo": "rl.recipes.dppo:DPPO",
         "dpok": "rl.recipes.ddpo:DPOK",
         "find": "rl.recipes.find:FIND",
         "flow_dppo": "rl.recipes.flow_dppo:FlowDPPO",
@@ -108,6 +109,7 @@ TASKS = Table(
         "dna": "rl.tasks.dna:DnaTask",
         "prompts": "rl.tasks.prompts:PromptsTask",
         "jsonl": "rl.tasks.jsonl:JsonlTask",
+        "control": "rl.tasks.control:ControlTask",
         "digits": "rl.tasks.digits:DigitsTask",
         "words": "rl.tasks.words:WordsTask",
         "sums": "rl.tasks.templated:SumsTask",
@@ -120,7 +122,11 @@ TASKS = Table(
 MODALITIES = Table(
     "the task's modality",
     "denoise_rl.modalities",
-    {"text": "rl.modalities.text_plan:TextPlan", "images": "rl.modalities.images_plan:ImagesPlan"},
+    {
+        "text": "rl.modalities.text_plan:TextPlan",
+        "images": "rl.modalities.images_plan:ImagesPlan",
+        "actions": "rl.modalities.actions_plan:ActionsPlan",
+    },
 )
 
 FAMILIES = Table(
@@ -130,9 +136,6 @@ FAMILIES = Table(
         "llada": "rl.models.families.llada:Llada",
         "dream": "rl.models.families.dream:Dream",
         "sdar": "rl.models.families.sdar:Sdar",
-        "llada_moe": "rl.models.families.llada_moe:LladaMoe",
-        "llada2": "rl.models.families.llada2:Llada2",
-        "sdar_moe": "rl.models.families.sdar:SdarMoe",
         "llama": "rl.models.families.causal:Llama",
         "qwen2": "rl.models.families.causal:Qwen2",
         "qwen3": "rl.models.families.causal:Qwen3",

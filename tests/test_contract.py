@@ -7,6 +7,7 @@ of sampler and learner be compared token by token. Real models then must give eq
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ import torch
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import Reads, TokenRows, assemble, block_document
 from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
+from rl.modalities.actions import Actions, action_rows
+from rl.modalities.actions_plan import ActionOptions
+from rl.tasks.control import ControlTask
+from rollouts.engines.base import SampleRequest
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -742,6 +747,26 @@ def test_remasked_and_edited_tokens_are_scored_in_their_own_states(make_model, f
         torch.testing.assert_close(logprob, brute, rtol=0, atol=1e-9)
         with pytest.raises(ValueError, match=r"algorithm\.shrink > 1 needs trajectories without remasking"):
             (packed_rows if rows is layouts[-1] and block else remask_rows)(trajectories, shrink=2)
+
+
+# --- other samples than text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bins", [0, 3])
+def test_chunks_of_actions_are_scored_as_they_were_sampled(bins: int) -> None:
+    pytest.importorskip("gymnasium")
+    task, options = ControlTask(), ActionOptions(num_inference_steps=3, max_actions=20, bins=bins)
+    torch.manual_seed(0)
+    actions = Actions(SimpleNamespace(sampler=options), task)
+    model = actions.new_model()
+    episodes = actions.engine(model, options, torch.device("cpu")).generate(
+        [SampleRequest(str(i), i) for i in range(4)]
+    )
+    with torch.no_grad():
+        logprob = action_rows(episodes).score(model).logprob
+    assert len(logprob) == 4 * 5 * 3 and logprob.std() > 0.1
+    # The sampler forwarded a chunk of each episode, the learner forwards all: what is left is float32 rounding.
+    np.testing.assert_allclose(logprob, np.concatenate([e.logprob for e in episodes]), rtol=0, atol=1e-4)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

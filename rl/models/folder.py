@@ -60,8 +60,7 @@ def shape_of(
     backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
     block = model.block_length
     if attention == "block_causal":
-        usual = None if found is None else found.defaults.get("block_size")
-        block = block or described.get("block_size") or described.get("block_length") or usual
+        block = block or described.get("block_size") or described.get("block_length")
     if (attention == "block_causal") != (block is not None):
         raise ValueError(block_length_message(attention))
     positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))
