@@ -201,33 +201,71 @@ class CausalReader:
                 )
             if positions is not None and len(text) > positions:
                 raise ValueError(f"row {row}: {len(text)} tokens, and the model that reads has {positions} positions")
-        # Prompts of like length together: fewer logits are made that nobody reads. The order is restored below.
-        order = sorted(range(len(texts)), key=lambda row: (len(prompts[row]), len(texts[row])))
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(tuple(prompt), []).append(row)
         readings: dict[int, Reading] = {}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        # Prompts of like length together: fewer logits are made that nobody reads. The order is restored below.
+        alone = [rows[0] for rows in rows_of.values() if len(rows) == 1]
+        for rows in self._batches(sorted(alone, key=lambda row: (len(prompts[row]), len(texts[row])))):
             read = self._forward([texts[row] for row in rows], [len(prompts[row]) for row in rows], top)
             readings |= zip(rows, read, strict=True)
+        for shared, group in rows_of.items():
+            # The answers to one prompt share its keys and values.
+            for rows in self._batches(sorted(group, key=lambda row: len(texts[row]))) if len(group) > 1 else []:
+                readings |= zip(rows, self._after(shared, [answers[row] for row in rows], top), strict=True)
         return [readings[row] for row in range(len(texts))]
+
+    def _batches(self, rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
     def _forward(self, texts: Sequence[Sequence[int]], starts: Sequence[int], top: int | None) -> list[Reading]:
         import torch
 
-        width, device = max(map(len, texts)), self.model.device
-        # A causal model never sees what stands to the right, so padding there needs no mask.
-        ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
+        ids = _padded(texts, self.model.device)
         first = min(starts) - 1
+        keep = torch.arange(first, ids.shape[1], device=ids.device)
         with torch.no_grad():
-            logits = self.model(ids, use_cache=False, logits_to_keep=torch.arange(first, width, device=device)).logits
-            readings = []
-            for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
-                logprobs = logits[row, start - 1 - first : len(text) - 1 - first].float().log_softmax(-1)
-                own = logprobs.gather(-1, ids[row, start : len(text), None]).squeeze(-1)
-                if top is None:
-                    readings.append(Reading(own, None, logprobs))
-                elif top == 0:
-                    readings.append(Reading(own))
-                else:
-                    best = logprobs.topk(top)
-                    readings.append(Reading(own, best.indices, best.values))
-        return readings
+            logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
+            return [
+                _reading(logits[row, start - 1 - first : len(text) - 1 - first], ids[row, start : len(text)], top)
+                for row, (text, start) in enumerate(zip(texts, starts, strict=True))
+            ]
+
+    def _after(self, prompt: Sequence[int], answers: Sequence[Sequence[int]], top: int | None) -> list[Reading]:
+        """Several answers to one prompt, whose last token is read with them."""
+        import torch
+        from transformers import DynamicCache
+
+        ids = _padded([[prompt[-1], *answer] for answer in answers], self.model.device)
+        with torch.no_grad():
+            cache = DynamicCache(config=self.model.config)
+            if len(prompt) > 1:
+                before = torch.tensor([prompt[:-1]], device=ids.device)
+                self.model(before, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache.batch_repeat_interleave(len(answers))
+            logits = self.model(ids, past_key_values=cache, use_cache=True).logits
+            return [
+                _reading(logits[row, : len(answer)], ids[row, 1 : 1 + len(answer)], top)
+                for row, answer in enumerate(answers)
+            ]
+
+
+def _padded(texts: Sequence[Sequence[int]], device: Any) -> torch.Tensor:
+    """int64 [B, W]. A causal model never sees what stands to the right, so padding there needs no mask."""
+    import torch
+
+    width = max(map(len, texts))
+    return torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
+
+
+def _reading(logits: torch.Tensor, own: torch.Tensor, top: int | None) -> Reading:
+    """Logits [n, V] before the tokens [n] of an answer."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(-1, own[:, None]).squeeze(-1)
+    if top is None:
+        return Reading(chosen, None, logprobs)
+    if top == 0:
+        return Reading(chosen)
+    best = logprobs.topk(top)
+    return Reading(chosen, best.indices, best.values)

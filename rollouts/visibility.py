@@ -2,7 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+
+
+class Pieces(NamedTuple):
+    """Visibility of rows [R, W] that hold several documents: attention is computed document by document.
+
+    A row of 8 documents of 100 tokens has 640,000 pairs of a query and a key, of which 80,000 lie inside documents. The
+    other ones are never computed. D documents, Q the most queries and K the most keys of one.
+
+    Attributes:
+        query: int64 [D, Q], places row * W + column; a shorter document repeats its first.
+        key: int64 [D, K], the places that its queries may look at.
+        visible: bool [D, Q, K], True where a query sees a key.
+        back: int64 [R * W], where in [D * Q] the output of each place stands; padding gets what stands first.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    visible: torch.Tensor
+    back: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, queries: Sequence[np.ndarray], keys: Sequence[np.ndarray], shape: tuple[int, int], rule: Any, device: Any
+    ) -> Pieces:
+        """Pieces of documents whose places are known.
+
+        Args:
+            rule: (row, head, query column, key column) -> bool, as FlexAttention's.
+        """
+        query, key = _padded(queries), _padded(keys)
+        real = np.arange(key.shape[1]) < np.array([len(own) for own in keys])[:, None]
+        back = np.zeros(shape[0] * shape[1], dtype=np.int64)
+        for index, own in enumerate(queries):
+            back[own] = index * query.shape[1] + np.arange(len(own))
+        q, k, b = (torch.from_numpy(places).to(device) for places in (query, key, back))
+        head = torch.zeros((), dtype=torch.int64, device=device)
+        width = shape[1]
+        visible = rule((q[:, :1] // width)[..., None], head, (q % width)[:, :, None], (k % width)[:, None, :])
+        return cls(q, k, visible & torch.from_numpy(real).to(device)[:, None, :], b)
+
+
+def _padded(places: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 [D, longest], filled up with the first place of each."""
+    out = np.array([own[0] for own in places])[:, None].repeat(max(map(len, places)), axis=1)
+    for row, own in zip(out, places, strict=True):
+        row[: len(own)] = own
+    return out
 
 
 def full_visibility(lengths: torch.Tensor, width: int) -> torch.Tensor | None:

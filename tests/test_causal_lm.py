@@ -55,6 +55,24 @@ def test_a_batch_reads_what_one_by_one_reads(llama: LlamaForCausalLM, batch_size
         assert torch.equal(own[row].logprob, whole[row].logprob)
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_answers_to_one_prompt_share_its_forward(llama: LlamaForCausalLM, batch_size: int) -> None:
+    """Three prompts of 3, 1 and 2 tokens with three, two and one answers, out of order."""
+    order = [0, 1, 0, 3, 0, 1]
+    prompts = [PROMPTS[row] for row in order]
+    answers = [[1, 2], [3, 4, 5, 6], [9], [10], [], [7, 7]]
+    forwarded: list[int] = []
+    handle = llama.register_forward_pre_hook(lambda module, args: forwarded.append(args[0].numel()))
+    whole = CausalReader(llama, batch_size).read(prompts, answers, top=None)
+    handle.remove()
+    for read, prompt, answer in zip(whole, prompts, answers, strict=True):
+        torch.testing.assert_close(read.logprobs, alone(llama, prompt, answer), rtol=1e-5, atol=1e-6)
+        assert read.logprob.tolist() == read.logprobs[range(len(answer)), answer].tolist()
+    if batch_size == 16:
+        # The lone answer, 2 + 1; then 2 tokens of the first prompt once and 3 x (1 + 2), and 2 x (1 + 4) of the second.
+        assert forwarded == [3, 2, 9, 10]
+
+
 def test_the_tokens_before_are_what_an_answer_is_read_with(llama: LlamaForCausalLM) -> None:
     """A later token changes nothing, an earlier one does."""
     reader = CausalReader(llama)

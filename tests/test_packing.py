@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from torch.nn.functional import scaled_dot_product_attention
 
 from rl.estimators.logprob import logprob_and_entropy
-from rl.estimators.rows import TokenRows, first_fit
+from rl.estimators.packing import bundled, first_fit, placed
+from rl.estimators.rows import TokenRows, readout
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.registry import parse_recipe
@@ -141,6 +142,83 @@ def test_the_recipe_packs_on_request(make_model) -> None:
         parse_recipe({"name": "tracerl", "pack_to": 0})
 
 
+# --- prompts that rollouts share --------------------------------------------------------------------------------------
+
+
+def groups(model: Any) -> list[TokenTrajectory]:
+    """Three rollouts of each of four prompts, of 1, 5, 8 and 11 tokens; the second and third prompt begin alike."""
+    options = SamplerOptions(gen_length=8, num_inference_steps=4, temperature=1.3)
+    prompts = [[7], [3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6], list(range(11))]
+    requests = [Request(prompt, seed=7 * n + i) for n, prompt in enumerate(prompts) for i in range(3)]
+    return InProcessEngine(model, options, eos_token_id=0).generate(requests)
+
+
+@pytest.mark.parametrize("family", ["gpt2-block4", "qwen3-block4-shifted-causal", "qwen3-block4-shifted"])
+def test_rollouts_of_a_prompt_share_its_tokens(make_model, family: str) -> None:
+    """The same log-probs and gradients, on fewer tokens: each prompt's whole blocks are forwarded once."""
+    model = make_model(family)
+    trajectories = groups(model)
+    weight = torch.linspace(-1, 1, sum(t.is_reveal.sum() for t in trajectories), dtype=torch.float64)
+    results = []
+    for pack_to in (None, 80, 10_000):
+        rows = packed_rows(trajectories, pack_to=pack_to, **readout(model))
+        model.zero_grad()
+        logprob, entropy, *_ = rows.score(model)
+        ((logprob + 0.3 * entropy) * weight).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((rows, logprob.detach(), entropy.detach(), gradient))
+        # The dense mask says the same as attention document by document.
+        dense = model.hidden_states(rows.input_ids, visible=rows.visible(), position_ids=rows.position_ids)
+        torch.testing.assert_close(rows.score(model, dense).logprob, logprob, rtol=0, atol=1e-9)
+    alone, _, together = results
+    # Qwen3 rotates keys in float32: the gradient of a shared key is rounded once, not once for every rollout.
+    of_gradient = 1e-9 if family == "gpt2-block4" else 1e-6
+    for other in results[1:]:
+        for ours, theirs, atol in zip(other[1:], alone[1:], (1e-9, 1e-9, of_gradient), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+    assert alone[3].abs().max() > 1
+    np.testing.assert_allclose(
+        together[1].numpy(), np.concatenate([t.logprob for t in trajectories]), rtol=0, atol=1e-9
+    )
+    real = int((alone[0].document >= 0).sum())
+    # Prompts of 5, 8 and 11 tokens have 4, 8 and 8 in whole blocks, which two of three rollouts do not repeat.
+    assert (together[0].document >= 0).sum() == real - 2 * (4 + 8 + 8)
+    assert together[0].input_ids.shape == (1, real - 2 * (4 + 8 + 8))
+
+
+def test_a_shared_prompt_is_seen_by_its_own_rollouts_alone(make_model) -> None:
+    model = make_model("qwen3-block4")
+    rows = packed_rows(groups(model), pack_to=10_000)
+    assert rows.context is not None
+    prompt = (rows.document == rows.context) & (rows.segment == 0) & (rows.input_ids == 4)
+    shared = [int(number) for number in rows.context.unique() if (rows.context == number).sum() > 40]
+    assert shared
+    for number in shared:
+        changed = rows.input_ids.clone()
+        changed[0, int((rows.document[0] == number).nonzero()[0])] = 10
+        with torch.no_grad():
+            moved = (replace(rows, input_ids=changed).score(model).logprob - rows.score(model).logprob).abs()
+        reader = rows.context[rows.row, rows.column] == number
+        assert (moved[~reader] < 1e-12).all() and (moved[reader] > 1e-6).float().mean() > 0.9
+    assert prompt.any()
+
+
+def test_bundles_by_hand() -> None:
+    """A third document has no room beside its prompt; a lone prompt is not split off."""
+    tokens = [np.array([1, 2, *own]) for own in ([3, 4, 5], [6, 7, 8], [9, 9, 9])]
+    assert bundled(tokens, [2, 2, 2], 8) == [[0, 1], [2]]
+    assert bundled(tokens, [0, 2, 0], 8) == [[0], [1], [2]]
+    parts, row, columns = placed(tokens, [2, 2, 2], 8)
+    assert row.tolist() == [0, 0, 1]
+    assert [own.tolist() for own in columns] == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7], [0, 1, 2, 3, 4]]
+    assert [(p.document, p.row, p.begin, p.end, p.number, p.context) for p in sorted(parts, key=lambda p: p[2:4])] == [
+        (0, 0, 0, 2, 0, 0),
+        (0, 0, 2, 5, 1, 0),
+        (1, 0, 5, 8, 2, 0),
+        (2, 1, 0, 5, 0, 0),
+    ]
+
+
 # --- visibility -------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +227,7 @@ def naive_visibility(rows: TokenRows) -> list[list[list[bool]]]:
 
     def seen(row: int, q: int, k: int) -> bool:
         document, segment, block = (x[row].tolist() for x in (rows.document, rows.segment, rows.block))
-        if document[q] != document[k]:
+        if document[k] not in (document[q], document[q] if rows.context is None else int(rows.context[row, q])):
             return False
         if segment[k] == 0:
             return block[k] < block[q] or (segment[q] == 0 and block[k] == block[q])
@@ -162,8 +240,9 @@ def naive_visibility(rows: TokenRows) -> list[list[list[bool]]]:
 @pytest.mark.parametrize("family", ["qwen3-block4", "gpt2-full"])
 def test_dense_mask_and_block_mask_are_one_predicate(make_model, family: str) -> None:
     model = make_model(family)
-    rows = rows_for(model, rollouts(model, 4), 64)
+    rows = rows_for(model, groups(model)[3:9] if family == "qwen3-block4" else rollouts(model, 4), 64)
     assert int(rows.document.max()) > 0 and int(rows.document.min()) == -1
+    assert (rows.context is not None) == (family == "qwen3-block4")
     count, width = rows.input_ids.shape
     expected = torch.tensor(naive_visibility(rows))
     dense = rows.visible()

@@ -15,10 +15,12 @@ import torch
 
 from rl.estimators.base import Rows, Scores
 from rl.estimators.logprob import logprob_and_entropy
+from rl.estimators.packing import placed
 from rollouts.engines.shared import first_of_equal_rows
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.distribution import guided_logits
 from rollouts.trajectory import TokenTrajectory
+from rollouts.visibility import Pieces
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -38,6 +40,8 @@ class TokenRows(Rows):
     Attributes:
         input_ids, position_ids: int64 [R, W].
         document: int64 [R, W], 0, 1, ... within a row, -1 on padding.
+        context: int64 [R, W], the document of the prompt that these tokens share with others, their own without one;
+            None where no prompt is shared.
         segment: int64 [R, W].
         block: int64 [R, W], block of each token in the grid, 0 everywhere without a grid.
         row, column: int64 [N], the place of each decided position.
@@ -58,6 +62,7 @@ class TokenRows(Rows):
     column: torch.Tensor
     read: torch.Tensor
     target: torch.Tensor
+    context: torch.Tensor | None = None
     unprompted: torch.Tensor | None = None
     cfg_scale: float = 0.0
     temperature: float = 1.0
@@ -76,8 +81,7 @@ class TokenRows(Rows):
     def distinct(self) -> TokenRows:
         """The same decisions on the distinct rows only. Log-probs and gradients stay what they were."""
         layout = ["input_ids", "position_ids", "document", "segment", "block"]
-        if self.unprompted is not None:
-            layout.append("unprompted")
+        layout += [name for name in ("context", "unprompted") if getattr(self, name) is not None]
         key = torch.cat([getattr(self, name) for name in layout], dim=1)
         first, inverse = first_of_equal_rows(key)
         if len(first) == len(key):
@@ -114,6 +118,8 @@ class TokenRows(Rows):
         visible: Any
         if getattr(model, "wants_block_mask", False):
             visible = self.block_mask()
+        elif getattr(model, "takes_pieces", False) and bool((self.document > 0).any()):
+            visible = self.pieces()
         elif self._one_segment():
             # What padding sees does not matter, so one mask serves all queries of a row.
             seen = self.document == 0
@@ -138,6 +144,20 @@ class TokenRows(Rows):
         several = bool((self.segment != 0).any() | (self.block != 0).any() | (self.document > 0).any())
         return not several and not self.context_causal
 
+    def pieces(self) -> Pieces:
+        """The same visibility, document by document."""
+        document = self.document.cpu().numpy()
+        context = document if self.context is None else self.context.cpu().numpy()
+        queries, keys, width = [], [], document.shape[1]
+        for row in range(len(document)):
+            for own in range(document[row].max() + 1):
+                query = np.flatnonzero(document[row] == own)
+                shared = context[row, query[0]]
+                key = query if shared == own else np.append(np.flatnonzero(document[row] == shared), query)
+                queries.append(row * width + query)
+                keys.append(row * width + key)
+        return Pieces.of(queries, keys, document.shape, self.mask_mod(), self.document.device)
+
     def block_mask(self) -> BlockMask:
         """The same visibility as a FlexAttention block mask; it skips whole tiles of keys."""
         from torch.nn.attention.flex_attention import create_block_mask
@@ -153,7 +173,8 @@ class TokenRows(Rows):
         """The rule, in FlexAttention's form: (row, head, query index, key index) -> bool.
 
         A clean token sees the clean blocks up to its own, with `context_causal` of its own block only the tokens up to
-        itself. A noisy token sees the clean blocks before its own, and its own segment. Nothing crosses documents.
+        itself. A noisy token sees the clean blocks before its own, and its own segment. Nothing crosses documents, but
+        that many may see the one of their shared prompt.
         """
         noisy = self.segment > 0
         last = self.block - noisy.long()
@@ -161,13 +182,15 @@ class TokenRows(Rows):
         clean_block = torch.where(noisy, _NO_BLOCK, self.block)
         document, segment, position = self.document, self.segment, self.position_ids
         causal = self.context_causal
+        context = document if self.context is None else self.context
 
         def may_see(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             own = (segment[b, q] == segment[b, k]) & (segment[b, q] > 0)
             clean = clean_block[b, k] <= last[b, q]
             if causal:
                 clean = clean & (noisy[b, q] | (position[b, k] <= position[b, q]))
-            return (document[b, q] == document[b, k]) & (clean | own)
+            inside = (document[b, q] == document[b, k]) | (context[b, q] == document[b, k])
+            return inside & (clean | own)
 
         return may_see
 
@@ -281,24 +304,6 @@ def noisy_document(
     return block_document(clean, copies, block_length), len(clean) - first_block * block_length
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Place documents into rows: the longest first, each into the first row that has room.
-
-    Returns:
-        int64 row and offset of every document. One longer than the capacity has a row of its own.
-    """
-    row, offset = np.zeros((2, len(lengths)), dtype=np.int64)
-    used = np.zeros(0, dtype=np.int64)
-    for index in np.argsort(-np.asarray(lengths), kind="stable"):
-        fits = np.flatnonzero(used + lengths[index] <= capacity)
-        if not len(fits):
-            fits = np.array([len(used)])
-            used = np.append(used, 0)
-        row[index], offset[index] = fits[0], used[fits[0]]
-        used[fits[0]] += lengths[index]
-    return row, offset
-
-
 def assemble(
     documents: Sequence[Document],
     reads: Sequence[Reads],
@@ -306,6 +311,7 @@ def assemble(
     pack_to: int | None = None,
     logit_shift: int = 0,
     context_causal: bool = False,
+    heads: Sequence[int] | None = None,
 ) -> TokenRows:
     """Lay documents out in rows.
 
@@ -315,34 +321,37 @@ def assemble(
         pack_to: put several documents into one row while they fit into this many tokens; a longer document has a row
             of its own. None gives every document a row, right-padded to the longest.
         logit_shift, context_causal: as of the model.
+        heads: how many first tokens of each document see nothing behind them. Documents of a row that begin with the
+            same ones share them, where `pack_to` lets rows be shared.
 
     Raises:
         ValueError: trajectories that were decoded greedily, or drawn from more than one distribution.
     """
     sampler = _sampler_of(trajectories)
-    lengths = [len(document.input_ids) for document in documents]
-    row, offset = np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64)
-    if pack_to is not None:
-        row, offset = first_fit(lengths, pack_to)
-    shape = (int(row.max()) + 1, int((offset + lengths).max()))
+    parts, row, columns = placed([document.input_ids for document in documents], heads, pack_to)
+    shape = (int(row.max()) + 1, max(part.end for part in parts))
     # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.
-    layout: dict[str, Any] = {"document": np.full(shape, -1)}
+    layout: dict[str, Any] = {"document": np.full(shape, -1), "context": np.full(shape, -1)}
     layout |= {name: np.zeros(shape, dtype=np.int64) for name in Document._fields}
     if sampler.get("cfg_scale"):
         layout["unprompted"] = np.zeros(shape, dtype=np.int64)
-    for index in np.argsort(offset, kind="stable"):
-        document = documents[index]
-        place = (row[index], slice(offset[index], offset[index] + lengths[index]))
-        layout["document"][place] = layout["document"][row[index]].max() + 1
+    for part in parts:
+        document, place = documents[part.document], (part.row, slice(part.begin, part.end))
+        layout["document"][place], layout["context"][place] = part.number, part.context
         for name, values in document._asdict().items():
-            layout[name][place] = values
+            layout[name][place] = values[part.tokens]
         if "unprompted" in layout:
-            trajectory = trajectories[reads[index].trajectory]
+            trajectory = trajectories[reads[part.document].trajectory]
             in_prompt = document.position_ids < trajectory.prompt_length
-            layout["unprompted"][place] = np.where(in_prompt, trajectory.mask_token_id, document.input_ids)
+            unprompted = np.where(in_prompt, trajectory.mask_token_id, document.input_ids)
+            layout["unprompted"][place] = unprompted[part.tokens]
+    if np.array_equal(layout["context"], layout["document"]):
+        del layout["context"]
     layout = {name: torch.from_numpy(values) for name, values in layout.items()}
     counts = [len(read.target) for read in reads]
-    read = [read_columns(d, r.column, logit_shift) for d, r in zip(documents, reads, strict=True)]
+    pairs = list(zip(documents, reads, columns, strict=True))
+    column = [own[read.column] for _, read, own in pairs]
+    read = [own[read_columns(document, read.column, logit_shift)] for document, read, own in pairs]
 
     def flat(name: str, dtype: type = np.int64) -> Any:
         parts = [getattr(read, name) for read in reads]
@@ -351,12 +360,11 @@ def assemble(
         spread = [np.broadcast_to(part, count) for part, count in zip(parts, counts, strict=True)]
         return torch.from_numpy(np.concatenate(spread).astype(dtype))
 
-    begin = torch.from_numpy(np.repeat(offset, counts))
     return TokenRows(
         **layout,
         row=torch.from_numpy(np.repeat(row, counts)),
-        column=begin + flat("column"),
-        read=begin + torch.from_numpy(np.concatenate(read)),
+        column=torch.from_numpy(np.concatenate(column)),
+        read=torch.from_numpy(np.concatenate(read)),
         target=flat("target"),
         trajectory=flat("trajectory"),
         step=flat("step"),

@@ -101,7 +101,8 @@ def packed_rows(
 ) -> TokenRows:
     """One document per trajectory: `[clean | noisy block copies]`, absolute positions, absolute grid.
 
-    The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside each block.
+    The clean part stops before the terminal block, which no noisy copy looks at. Steps are merged inside each block. In
+    shared rows (`pack_to`) the rollouts of a prompt share its whole blocks, which are the same for all of them.
 
     Args:
         shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`; masked: see
@@ -109,7 +110,7 @@ def packed_rows(
         block_length: training block size; the trajectory's own when None.
     """
     exact = _sampler_states(trajectories, shrink, segments) and not masked
-    documents, reads = [], []
+    documents, reads, heads = [], [], []
     for index, trajectory in enumerate(trajectories):
         size = block_length or trajectory.block_length
         if size is None or trajectory.block_origin != 0 or trajectory.length % size:
@@ -129,10 +130,12 @@ def packed_rows(
                 step.append(np.full(len(places), len(copies)))
                 copies.append((b, canvas[b * size : (b + 1) * size]))
         documents.append(block_document(clean, copies, size))
+        # The whole blocks of the prompt see nothing of the answer.
+        heads.append(min(trajectory.prompt_length, len(clean)) // size * size)
         logprob = trajectory.logprob[trajectory.is_reveal] if exact else None
         joined = [np.concatenate(part) for part in (column, target, step)]
         reads.append(Reads(index, joined[0], joined[1], joined[2], logprob))
-    return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
+    return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal, heads)
 
 
 def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:

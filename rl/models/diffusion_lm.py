@@ -25,6 +25,7 @@ from rl.models.folder import block_length_message
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
 from rollouts.samplers.distribution import Ranges
+from rollouts.visibility import Pieces
 
 
 class DiffusionLMConfig(PreTrainedConfig):
@@ -129,6 +130,9 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
     vocab_size = property(attrgetter("lm_head.out_features"))
     hidden_size = property(attrgetter("lm_head.in_features"))
 
+    # Rows of several documents may come with `rollouts.visibility.Pieces`.
+    takes_pieces = True
+
     @property
     def wants_block_mask(self) -> bool:
         """Whether the learner should describe visibility by a FlexAttention block mask."""
@@ -168,7 +172,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         self,
         input_ids: torch.Tensor,
         *,
-        visible: torch.Tensor | BlockMask | None = None,
+        visible: torch.Tensor | BlockMask | Pieces | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -182,8 +186,10 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             raise ValueError(
                 "attn_implementation flex_attention needs a GPU (it has no backward on the CPU): use sdpa there"
             )
-        mask = visible
-        if isinstance(visible, torch.Tensor):
+        mask, more = visible, {}
+        if isinstance(visible, Pieces):
+            mask, more = attention.additive(visible.visible, self.dtype), {"pieces": visible}
+        elif isinstance(visible, torch.Tensor):
             # The kernel takes one row of the mask for all queries only with its query axis spelled out.
             mask = attention.additive(visible, self.dtype).expand(-1, -1, input_ids.shape[1], -1)
         return self.backbone(
@@ -193,6 +199,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
+            **more,
         ).last_hidden_state
 
 
