@@ -40,6 +40,11 @@ def found(keywords: Sequence[str], words: Sequence[str]) -> int:
     return sum(bool(forms(keyword) & there) for keyword in keywords)
 
 
+def repetition(words: Sequence[str]) -> float:
+    """Share of the words that stood before: 0.4 for "a cat is a cat"; 0 without words."""
+    return 1 - len(set(words)) / len(words) if words else 0.0
+
+
 class KeywordSentence:
     """1.0 for a sentence that holds every keyword, has `min_words` to `max_words` words and is fluent, else 0.0.
 
@@ -77,11 +82,16 @@ class KeywordFluency:
     A product, because a sum is paid for keywords without a sentence. Length is 1 from `min_words` to `max_words` and
     falls linearly to 0 at no word and at twice `max_words`.
 
-    Example: one of two words, fluency 0.25, 3 words where 6 are wanted: 0.5 x 0.25 x 0.5 = 0.0625.
+    A language model likes a text that repeats itself. With `max_repetition` the product has a fourth factor, variety: 1
+    up to this share of words that stood before (`repetition`), and falling linearly to 0 where every word did.
+
+    Example: one of two words, fluency 0.25, 3 words where 6 are wanted: 0.5 x 0.25 x 0.5 = 0.0625. "A cat is a cat",
+    with `max_repetition` 0.2, has variety (1 - 0.4) / (1 - 0.2) = 0.75.
 
     Args:
         model, floor, ceiling, power, dtype: see `Fluency`.
         min_words, max_words: see `KeywordSentence`.
+        max_repetition: 1 leaves variety out.
     """
 
     def __init__(
@@ -93,9 +103,12 @@ class KeywordFluency:
         min_words: int = 6,
         max_words: int = 20,
         dtype: str = "bfloat16",
+        max_repetition: float = 1.0,
     ) -> None:
+        if not 0 <= max_repetition <= 1:
+            raise ValueError(f"max_repetition is a share of words, in 0..1, got {max_repetition}")
         self.fluency = Fluency(model, floor, ceiling, power, dtype)
-        self.min_words, self.max_words = min_words, max_words
+        self.min_words, self.max_words, self.max_repetition = min_words, max_words, max_repetition
         self.__name__ = "keyword_fluency"
 
     def __call__(
@@ -107,5 +120,8 @@ class KeywordFluency:
             share = found(wanted, words) / len(wanted)
             short, long = len(words) / self.min_words, 2 - len(words) / self.max_words
             length = max(0.0, min(1.0, short, long))
-            scores.append(Score(share * float(fluent) * length, metrics={**fluent.metrics, "words": float(share == 1)}))
+            repeated = repetition(words)
+            variety = 1.0 if repeated <= self.max_repetition else (1 - repeated) / (1 - self.max_repetition)
+            metrics = {**fluent.metrics, "words": float(share == 1), "repetition": repeated}
+            scores.append(Score(share * float(fluent) * length * variety, metrics=metrics))
         return scores

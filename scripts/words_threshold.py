@@ -12,7 +12,7 @@ import statistics
 import numpy as np
 
 from rewards.fluency import answer_nats
-from rewards.keywords import found, words_of
+from rewards.keywords import found, repetition, words_of
 from rl.models.causal import CausalLM
 from rl.tasks.chat import prompt_text, token_ids
 from rl.tasks.load import load_task
@@ -44,3 +44,5 @@ fits = both & np.array([6 <= len(have) <= 20 for have in words])
 print(f"{len(examples)} training prompts: both words {both.mean():.3f}, in the length band too {fits.mean():.3f}")
 print(f"nats/token of all: mean {values.mean():.3f}, median {statistics.median(values):.3f}")
 print(f"max_nats, percentile {args.percentile:g} of all answers: {np.percentile(values, args.percentile):.3f}")
+repeated = np.percentile([repetition(have) for have in words], args.percentile)
+print(f"max_repetition, the same percentile of the share of words that stood before: {repeated:.3f}")

@@ -100,6 +100,19 @@ def test_the_reward_is_words_times_fluency_times_length(read_as) -> None:
     assert values == pytest.approx([0.25, 0.125, 0.5, 0.5, 0.0])
 
 
+def test_a_text_that_repeats_itself_is_paid_less(read_as) -> None:
+    """The chorus that TraceRL found on SmolLM2: 6 of its 11 words stood before."""
+    texts = [RIGHT, "A wolf is a piano and a piano is a wolf.", "piano wolf wolf wolf wolf wolf"]
+    read_as |= dict.fromkeys(texts, 2.0)
+    asked = {"prompts": ["p"] * 3, "completions": texts, "keywords": [["wolf", "piano"]] * 3}
+    assert [score.value for score in KeywordFluency("m")(**asked)] == [1.0, 1.0, 1.0]
+    scores = KeywordFluency("m", max_repetition=0.2)(**asked)
+    assert [score.metrics["repetition"] for score in scores] == pytest.approx([0.0, 6 / 11, 4 / 6])
+    assert [score.value for score in scores] == pytest.approx([1.0, (5 / 11) / 0.8, (2 / 6) / 0.8])
+    with pytest.raises(ValueError, match="max_repetition is a share"):
+        KeywordFluency("m", max_repetition=2)
+
+
 def test_fluency_alone_has_a_slope_up_to_its_ceiling(read_as) -> None:
     read_as |= {"a": 6.0, "b": 6.5}
     first, second = Fluency("m")(["p", "p"], ["a", "b"])

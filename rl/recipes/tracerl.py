@@ -37,8 +37,8 @@ class TraceRL(TracedRecipe):
     pack_to: int | None = Field(
         None,
         ge=1,
-        description="Score several trajectories per row while they fit into this many tokens, and a prompt once for its rollouts; "
-        "null gives each its own.",
+        description="Score several trajectories per row while they fit into this many tokens, a prompt once for all of "
+        "its rollouts; null gives each its own.",
     )
     value: ValueOptions | None = Field(None, description="Train a diffusion value model; null uses none.")
     value_reward: Literal["advantage", "raw"] = Field(

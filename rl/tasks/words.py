@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from rewards.keywords import forms, words_of
+from rewards.keywords import forms, repetition, words_of
 from rl.tasks.base import Example
 from rl.tasks.drawn import DrawnTask
 from rl.tasks.records import read_records
@@ -59,7 +59,7 @@ class WordsTask(DrawnTask):
         for example, text in zip(examples, completions, strict=True):
             words, blanked = words_of(text), {form for word in example["keywords"] for form in forms(word)}
             frames.add(tuple("_" if word in blanked else word for word in words))
-            repeated.append(1 - len(set(words)) / len(words) if words else 0.0)
+            repeated.append(repetition(words))
         count = max(1, len(completions))
         return {**reported, "distinct_frames": len(frames) / count, "repetition": sum(repeated) / count}
 
