@@ -87,8 +87,8 @@ class ModelConfig(Section):
     )
     family: str | None = Field(
         None,
-        description="Layout of the model in path: llada, dream, sdar, llama, qwen2, qwen3, mistral, gemma, gpt_neox, "
-        "file.py:Class or pkg.module:Class; null goes by the model_type in its config.json.",
+        description="Layout of the model in path: llada, dream, sdar, llada_moe, llada2, sdar_moe, llama, qwen2, "
+        "qwen3, mistral, gemma, gpt_neox, file.py:Class or pkg.module:Class; null goes by its config.json.",
     )
     convert: ConvertOptions = ConvertOptions()
     tokenizer: str | None = Field(

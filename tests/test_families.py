@@ -461,7 +461,7 @@ def test_weights_that_do_not_fit_are_named(family: str, tmp_path: Path) -> None:
         ("dream", {"use_sliding_window": True}, "config.json says use_sliding_window True"),
         ("dream", {"mask_token_id": "absent"}, "config.json has no 'mask_token_id'"),
         ("sdar", {"block_size": "absent"}, "config.json has no block_size: set model.block_length"),
-        ("sdar", {"model_type": "sdar_moe"}, "config.json says model_type 'sdar_moe': known are diffusion_lm, llada"),
+        ("sdar", {"model_type": "sdar_two"}, "config.json says model_type 'sdar_two': known are diffusion_lm, llada"),
     ],
 )
 def test_configs_that_are_read_otherwise_are_refused(
@@ -502,7 +502,7 @@ def test_a_family_of_an_installed_package_is_found_by_model_type(
         "from rl.models.families.dream import Dream\n\nclass Mine(Dream):\n    model_type = 'mine'\n"
     )
     folder = write(tmp_path / "mine", "dream", model_type="mine")
-    assert "known are diffusion_lm, llada, Dream, sdar, llama, qwen2," in refusal(folder)
+    assert "known are diffusion_lm, llada, Dream, sdar, llada, llada2_moe, sdar_moe, llama, qwen2," in refusal(folder)
     monkeypatch.syspath_prepend(str(package))
     assert torch.equal(load(folder).lm_head.weight, tensors("dream")["lm_head.weight"])
     assert main(["export", str(folder), str(tmp_path / "out"), "--layout", "mine"]) == 0

@@ -20,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 import rl.models.conv  # noqa: F401  (registers its backbone)
-from rl.models import attention
+from rl.models import attention, routing
 from rl.models.folder import block_length_message
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
@@ -109,6 +109,8 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         # Built as sdpa first: transformers then refuses backbones whose attention is not interchangeable.
         self.backbone = AutoModel.from_config(backbone_config, attn_implementation="sdpa")
         self.backbone.set_attn_implementation(attention.NAME)
+        if routing.has_experts(self.backbone):
+            self.backbone.set_experts_implementation(routing.NAME)
         if config.rope_full_precision:
             rotate_in_float32(self.backbone.rotary_emb)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
@@ -147,6 +149,10 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
     def exclude(self, ranges: Ranges) -> None:
         """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
         self.config.excluded_token_ids = [list(r) for r in ranges]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Tensors as they are in memory; transformers alone would write experts one by one."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     def adopt(self, described: Mapping[str, Any]) -> None:
         """Take over the settings in the config.json of a saved policy."""

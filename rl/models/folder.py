@@ -60,7 +60,8 @@ def shape_of(
     backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
     block = model.block_length
     if attention == "block_causal":
-        block = block or described.get("block_size") or described.get("block_length")
+        usual = None if found is None else found.defaults.get("block_size")
+        block = block or described.get("block_size") or described.get("block_length") or usual
     if (attention == "block_causal") != (block is not None):
         raise ValueError(block_length_message(attention))
     positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+# Buffers that keep float32. The bias decides between experts whose scores are close to each other.
+EXACT = ("inv_freq", "e_score_correction_bias")
+
 
 class ExactRotary(nn.Module):
-    """Mix-in: buffers called `inv_freq` follow the module to its device and keep their dtype."""
+    """Mix-in: the buffers `EXACT` follow the module to its device and keep their dtype."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        exact = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
+        exact = {name: buffer for name, buffer in self.named_buffers() if name.endswith(EXACT)}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             owner, _, leaf = name.rpartition(".")

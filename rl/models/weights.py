@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rl.models.families.family import Family, Part
+from rl.models.rotary import EXACT
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -123,7 +124,7 @@ class Folder:
 
     Attributes:
         shapes: of every tensor, by its name in the files.
-        dtype: the narrowest type that holds all of them.
+        dtype: the narrowest type that holds all of them but those that stay in float32 (`rl.models.rotary.EXACT`).
     """
 
     def __init__(self, path: Path):
@@ -154,7 +155,8 @@ class Folder:
                     kind = part.get_dtype()
                     if kind not in _DTYPES:
                         raise ValueError(f"cannot be loaded: {name} has type {kind}, only floating point is read")
-                    dtypes.add(_DTYPES[kind])
+                    if not name.endswith((*EXACT, "expert_bias")):
+                        dtypes.add(_DTYPES[kind])
         if not self.shapes:
             raise ValueError("cannot be loaded: it holds no tensors")
         self.dtype = functools.reduce(torch.promote_types, dtypes)

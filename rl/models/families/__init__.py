@@ -37,9 +37,8 @@ def family_of(described: Mapping[str, Any], name: Any = None) -> Family | None:
     Raises:
         ValueError: see `open_family`.
     """
-    kind = described.get("model_type")
-    if kind == "diffusion_lm":
+    if described.get("model_type") == "diffusion_lm":
         return None
     if name is not None:
         return open_family(name)
-    return next((f for f in map(open_family, FAMILIES.names()) if f.model_type == kind), None)
+    return next((f for f in map(open_family, FAMILIES.names()) if f.reads(described)), None)

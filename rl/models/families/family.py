@@ -45,7 +45,8 @@ class Family:
         attention, logit_shift: as of `DiffusionLM`.
         keys: key of config.json -> key of the backbone's config, where both mean the same.
         constants: keys of config.json that this reading depends on, with the only value it holds for. A key that is
-            absent counts as having it.
+            absent or null counts as having it.
+        defaults: keys that the published config.json leaves out, with what they are then.
         template: keys written into the config.json of a model that did not come from a published one.
     """
 
@@ -56,12 +57,17 @@ class Family:
     logit_shift: ClassVar[int] = 0
     keys: ClassVar[Mapping[str, str]] = SIZES
     constants: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     template: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": False}
 
     @property
     def name(self) -> str:
         """Its name in messages."""
         return type(self).__name__.lower()
+
+    def reads(self, described: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this layout."""
+        return bool(described.get("model_type") == self.model_type)
 
     def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
         """The backbone's transformers config from a published config.json.
@@ -101,11 +107,12 @@ class Family:
         Raises:
             ValueError: a key is missing, or has a value that this layout is not read with.
         """
-        layout = f"the {self.name} layout"
-        if described.get("model_type") != self.model_type:
+        layout, published = f"the {self.name} layout", dict(described)
+        if not self.reads(described):
             raise ValueError(f"config.json says model_type {described.get('model_type')!r}, which is not {layout}")
+        described = {**self.defaults, **described}
         for key, value in self.constants.items():
-            if described.get(key, value) != value:
+            if described.get(key) not in (None, value):
                 raise ValueError(f"config.json says {key} {described[key]!r}, {layout} is read with {value!r} only")
         try:
             backbone = self.read(described)
@@ -125,7 +132,7 @@ class Family:
             "block_length": block_length,
             "logit_shift": self.logit_shift,
             "tie_word_embeddings": bool(described.get("tie_word_embeddings", False)),
-            "published": dict(described),
+            "published": published,
         }
 
     def describe(self, config: Any, backbone: Any, dtype: str) -> dict[str, Any]:
@@ -161,7 +168,9 @@ class Family:
             now = {k: v for k, v in now.items() if not k.startswith("rope_")}
             now["rope_parameters"] = ours["rope_parameters"]
         # A key that the published file leaves at its default stays left out.
-        described = before | {k: v for k, v in now.items() if k in before or v not in (None, False)}
+        absent = self.defaults
+        said = {k for k, v in now.items() if (v != absent[k] if k in absent else v is not None and v is not False)}
+        described = before | {k: v for k, v in now.items() if k in before or k in said}
         for key, value in self.read(described).items():
             if ours.get(key) != value:
                 raise ValueError(f"--layout {self.name} has no place for the backbone's {key} {ours.get(key)!r}")

@@ -69,6 +69,10 @@ class Llada(Family):
         "embedding_dropout": 0.0,
     }
 
+    def reads(self, described: Mapping[str, Any]) -> bool:
+        # LLaDA-MoE has the same model_type, and another network.
+        return super().reads(described) and not described.get("num_experts")
+
     def fields(self, described: Mapping[str, Any], block_length: int | None = None) -> dict[str, Any]:
         precise = bool(described.get("rope_full_precision", True))
         return super().fields(described, block_length) | {"rope_full_precision": precise}

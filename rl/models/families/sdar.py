@@ -1,11 +1,15 @@
-"""SDAR and TraDo (Cheng et al. 2025, arXiv 2510.06303; Wang et al. 2025, arXiv 2509.06949): Qwen3, block-causal."""
+"""SDAR and TraDo (Cheng et al. 2025, arXiv 2510.06303; Wang et al. 2025, arXiv 2509.06949): Qwen3, block-causal.
+
+SDAR 30B-A3B is Qwen3-MoE: a softmax router, the probabilities of a token's 8 of 128 experts divided by their sum.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rl.models.families.family import SIZES, Family
+from rl.models.families.experts import check_router, expert_places
+from rl.models.families.family import SIZES, Family, Part
 
 
 class Sdar(Family):
@@ -17,3 +21,29 @@ class Sdar(Family):
 
     def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
         return super().read({"attention_bias": False, **described})
+
+
+class SdarMoe(Sdar):
+    model_type = "sdar_moe"
+    architecture = "SDARMoeForCausalLM"
+    backbone = "qwen3_moe"
+    keys: ClassVar[Mapping[str, str]] = {
+        **Sdar.keys,
+        "num_experts": "num_local_experts",
+        **{key: key for key in ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")},
+        **{key: key for key in ("decoder_sparse_step", "mlp_only_layers")},
+    }
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "mask_token_id": 151669,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+    def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        check_router(described["num_experts"], described["num_experts_per_tok"])
+        return super().read({**self.defaults, **described})
+
+    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        where, _, kind = name.replace("backbone.", "model.", 1).rpartition(".")
+        return expert_places(where, kind, shape) if where.endswith(".experts") else super().places(name, shape)
