@@ -7,6 +7,7 @@ a replay needs today's weights and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,13 @@ class LatentTrajectory:
     def node(self, depth: int) -> tuple[int, ...]:
         """Identity of the rollout up to latents[depth]: equal for trajectories that share it."""
         return tuple(self.seed[: depth + 1].tolist())
+
+    def prompt_digest(self) -> bytes:
+        """Equal for trajectories with equal conditioning."""
+        digest = hashlib.sha256()
+        for name in sorted(self.conditioning):
+            digest.update(self.conditioning[name].tobytes())
+        return digest.digest()[:8]
 
     def validate(self) -> None:
         """Raise ValueError, naming the field, when the record contradicts itself."""

@@ -14,7 +14,7 @@ from rl.advantages import extremes, node_advantage
 from rl.batch import DecisionBatch
 from rl.config import load_config
 from rl.estimators.base import Verdicts
-from rl.estimators.forward_process import forward_rows
+from rl.estimators.forward_process import NFTRows, forward_rows
 from rl.prompt_history import PromptHistory
 from rl.recipes.b2_diffurl import B2DiffuRL
 from rl.recipes.branch_grpo import BranchGRPO
@@ -207,18 +207,18 @@ def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: di
     """At the policy that sampled, d loss / d x = 2 (2r - 1) (x - x0) / w / D: towards good samples, from bad ones."""
     policy = tiny_policy(scheduler)
     options = LatentSamplerOptions(kind="flow_sde" if scheduler else "ddim", num_inference_steps=4)
-    rows = forward_rows(rollouts(policy, options, count=3), policy, num_draws=2, beta=0.3)
+    rows = forward_rows(NFTRows, rollouts(policy, options, count=3), policy, num_draws=2, beta=0.3)
     assert rows.trajectory.tolist() == [0, 0, 1, 1, 2, 2] and rows.step.tolist() == [0, 1] * 3
     rows.set_anchor(policy)
-    prediction = rows.x0(policy).detach().requires_grad_()
-    rows.x0 = lambda model: prediction  # type: ignore[method-assign]
+    output = rows.predict(policy).detach().requires_grad_()
+    rows.predict = lambda model: output  # type: ignore[method-assign]
     scores = rows.score(policy)
     positive = scores.logprob
     advantage = tensor(10, 10, 0, 0, -2, -2)  # r = 1, 1, 1/2, 1/2, 0.3, 0.3
     batch = DecisionBatch(positive, positive * 0, positive, None, advantage, positive * 0 + 1, negative=scores.negative)
     recipe = DiffusionNFT(beta=0.3)
-    (gradient,) = torch.autograd.grad(recipe.loss(batch).loss.sum(), prediction)
-    error = prediction.detach() - rows.sample
+    (gradient,) = torch.autograd.grad(recipe.loss(batch).loss.sum(), output)
+    gradient, error = gradient / rows.x0_output, rows.x0(output).detach() - rows.sample
     factor = tensor(1, 1, 0, 0, -0.4, -0.4) * 2 / 9 / error.flatten(1).abs().mean(1)
     torch.testing.assert_close(gradient, factor.reshape(-1, 1, 1, 1) * error)
 
@@ -226,9 +226,9 @@ def test_the_forward_process_gradient_is_reward_weighted_denoising(scheduler: di
 def test_the_forward_process_draws_anew_every_pass_and_from_seeds_alone() -> None:
     policy = tiny_policy()
     trajectories = rollouts(policy, LatentSamplerOptions(num_inference_steps=4), count=3)
-    one, same, other = (forward_rows(trajectories, policy, 2, 1.0, iteration) for iteration in (0, 0, 1))
+    one, same, other = (forward_rows(NFTRows, trajectories, policy, 2, i, beta=1.0) for i in (0, 0, 1))
     assert (one.latent == same.latent).all() and (one.latent != other.latent).any()
-    alone = forward_rows(trajectories[1:2], policy, 2, 1.0)
+    alone = forward_rows(NFTRows, trajectories[1:2], policy, 2, beta=1.0)
     assert (alone.latent == one.latent[2:4]).all()
 
 
@@ -338,8 +338,8 @@ def test_flow_dppo_holds_what_is_far_and_goes_further_whatever_its_ratio_says() 
 def test_every_image_recipe_says_so() -> None:
     images = {n for n in RECIPES.known if issubclass(type(parse_recipe({"name": n})), ImageRecipe)}
     assert images == {
-        "b2_diffurl", "branch_grpo", "ddpo", "diffusion_nft", "dpok", "find", "flow_dppo", "flow_grpo", "grpo_guard",
-        "mix_grpo",
+        "awm", "b2_diffurl", "branch_grpo", "ddpo", "diffusion_dpo", "diffusion_nft", "diffusion_opd", "dpok", "find",
+        "flow_dppo", "flow_grpo", "grpo_guard", "mix_grpo", "v_grpo",
     }  # fmt: skip
     modality = {n: parse_recipe({"name": n}).modality for n in RECIPES.known}
     assert {n for n in RECIPES.known if modality[n] == "images"} == images | {"alignprop"}

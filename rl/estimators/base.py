@@ -70,6 +70,10 @@ class Rows:
         """Keep what `score` needs of another policy; asked of an estimator whose recipe names one (`Recipe.anchor`)."""
         raise NotImplementedError
 
+    def set_reference(self, model: Any) -> None:
+        """Keep what `score` needs of the frozen reference, where the recipe's anchor is the old policy."""
+        raise NotImplementedError
+
     def score(self, model: Any) -> Scores:
         """The numbers of every decision under the model's weights."""
         raise NotImplementedError

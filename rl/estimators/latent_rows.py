@@ -35,7 +35,7 @@ class LatentRows(Rows):
     @property
     def num_rows(self) -> int:
         """Latents that go through the network in one forward; guidance may double them."""
-        return len(self.step) * self.evaluations
+        return len(self.latent) * self.evaluations
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -50,12 +49,8 @@ class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
         return self.kl_to if self.kl_estimator == "exact" else "none"
 
     def summary(self, trajectory: Any) -> Any:
-        digest = hashlib.sha256()
-        for name in sorted(trajectory.conditioning):
-            digest.update(trajectory.conditioning[name].tobytes())
-        return PathSummary(
-            digest.hexdigest()[:16], tuple(trajectory.seed.tolist()), tuple(trajectory.is_decision.tolist())
-        )
+        decides = tuple(trajectory.is_decision.tolist())
+        return PathSummary(trajectory.prompt_digest().hex(), tuple(trajectory.seed.tolist()), decides)
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         import numpy as np

@@ -262,6 +262,8 @@ class PolicyUpdater(Updater):
             anchor = self.reference if self.recipe.anchor == "reference" else self.run.model
             for batch in (*batches, spare):
                 batch.rows.set_anchor(anchor)
+                if self.recipe.anchor == "old" and self.reference is not None:
+                    batch.rows.set_reference(self.reference)
                 if not batch.spare:
                     self.spent.forwarded(batch.rows)
         elif self.reference is not None and not self.recipe.needs_log_ratio:
