@@ -40,6 +40,11 @@ def digits(half: Literal["train", "judge"]) -> tuple[np.ndarray, np.ndarray]:
     return np.round(data.images[part] * 255 / 16).astype(np.uint8), data.target[part].astype(np.int64)
 
 
+def real_digits() -> np.ndarray:
+    """uint8 [N, 8, 8], the half that rewards and models may see."""
+    return digits("train")[0]
+
+
 def pixels(images: Sequence[Any] | np.ndarray) -> np.ndarray:
     """float64 [N, 64] in [0, 1].
 

@@ -55,6 +55,7 @@ NAMES = {
     "length": "rewards.length:length",
     "llm_judge": "rewards.llm_judge:LlmJudge",
     "math_answer": "rewards.math_answer:MathAnswer",
+    "mmd": "rewards.mmd:MMD",
     "motif_activity": "rewards.motifs:MotifActivity",
     "net_charge": "rewards.protein:NetCharge",
     "overlong": "rewards.length:overlong",

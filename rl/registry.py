@@ -78,6 +78,7 @@ RECIPES = Table(
         "grpo_guard": "rl.recipes.grpo_guard:GRPOGuard",
         "mix_grpo": "rl.recipes.mix_grpo:MixGRPO",
         "v_grpo": "rl.recipes.v_grpo:VGRPO",
+        "class_tokens": "rl.recipes.class_tokens:ClassTokens",
         "ctrl": "rl.recipes.ctrl:CTRL",
         "drakes": "rl.recipes.drakes:DRAKES",
         "tracerl": "rl.recipes.tracerl:TraceRL",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
+from rewards.load import load_reward
 from rl.config import load_config
 from rl.models.class_policy import ClassPolicy
+from rl.recipes.class_tokens import ClassTokens
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.run import Run
 from rollouts.engines.base import SampleRequest
@@ -229,6 +233,45 @@ def test_updates_raise_the_reward_of_the_very_images(tmp_path: Path) -> None:
         updater = RewardGradientUpdater(run, config.algorithm, 3)
         rewards = [updater.step(0).metrics["reward/mean"] for _ in range(4)]
     assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.003
+
+
+def test_mmd_is_the_published_statistic_and_its_gradient(tmp_path: Path) -> None:
+    """Pixels 0, 1 against 0, 0, 1 (rbf, gamma 1): e = exp(-1), MMD^2 = e - 2 (3 + 3 e) / 6 + (1 + 2 e) / 3."""
+    np.save(tmp_path / "real.npy", np.array([0, 0, 255], np.uint8).reshape(3, 1, 1))
+    reward = load_reward("mmd", {"images": str(tmp_path / "real.npy"), "gamma": 1.0})
+    e = float(np.exp(-1))
+    made = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1).requires_grad_()
+    values = reward.on_tensors([], made)
+    # Image 0: 2 (1 + 1 + e) / 3 - e - (1 + 2 e) / 3; image 1: 2 (e + e + 1) / 3 - e - (1 + 2 e) / 3.
+    assert values.tolist() == pytest.approx([1 - e, (1 - e) / 3])
+    assert -values.mean().item() == pytest.approx(e - (3 + 3 * e) / 3 + (1 + 2 * e) / 3)
+    # The paper's loss by its own formula has the same gradient; a constant of the real images has none.
+    x, y = made.flatten(), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    kernel = lambda a, b: (-((a[:, None] - b) ** 2)).exp()  # noqa: E731
+    own = kernel(x, x)
+    loss = (own.sum() - own.diagonal().sum()) / 2 - 2 * kernel(x, y).mean()
+    (wanted,) = torch.autograd.grad(loss, made)
+    torch.testing.assert_close(torch.autograd.grad(-values.mean(), made)[0], wanted)
+    assert reward([], [np.zeros((1, 1), np.uint8), np.full((1, 1), 255, np.uint8)]) == pytest.approx(values.tolist())
+    linear = load_reward("mmd", {"images": str(tmp_path / "real.npy"), "kernel": "polynomial", "degree": 1})
+    # x y + 1: 1 between the two, 1 + 1/6 to the real ones, 1 among these.
+    assert -linear.on_tensors([], made).mean().item() == pytest.approx(1 - 2 * (1 + 1 / 6) + 1)
+    with pytest.raises(ValueError, match=r"raise train\.micro_batch_size to 2 or more"):
+        reward.on_tensors([], made[:1])
+
+
+def test_class_tokens_trains_the_embedding_and_nothing_else(tmp_path: Path) -> None:
+    arguments = image_config(
+        tmp_path, *ALIGNPROP, "algorithm={name: class_tokens}", "train.optimizer={lr: 0.01, warmup_steps: 0}"
+    )
+    runs.train_here([*arguments, "train.steps=1", "sft.steps=1"])
+    before = load_file(tmp_path / "run" / "warm_start" / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = {name: np.abs(before[name] - value).max(-1) for name, value in unet(tmp_path / "run", 1).items()}
+    assert [name for name, change in moved.items() if change.any()] == ["label.weight"]
+    # Four prompts of ten classes learn; the null label does not.
+    assert 1 <= (moved["label.weight"] > 1e-6).sum() <= 4 and moved["label.weight"][10] == 0
+    with pytest.raises(ValueError, match=r"trains the class embedding of the built-in model: model\.path is a Linear"):
+        ClassTokens().prepare(SimpleNamespace(model=torch.nn.Linear(1, 1)))
 
 
 def test_a_run_counts_every_forward(tmp_path: Path) -> None:

@@ -342,4 +342,4 @@ def test_every_image_recipe_says_so() -> None:
         "flow_dppo", "flow_grpo", "grpo_guard", "mix_grpo", "v_grpo",
     }  # fmt: skip
     modality = {n: parse_recipe({"name": n}).modality for n in RECIPES.known}
-    assert {n for n in RECIPES.known if modality[n] == "images"} == images | {"alignprop"}
+    assert {n for n in RECIPES.known if modality[n] == "images"} == images | {"alignprop", "class_tokens"}

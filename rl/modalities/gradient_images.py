@@ -65,6 +65,8 @@ class GradientImages:
         """
         self.run, self.engine = run, run.engine(run.model)
         steps = len(self.engine.steps)
+        if self.engine.steps.mean_previous is not None:
+            raise ValueError("sampler.kind dpm_solver looks back: a reward gradient needs ddim, ddpm or a flow kind")
         if gradient_steps > steps:
             raise ValueError(
                 f"algorithm.gradient_steps ({gradient_steps}) must not exceed sampler.num_inference_steps ({steps})"

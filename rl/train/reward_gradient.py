@@ -76,6 +76,7 @@ class RewardGradientUpdater(Updater):
             ValueError: the config asks for what a reward gradient has not (`check_reward_gradient`).
         """
         check_reward_gradient(run.config)
+        recipe.prepare(run)
         self.recipe, self.sampler = recipe, recipe.gradient_sampler(run)
         self.reference = Policy(run.starting_policy(resumed)) if recipe.needs_reference else None
         super().__init__(run, Policy(run.model), total_updates)

@@ -14,7 +14,7 @@ from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import Conditioning, ImagePolicy, LearnedNoise
-from rollouts.samplers.gaussian import diagonal_log_density, gaussian_step, make_steps
+from rollouts.samplers.gaussian import diagonal_log_density, gaussian_step, make_steps, predicted_x0
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
 
@@ -85,6 +85,7 @@ class LatentEngine(SharedModelEngine):
         latent, initial = self._start(seed, given)
         record = [{"latent": latent, "seed": seed}]
         origins = [root]
+        previous: Any = 0.0
         for index in range(len(self.steps)):
             origin = torch.arange(len(root), device=self.device)
             if index in branches:
@@ -95,14 +96,19 @@ class LatentEngine(SharedModelEngine):
                 seed = branch_seed(seed[origin], torch.tensor(index, device=self.device), branch)
             origins.append(origin)
             output = self.predict(latent, index, {name: rows[root] for name, rows in given.items()})
-            rows = len(latent)
+            rows, shift = len(latent), 0.0
+            table = torch.from_numpy(self.steps.coefficients[index]).to(self.device).expand(rows, -1)
+            if self.steps.mean_previous is not None:
+                shift = float(self.steps.mean_previous[index]) * (previous[origin] if index else previous)
+                previous = predicted_x0(table, self.steps.clip, output.double(), latent.double())
             latent, mean, logprob = gaussian_step(
-                torch.from_numpy(self.steps.coefficients[index]).to(self.device).expand(rows, -1),
+                table,
                 torch.full((rows,), self.steps.std[index], dtype=torch.float64, device=self.device),
                 self.steps.clip,
                 output,
                 latent,
                 self.noise(seed, index + 1),
+                shift,
             )
             record.append({"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob})
         if not torch.isfinite(latent).all():

@@ -11,6 +11,7 @@ diffusers scheduler; steps are pure functions of it. Notation: a_t is the cumula
 * `ddpm_steps`: Ho et al. 2020 (arXiv 2006.11239), equation 7.
 * `flow_sde_steps`: Liu et al. 2025, Flow-GRPO (arXiv 2505.05470): an SDE with the marginals of the flow's ODE.
 * `flow_cps_steps`: Wang and Yu 2025 (arXiv 2509.05952) as in the code of Flow-GRPO: noise is replaced, never added.
+* `dpm_solver_steps`: Lu et al. 2022, DPM-Solver++ (arXiv 2211.01095), algorithm 2 as in diffusers: a solver of the ODE.
 * `flow_stochastic_steps`: diffusers' FlowMatchEulerDiscreteScheduler with stochastic_sampling: jump to x0, noise again.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +42,8 @@ class GaussianSteps:
         std: float64 [T].
         clip: bound on |x0|, None without one.
         initial_std: standard deviation of the initial noise.
+        mean_previous: float64 [T], coefficient of the x0 that the step before predicted, of a solver that looks back
+            (no such step is a decision); None for all others.
     """
 
     timestep: np.ndarray
@@ -47,6 +51,7 @@ class GaussianSteps:
     std: np.ndarray
     clip: float | None = None
     initial_std: float = 1.0
+    mean_previous: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -65,6 +70,8 @@ def make_steps(scheduler: Any, options: LatentSamplerOptions, schedule: dict[str
     schedule = schedule or {"num_inference_steps": options.num_inference_steps}
     if options.timesteps is not None:
         schedule = explicit_schedule(scheduler, options.timesteps, schedule)
+    if options.kind == "dpm_solver":
+        return dpm_solver_steps(copy.deepcopy(scheduler), schedule)
     flow = options.kind.startswith("flow")
     if flow != (not hasattr(scheduler, "alphas_cumprod")):
         needed = "a flow-matching scheduler" if flow else "a scheduler with alphas_cumprod"
@@ -209,6 +216,43 @@ def flow_stochastic_steps(scheduler: Any, schedule: dict[str, Any]) -> GaussianS
     return _steps(scheduler, timestep, after, np.ones_like(t), -t, 1 - after, zeros, zeros)
 
 
+def dpm_solver_steps(scheduler: Any, schedule: dict[str, Any]) -> GaussianSteps:
+    """DPM-Solver++(2M): with signal s, noise n and h = log(s' / n') - log(s / n),
+
+        x' = (n' / n) x + s' (1 - e^-h) (x0 + h / (2 h_before) (x0 - x0_before)),
+
+    and without the second term at the first and at the last step. Levels and times are those of diffusers'
+    `DPMSolverMultistepScheduler`; those of a flow are 1, ..., 2/T, 1/T, shifted as its own scheduler does.
+    """
+    if hasattr(scheduler, "alphas_cumprod"):
+        from diffusers import DPMSolverMultistepScheduler
+
+        solver = DPMSolverMultistepScheduler.from_config(scheduler.config, final_sigmas_type="zero")
+        with warnings.catch_warnings():  # diffusers' own, of NumPy 2
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver.set_timesteps(**schedule)
+        timestep, ratio = solver.timesteps.double().numpy(), solver.sigmas.double().numpy()
+        signal = 1 / np.sqrt(1 + ratio**2)
+        noise = ratio * signal
+        x0_latent, x0_output, _, _ = _prediction(scheduler.config.prediction_type, signal[:-1] ** 2)
+    else:
+        given = {name: value for name, value in schedule.items() if name != "num_inference_steps"}
+        count = schedule.get("num_inference_steps", 1)
+        scheduler.set_timesteps(**{"sigmas": np.linspace(1.0, 1 / count, count), **given})
+        timestep, noise = scheduler.timesteps.double().numpy(), scheduler.sigmas.double().numpy()
+        signal = 1 - noise
+        x0_latent, x0_output = np.ones_like(timestep), -noise[:-1]
+    kept = signal[:-1] * noise[1:] / (signal[1:] * noise[:-1])
+    gain = signal[1:] * (1 - kept)
+    second = np.zeros_like(gain)
+    # From pure noise the step before has an infinite h, and so nothing is taken from it.
+    before = -np.log(np.maximum(kept[:-2], 1e-300)) if kept[:1].any() else np.append(np.inf, -np.log(kept[1:-2]))
+    second[1:-1] = -np.log(kept[1:-1]) / (2 * before)
+    zeros = np.zeros_like(gain)
+    steps = _steps(scheduler, timestep, zeros, x0_latent, x0_output, gain * (1 + second), noise[1:] / noise[:-1], zeros)
+    return replace(steps, mean_previous=-gain * second)
+
+
 def _prediction(kind: str, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Coefficients of x0 and of the noise in (latent, output), before clipping."""
     signal, noise, zeros, ones = np.sqrt(a), np.sqrt(1 - a), np.zeros_like(a), np.ones_like(a)
@@ -309,17 +353,19 @@ def gaussian_step(
     output: torch.Tensor,
     latent: torch.Tensor,
     noise: torch.Tensor,
+    shift: torch.Tensor | float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of a sampler.
 
     Args:
         noise: [N, ...], standard normal.
+        shift: [N, ...] added to the mean, of a solver that looks back.
 
     Returns:
         the next latent in the dtype of `latent`, its mean (float64) and its log-prob (float64 [N]). The log-prob is
         that of the rounded latent, which is the one that is kept.
     """
-    mean = step_mean(coefficients, clip, output, latent)
+    mean = step_mean(coefficients, clip, output, latent) + shift
     sample = (mean + _like(std, latent) * noise.double()).to(latent.dtype)
     return sample, mean, log_density(sample, mean, std)
 

@@ -12,10 +12,10 @@ class LatentSamplerOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["ddim", "ddpm", "flow_sde", "flow_cps", "flow_stochastic"] = Field(
+    kind: Literal["ddim", "ddpm", "flow_sde", "flow_cps", "flow_stochastic", "dpm_solver"] = Field(
         "ddim",
         description="Step rule: DDIM with eta, DDPM's ancestral step, Flow-GRPO's SDE, coefficients-preserving flow "
-        "sampling, or diffusers' own stochastic flow-matching step.",
+        "sampling, diffusers' own stochastic flow-matching step, or DPM-Solver++ (no step is a decision).",
     )
     num_inference_steps: int = Field(20, ge=1, description="Denoising steps.")
     eta: float = Field(1.0, ge=0, le=1, description="Noise of a DDIM step; 0 is deterministic, 1 has DDPM's variance.")
@@ -44,6 +44,8 @@ class LatentSamplerOptions(BaseModel):
     def _floor_is_above_the_bound(self) -> LatentSamplerOptions:
         if self.small_std == "floor" and self.min_std == 0:
             raise ValueError("sampler.small_std floor does nothing with sampler.min_std 0: set min_std above 0")
+        if self.small_std == "floor" and self.kind == "dpm_solver":
+            raise ValueError("sampler.small_std floor does nothing with dpm_solver, which draws no noise")
         return self
 
     @model_validator(mode="after")
@@ -63,7 +65,7 @@ class LatentSamplerOptions(BaseModel):
             first, length = self.sde_window
             if first < 0 or length < 1 or first + length > steps:
                 raise ValueError(f"sampler.sde_window {[first, length]} must lie in the {steps} steps: [first, length]")
-            if self.kind == "ddpm":
+            if self.kind in ("ddpm", "dpm_solver"):
                 raise ValueError(
                     "sampler.sde_window needs steps with an ODE: set sampler.kind to ddim (eta 1) or a flow"
                 )

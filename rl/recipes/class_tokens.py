@@ -1,0 +1,33 @@
+"""Discriminative class tokens: a classifier's gradient through the sampler into one embedding, all else frozen.
+
+Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models" (arXiv 2303.17155), by its code
+(idansc/discriminative_class_tokens, run.py): the classifier's cross-entropy on a finished image is back-propagated
+through the last sampling step only into the embedding of a new token. The reward is `image_classifier` with
+`value: logprob`, or any other with a gradient.
+
+Here the embedding is that of a class of the built-in model: the prompts of the run say which rows learn. Departs from
+the published code: no token is added to a text encoder, whose states this package keeps as they were encoded, so
+pipelines are refused; no early stopping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rl.recipes.alignprop import AlignProp
+
+
+class ClassTokens(AlignProp, defaults={"gradient_steps": 1}):
+    def prepare(self, run: Any) -> None:
+        from torch import nn
+
+        model = run.model
+        count = len(getattr(model, "classes", ())) + 1
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == count]
+        if len(tables) != 1:
+            raise ValueError(
+                f"algorithm.name class_tokens trains the class embedding of the built-in model: model.path is a "
+                f"{type(model).__name__}, which has {len(tables)} of them"
+            )
+        model.requires_grad_(False)
+        tables[0].requires_grad_(True)
