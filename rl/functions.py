@@ -19,6 +19,7 @@ from rl.inputs import Reward, Rows, as_lines, reward_part, rows_of, several
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 from rl.models.tokenizers import read_tokenizer
+from rl.models.vocabulary import compiled_constraint
 from rl.registry import parse_recipe
 from rl.tasks.chat import prompt_text, token_ids
 from rl.train.rollouts import request_seed
@@ -72,12 +73,18 @@ def sample(
         for index, ids in enumerate(_ids(tokenizer, prompt) for prompt in prompts)
         for number in range(num_samples)
     ]
+    constraint = None
+    if options.constraint is not None:
+        if tokenizer is None:
+            raise ValueError("tokenizer is required for a constraint with a loaded policy: give it")
+        constraint = compiled_constraint(options.constraint, tokenizer, getattr(model, "excluded_token_ids", ()))
     engine = InProcessEngine(
         SharedForwards(model),
         options,
         eos_token_id=getattr(tokenizer, "eos_token_id", None),
         max_batch_size=max_batch_size,
         device=next(model.parameters()).device,
+        constraint=constraint,
     )
     return engine.generate(requests)
 

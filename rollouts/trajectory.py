@@ -30,6 +30,8 @@ _EDIT_FIELDS = {
     "confidence": np.float32,
 }
 X0_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
+# What only some trajectories have.
+_SOME = (*X0_FIELDS, "allowed", "allowed_at")
 
 # How much of a rollout is known, each with what comes before it: the finished answer, the step of every token, and the
 # log-prob it was drawn with. Our own engines know everything, serving engines often not.
@@ -58,7 +60,8 @@ class TokenTrajectory:
             the terminal one are still masked.
         mask_token_id: the id that marks an undecided position.
         num_steps: T, denoising forwards this rollout took part in.
-        step, position, token: int [E], the edits ordered by step; a step may edit many positions.
+        step, position, token: int [E], the edits ordered by step; a step may edit many positions. Step -1 holds tokens
+            that a constraint placed before the first forward, since every match has them: they are no decisions.
         logprob: float64 [E], natural log of the probability the sampler gave this token when it chose
             it (after temperature and filters; 0 for a remasking edit and for greedy choices).
         confidence: float32 [E], probability of the token under the score distribution, in [0, 1]; 0 for a remasking
@@ -80,6 +83,9 @@ class TokenTrajectory:
             drew nothing (the position held a token).
         x0_logprob: float64 [T, L], recorded with it: `logprob` of each of these draws; NaN likewise.
         seed: the per-request seed; the same seed, weights and settings give the same rollout.
+        allowed: uint8 [sets, V / 8], under a constraint the sets of tokens that tokens were drawn among, a bit for each
+            token (`numpy.packbits`); trajectories may share the array.
+        allowed_at: int32 [E], the set of every edit; -1 where it was no draw among some tokens only.
     """
 
     prompt_ids: np.ndarray
@@ -103,6 +109,8 @@ class TokenTrajectory:
     x0_confidence: np.ndarray | None = None
     x0_logprob: np.ndarray | None = None
     seed: int = 0
+    allowed: np.ndarray | None = None
+    allowed_at: np.ndarray | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -110,8 +118,13 @@ class TokenTrajectory:
 
     @property
     def is_reveal(self) -> np.ndarray:
-        """bool [E]: edits that chose a token (everything but remasking)."""
-        return self.token != self.mask_token_id
+        """bool [E]: edits that chose a token: all but remasking, and what was placed before the first step."""
+        return (self.token != self.mask_token_id) & (self.step >= 0)
+
+    @property
+    def placed(self) -> np.ndarray:
+        """int [K]: positions of tokens that stood on the canvas before the first step."""
+        return self.position[self.step < 0]
 
     def canvas_at(self, step: int) -> np.ndarray:
         """int64 [L]: the canvas the model saw at `step`, that is after the edits of all earlier steps."""
@@ -150,8 +163,8 @@ class TokenTrajectory:
                 raise ValueError(
                     f"trajectory field {name!r} has {len(getattr(self, name))} entries, step has {len(self.step)}"
                 )
-        if len(self.step) and (np.any(np.diff(self.step) < 0) or self.step[0] < 0 or self.step[-1] >= self.num_steps):
-            raise ValueError("trajectory field 'step' must be ordered and lie in [0, num_steps)")
+        if len(self.step) and (np.any(np.diff(self.step) < 0) or self.step[0] < -1 or self.step[-1] >= self.num_steps):
+            raise ValueError("trajectory field 'step' must be ordered and lie in [0, num_steps), or be -1")
         if np.any(self.position < self.prompt_length) or np.any(self.position >= self.length):
             raise ValueError("trajectory field 'position' must lie behind the prompt and inside the canvas")
         if not 0 <= self.stop_length <= self.length - self.prompt_length:
@@ -173,6 +186,13 @@ class TokenTrajectory:
         step, position = self.step[order], self.position[order]
         if np.any((np.diff(step) == 0) & (np.diff(position) == 0)):
             raise ValueError("trajectory edits one position twice in one step")
+        if (self.allowed is None) != (self.allowed_at is None):
+            raise ValueError("trajectory fields 'allowed' and 'allowed_at' belong together")
+        if self.allowed is not None and self.allowed_at is not None:
+            drawn = self.allowed_at >= 0
+            at, token = self.allowed_at[drawn], self.token[drawn]
+            if not np.all(np.unpackbits(self.allowed[at], axis=1)[np.arange(len(at)), token]):
+                raise ValueError("trajectory field 'allowed' excludes a token that was drawn")
 
 
 def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[TokenTrajectory]) -> None:
@@ -189,6 +209,12 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
             values = getattr(trajectory, name)
             if values is not None:
                 arrays[f"{name}_{index}"] = values.astype(dtype, copy=False)
+        if trajectory.allowed is not None and trajectory.allowed_at is not None:
+            # Of the sets that many trajectories share, this one's.
+            used = np.unique(trajectory.allowed_at[trajectory.allowed_at >= 0])
+            at = np.searchsorted(used, trajectory.allowed_at)
+            arrays[f"allowed_{index}"] = trajectory.allowed[used]
+            arrays[f"allowed_at_{index}"] = np.where(trajectory.allowed_at < 0, -1, at).astype(np.int32)
     items = [
         {
             "length": t.length,
@@ -222,7 +248,7 @@ def load_trajectories(path: str | os.PathLike[str]) -> list[TokenTrajectory]:
         edits = slice(*arrays["edit_offsets"][index : index + 2])
         trajectory = TokenTrajectory(
             prompt_ids=arrays["prompt_ids"][prompt],
-            **{name: arrays[f"{name}_{index}"] for name in X0_FIELDS if f"{name}_{index}" in arrays},
+            **{name: arrays[f"{name}_{index}"] for name in _SOME if f"{name}_{index}" in arrays},
             **{name: arrays[name][edits] for name in _EDIT_FIELDS},
             **item,
         )

@@ -36,12 +36,16 @@ Draw = Callable[[np.ndarray, np.random.Generator, float], list[Copy]]
 
 
 def scope_positions(trajectory: TokenTrajectory, scope: Scope) -> np.ndarray:
-    """int64: the positions of the answer with its end token (most papers), or of everything that was decoded."""
+    """int64: the positions of the answer with its end token (most papers), or of everything that was decoded.
+
+    What a constraint placed before the first step was not decoded.
+    """
     start = trajectory.prompt_length
-    if scope == "answer":
-        return np.arange(start, start + trajectory.stop_length)
-    # Blocks behind the one with the end token were never decoded and are still masked.
-    return start + np.flatnonzero(trajectory.final_canvas()[start:] != trajectory.mask_token_id)
+    places = np.arange(start, start + trajectory.stop_length)
+    if scope == "canvas":
+        # Blocks behind the one with the end token were never decoded and are still masked.
+        places = start + np.flatnonzero(trajectory.final_canvas()[start:] != trajectory.mask_token_id)
+    return np.setdiff1d(places, trajectory.placed)
 
 
 def everything_hidden(places: np.ndarray, rng: np.random.Generator, level: float) -> list[Copy]:

@@ -68,7 +68,7 @@ def copy_rows(
         final, places = padded.final_canvas(), scope_positions(trajectory, scope)
         rng = np.random.default_rng([trajectory.seed, iteration])
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
-        outside = np.setdiff1d(np.arange(trajectory.prompt_length, padded.length), places)
+        outside = np.setdiff1d(np.arange(trajectory.prompt_length, padded.length), [*places, *trajectory.placed])
         for step, copy in enumerate(draw(places, rng, level)):
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id

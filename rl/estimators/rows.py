@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from rl.estimators.allowed import allowed_sets, allowed_tokens
 from rl.estimators.base import Rows, Scores
 from rl.estimators.logprob import logprob_and_entropy
 from rl.estimators.packing import placed
@@ -51,6 +52,9 @@ class TokenRows(Rows):
         cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
         context_causal: a clean token sees the clean tokens up to itself only, also inside its block.
+        allowed: uint8 [sets, V / 8], under a constraint the sets of tokens that tokens were drawn among, as of
+            `TokenTrajectory`; None without one.
+        allowed_at: int64 [N], the set of each decision; -1 for all tokens.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +73,8 @@ class TokenRows(Rows):
     top_p: float = 1.0
     top_k: int = 0
     context_causal: bool = False
+    allowed: torch.Tensor | None = None
+    allowed_at: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -108,6 +114,10 @@ class TokenRows(Rows):
 
     def drawn(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob of the targets, and entropy [N], in the sampling distribution."""
+        if self.allowed is not None:
+            assert self.allowed_at is not None
+            outside = ~allowed_tokens(self.allowed, self.allowed_at, logits.shape[-1])
+            logits = logits.masked_fill(outside, -torch.inf)
         return logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k)
 
     def hidden(self, model: DenoisingModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -372,6 +382,9 @@ def assemble(
         weight_factor=flat("weight_factor", np.float64),
         context_causal=context_causal,
         **{name: sampler[name] for name in ("temperature", "top_p", "top_k", "cfg_scale") if name in sampler},
+        **allowed_sets(
+            [(r.trajectory, d.position_ids[r.column]) for d, r in zip(documents, reads, strict=True)], trajectories
+        ),
     )
 
 

@@ -198,7 +198,9 @@ def _sampler_states(trajectories: Sequence[TokenTrajectory], shrink: int, segmen
     if shrink == 1 and segments is None:
         return all(t.detail == "logprobs" for t in trajectories)
     # A position that was remasked or edited was decided more than once.
-    if not all(t.is_reveal.all() and len(np.unique(t.position)) == len(t.position) for t in trajectories):
+    if not all(
+        (t.token != t.mask_token_id).all() and len(np.unique(t.position)) == len(t.position) for t in trajectories
+    ):
         needs = "needs trajectories without remasking or token editing"
         if shrink > 1:
             raise ValueError(f"algorithm.shrink > 1 {needs}: set algorithm.shrink to 1")
@@ -233,7 +235,7 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     """Without the decisions behind an answer's end token; these tokens stay in the canvas where they were seen."""
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
-    flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
+    flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor", "allowed_at")
     return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
 
 

@@ -16,8 +16,10 @@ from rl.estimators.rows import TokenRows, readout
 from rl.modalities.text_plan import TextPlan, open_tokenizer, review
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
+from rl.models.vocabulary import compiled_constraint
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
+from rollouts.constraints.automaton import TokenAutomaton
 from rollouts.engines.base import Engine
 from rollouts.engines.causal import CausalEngine, ServedCausalEngine, causal_options
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -38,6 +40,7 @@ class TextModality(TextPlan):
         super().__init__(config, task)
         self.tokenizer, self.grid = tokenizer, task.grid
         self.rollout_block: int | None = None
+        self._automata: dict[str, TokenAutomaton] = {}
 
     @classmethod
     def open(cls, config: Config, task: Task) -> TextModality:
@@ -70,7 +73,17 @@ class TextModality(TextPlan):
             max_batch_size=self.config.rollout.max_batch_size,
             device=device,
             approximate_cache=self.config.rollout.cache,
+            constraint=self._automaton(options, model),
         )
+
+    def _automaton(self, options: SamplerOptions, model: Any) -> TokenAutomaton | None:
+        """The compiled `options.constraint`; compiling a large one takes seconds, so it is kept."""
+        if options.constraint is None:
+            return None
+        key = options.constraint.model_dump_json()
+        if key not in self._automata:
+            self._automata[key] = compiled_constraint(options.constraint, self.tokenizer, model.excluded_token_ids)
+        return self._automata[key]
 
     def options(self) -> SamplerOptions:
         return self._with_block(self.config.sampler)

@@ -64,6 +64,8 @@ class TextPlan(Modality):
             raise ValueError("model.tokenizer has no mask token: a masked-diffusion model needs one")
         prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
         longest = max(len(ids) for ids in token_ids(tokenizer, prompts))
+        if sampler.constraint is not None:
+            _check_constraint(config, tokenizer)
         context, mask_token_id, block = _shape(config, tokenizer)
         if mask_token_id is not None:
             review(config, task, tokenizer, mask_token_id, context, block)
@@ -103,6 +105,8 @@ class TextPlan(Modality):
             needs["remasking"] = f"sampler.reviser {config.sampler.reviser}"
         if config.sampler.record_x0:
             needs["x0"] = "sampler.record_x0"
+        if config.sampler.constraint is not None:
+            needs["constraints"] = "sampler.constraint"
         return needs
 
     @classmethod
@@ -143,6 +147,20 @@ def review(
         )  # fmt: skip
         kept = kept_prompts(files[index + 1 :], file.path)
         file.review(partial(apart_reasons, look=look, kept=kept), config.task.unfit == "drop")
+
+
+def _check_constraint(config: Config, tokenizer: Any) -> None:
+    """Raise ValueError where no response can match the constraint, or something of the run does not go with it."""
+    from rl.models.vocabulary import compiled_constraint, excluded_ranges
+
+    sampler = config.sampler
+    if config.eval.baseline or config.eval.backslide:
+        name = "baseline" if config.eval.baseline else "backslide"
+        raise ValueError(f"eval.{name} does not go with sampler.constraint, which it does not keep to: leave it out")
+    excluded = excluded_ranges(tokenizer, max(tokenizer.get_vocab().values()) + 1, config.model.never_generate)
+    reason = compiled_constraint(sampler.constraint, tokenizer, excluded).refusal(sampler.gen_length)
+    if reason is not None:
+        raise ValueError(f"sampler.constraint cannot be met: {reason}")
 
 
 def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:

@@ -7,8 +7,17 @@ tokens have probability 0 in sampler and learner alike, so the policy is a distr
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+
+from rl.tasks.chat import token_ids
+from rollouts.constraints.automaton import TokenAutomaton
+from rollouts.constraints.compile import Tokens, compile_constraint
+from rollouts.samplers.options import ConstraintOptions
 
 
 def as_ranges(ids: Iterable[int]) -> list[list[int]]:
@@ -48,3 +57,70 @@ def excluded_ranges(tokenizer: Any, vocab_size: int, never_generate: Sequence[in
             raise ValueError(f"model.never_generate names {token!r}, which is no token of the tokenizer")
         excluded.add(i)
     return as_ranges(excluded)
+
+
+def token_bytes(tokenizer: Any) -> dict[int, bytes]:
+    """The bytes that every token but the special ones adds to a decoded text.
+
+    Raises:
+        ValueError: what a token adds depends on its neighbours (WordPiece, words joined by spaces).
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    backend = tokenizer.backend_tokenizer
+    described = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
+    kinds = {part["type"] for part in described.get("decoders", [described])}
+    literal = tokenizer.get_added_vocab()
+    if "ByteLevel" in kinds:
+        byte = {character: value for value, character in bytes_to_unicode().items()}
+
+        def read(token: str) -> bytes:
+            return bytes(byte[character] for character in token)
+    elif "ByteFallback" in kinds or "Metaspace" in kinds:
+
+        def read(token: str) -> bytes:
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\u2581", " ").encode()
+    elif kinds == {"Fuse"}:
+
+        def read(token: str) -> bytes:
+            return token.encode()
+    else:
+        raise ValueError(
+            f"sampler.constraint needs a tokenizer whose tokens are pieces of text, and this one's decoder is "
+            f"{', '.join(sorted(kinds))}: use a byte-level, sentencepiece or character tokenizer"
+        )
+    special = set(tokenizer.all_special_ids)
+    return {
+        index: token.encode() if token in literal else read(token)
+        for token, index in tokenizer.get_vocab().items()
+        if index not in special
+    }
+
+
+def compiled_constraint(
+    options: ConstraintOptions, tokenizer: Any, excluded: Iterable[Sequence[int]]
+) -> TokenAutomaton:
+    """The automaton of a constraint for a tokenizer.
+
+    Args:
+        excluded: half-open ranges of ids that the model cannot predict.
+
+    Raises:
+        ValueError: see `rollouts.constraints.compile.compile_constraint`.
+    """
+    ids = tokenizer.get_vocab()
+    ranges = [np.arange(start, stop) for start, stop in excluded]
+    return compile_constraint(
+        options,
+        Tokens(
+            texts=token_bytes(tokenizer),
+            vocab_size=max(ids.values()) + 1,
+            ids=ids,
+            encode=lambda text: token_ids(tokenizer, [text])[0],
+            end=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            excluded=np.concatenate([*ranges, [-1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id]]),
+        ),
+    )

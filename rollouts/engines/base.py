@@ -71,6 +71,7 @@ NEEDS = {
     "step_maps": "the step of every token, the complete terminal block included",
     "sampled_logprobs": "log-probs of the sampling distribution at the step that chose the token",
     "remasking": "tokens that were taken back or replaced",
+    "constraints": "answers that match a constraint, and the tokens that it left to each choice",
     "x0": "the x0 prediction of every step",
     "request_steps": "a number of denoising steps of each request's own",
     "branches": "rollouts that branch",
@@ -92,6 +93,7 @@ class Capabilities:
     step_maps: bool = False
     sampled_logprobs: bool = False
     remasking: bool = False
+    constraints: bool = False
     x0: bool = False
     request_steps: bool = False
     branches: bool = False
@@ -106,6 +108,7 @@ IN_PROCESS = Capabilities(
     step_maps=True,
     sampled_logprobs=True,
     remasking=True,
+    constraints=True,
     x0=True,
     request_steps=True,
     branches=True,

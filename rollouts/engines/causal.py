@@ -31,7 +31,12 @@ def causal_options(options: SamplerOptions, temperature: float | None = None) ->
 
     Args:
         temperature: takes the place of the options' own; 0 is greedy.
+
+    Raises:
+        ValueError: the options have a constraint.
     """
+    if options.constraint is not None:
+        raise ValueError("an autoregressive model is not sampled under a constraint: set sampler.constraint to null")
     return SamplerOptions(
         gen_length=options.gen_length,
         num_inference_steps=options.gen_length,

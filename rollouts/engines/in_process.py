@@ -22,9 +22,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rollouts.constraints.automaton import TokenAutomaton
+from rollouts.constraints.reach import opened
 from rollouts.engines.base import EngineStats, SharedModelEngine
 from rollouts.engines.base import Request as Request
 from rollouts.engines.block_cache import BlockCache
+from rollouts.engines.fitted_options import fitted_options
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
 from rollouts.model_protocol import DenoisingModel, mask_token_of
@@ -48,6 +51,7 @@ class InProcessEngine(SharedModelEngine):
         max_batch_size: int = 256,
         device: torch.device | str = "cpu",
         approximate_cache: Literal["none", "prefix", "dual"] = "none",
+        constraint: TokenAutomaton | None = None,
     ):
         """
         Args:
@@ -56,47 +60,27 @@ class InProcessEngine(SharedModelEngine):
             eos_token_id: end token; a response stops after the block that reveals it.
             max_batch_size: requests decoded together.
             approximate_cache: for full-attention models; see the module. Trajectories are then not exact.
+            constraint: what responses must match; the compiled `options.constraint`.
+
+        Raises:
+            ValueError: options that exclude each other, or no response of `gen_length` tokens matches the constraint.
         """
         if max_batch_size < 1:
             raise ValueError(f"rollout.max_batch_size must be at least 1, got {max_batch_size}")
-        if approximate_cache not in ("none", "prefix", "dual"):
-            raise ValueError(f"rollout.cache must be none, prefix or dual, got {approximate_cache!r}")
         self.model = model
         self.mask_token_id = mask_token_of(model)
         self.block_causal = model.attention == "block_causal"
         self.context_causal = bool(getattr(model, "context_causal", False))
-        if self.block_causal and approximate_cache != "none":
-            raise ValueError(
-                f"rollout.cache {approximate_cache} is for full-attention models: the cache of a block-causal model "
-                "is exact, set rollout.cache to none"
-            )
-        if self.block_causal and options.block_length is None:
-            assert model.block_length is not None
-            options = options.model_copy(update={"block_length": model.block_length})
-            options.steps_per_block()
-        if self.block_causal and options.record_x0:
-            raise ValueError(
-                "sampler.record_x0 needs a full-attention model: a block-causal one predicts no whole canvas"
-            )
-        if approximate_cache != "none" and options.record_x0:
-            raise ValueError("sampler.record_x0 needs forwards of the whole canvas: set rollout.cache to none")
-        cached = self.block_causal or approximate_cache != "none"
-        if cached and options.cfg_scale:
-            raise ValueError(
-                "sampler.cfg_scale needs forwards of the whole canvas, with and without its prompt: use a "
-                "full-attention model and rollout.cache none, or set sampler.cfg_scale to 0"
-            )
-        if cached and options.reach_back:
-            raise ValueError(
-                "sampler.revise_scope all_previous changes blocks that a cache has stored: set it to block"
-            )
-        if options.eos_confidence < 1 and eos_token_id is None:
-            raise ValueError("sampler.eos_confidence needs an end token, the tokenizer has none: set it to 1")
+        options = fitted_options(options, model, approximate_cache, eos_token_id)
         self.options = options
         self.eos_token_id = eos_token_id
         self.max_batch_size = max_batch_size
         self.device = torch.device(device)
         self.approximate_cache = approximate_cache
+        self.constraint = opened(constraint, options, self.mask_token_id, self.device)
+        # What every match has is there from the start, and the model fills in the rest around it.
+        whole = self.constraint is not None and options.block_length is None
+        self._placed = self.constraint.forced() if self.constraint is not None and whole else np.zeros((0, 2), np.int64)
         self.stats = EngineStats()
 
     @torch.no_grad()
@@ -115,7 +99,7 @@ class InProcessEngine(SharedModelEngine):
         waiting = deque(sorted(plans, key=lambda plan: -plan.length))
         cached = self.block_causal or self.approximate_cache != "none"
         slots = Slots(min(self.max_batch_size, len(plans)), longer_first=cached)
-        record = Record(len(plans))
+        record = Record(len(plans), None if self.constraint is None else self.constraint.automaton.classes)
         width = waiting[0].length
         canvas = torch.full((len(slots.index), width), self.mask_token_id, dtype=torch.int64, device=self.device)
         running = None
@@ -133,6 +117,12 @@ class InProcessEngine(SharedModelEngine):
                 admitted[slot] = requests[plan.index].prompt_ids
                 canvas[slot] = self.mask_token_id
                 canvas[slot, : plan.prompt] = torch.as_tensor(admitted[slot], device=self.device)
+                if len(self._placed):
+                    place, token = self._placed.T
+                    canvas[slot, torch.from_numpy(plan.prompt + place)] = torch.from_numpy(token).to(self.device)
+                    record.place(plan.index, plan.prompt + place, token)
+                    slots.num_masked[slot] -= len(place)
+                    slots.left[slot] -= len(place)
                 if running is not None:
                     running[slot] = -torch.inf
             if admitted and self.block_causal:
@@ -251,7 +241,8 @@ class InProcessEngine(SharedModelEngine):
         quota = step_quota(options.quota, total, left, steps, block_step, end - start)
         before = None if running is None else running[where]
         state = StepState(tokens, candidates, eligible, quota, seed, step, steps, block_step, filled, before)
-        result = denoise_step(state, logits, options, eos_token_id=self.eos_token_id)
+        reach = None if self.constraint is None else self.constraint.reach(tokens, prompt)
+        result = denoise_step(state, logits, options, eos_token_id=self.eos_token_id, reach=reach)
         request = slots.index[group]
         if options.record_x0:
             record.add_x0(result, tokens, masked, request)

@@ -11,7 +11,7 @@ import torch
 from rollouts.samplers.step import StepResult
 from rollouts.trajectory import X0_FIELDS
 
-_COLUMNS = ("request", "step", "position", "token", "logprob", "confidence")
+_COLUMNS = ("request", "step", "position", "token", "allowed_at", "logprob", "confidence")
 
 
 class NonFiniteError(RuntimeError):
@@ -21,7 +21,14 @@ class NonFiniteError(RuntimeError):
 class Record:
     """Edits of all requests in the order they were made, as one array per forward."""
 
-    def __init__(self, num_requests: int):
+    def __init__(self, num_requests: int, classes: np.ndarray | None = None):
+        """
+        Args:
+            classes: int64 [V], the class of every token, under a constraint.
+        """
+        self._classes = classes
+        # The sets of classes that tokens were drawn among, packed -> their number.
+        self._sets: dict[bytes, int] = {}
         self._parts: list[np.ndarray] = []
         self.length = np.zeros(num_requests, dtype=np.int64)
         self.num_steps = np.zeros(num_requests, dtype=np.int64)
@@ -43,14 +50,24 @@ class Record:
         floats = [x.double().view(torch.int64) for x in (result.logprob, result.confidence)]
         columns = torch.stack([result.row, result.position, result.token, *floats])[:, kept].cpu().numpy()
         row, token = columns[0], columns[2]
-        self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:]]))
+        sets = np.full_like(row, -1)
+        if result.allowed is not None:
+            packed = np.packbits(result.allowed[kept].cpu().numpy(), axis=1)
+            sets[:] = [self._sets.setdefault(own.tobytes(), len(self._sets)) for own in packed]
+        self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:3], sets[None], columns[3:]]))
         if result.remask is not None:
             back, position = result.remask.nonzero().cpu().numpy().T
             # Log-prob and confidence are 0, whose bits are 0: taking a token back is no draw.
             nothing = np.zeros((2, len(back)), dtype=np.int64)
             masks = np.full((1, len(back)), mask_token_id)
-            self._parts.append(np.concatenate([[request[back], step[back], position], masks, nothing]))
+            self._parts.append(np.concatenate([[request[back], step[back], position], masks, nothing[:1] - 1, nothing]))
         return row, token
+
+    def place(self, request: int, position: np.ndarray, token: np.ndarray) -> None:
+        """Keep tokens int64 [E] that stand on a canvas before its first step: no decision, so of log-prob 0."""
+        sure = np.ones(len(token)).view(np.int64)
+        columns = [np.full_like(token, request), np.full_like(token, -1), position, token, np.full_like(token, -1)]
+        self._parts.append(np.stack([*columns, np.zeros_like(token), sure]))
 
     def add_x0(self, result: StepResult, canvas: torch.Tensor, masked: torch.Tensor, request: np.ndarray) -> None:
         """Keep all draws of a step.
@@ -79,7 +96,7 @@ class Record:
         # Stable: the edits of a request keep their order.
         edits = edits[:, np.argsort(edits[0], kind="stable")]
         bounds = np.searchsorted(edits[0], np.arange(len(self.length) + 1))
-        records = []
+        records, allowed = [], self._allowed()
         for request, (start, stop) in enumerate(itertools.pairwise(bounds.tolist())):
             columns = dict(zip(_COLUMNS, np.ascontiguousarray(edits[:, start:stop]), strict=True))
             del columns["request"]
@@ -92,6 +109,17 @@ class Record:
             fields: dict[str, Any] = {"length": length, "num_steps": int(self.num_steps[request]), **columns}
             for name, kind in (("step", np.int32), ("position", np.int32), ("confidence", np.float32)):
                 fields[name] = columns[name].astype(kind)
+            if allowed is None:
+                del fields["allowed_at"]
+            else:
+                fields |= {"allowed": allowed, "allowed_at": columns["allowed_at"].astype(np.int32)}
             x0 = {name: np.stack(rows)[:, :length] for name, rows in self._x0[request].items() if rows}
             records.append(fields | x0)
         return records
+
+    def _allowed(self) -> np.ndarray | None:
+        """uint8 [sets, V / 8]: the tokens of every set, packed; all trajectories of the call share it."""
+        if self._classes is None:
+            return None
+        packed = np.frombuffer(b"".join(self._sets), dtype=np.uint8).reshape(len(self._sets), -1)
+        return np.packbits(np.unpackbits(packed, axis=1)[:, self._classes], axis=1)

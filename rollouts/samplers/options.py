@@ -30,6 +30,36 @@ PARTS = (
 _IN_UNIT_INTERVAL = ("probability", "max_probability", "margin")
 
 
+class ConstraintOptions(BaseModel):
+    """What every response must match; one of the four (docs/constraints.md)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    regex: str | None = Field(None, description="Regular expression (Rust's syntax) that the whole response matches.")
+    json_schema: dict[str, Any] | str | None = Field(
+        None, description="JSON schema that the response is valid under, or the path of a file with it."
+    )
+    scaffold: str | None = Field(
+        None,
+        description="Text that is placed before the first step, with slots <N> or <N:regex> of N tokens to fill in: "
+        '{"city": "<6:[a-z ]+>"}. A value shorter than its slot is followed by pad tokens.',
+    )
+    graph: dict[str, list[str]] | str | None = Field(
+        None,
+        description="Token -> tokens that may follow it, or the path of a JSON file with that; <start> and <end> stand "
+        "for the two ends of a response.",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> ConstraintOptions:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"sampler.constraint takes one of {', '.join(type(self).model_fields)}, got {given or 'none'}"
+            )
+        return self
+
+
 class SamplerOptions(BaseModel):
     """A decoder: quota x token sampler x score x selector x reviser, on a block schedule."""
 
@@ -111,6 +141,9 @@ class SamplerOptions(BaseModel):
         0.5, ge=0, lt=1, description="A drawn token replaces another one when its probability exceeds this (edit)."
     )
     max_post_steps: int = Field(16, ge=0, description="Steps of a complete block in which tokens are still edited.")
+    constraint: ConstraintOptions | None = Field(
+        None, description="What every response must match (docs/constraints.md); null lets it be anything."
+    )
     record_x0: bool = Field(
         False, description="Also record the x0 prediction of every step, its confidences and log-probs (MDPO)."
     )
@@ -145,6 +178,12 @@ class SamplerOptions(BaseModel):
             raise ValueError("sampler.reviser rcr keeps the quota's most confident: set sampler.selector to top_n")
         if self.reviser == "remdm" and self.selector != "bernoulli":
             raise ValueError("sampler.reviser remdm reveals and remasks at random: set sampler.selector to bernoulli")
+        for name, plain in (("reviser", "none"), ("record_x0", False)):
+            if self.constraint is not None and getattr(self, name) != plain:
+                raise ValueError(
+                    f"sampler.constraint keeps every token that it decided: sampler.{name} {getattr(self, name)} does "
+                    f"not go with it, set it to {str(plain).lower()}"
+                )
         return self
 
     @property
@@ -188,7 +227,8 @@ class SamplerOptions(BaseModel):
     def distribution(self) -> dict[str, Any]:
         """The settings a learner needs to score the recorded tokens; guidance only where there is some."""
         settings: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return settings | ({"cfg_scale": self.cfg_scale} if self.cfg_scale else {})
+        constraint = {} if self.constraint is None else {"constraint": self.constraint.model_dump(exclude_none=True)}
+        return settings | ({"cfg_scale": self.cfg_scale} if self.cfg_scale else {}) | constraint
 
     def decoder(self) -> dict[str, Any]:
         """The preset's name and every part: the rule that chose positions, as a trajectory records it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from rollouts.constraints.reach import Reach
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -55,6 +57,7 @@ class StepResult:
             another one replaces.
         remask: bool [B, L], tokens that become masks; None without a reviser that does so.
         running: float64 [B, L], the running confidences after the step; None when there are none.
+        allowed: bool [N, C], under a constraint the classes of tokens that each token was drawn among.
     """
 
     row: torch.Tensor
@@ -65,6 +68,7 @@ class StepResult:
     reveal: torch.Tensor
     remask: torch.Tensor | None = None
     running: torch.Tensor | None = None
+    allowed: torch.Tensor | None = None
 
 
 def denoise_step(
@@ -73,8 +77,12 @@ def denoise_step(
     options: SamplerOptions,
     proposal: torch.Tensor | None = None,
     eos_token_id: int | None = None,
+    reach: Reach | None = None,
 ) -> StepResult:
     """Draw a token for every candidate, choose which to reveal and which tokens to take back.
+
+    Under a constraint, the tokens that are revealed together are drawn again from left to right, each among those that
+    the ones before it leave possible. With one and the same random number a token changes only where that set does.
 
     Args:
         state: see `StepState`.
@@ -83,27 +91,16 @@ def denoise_step(
         proposal: [N, V] log-probs to draw from instead (guidance). Log-probs, confidences and the scores that
             rank positions stay those of the sampling distribution.
         eos_token_id: whose score `eos_confidence` lowers.
+        reach: what a constraint allows on the canvas; disallowed tokens are out before temperature and filters.
     """
     row, position = state.candidates.nonzero(as_tuple=True)
     seed = state.seed[row] if state.seed.dim() == 1 else state.seed[row, position]
     step = state.step[row]
-    if options.temperature == 0:
-        sampling = None
-        token = logits.argmax(-1)
-        logprob = torch.zeros(len(row), dtype=torch.float64, device=logits.device)
-    else:
-        sampling = sampling_logprobs(logits, options.temperature, options.top_p, options.top_k)
-        source = sampling if proposal is None else proposal
-        token = draw(source, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
-        logprob = sampling.gather(-1, token[:, None]).squeeze(-1).double()
-    untouched = options.temperature == 1.0 and options.top_p >= 1.0 and options.top_k == 0
-    if options.score_from == "model" and not (untouched and sampling is not None):
-        sampling = torch.log_softmax(logits, dim=-1)
-    elif sampling is None:
-        sampling = sampling_logprobs(logits, 1.0, options.top_p, options.top_k)
-    confidence = sampling.gather(-1, token[:, None]).squeeze(-1).double().exp()
+    u = None if options.temperature == 0 else noise.uniform(seed, step, position, noise.TOKEN_STREAM)
+    allowed = None if reach is None else reach.allowed(row, position)
+    token, logprob, confidence, scored = _drawn(_within(logits, reach, allowed), options, u, proposal)
     random = noise.uniform(seed, step, position, noise.ORDER_STREAM) if options.random_order else None
-    score = position_scores(options.score, sampling, token, random)
+    score = position_scores(options.score, scored, token, random)
     if options.eos_confidence < 1:
         assert eos_token_id is not None and state.num_steps is not None and state.block_step is not None
         lowered = score * ramp(options.eos_confidence, state.num_steps, state.block_step)[row]
@@ -113,7 +110,7 @@ def denoise_step(
         score = perturbed(score, options.order_temperature, random)
     scores = torch.zeros(state.canvas.shape, dtype=torch.float64, device=logits.device)
     scores[row, position] = score
-    result = StepResult(row, position, token, logprob, confidence, torch.empty(0))
+    result = StepResult(row, position, token, logprob, confidence, torch.empty(0), allowed=allowed)
     if options.reviser == "rcr":
         assert state.running is not None and state.filled is not None
         result.running = running_confidence(options.running_confidence, state.running, scores, state.eligible)
@@ -133,7 +130,63 @@ def denoise_step(
         assert state.filled is not None
         other = token != state.canvas[row, position]
         result.reveal = result.reveal | (state.filled[row, position] & other & (confidence > options.edit_threshold))
+    if reach is not None:
+        _commit(result, logits, options, u, reach)
     return result
+
+
+def _within(logits: torch.Tensor, reach: Reach | None, allowed: torch.Tensor | None) -> torch.Tensor:
+    """The logits [N, V], -inf where a constraint does not allow the token."""
+    if reach is None or allowed is None:
+        return logits
+    return logits.masked_fill(~reach.constraint.tokens(allowed, logits.shape[-1]), -torch.inf)
+
+
+def _drawn(
+    logits: torch.Tensor, options: SamplerOptions, u: torch.Tensor | None, proposal: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token, log-prob and confidence [N] as in `StepResult`, and the distribution [N, V] that scores are read from.
+
+    Args:
+        u: [N], random numbers; None draws the most likely tokens.
+    """
+    if u is None:
+        sampling = None
+        token = logits.argmax(-1)
+        logprob = torch.zeros(len(token), dtype=torch.float64, device=logits.device)
+    else:
+        sampling = sampling_logprobs(logits, options.temperature, options.top_p, options.top_k)
+        source = sampling if proposal is None else proposal
+        token = draw(source, u)
+        logprob = sampling.gather(-1, token[:, None]).squeeze(-1).double()
+    untouched = options.temperature == 1.0 and options.top_p >= 1.0 and options.top_k == 0
+    if options.score_from == "model" and not (untouched and sampling is not None):
+        sampling = torch.log_softmax(logits, dim=-1)
+    elif sampling is None:
+        sampling = sampling_logprobs(logits, 1.0, options.top_p, options.top_k)
+    return token, logprob, sampling.gather(-1, token[:, None]).squeeze(-1).double().exp(), sampling
+
+
+def _commit(
+    result: StepResult, logits: torch.Tensor, options: SamplerOptions, u: torch.Tensor | None, reach: Reach
+) -> None:
+    """Draw what is revealed again where a row reveals several tokens; see `denoise_step`."""
+    kept = result.reveal.nonzero().squeeze(1)
+    row, position = torch.stack([result.row[kept], result.position[kept]]).cpu().numpy()
+    _, own, count = np.unique(row, return_inverse=True, return_counts=True)
+    together = np.flatnonzero(count[own] > 1)
+    if not len(together):
+        return
+    kept = kept[torch.from_numpy(together).to(kept.device)]
+    assert result.allowed is not None
+    for now, allowed, taken in reach.walk(row[together], position[together]):
+        at = kept[torch.from_numpy(now).to(kept.device)]
+        token, logprob, confidence, _ = _drawn(
+            _within(logits[at], reach, allowed), options, None if u is None else u[at]
+        )
+        result.token[at], result.logprob[at], result.confidence[at] = token, logprob, confidence
+        result.allowed[at] = allowed
+        taken.copy_(reach.constraint.classes[token])
 
 
 def _bernoulli(
