@@ -30,7 +30,8 @@ class LoraOptions(Section):
         None,
         min_length=1,
         description="Layers that get an adapter, by the ends of their names; null takes every linear layer below a "
-        "language model's head, and the attention projections of an image model.",
+        "language model's head, and the attention projections of an image model. Stacked experts are named: "
+        "experts.gate_up_proj, experts.down_proj.",
     )
     dropout: float = Field(0.0, description="Must be 0: the policy that is trained has to be the one that sampled.")
 
@@ -119,6 +120,10 @@ class ModelConfig(Section):
         "their block (NBDiff).",
     )
     logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
+    train_router: bool = Field(
+        True,
+        description="Mixtures of experts: false keeps the routers as they are loaded; adapters leave them so anyway.",
+    )
     attn_implementation: Literal["sdpa", "flex_attention"] = Field(
         "sdpa", description="Attention of the learner; flex_attention needs a GPU and skips what a mask hides."
     )

@@ -20,6 +20,7 @@ from rl.config import Config
 from rl.errors import about
 from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
+from rl.models import routing
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.folder import backbone_of, local_config, shape_of
 from rl.models.lora import add_adapters
@@ -162,6 +163,8 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
             )
             if config.model.lora.rank:
                 add_adapters(model, config.model.lora, "", 0)
+            if not config.model.train_router:
+                routing.freeze(model)
         return model.to(dtype)
 
     backbone = AutoConfig.for_model(**sizes)

@@ -109,8 +109,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         # Built as sdpa first: transformers then refuses backbones whose attention is not interchangeable.
         self.backbone = AutoModel.from_config(backbone_config, attn_implementation="sdpa")
         self.backbone.set_attn_implementation(attention.NAME)
-        if routing.has_experts(self.backbone):
-            self.backbone.set_experts_implementation(routing.NAME)
+        routing.prepare(self.backbone)
         if config.rope_full_precision:
             rotate_in_float32(self.backbone.rotary_emb)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)

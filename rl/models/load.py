@@ -73,6 +73,10 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
         never = [*config.never_generate, *config.conditions]
         ranges = [*model.excluded_token_ids, *excluded_ranges(tokenizer, model.vocab_size, never)]
         model.exclude(as_ranges(i for start, stop in ranges for i in range(start, stop)))
+    if not config.train_router:
+        from rl.models.routing import freeze
+
+        freeze(model)
     if config.gradient_checkpointing:
         # It acts in the learner alone, which sets the layers' training flag.
         model.activation_checkpointing_enable()

@@ -45,12 +45,18 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
 
     below = policy.body
     linear = {name: type(m) for name, m in below.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    # Experts are no layers but stacked tensors, which get an adapter only where they are named.
+    stacked = [
+        t for t in options.targets or () if any(n.endswith(f".{t}") for n, p in below.named_parameters() if p.ndim == 3)
+    ]
+    layers = [target for target in options.targets or () if target not in stacked]
     if not linear:
         raise ValueError(f"model.lora.rank is {options.rank}: the backbone {type(below).__name__} has no linear layers")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
-        target_modules=options.targets or sorted({name.rpartition(".")[2] for name in linear}),
+        target_modules=layers if options.targets else sorted({name.rpartition(".")[2] for name in linear}),
+        target_parameters=stacked or None,
         # transformers' Conv1D, the linear layer of GPT-2, holds its weight the other way round.
         fan_in_fan_out=Conv1D in linear.values(),
         base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
@@ -70,7 +76,8 @@ def _inject(policy: Any, config: Any, field: str) -> None:
     except ValueError as error:
         raise ValueError(f"{field}: {str(error).splitlines()[0]}") from error
     for name, module in below.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+        linear = not isinstance(module, BaseTunerLayer) or isinstance(module.get_base_layer(), nn.Linear | Conv1D)
+        if not linear and not hasattr(module, "parameter_name"):
             raise ValueError(f"{field}: {name} is no linear layer, only those take an adapter")
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -160,17 +167,27 @@ def merge_adapters(policy: Any) -> None:
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers with adapters, by name."""
+    """The layers with adapters, by name; experts are one layer, in which peft nests a wrapper for each tensor."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in found.items() if not name.endswith(".base_layer")}
+
+
+def _wrappers(module: Any) -> list[Any]:
+    """An adapted layer and the wrappers inside it, from the outermost."""
+    inner = getattr(module, "base_layer", None)
+    return [] if inner is None else [module, *_wrappers(inner)]
 
 
 def _merge(module: Any) -> nn.Module:
     """The layer that an adapted one becomes, which is changed."""
-    dtype = module.get_base_layer().weight.dtype
-    module.to(torch.promote_types(dtype, torch.float32)).merge()
-    return module.get_base_layer().to(dtype)
+    dtype = next(module.get_base_layer().parameters()).dtype
+    module.to(torch.promote_types(dtype, torch.float32))
+    for wrapper in _wrappers(module):
+        wrapper.merge()
+    merged: nn.Module = module.get_base_layer().to(dtype)
+    return merged
 
 
 class MergedWeights(Mapping[str, torch.Tensor]):
@@ -182,14 +199,24 @@ class MergedWeights(Mapping[str, torch.Tensor]):
             plain: the same without the adapters.
         """
         state = policy.state_dict()
-        self.plain = {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
-        self._adapted = {f"{name}.weight": module for name, module in _adapted(policy).items()}
+        self.plain = {n.replace(".base_layer", ""): t for n, t in state.items() if ".lora_" not in n}
+        self._adapted = {
+            f"{name}.{getattr(wrapper, 'parameter_name', 'weight')}": module
+            for name, module in _adapted(policy).items()
+            for wrapper in _wrappers(module)
+        }
+        # The layer that was merged last: a file takes the tensors of its experts one after another.
+        self._last: tuple[Any, nn.Module] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._adapted:
             return self.plain[name]
-        merged: Any = _merge(copy.deepcopy(self._adapted[name]))
-        return merged.weight.detach()
+        module = self._adapted[name]
+        if self._last is None or self._last[0] is not module:
+            self._last = None
+            self._last = (module, _merge(copy.deepcopy(module)))
+        tensor: torch.Tensor = getattr(self._last[1], name.rpartition(".")[2])
+        return tensor.detach()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.plain)

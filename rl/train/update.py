@@ -14,6 +14,7 @@ from rl import distributed
 from rl.estimators.base import Scores, Verdicts
 from rl.losses.aggregate import weighted_sum
 from rl.losses.value import clipped_value_loss
+from rl.models import routing
 from rl.recipes.base import Recipe
 from rl.train.learner import Learner, TrainingError
 from rl.train.microbatch import Cutter, MicroBatch
@@ -90,6 +91,7 @@ class PolicyUpdater(Updater):
         shared = critic is not None and critic.share_backbone
         super().__init__(run, PolicyWithValue(run.model) if shared else Policy(run.model), total_updates)
         self.source, self.recipe, self.cutter = source, recipe, Cutter(run, recipe)
+        self.routers = routing.routers(self.learner.module)
         # None with critic options means that the policy carries the value head.
         self.critic_options = critic
         self.critic: Learner | None = None
@@ -183,6 +185,7 @@ class PolicyUpdater(Updater):
                 `train.max_logprob_gap`.
         """
         self.spent, self.means = Costs(), distributed.Means()
+        routing.count_loads(self.routers)
         # There also when nothing is learned from.
         for name in ("decisions", *(["lag_weight", "lag_truncated"] if self.max_weight is not None else [])):
             self.means.add(f"policy/{name}", 0.0, 0)
@@ -209,6 +212,7 @@ class PolicyUpdater(Updater):
         # Without decisions, or with an estimator that scores other states than were sampled, there is no gap.
         if "policy/logprob_gap" in metrics:
             metrics["policy/logprob_gap_max"] = self.gap_max
+        metrics |= routing.load_metrics(self.routers)
         return metrics | self._value_metrics([batch for update in passes[0] for batch in update])
 
     def advantages(self, rollouts: ScoredRollouts, step: int) -> torch.Tensor:
