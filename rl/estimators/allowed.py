@@ -42,9 +42,17 @@ def allowed_sets(
     return {"allowed": torch.from_numpy(np.concatenate(tables)), "allowed_at": torch.from_numpy(np.concatenate(sets))}
 
 
-def allowed_tokens(allowed: torch.Tensor, at: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """bool [N, V]: the tokens of the sets `at` int64 [N] in the packed table `allowed`; all tokens where that is -1."""
+def among_allowed(logits: torch.Tensor, allowed: torch.Tensor | None, at: torch.Tensor | None) -> torch.Tensor:
+    """The logits [N, V], -inf for tokens outside each decision's set.
+
+    Args:
+        allowed: uint8 [sets, V / 8], packed; None keeps all tokens.
+        at: int64 [N], the set of each decision; -1 keeps all tokens.
+    """
+    if allowed is None or at is None:
+        return logits
     bits = torch.arange(7, -1, -1, device=allowed.device)
-    found = ((allowed[at.clamp(min=0)][:, :, None] >> bits) & 1).flatten(1)[:, :vocab_size].bool()
+    found = ((allowed[at.clamp(min=0)][:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]].bool()
     # A model may have ids that the tokenizer has not.
-    return torch.nn.functional.pad(found, (0, vocab_size - found.shape[1])) | (at < 0)[:, None]
+    found = torch.nn.functional.pad(found, (0, logits.shape[1] - found.shape[1])) | (at < 0)[:, None]
+    return logits.masked_fill(~found, -torch.inf)

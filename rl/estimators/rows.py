@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from rl.estimators.allowed import allowed_sets, allowed_tokens
+from rl.estimators.allowed import allowed_sets, among_allowed
 from rl.estimators.base import Rows, Scores
 from rl.estimators.logprob import logprob_and_entropy
 from rl.estimators.packing import placed
@@ -52,8 +52,7 @@ class TokenRows(Rows):
         cfg_scale: scale of the guidance against them (`rollouts.samplers.distribution.guided_logits`).
         temperature, top_p, top_k: the sampling distribution.
         context_causal: a clean token sees the clean tokens up to itself only, also inside its block.
-        allowed: uint8 [sets, V / 8], under a constraint the sets of tokens that tokens were drawn among, as of
-            `TokenTrajectory`; None without one.
+        allowed: uint8 [sets, V / 8], under a constraint the sets of tokens that tokens were drawn among, else None.
         allowed_at: int64 [N], the set of each decision; -1 for all tokens.
     """
 
@@ -114,10 +113,7 @@ class TokenRows(Rows):
 
     def drawn(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob of the targets, and entropy [N], in the sampling distribution."""
-        if self.allowed is not None:
-            assert self.allowed_at is not None
-            outside = ~allowed_tokens(self.allowed, self.allowed_at, logits.shape[-1])
-            logits = logits.masked_fill(outside, -torch.inf)
+        logits = among_allowed(logits, self.allowed, self.allowed_at)
         return logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k)
 
     def hidden(self, model: DenoisingModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
