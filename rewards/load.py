@@ -44,6 +44,7 @@ NAMES = {
     "hpsv2": "rewards.preference_models:Hpsv2",
     "image_classifier": "rewards.image_classifier:ImageClassifier",
     "image_reward": "rewards.preference_models:ImageReward",
+    "json_fields": "rewards.json_fields:json_fields",
     "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
     "hydropathy": "rewards.protein:Hydropathy",

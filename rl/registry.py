@@ -117,6 +117,7 @@ TASKS = Table(
         "control": "rl.tasks.control:ControlTask",
         "digits": "rl.tasks.digits:DigitsTask",
         "words": "rl.tasks.words:WordsTask",
+        "extract": "rl.tasks.extract:ExtractTask",
         "sums": "rl.tasks.templated:SumsTask",
         "stories": "rl.tasks.templated:StoriesTask",
         "instructions": "rl.tasks.templated:InstructionsTask",

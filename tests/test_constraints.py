@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from dataclasses import replace
@@ -342,6 +343,125 @@ def test_a_schema_is_refused_where_the_expression_would_say_less() -> None:
     # The package writes a pattern as it is: "a|b" would match a quote and an a.
     assert re.fullmatch(schema_regex({"type": "string", "pattern": "a|b"}), '"b"')
     assert not re.fullmatch(schema_regex({"type": "string", "pattern": "a|b"}), '"a')
+
+
+# --- validity ---------------------------------------------------------------------------------------------------------
+
+
+class Noise:
+    """A denoiser of random numbers: it knows nothing, so that only the constraint makes an answer valid."""
+
+    attention, block_length, logit_shift, max_length = "full", None, 0, 64
+
+    def __init__(self, vocab_size: int, mask_token_id: int):
+        generator = torch.Generator().manual_seed(0)
+        self.mask_token_id = mask_token_id
+        self.table = 3 * torch.randn(97, vocab_size, generator=generator)
+        self.table[:, mask_token_id] = -1e9
+
+    def hidden_states(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return (input_ids.cumsum(1) + 7 * torch.arange(input_ids.shape[1]) + input_ids.sum(1, keepdim=True)) % 97
+
+    def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.table[hidden]
+
+
+DECODERS = [
+    {"num_inference_steps": 1}, {"num_inference_steps": 4, "score": "random"}, {"num_inference_steps": 8},
+    {"selector": "threshold", "threshold": 0.5}, {"num_inference_steps": 10, "block_length": 4, "temperature": 0.0},
+    {"preset": "entropy_bound", "top_p": 0.9}, {"preset": "dream_origin", "num_inference_steps": 3},
+]  # fmt: skip
+
+
+def sampled(given: ConstraintOptions, tokenizer: Any, length: int, index: int, count: int = 3) -> list[str]:
+    """Answers of the ignorant model; none where no answer of that length matches."""
+    found = compiled_constraint(given, tokenizer, [])
+    if found.refusal(length) is not None:
+        return []
+    options = SamplerOptions(gen_length=length, constraint=given, **DECODERS[index % len(DECODERS)])
+    model, end = Noise(found.classes.size, tokenizer.mask_token_id), tokenizer.eos_token_id
+    try:
+        engine = InProcessEngine(model, options, eos_token_id=end, constraint=found)
+    except ValueError as error:
+        assert "nothing is to decide" in str(error)
+        return []
+    trajectories = engine.generate([Request([0], 1000 * index + seed) for seed in range(count)])
+    return tokenizer.batch_decode([t.response_ids() for t in trajectories], skip_special_tokens=True)
+
+
+def pieces() -> Any:
+    """A tokenizer whose tokens overlap: `":` may be one token or two."""
+    letters = [chr(code) for code in range(32, 127)]
+    return char_tokenizer_of([*letters, '{"', '":', '": ', ', "', '"}', "tr", "true", "12", "ab", '","', "é"])
+
+
+def char_tokenizer_of(tokens: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    known = {token: i for i, token in enumerate([*tokens, "<mask>", "<eos>"])}
+    tokenizer = Tokenizer(models.WordLevel(known))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", eos_token="<eos>")
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    leaves: list[dict[str, Any]] = [
+        {"type": "integer"}, {"type": "number"}, {"type": "boolean"}, {"type": "null"}, {"const": 'a"b'},
+        {"enum": [1, "x.y", None, -2.5]}, {"type": "string", "maxLength": 4}, {"type": "string", "pattern": "^a|b+$"},
+        {"type": "string", "minLength": 1, "maxLength": 3},
+    ]  # fmt: skip
+    kind = rng.random()
+    if depth == 0 or kind < 0.3:
+        return rng.choice(leaves)
+    parts = [random_schema(rng, depth - 1) for _ in range(rng.randint(1, 3))]
+    if kind < 0.45:
+        return {"anyOf": parts}
+    if kind < 0.65:
+        return {"type": "array", "items": parts[0], "minItems": rng.randint(0, 1), "maxItems": rng.randint(1, 3)}
+    names = rng.sample(["a", "b.c", "key", "n"], len(parts))
+    required = rng.sample(names, rng.randint(0, len(names)))
+    return {"type": "object", "properties": dict(zip(names, parts, strict=True)), "required": required}
+
+
+def check_patterns(count: int, seed: int) -> None:
+    rng, tried = random.Random(seed), 0
+    for index in range(10 * count):
+        pattern = random_pattern(rng)
+        answers = sampled(ConstraintOptions(regex=pattern), ENDED, 8, index)
+        tried += bool(answers)
+        assert all(re.fullmatch(pattern, answer) for answer in answers), (pattern, answers)
+        if tried == count:
+            return
+    raise AssertionError("too few patterns had a match")
+
+
+def check_schemas(count: int, seed: int) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    rng, tokenizer, tried = random.Random(seed), pieces(), 0
+    for index in range(10 * count):
+        schema = random_schema(rng)
+        answers = sampled(ConstraintOptions(json_schema=schema), tokenizer, 40, index)
+        tried += bool(answers)
+        for answer in answers:
+            jsonschema.validate(json.loads(answer), schema)
+        if tried == count:
+            return
+    raise AssertionError("too few schemas had an answer")
+
+
+def test_answers_of_an_ignorant_model_are_valid() -> None:
+    check_patterns(20, seed=1)
+    check_schemas(8, seed=1)
+
+
+@pytest.mark.release
+def test_a_thousand_patterns_and_schemas() -> None:
+    check_patterns(500, seed=2)
+    check_schemas(500, seed=2)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_options_name_what_is_wrong() -> None:

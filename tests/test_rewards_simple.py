@@ -58,3 +58,14 @@ def test_own_format_and_bad_format():
 def test_parameters_out_of_range():
     with pytest.raises(ValueError, match="max_length must be positive"):
         length([""], [""], ids(1), max_length=0)
+
+
+def test_json_fields() -> None:
+    load = load_reward("json_fields")
+    answer = ['{"n":3,"unit":"km"}'] * 6
+    texts = ['{"unit": "km", "n": 3}', '{"n":3}', '{"n":true,"unit":"km","x":1}', "[3]", "{", '{"n":3.0,"unit":"km"}']
+    reported: dict[str, float] = {}
+    assert load(prompts=texts, completions=texts, answer=answer, log_metric=reported.__setitem__) == [1, 0, 0, 0, 0, 0]
+    assert reported == {"valid": 4 / 6}
+    half = load_reward("json_fields", {"partial": True})(prompts=texts, completions=texts, answer=answer)
+    assert half == [1, 1 / 2, 1 / 3, 0, 0, 1 / 2]
