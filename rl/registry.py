@@ -75,6 +75,8 @@ RECIPES = Table(
         "find": "rl.recipes.find:FIND",
         "flow_dppo": "rl.recipes.flow_dppo:FlowDPPO",
         "flow_grpo": "rl.recipes.flow_grpo:FlowGRPO",
+        "gdpo": "rl.recipes.gdpo:GDPO",
+        "graph_ddpo": "rl.recipes.gdpo:GraphDDPO",
         "grpo_guard": "rl.recipes.grpo_guard:GRPOGuard",
         "mix_grpo": "rl.recipes.mix_grpo:MixGRPO",
         "v_grpo": "rl.recipes.v_grpo:VGRPO",
@@ -115,6 +117,7 @@ TASKS = Table(
         "prompts": "rl.tasks.prompts:PromptsTask",
         "jsonl": "rl.tasks.jsonl:JsonlTask",
         "control": "rl.tasks.control:ControlTask",
+        "molecules": "rl.tasks.molecules:MoleculesTask",
         "digits": "rl.tasks.digits:DigitsTask",
         "words": "rl.tasks.words:WordsTask",
         "extract": "rl.tasks.extract:ExtractTask",
@@ -132,6 +135,7 @@ MODALITIES = Table(
         "text": "rl.modalities.text_plan:TextPlan",
         "images": "rl.modalities.images_plan:ImagesPlan",
         "actions": "rl.modalities.actions_plan:ActionsPlan",
+        "graphs": "rl.modalities.graphs_plan:GraphsPlan",
     },
 )
 

@@ -19,7 +19,10 @@ from rl.estimators.rows import Reads, TokenRows, assemble, block_document
 from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
 from rl.modalities.actions import Actions, action_rows
 from rl.modalities.actions_plan import ActionOptions
+from rl.modalities.graphs import Graphs, graph_rows
+from rl.modalities.graphs_plan import GraphOptions
 from rl.tasks.control import ControlTask
+from rl.tasks.molecules import MoleculesTask
 from rollouts.engines.base import SampleRequest
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
@@ -767,6 +770,21 @@ def test_chunks_of_actions_are_scored_as_they_were_sampled(bins: int) -> None:
     assert len(logprob) == 4 * 5 * 3 and logprob.std() > 0.1
     # The sampler forwarded a chunk of each episode, the learner forwards all: what is left is float32 rounding.
     np.testing.assert_allclose(logprob, np.concatenate([e.logprob for e in episodes]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", ["marginal", "uniform"])
+def test_steps_of_graphs_are_scored_as_they_were_sampled(noise: str) -> None:
+    task, options = MoleculesTask(), GraphOptions(num_inference_steps=6, noise=noise)
+    torch.manual_seed(0)
+    graphs = Graphs(SimpleNamespace(sampler=options), task)
+    model = graphs.new_model()
+    asked = [SampleRequest("molecule", seed) for seed in range(5)]
+    trajectories = graphs.engine(model, options, torch.device("cpu")).generate(asked)
+    rows = graph_rows(trajectories, eager=False)
+    with torch.no_grad():
+        logprob = rows.score(model).logprob
+    assert len(logprob) == 5 * 6 and logprob.std() > 0.1
+    np.testing.assert_allclose(logprob, np.concatenate([t.logprob for t in trajectories]), rtol=0, atol=1e-4)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

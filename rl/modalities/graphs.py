@@ -1,0 +1,208 @@
+"""Graphs: kinds of nodes and edges, denoised step by step (`rl/models/graph_policy.py`).
+
+`rl/recipes/gdpo.py` trains them.
+
+Shape legend: B graphs, U scored steps, S places of a state, K kinds, T denoising steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.estimators.base import Scores
+from rl.estimators.latent_rows import LatentRows
+from rl.modalities.graphs_plan import GraphOptions, GraphsPlan, encode
+from rl.models.graph_policy import GraphModel, drawn, kept
+from rl.tasks.base import Example
+from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
+from rollouts.samplers.noise import TOKEN_STREAM, uniform
+
+DATA_GRAPHS = 2000  # that marginal noise is counted in
+
+
+@dataclass
+class GraphTrajectory:
+    """One rollout.
+
+    Attributes:
+        states: int64 [T + 1, S], noise first.
+        logprob: float64 [T], of every step's draw.
+        prompt: index of what was asked for.
+    """
+
+    states: np.ndarray
+    logprob: np.ndarray
+    prompt: int
+    policy_version: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.logprob)
+
+
+class GraphEngine(SharedModelEngine):
+    """A rollout's draws depend on its seed, its step and its place alone, whatever shares the batch."""
+
+    def __init__(self, model: GraphModel, options: GraphOptions, device: torch.device, prompts: Sequence[str]):
+        self.model, self.options, self.device, self.prompts = model, options, device, list(prompts)
+        self.stats = EngineStats()
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[GraphTrajectory]:
+        started, steps, count = time.perf_counter(), self.options.num_inference_steps, len(requests)
+        seed = torch.tensor([request.seed for request in requests], dtype=torch.int64, device=self.device)
+        asked = torch.tensor([self.prompts.index(request.prompt) for request in requests], device=self.device)
+        place = torch.arange(len(self.model.limit), device=self.device)
+
+        def draws(step: int) -> torch.Tensor:
+            return uniform(seed[:, None], torch.tensor(step, device=self.device), place, TOKEN_STREAM)
+
+        states, logprobs = [drawn(self.model.limit, draws(0))], []
+        for left in range(steps, 0, -1):
+            kinds = self.model.denoise(states[-1], torch.full_like(asked, left), steps, asked)
+            states.append(drawn(kinds, draws(steps - left + 1)))
+            logprobs.append(chosen(kinds, states[-1]).log().sum(-1))
+        self.stats = EngineStats(steps, count * steps, count * steps, count * steps * len(place), count * len(place))
+        self.stats.seconds = time.perf_counter() - started
+        every, logprob = torch.stack(states, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy()
+        return [GraphTrajectory(every[i], logprob[i], int(asked[i]), policy_version) for i in range(count)]
+
+
+def chosen(kinds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """[B, S]: the entries of [B, S, K] that states [B, S] name."""
+    return kinds.gather(-1, state[..., None])[..., 0]
+
+
+@dataclass(kw_only=True)
+class StepRows(LatentRows):
+    """U recorded steps; `latent` int64 [U, S] is the state before one, `drawn` [U, S] the one after it."""
+
+    drawn: torch.Tensor
+    num_steps: int
+
+    def score(self, model: GraphModel) -> Scores:
+        kinds = model.denoise(self.latent, self.timestep, self.num_steps, self.conditioning["prompt"])
+        return Scores(chosen(kinds, self.drawn).log().sum(-1), _entropy(kinds))
+
+
+@dataclass(kw_only=True)
+class CleanRows(LatentRows):
+    """U states int64 [U, S]; a decision is the clean graph [U, S] that a state is said to come from."""
+
+    clean: torch.Tensor
+    num_steps: int
+
+    def score(self, model: GraphModel) -> Scores:
+        kinds = model(self.latent, self.timestep / self.num_steps, self.conditioning["prompt"]).double().log_softmax(-1)
+        return Scores(chosen(kinds, self.clean).sum(-1), _entropy(kinds.exp()))
+
+
+def _entropy(kinds: torch.Tensor) -> torch.Tensor:
+    """[B], nats, of [B, S, K] independent places."""
+    return -(kinds * kinds.clamp_min(1e-30).log()).sum((-1, -2))
+
+
+def graph_rows(trajectories: Sequence[GraphTrajectory], eager: bool) -> StepRows | CleanRows:
+    """A decision for every denoising step: the next state, or the finished graph with `eager`."""
+    count = trajectories[0].num_steps
+    owner, step = torch.arange(len(trajectories) * count) // count, torch.arange(count).repeat(len(trajectories))
+    states = torch.from_numpy(np.stack([t.states for t in trajectories]))
+    common: dict[str, Any] = {
+        "latent": states[owner, step],
+        "timestep": count - step,
+        "conditioning": {"prompt": torch.tensor([t.prompt for t in trajectories])[owner]},
+        "trajectory": owner,
+        "step": step,
+        "num_steps": count,
+    }
+    if eager:
+        return CleanRows(clean=states[owner, -1], **common)
+    logprob = torch.from_numpy(np.concatenate([t.logprob for t in trajectories]))
+    return StepRows(drawn=states[owner, step + 1], sampler_logprob=logprob, **common)
+
+
+class Graphs(GraphsPlan):
+    Trajectory = GraphTrajectory
+
+    def new_model(self) -> GraphModel:
+        task = self.task
+        return GraphModel(task.num_nodes, self._limit(), len(task.prompts), task.directed)
+
+    def _limit(self) -> torch.Tensor:
+        """float64 [S, K], see `GraphModel`."""
+        nodes, sizes = self.task.num_nodes, (len(self.task.nodes), len(self.task.edges))
+        count = torch.zeros(2, max(sizes), dtype=torch.float64)
+        for own, size in zip(count, sizes, strict=True):
+            own[:size] = 1
+        if self.config.sampler.noise == "marginal":
+            states = torch.tensor([self._state(row) for row in self.task.train_examples(0, 0, DATA_GRAPHS)])
+            for own, part in zip(count, (states[:, :nodes], states[:, nodes:]), strict=True):
+                own += torch.bincount(part.flatten(), minlength=len(own))
+        share = count / count.sum(-1, keepdim=True)
+        return share.repeat_interleave(torch.tensor([nodes, nodes * (nodes - 1) // 2]), dim=0)
+
+    def engine(self, model: Any, options: Any, device: torch.device) -> GraphEngine:
+        return GraphEngine(model, options, device, self.task.prompts)
+
+    def completions(self, trajectories: Sequence[GraphTrajectory]) -> list[dict[str, Any]]:
+        """{"nodes": ["C", "C", "O"], "edges": [[0, 1, "single"], ...]}, pairs without an edge left out."""
+        task, count = self.task, self.task.num_nodes
+        pairs = list(itertools.combinations(range(count), 2))
+        return [
+            {
+                "nodes": [task.nodes[kind] for kind in t.states[-1][:count]],
+                "edges": [[*p, task.edges[k]] for p, k in zip(pairs, t.states[-1][count:], strict=True) if k],
+            }
+            for t in trajectories
+        ]
+
+    def _state(self, row: Example) -> list[int]:
+        if "graph" not in row:
+            raise ValueError(
+                "sft and marginal noise need rows with a column graph: set sft.steps=0, sampler.noise=uniform"
+            )
+        return encode(row["graph"], self.task)
+
+    def supervised(
+        self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]
+    ) -> tuple[CleanRows, torch.Tensor]:
+        """Every graph at a random time of its noise, whose clean kinds are to be told."""
+        rng, steps = np.random.default_rng(list(seed)), self.config.sampler.num_inference_steps
+        clean = torch.tensor([self._state(row) for row in rows])
+        t = torch.from_numpy(rng.integers(1, steps + 1, len(rows)))
+        stays = torch.from_numpy(rng.random(clean.shape)) < kept(t / steps)[:, None]
+        noised = clean.where(stays, drawn(model.limit.cpu(), torch.from_numpy(rng.random(clean.shape))))
+        asked = torch.tensor([list(self.task.prompts).index(row["prompt"]) for row in rows])
+        index = torch.arange(len(clean[part]))
+        fitted = CleanRows(
+            latent=noised[part],
+            clean=clean[part],
+            timestep=t[part],
+            conditioning={"prompt": asked[part]},
+            trajectory=index,
+            step=torch.zeros_like(index),
+            num_steps=steps,
+        )
+        return fitted, torch.full((len(index),), 1.0 / clean.numel(), dtype=torch.float64)
+
+    def measure(
+        self, rows: Sequence[Example], completions: Sequence[Any], rewards: Sequence[float]
+    ) -> dict[str, float]:
+        """Shares of the valid graphs (reward 1) that differ from one another, and that the task's data do not hold.
+
+        The task may have `form(graph)`, equal for graphs that are one but for the numbering of their nodes, and
+        `known_forms()`, those of its data.
+        """
+        valid = [graph for graph, reward in zip(completions, rewards, strict=True) if reward >= 1]
+        if not hasattr(self.task, "form") or not valid:
+            return {}
+        forms = {self.task.form(graph) for graph in valid}
+        novel = forms - self.task.known_forms()
+        return {"uniqueness": len(forms) / len(valid), "novelty": len(novel) / len(forms)}
