@@ -24,8 +24,9 @@ from rl.registry import parse_recipe
 from rl.tasks.chat import prompt_text, token_ids
 from rl.train.rollouts import request_seed
 from rl.trainer import Trainer
-from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.engines.base import Request
 from rollouts.engines.shared import SharedForwards
+from rollouts.engines.uniform import token_engine
 from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory
 
@@ -78,7 +79,7 @@ def sample(
         if tokenizer is None:
             raise ValueError("tokenizer is required for a constraint with a loaded policy: give it")
         constraint = compiled_constraint(options.constraint, tokenizer, getattr(model, "excluded_token_ids", ()))
-    engine = InProcessEngine(
+    engine = token_engine(
         SharedForwards(model),
         options,
         eos_token_id=getattr(tokenizer, "eos_token_id", None),

@@ -119,6 +119,9 @@ class ModelConfig(Section):
         description="Block-causal attention of a new model: clean tokens see only clean tokens to their left, also in "
         "their block (NBDiff).",
     )
+    noise: Literal["absorbing", "uniform"] = Field(
+        "absorbing", description="Noise that a new model takes away: tokens become masks, or random tokens."
+    )
     logit_shift: Literal[0, 1] = Field(0, description="1 when the state at j-1 predicts token j (Dream).")
     train_router: bool = Field(
         True,

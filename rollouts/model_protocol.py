@@ -25,6 +25,8 @@ class DenoisingModel(Protocol):
         context_causal: optional, False when absent. True: in a block-causal model, decided tokens see only the decided
             tokens to their left, also inside their block; the block that is being decided sees itself whole (NBDiff,
             arXiv 2512.06776). At block length 1 and logit_shift 1 this is an autoregressive model.
+        noise: optional, "absorbing" when absent: noise turns tokens into masks. "uniform": into random tokens
+            (`rollouts/samplers/uniform.py`); the model then also has `vocab_size` and never sees its mask token.
         max_length: longest canvas the model can see.
     """
 
@@ -78,6 +80,11 @@ class SoftInputModel(DenoisingModel, Protocol):
     ) -> torch.Tensor:
         """As of `DenoisingModel`; `inputs_embeds` [B, Q, D] stands in for the embeddings of `input_ids`."""
         ...
+
+
+def noise_of(model: Any) -> str:
+    """The kind of noise that a `DenoisingModel` takes away, "absorbing" or "uniform"."""
+    return getattr(model, "noise", "absorbing")
 
 
 def mask_token_of(model: DenoisingModel) -> int:

@@ -3,7 +3,9 @@
 A `TokenTrajectory` is an edit script. It stores the prompt and a ragged list of edits
 `(step, position, token, logprob, confidence)`; replaying the edits of the first t steps gives the
 exact canvas the model saw at step t. Revealing is an edit from mask to token, remasking an edit from
-token to mask, token editing an edit from token to token. It holds token ids, never text.
+token to mask, token editing an edit from token to token. Edits of step -1 fill the canvas before the first step. Under
+uniform noise they are random tokens, and each step edits every position, also where its token stays. The script holds
+token ids, never text.
 
 Shape legend used in this project: B rollouts, G rollouts per prompt, L canvas positions, E edits,
 T denoising steps, V vocabulary, D width.

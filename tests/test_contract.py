@@ -16,7 +16,7 @@ import torch
 
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import Reads, TokenRows, assemble, block_document
-from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows
+from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows, trace_rows
 from rl.modalities.actions import Actions, action_rows
 from rl.modalities.actions_plan import ActionOptions
 from rl.modalities.graphs import Graphs, graph_rows
@@ -25,6 +25,7 @@ from rl.tasks.control import ControlTask
 from rl.tasks.molecules import MoleculesTask
 from rollouts.engines.base import SampleRequest
 from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.engines.uniform import UniformEngine
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.presets import PRESETS
@@ -750,6 +751,23 @@ def test_remasked_and_edited_tokens_are_scored_in_their_own_states(make_model, f
         torch.testing.assert_close(logprob, brute, rtol=0, atol=1e-9)
         with pytest.raises(ValueError, match=r"algorithm\.shrink > 1 needs trajectories without remasking"):
             (packed_rows if rows is layouts[-1] and block else remask_rows)(trajectories, shrink=2)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
+@pytest.mark.parametrize("family", FULL)
+def test_uniform_models_score_what_they_sampled(make_model, family: str, distribution: dict[str, Any]) -> None:
+    """Every step draws every token again, whether it changes or not; prompts and numbers of steps differ in a batch."""
+    model = make_model(family)
+    model.config.noise = "uniform"
+    requests = [Request([1, 2, 3, 4][: 1 + i % 4], seed=i, num_inference_steps=(1, 3, 4)[i % 3]) for i in range(12)]
+    engine = UniformEngine(model, SamplerOptions(gen_length=6, **distribution), eos_token_id=0, max_batch_size=5)
+    trajectories = engine.generate(requests)
+    assert sum(t.is_reveal.sum() for t in trajectories) == 6 * 4 * 8
+    for rows in (remask_rows(trajectories, 1, model.logit_shift), trace_rows(trajectories, model, pack_to=50)):
+        with torch.no_grad():
+            logprob = rows.score(model).logprob
+        np.testing.assert_allclose(logprob.numpy(), recorded(trajectories), rtol=0, atol=1e-9)
+    assert logprob.std() > 0.3
 
 
 # --- other samples than text ------------------------------------------------------------------------------------------

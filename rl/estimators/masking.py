@@ -56,10 +56,10 @@ def random_mask_rows(
     positions = np.arange(int(end.max()))
     answer = (positions >= start) & (positions < end)
     if block_length is None:
-        level = _stratified(count, rng)[:, None]
+        level = stratified(count, rng)[:, None]
     else:
         num_blocks = len(positions) // block_length
-        level = np.repeat(_stratified(count * num_blocks, rng).reshape(count, num_blocks), block_length, axis=1)
+        level = np.repeat(stratified(count * num_blocks, rng).reshape(count, num_blocks), block_length, axis=1)
     masked = hidden = answer & (rng.random(answer.shape) < level)
     weight = np.broadcast_to(1.0 / level, answer.shape)
     if semi_ar is not None:
@@ -81,6 +81,6 @@ def random_mask_rows(
     return rows, torch.from_numpy(np.concatenate(weights))
 
 
-def _stratified(count: int, rng: np.random.Generator) -> np.ndarray:
+def stratified(count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` uniform draws from (0, 1], one in each interval of width 1/count, in random order."""
     return (rng.permutation(count) + 1.0 - rng.random(count)) / count

@@ -13,6 +13,10 @@ random, scores "max_probability", "margin" and "neg_entropy"). With score "proba
 order too; their log-probs are left out as in the paper, and the policy gradient has a bias (measured in
 tests/test_exact_toy.py). docs/decoders.md says which decoder is which.
 
+Under uniform noise a decision replaces the token at its place, or lets it stay. It is scored by the law of that
+transition, with the levels of its step (`rollouts/samplers/uniform.py`). This is exact: the law of a rollout is the
+product over its steps and positions.
+
 Two layouts give the same numbers, as documents that may share rows (`pack_to`):
 
 * `remask_rows`: one copy of the canvas per (merged) step. Any model.
@@ -32,7 +36,9 @@ import numpy as np
 import torch
 
 from rl.estimators.rows import Reads, TokenRows, assemble, block_document, canvas_document, readout, whole_blocks
+from rl.estimators.uniform_rows import ReplacedRows
 from rollouts.model_protocol import DenoisingModel
+from rollouts.samplers.uniform import signal_levels
 from rollouts.trajectory import TokenTrajectory
 
 
@@ -86,7 +92,12 @@ def remask_rows(
             logprob = trajectory.logprob[reveals] if exact else None
             places, tokens = targets_at(trajectory, canvas, reveals, masked)
             reads.append(Reads(index, places, tokens, step, logprob))
-    return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
+    rows = assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
+    if trajectories[0].sampler.get("noise") != "uniform":
+        return rows
+    # Every step of such a trajectory has decisions, so steps were not renumbered.
+    before, after = signal_levels(rows.step, torch.tensor([t.num_steps for t in trajectories])[rows.trajectory])
+    return ReplacedRows(**vars(rows), before=before, after=after)
 
 
 def packed_rows(
@@ -236,7 +247,8 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
     flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor", "allowed_at")
-    return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n) is not None})
+    flat = (*flat, "before", "after")
+    return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n, None) is not None})
 
 
 def with_equal_steps(rows: TokenRows, steps: Sequence[np.ndarray], within: bool) -> TokenRows:

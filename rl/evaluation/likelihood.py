@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout
-from rollouts.model_protocol import DenoisingModel
+from rollouts.model_protocol import DenoisingModel, noise_of
 
 Ids = Sequence[int]
 
@@ -92,6 +92,8 @@ def log_likelihoods(
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+    if noise_of(model) != "absorbing":
+        raise ValueError(f"likelihoods are of models with masks, and this one's noise is {noise_of(model)}")
     texts = [_layout(model, context, text, num_samples, seed) for context, text in pairs]
     sums = [np.zeros(len(text.patterns)) for text in texts]
     jobs = [(index, k) for index, text in enumerate(texts) for k in range(len(text.patterns))]

@@ -27,7 +27,8 @@ from rl.evaluation.likelihood import Likelihood, log_likelihoods
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
-from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.engines.base import Request
+from rollouts.engines.uniform import token_engine
 from rollouts.samplers.options import SamplerOptions
 
 log = logging.getLogger("denoise-rl")
@@ -259,7 +260,7 @@ class DenoiseLM(TemplateLM):
         )
 
     def _decode(self, prompts: Sequence[list[int]], options: SamplerOptions) -> list[list[int]]:
-        engine = InProcessEngine(
+        engine = token_engine(
             self.model,
             options,
             eos_token_id=self.tokenizer.eos_token_id,

@@ -13,6 +13,7 @@ from rl.config import Config
 from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows, readout
+from rl.estimators.uniform_rows import random_noise_rows
 from rl.modalities.text_plan import TextPlan, open_tokenizer, review
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
@@ -24,7 +25,10 @@ from rollouts.engines.base import Engine
 from rollouts.engines.causal import CausalEngine, ServedCausalEngine, causal_options
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
+from rollouts.engines.uniform import token_engine
+from rollouts.model_protocol import noise_of
 from rollouts.samplers.options import SamplerOptions, with_changes
+from rollouts.samplers.uniform import noise_tokens
 from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 
@@ -66,7 +70,7 @@ class TextModality(TextPlan):
             if model.server is not None:
                 return ServedCausalEngine(model.server, model, options, eos_token_id=eos, max_batch_size=size)
             return CausalEngine(model, options, eos_token_id=eos, max_batch_size=size, device=device)
-        return InProcessEngine(
+        return token_engine(
             SharedForwards(model),
             self._with_block(options),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -149,6 +153,10 @@ class TextModality(TextPlan):
     def search_sampler(self, engine: InProcessEngine, rows: Sequence[Example]) -> TokenSampler:
         if self.config.model.autoregressive:
             raise ValueError("--search branches denoising steps, which model.autoregressive has none of: leave it out")
+        if noise_of(engine.model) != "absorbing":
+            raise ValueError(
+                f"--search branches on revealed tokens, and model.noise is {noise_of(engine.model)}: leave it out"
+            )
         requests = self.requests(rows, [[0]] * len(rows))
         return TokenSampler(engine, [request.prompt_ids for request in requests])
 
@@ -181,21 +189,28 @@ class TextModality(TextPlan):
             confidence=np.array([1.0]),
             stop_length=1,
             block_length=model.block_length,
-            sampler=self.config.sampler.distribution(),
+            sampler=self.config.sampler.distribution() | ({"noise": "uniform"} if noise_of(model) == "uniform" else {}),
             **(recorded if self.config.sampler.record_x0 else {}),
         )
 
     def supervised(
         self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]
     ) -> tuple[TokenRows, torch.Tensor]:
-        """Masked answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
+        """Masked or noised answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
         config = self.config
         sequences, prompt_lengths = self._encode(model, rows)
+        rng, share = np.random.default_rng(list(seed)), 1.0 / (len(rows) * config.sampler.gen_length)
+        if noise_of(model) == "uniform":
+            noised, weight = random_noise_rows(
+                sequences, prompt_lengths, noise_tokens(model).numpy(), rng, model.logit_shift, part,
+                bound=config.sft.loss_weight == "elbo",
+            )  # fmt: skip
+            return noised, weight * share
         masked, weight = random_mask_rows(
             sequences,
             prompt_lengths,
             model.mask_token_id,
-            np.random.default_rng(list(seed)),
+            rng,
             model.block_length if model.attention == "block_causal" else None,
             semi_ar=config.sampler.block_length if config.sft.masking == "semi_ar" else None,
             part=part,
@@ -203,7 +218,7 @@ class TextModality(TextPlan):
         )
         if config.sft.loss_weight == "uniform":
             weight = torch.ones_like(weight)
-        return masked, weight / (len(rows) * config.sampler.gen_length)
+        return masked, weight * share
 
     @property
     def horizon(self) -> int:

@@ -24,7 +24,8 @@ from rl.models import routing
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.folder import backbone_of, local_config, shape_of
 from rl.models.lora import add_adapters
-from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.engines.base import Request
+from rollouts.engines.uniform import token_engine
 
 if TYPE_CHECKING:
     from rollouts.trajectory import TokenTrajectory
@@ -125,12 +126,13 @@ class _Undecided:
     def __init__(self, config: Config, max_length: int):
         self.attention, self.block_length = config.model.attention, config.model.block_length
         self.logit_shift, self.max_length = config.model.logit_shift, max_length
+        self.noise, self.vocab_size = config.model.noise, self.mask_token_id + 1
 
     def hidden_states(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros(*input_ids.shape, 1)
 
     def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros(*hidden.shape[:-1], self.mask_token_id + 1)
+        logits = torch.zeros(*hidden.shape[:-1], self.vocab_size)
         logits[..., self.mask_token_id] = -1e9
         return logits
 
@@ -138,7 +140,7 @@ class _Undecided:
 def _rollouts(config: Config, prompt_length: int, count: int) -> tuple[Any, list[TokenTrajectory]]:
     model: Any = _Undecided(config, prompt_length + 2 * config.sampler.gen_length)
     # No end token: a response of the full length is the one that memory has to hold.
-    engine = InProcessEngine(model, config.sampler, eos_token_id=None, approximate_cache=config.rollout.cache)
+    engine = token_engine(model, config.sampler, eos_token_id=None, approximate_cache=config.rollout.cache)
     return model, engine.generate([Request([0] * prompt_length, seed=i) for i in range(count)])
 
 
@@ -204,6 +206,7 @@ def _as_loaded(config: Config) -> tuple[Config, str]:
                 "backbone": backbone_of(described, config.model.family),
                 "attention": "full" if block is None else "block_causal",
                 "block_length": block,
+                "noise": described.get("noise", "absorbing"),
             }
         config = config.model_copy(update={"model": config.model.model_copy(update=known)})
     if "model_type" not in config.model.backbone or "vocab_size" not in config.model.backbone:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rl.errors import about
 from rl.modalities.base import Modality
+from rl.registry import RECIPES
 from rl.tasks.fit import apart_reasons, kept_prompts, unfit_reasons
-from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.options import SamplerOptions, with_changes
 
 if TYPE_CHECKING:
     from rl.config import Config
@@ -54,6 +55,7 @@ class TextPlan(Modality):
             check_backbone(model.backbone)
             if (model.attention == "block_causal") != (model.block_length is not None):
                 raise ValueError(block_length_message(model.attention))
+        _check_noise(config)
         if model.attn_implementation == "flex_attention":
             from rl.distributed import pick_device
 
@@ -161,6 +163,35 @@ def _check_constraint(config: Config, tokenizer: Any) -> None:
     reason = compiled_constraint(sampler.constraint, tokenizer, excluded).refusal(sampler.gen_length)
     if reason is not None:
         raise ValueError(f"sampler.constraint cannot be met: {reason}")
+
+
+def _check_noise(config: Config) -> None:
+    """Refuse what needs masks, where the model's noise is uniform."""
+    from rl.models.folder import local_config
+
+    model, recipe = config.model, config.algorithm
+    file = local_config(model.path) if model.path is not None else None
+    noise = model.noise if model.path is None else json.loads(file.read_text()).get("noise") if file else None
+    if noise != "uniform":
+        return
+    config.sampler.check_uniform()
+    with_changes(config.sampler, config.eval.sampler).check_uniform()
+    if config.train.steps and noise not in recipe.noises:
+        able = [name for name in RECIPES.known if noise in getattr(RECIPES.resolve(name), "noises", ())]
+        raise ValueError(
+            f"algorithm.name {recipe.name!r} scores masks, and the model's noise is uniform: choose one of "
+            f"{', '.join(able)}"
+        )
+    refused = {
+        "model.attention": model.attention != "full",
+        "eval.backslide": config.eval.backslide,
+        "rollout.engine": config.rollout.engine == "server",
+        "rollout.cache": config.rollout.cache != "none",
+        "algorithm.shrink": config.train.steps > 0 and getattr(recipe, "shrink", 1) > 1,
+    }
+    for key, wrong in refused.items():
+        if wrong:
+            raise ValueError(f"{key} needs masks that are revealed, and the model's noise is uniform: leave it out")
 
 
 def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:

@@ -46,6 +46,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         family: str | None = None,
         conditions: dict[str, str] | None = None,
         rope_full_precision: bool = False,
+        noise: str = "absorbing",
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
@@ -64,6 +65,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.logit_shift = logit_shift
         # Clean tokens see only clean tokens to their left, also inside their block (NBDiff's context-causal mask).
         self.context_causal = context_causal
+        # What noise makes of a token: the mask ("absorbing") or a random token ("uniform").
+        self.noise = noise
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -79,6 +82,10 @@ class DiffusionLMConfig(PreTrainedConfig):
             raise ValueError(f"model.logit_shift must be 0 or 1, got {self.logit_shift}")
         if self.context_causal and self.attention == "full":
             raise ValueError("model.context_causal needs attention block_causal: full attention has no context")
+        if self.noise not in ("absorbing", "uniform"):
+            raise ValueError(f"model.noise must be absorbing or uniform, got {self.noise!r}")
+        if self.noise == "uniform" and self.attention != "full":
+            raise ValueError("model.noise uniform needs model.attention full: every step draws the whole response")
         vocab_size = self.backbone.get("vocab_size")
         if self.mask_token_id is None or (vocab_size and not 0 <= self.mask_token_id < vocab_size):
             raise ValueError(
@@ -126,6 +133,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
     block_length = property(attrgetter("config.block_length"))
     logit_shift = property(attrgetter("config.logit_shift"))
     context_causal = property(attrgetter("config.context_causal"))
+    noise = property(attrgetter("config.noise"))
     max_length = property(attrgetter("backbone.config.max_position_embeddings"))
     excluded_token_ids = property(attrgetter("config.excluded_token_ids"))
     vocab_size = property(attrgetter("lm_head.out_features"))

@@ -102,6 +102,7 @@ def _new(config: ModelConfig, tokenizer: Any, seed: int) -> DiffusionLM:
             block_length=config.block_length,
             logit_shift=config.logit_shift,
             context_causal=config.context_causal,
+            noise=config.noise,
             attn_implementation=config.attn_implementation,
         )
     ).eval()

@@ -27,6 +27,11 @@ def exclude_(logits: torch.Tensor, mask_token_id: int, excluded: Ranges) -> torc
     return logits.add_(never)
 
 
+def can_be_predicted(logits: torch.Tensor) -> torch.Tensor:
+    """bool [..., V]: the tokens that `exclude_` has left in reach."""
+    return logits > _NEVER / 2
+
+
 def sampling_logprobs(
     logits: torch.Tensor,
     temperature: float,

@@ -21,6 +21,7 @@ CHOICE_STREAM = 5
 LATENT_STREAM = 6
 GUMBEL_STREAM = 7
 REVISE_STREAM = 8
+START_STREAM = 9
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

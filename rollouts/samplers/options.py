@@ -224,6 +224,15 @@ class SamplerOptions(BaseModel):
             )
         return steps // num_blocks
 
+    def check_uniform(self) -> None:
+        """Raise ValueError for an option that reveals masks: a model of uniform noise has none."""
+        for name in ("preset", "block_length", "cfg_scale", "record_x0", "constraint", *PARTS):
+            if getattr(self, name) != SamplerOptions.model_fields[name].default:
+                raise ValueError(
+                    f"sampler.{name} is for absorbing noise, whose masks are revealed, and the model's noise is "
+                    "uniform: leave it out"
+                )
+
     def distribution(self) -> dict[str, Any]:
         """The settings a learner needs to score the recorded tokens; guidance only where there is some."""
         settings: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}

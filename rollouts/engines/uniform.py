@@ -1,0 +1,104 @@
+"""The engine of uniform-state models: the whole response is noise at first, and every step draws all of it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollouts.engines.base import EngineStats, Request
+from rollouts.engines.in_process import InProcessEngine
+from rollouts.engines.record import Record
+from rollouts.engines.slots import Plan
+from rollouts.model_protocol import DenoisingModel, noise_of
+from rollouts.samplers import noise
+from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.step import StepResult
+from rollouts.samplers.uniform import ancestral_step, noise_tokens
+from rollouts.trajectory import TokenTrajectory
+from rollouts.visibility import full_visibility
+
+
+def token_engine(model: DenoisingModel, options: SamplerOptions, **settings: Any) -> InProcessEngine:
+    """The engine for a model's noise; settings are those of `InProcessEngine`."""
+    return (UniformEngine if noise_of(model) == "uniform" else InProcessEngine)(model, options, **settings)
+
+
+class UniformEngine(InProcessEngine):
+    """Samples a uniform-state model with full attention (`rollouts/samplers/uniform.py`)."""
+
+    def __init__(self, model: DenoisingModel, options: SamplerOptions, **settings: Any):
+        """
+        Raises:
+            ValueError: an option that reveals masks, which there are none of.
+        """
+        options.check_uniform()
+        super().__init__(model, options, **settings)
+        if self.approximate_cache != "none":
+            raise ValueError("rollout.cache keeps revealed tokens, and uniform noise reveals none: set it to none")
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
+        """Decode every request; see `InProcessEngine.generate`."""
+        started = time.perf_counter()
+        self.stats = EngineStats()
+        plans = [self.plan(index, request) for index, request in enumerate(requests)]
+        if not plans:
+            return []
+        record = Record(len(plans))
+        # Those with most steps first: the requests of a batch that are still sampled are then its first rows.
+        plans.sort(key=lambda plan: (-plan.steps, -plan.length))
+        for start in range(0, len(plans), self.max_batch_size):
+            part = plans[start : start + self.max_batch_size]
+            self._decode(part, [requests[plan.index].prompt_ids for plan in part], record)
+        self.stats.seconds = time.perf_counter() - started
+        return [
+            self.trajectory(request.prompt_ids, seed=request.seed, policy_version=policy_version, **arrays)
+            for request, arrays in zip(requests, record.by_request(), strict=True)
+        ]
+
+    def _decode(self, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], record: Record) -> None:
+        index = np.array([plan.index for plan in plans])
+        fields = np.array([(plan.prompt, plan.length, plan.steps, plan.seed) for plan in plans]).T
+        prompt, length, steps, seed = torch.from_numpy(fields).to(self.device)
+        place = torch.arange(int(length.max()), device=self.device)
+        canvas = torch.zeros((len(plans), len(place)), dtype=torch.int64, device=self.device)
+        for row, ids in enumerate(prompts):
+            canvas[row, : len(ids)] = torch.as_tensor(ids, device=self.device)
+        record.length[index], record.num_steps[index] = length.cpu().numpy(), steps.cpu().numpy()
+        row, position = ((place >= prompt[:, None]) & (place < length[:, None])).nonzero(as_tuple=True)
+        result = self._start(row, position, seed[row])
+        record.add(result, index, np.full(len(plans), -1), self.mask_token_id)
+        canvas[row, position] = result.token
+        for step in range(int(steps[0])):
+            active = int((steps > step).sum())
+            inside = row < active
+            row, position = row[inside], position[inside]
+            width = int(length[:active].max())
+            tokens = canvas[:active, :width]
+            hidden = self.model.hidden_states(tokens, visible=full_visibility(length[:active], width))
+            self._count(tokens)
+            result = ancestral_step(
+                self.model.token_logits(hidden[row, position - self.model.logit_shift]),
+                row, position, tokens[row, position], seed[row], torch.full_like(row, step), steps[row], self.options,
+            )  # fmt: skip
+            record.add(result, index, np.full(len(plans), step), self.mask_token_id)
+            canvas[row, position] = result.token
+        self.stats.generated_tokens += int((length - prompt).sum())
+
+    def _start(self, row: torch.Tensor, position: torch.Tensor, seed: torch.Tensor) -> StepResult:
+        """Random tokens for N positions, as edits that nothing chose."""
+        tokens = noise_tokens(self.model).to(self.device)
+        u = noise.uniform(seed, torch.zeros_like(seed), position, noise.START_STREAM)
+        nothing, every = torch.zeros_like(u), torch.ones_like(row, dtype=torch.bool)
+        token = tokens[(u * len(tokens)).long()]
+        return StepResult(row, position, token, nothing, nothing, every)
+
+    def trajectory(self, *args: Any, **arrays: Any) -> TokenTrajectory:
+        """See `InProcessEngine.trajectory`; a learner has to know whose law the decisions follow."""
+        trajectory = super().trajectory(*args, **arrays)
+        trajectory.sampler["noise"] = "uniform"
+        return trajectory

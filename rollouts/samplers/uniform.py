@@ -1,0 +1,111 @@
+"""Uniform-state diffusion: noise replaces a token by a random one, and every step may replace any token again.
+
+Noise at signal level a keeps a token with probability a and else draws one of the n tokens that the model may predict
+(uniform transitions of D3PM, Austin et al. 2021, arXiv 2107.03006). Levels are linear in time: a rollout of T steps is
+at level k / T before step k. A step from level a to level b > a replaces a token x by y with probability
+
+    p(y | x) = q(x | y) (b f(y) + (1 - b) / n) / Z,    q(x | y) = (a / b) 1[x = y] + (1 - a / b) / n
+
+where f is the model's distribution over clean tokens. This is the posterior of UDLM (Schiff et al. 2024, arXiv
+2412.10193) and Duo (`_compute_posterior` in the code of Sahoo et al. 2025, arXiv 2506.10892) with f in the place of
+the clean token.
+
+It makes f a leave-one-out prediction: what the other tokens say about this one, whatever stands there now. The usual
+denoising prediction, which knows x too, is p(y | x) for b = 1, the level without noise. D3PM's sum over clean tokens,
+drawn from that denoising prediction, is the same p for every b (`tests/test_uniform.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rollouts.samplers import noise
+from rollouts.samplers.distribution import can_be_predicted, draw, exclude_, sampling_logprobs
+from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.step import StepResult
+
+# In the place of log 0, which has no gradient.
+_LOG_ZERO = -1e9
+
+
+def noise_tokens(model: Any) -> torch.Tensor:
+    """int64 [n]: what noise draws from, the tokens that a `DenoisingModel` may predict."""
+    reach = exclude_(torch.zeros(model.vocab_size), model.mask_token_id, getattr(model, "excluded_token_ids", ()))
+    return can_be_predicted(reach).nonzero().flatten()
+
+
+def signal_levels(step: torch.Tensor, num_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64: the levels before and after a step. Example: step 1 of 4 goes from 0.25 to 0.5."""
+    return step.double() / num_steps, (step + 1).double() / num_steps
+
+
+def transition_logprobs(
+    logits: torch.Tensor,
+    token: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    target: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """log p(y | x) of every token y; temperature and filters act on f.
+
+    Args:
+        logits: [N, V], log f up to a constant. Tokens out of reach in them (`exclude_`) are out of the noise's too.
+        token: int64 [N], x.
+        before, after: [N], the signal levels a and b.
+        temperature: 0 gives all of f to the most likely token.
+        target: int64 [N], what a learner scores: stays in the support of f at level 1, whatever the filters say. At
+            lower levels noise reaches every token.
+
+    Returns:
+        [N, V], in the dtype of the logits; very low and not -inf outside the support.
+    """
+    before, after = (level.to(logits.dtype)[:, None] for level in (before, after))
+    best = logits.argmax(-1)
+    if temperature == 0:
+        clean = torch.full_like(logits, _LOG_ZERO).scatter(-1, best[:, None], 0.0)
+    else:
+        keep = None if target is None else torch.where(after[:, 0] < 1, best, target)
+        clean = sampling_logprobs(logits, temperature, top_p, top_k, keep).clamp(min=_LOG_ZERO)
+    allowed, kept = can_be_predicted(logits), before / after
+    stay = (kept / (1 - kept) * allowed.sum(-1, keepdim=True)).log1p()
+    return torch.log_softmax(noised_logprobs(clean, allowed, after).scatter_add(-1, token[:, None], stay), dim=-1)
+
+
+def noised_logprobs(clean: torch.Tensor, allowed: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """[N, V]: log(b f(y) + (1 - b) / n), clean tokens with noise.
+
+    Args:
+        clean: [N, V], log f.
+        allowed: bool [N, V], the n tokens of the noise.
+        level: [N, 1], b.
+    """
+    random = torch.where(allowed & (level < 1), ((1 - level) / allowed.sum(-1, keepdim=True)).log(), _LOG_ZERO)
+    return torch.logaddexp(level.log() + clean, random)
+
+
+def ancestral_step(
+    logits: torch.Tensor,
+    row: torch.Tensor,
+    position: torch.Tensor,
+    token: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    num_steps: torch.Tensor,
+    options: SamplerOptions,
+) -> StepResult:
+    """Draw the next token of N positions; each is a decision, whether the token changes or not.
+
+    Args:
+        logits: [N, V].
+        row, position, token, seed, step, num_steps: int64 [N]; where it stands, what stands there, its request's.
+    """
+    before, after = signal_levels(step, num_steps)
+    law = transition_logprobs(logits, token, before, after, options.temperature, options.top_p, options.top_k)
+    drawn = draw(law, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
+    logprob, confidence = (x.gather(-1, drawn[:, None])[:, 0].double() for x in (law, torch.log_softmax(logits, -1)))
+    return StepResult(row, position, drawn, logprob, confidence.exp(), torch.ones_like(row, dtype=torch.bool))

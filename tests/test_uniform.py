@@ -1,0 +1,269 @@
+"""Uniform-state diffusion: its transitions against D3PM's matrices, its law and gradient against dynamic programming."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rl.batch import DecisionBatch
+from rl.config import load_config
+from rl.estimators.uniform_rows import random_noise_rows, rate_divergence
+from rl.evaluation.likelihood import log_likelihoods
+from rl.losses.aggregate import weighted_sum
+from rl.recipes.tracerl import TraceRL
+from rl.train.plan import check_run
+from rollouts.engines.in_process import Request
+from rollouts.engines.uniform import UniformEngine, token_engine
+from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.uniform import noise_tokens, transition_logprobs
+from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
+
+PROMPT = [1, 0, 1]
+
+
+@pytest.fixture
+def make_uniform(make_model: Any) -> Any:
+    def make(family: str = "gpt2-full", **settings: Any) -> Any:
+        model = make_model(family, **settings)
+        model.config.noise = "uniform"
+        return model
+
+    return make
+
+
+def noise_matrix(kept: float, size: int) -> torch.Tensor:
+    """float64 [n, n]: q(row -> column) of noise that keeps a token with probability `kept`."""
+    return kept * torch.eye(size, dtype=torch.float64) + (1 - kept) / size
+
+
+def d3pm(leave_one_out: torch.Tensor, token: int, a: float, b: float) -> torch.Tensor:
+    """[n]: sum over clean tokens of (denoising prediction) x (posterior of Bayes' rule), all from matrices."""
+    size = len(leave_one_out)
+    q_a, q_b, q_ab = noise_matrix(a, size), noise_matrix(b, size), noise_matrix(a / b, size)
+    denoiser = leave_one_out * q_a[:, token]
+    denoiser = denoiser / denoiser.sum()
+    return sum(denoiser[c] * q_b[c] * q_ab[:, token] / q_a[c, token] for c in range(size))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.0, 0.25), (0.25, 0.5), (0.1, 0.9), (0.75, 1.0), (0.0, 1.0)])
+def test_a_transition_is_d3pms(a: float, b: float) -> None:
+    logits = 2 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, 4] = -1e9  # may not be predicted, and noise does not draw it
+    token, reach = torch.tensor([0, 1, 2, 3, 5, 0]), [0, 1, 2, 3, 5]
+    levels = (torch.full((6,), x, dtype=torch.float64) for x in (a, b))
+    law = transition_logprobs(logits, token, *levels).exp()
+    assert law[:, 4].max() < 1e-12
+    for row in range(6):
+        clean = logits[row, reach].softmax(-1)
+        torch.testing.assert_close(law[row, reach], d3pm(clean, reach.index(int(token[row])), a, b))
+
+
+def test_the_example_of_the_page() -> None:
+    """Four tokens, all of f on 2, 0 in place: weights 3/4 * 1/16, 1/12 * 1/16, 1/12 * 13/16 and 1/12 * 1/16, over 1/8."""
+    logits, level = torch.tensor([[0.0, 0, 50, 0]], dtype=torch.float64), torch.ones(1)
+    law = transition_logprobs(logits, torch.tensor([0]), level / 2, 0.75 * level).exp()
+    torch.testing.assert_close(law, torch.tensor([[3 / 8, 1 / 24, 13 / 24, 1 / 24]], dtype=torch.float64))
+
+
+def test_temperature_and_filters_act_on_the_clean_prediction() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64).repeat(3, 1)
+    token, half, one = torch.tensor([0, 2, 3]), torch.full((3,), 0.5), torch.ones(3)
+    for settings, clean in (
+        ({"temperature": 0.5}, (2 * logits[0]).softmax(-1)),
+        ({"temperature": 0.0}, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)),
+        ({"top_k": 2}, torch.tensor([*logits[0, :2].softmax(-1).tolist(), 0, 0], dtype=torch.float64)),
+    ):
+        for after in (0.75 * one, one):
+            law = transition_logprobs(logits, token, half, after, **settings).exp()
+            for row in range(3):
+                torch.testing.assert_close(law[row], d3pm(clean, int(token[row]), 0.5, float(after[0])))
+    # A token that later weights filter out is scored with a finite ratio at the level without noise.
+    kept = transition_logprobs(logits, token, half, one, top_k=2, target=torch.tensor([0, 1, 3]))
+    assert kept[2, 3] > -10 > kept[0, 3]
+
+
+# --- the law of a rollout --------------------------------------------------------------------------------------------
+
+
+def exact_law(model: Any, num_steps: int, num_free: int) -> torch.Tensor:
+    """[3 ** num_free]: the law of the final answer over three tokens, by dynamic programming with D3PM's matrices."""
+    states = list(itertools.product(range(3), repeat=num_free))
+    law = torch.full((len(states),), 1.0 / len(states), dtype=torch.float64)
+    canvas = torch.tensor([[*PROMPT, *state] for state in states])
+    clean = model(canvas)[:, len(PROMPT) - model.logit_shift :][:, :num_free, :3].softmax(-1)
+    for step in range(num_steps):
+        level = step / num_steps, (step + 1) / num_steps
+        rows = []
+        for index, state in enumerate(states):
+            joint = torch.ones(1, dtype=torch.float64)
+            for place, token in enumerate(state):
+                joint = (joint[:, None] * d3pm(clean[index, place], token, *level)).flatten()
+            rows.append(joint)
+        law = law @ torch.stack(rows)
+    return law
+
+
+@pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted"])
+def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str) -> None:
+    model = make_uniform(family, vocab_size=4, seed=3)
+    law, count = exact_law(model, 3, 2).detach().numpy(), 3000
+    engine = UniformEngine(model, SamplerOptions(gen_length=2, num_inference_steps=3), max_batch_size=count)
+    answers = [t.response_ids() for t in engine.generate([Request(PROMPT, seed) for seed in range(count)])]
+    observed = np.bincount([3 * a + b for a, b in answers], minlength=9)
+    expected = count * law
+    assert expected.max() > 2 * expected.min()
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    assert chi_square < 8 + 5 * np.sqrt(2 * 8)
+
+
+def every_rollout(model: Any, num_steps: int, num_free: int) -> list[TokenTrajectory]:
+    states = list(itertools.product(range(3), repeat=num_free))
+    place = np.arange(len(PROMPT), len(PROMPT) + num_free)
+    rollouts = []
+    for path in itertools.product(states, repeat=num_steps + 1):
+        size = num_free * (num_steps + 1)
+        trajectory = TokenTrajectory(
+            prompt_ids=np.array(PROMPT), length=len(PROMPT) + num_free, mask_token_id=3, num_steps=num_steps,
+            step=np.repeat(np.arange(-1, num_steps), num_free), position=np.tile(place, num_steps + 1),
+            token=np.concatenate(path), logprob=np.zeros(size), confidence=np.zeros(size), stop_length=num_free,
+            sampler={"temperature": 1.0, "noise": "uniform"},
+        )  # fmt: skip
+        trajectory.validate()
+        rollouts.append(trajectory)
+    return rollouts
+
+
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(make_uniform: Any) -> None:
+    """All 729 rollouts of two steps and two tokens, with the real estimator and loss."""
+    model = make_uniform(vocab_size=4, seed=3, scale=1.0)
+    reward = torch.from_numpy(np.random.default_rng(7).normal(size=9))
+    law = exact_law(model, 2, 2)
+    exact = gradient((law * reward).sum(), model)
+    rollouts = every_rollout(model, 2, 2)
+    recipe = TraceRL(old_logprob="on_policy")
+    rows = recipe.rows(rollouts, model).distinct()
+    assert rows.num_rows == 9
+    scores = rows.score(model)
+    per_rollout = torch.zeros(len(rollouts), dtype=torch.float64).index_add(0, rows.trajectory, scores.logprob)
+    probability = (per_rollout.exp() / 9).detach()
+    assert float(probability.sum()) == pytest.approx(1.0, abs=1e-10)
+    final = torch.tensor([3 * t.response_ids()[0] + t.response_ids()[1] for t in rollouts])
+    torch.testing.assert_close(torch.zeros(9).double().index_add(0, final, probability), law.detach())
+    for baseline in (0.0, 3.7):
+        advantage = (reward[final] - baseline)[rows.trajectory]
+        weight = probability[rows.trajectory]
+        batch = DecisionBatch(scores.logprob, scores.entropy, scores.logprob.detach(), None, advantage, weight)
+        ours = -gradient(weighted_sum(recipe.loss(batch).loss, weight), model)
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
+    assert exact.norm() > 1e-2
+
+
+def gradient(value: torch.Tensor, model: Any) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)])
+
+
+def test_a_rollout_depends_on_its_seed_alone(make_uniform: Any, tmp_path: Any) -> None:
+    model = make_uniform()
+    options = SamplerOptions(gen_length=5, num_inference_steps=4)
+    requests = [Request([1, 2][: 1 + i % 2], i, steps) for i, steps in enumerate([None, 2, 8, 4, 1])]
+    together = token_engine(model, options, eos_token_id=0).generate(requests)
+    alone = [token_engine(model, options, eos_token_id=0, max_batch_size=1).generate([r])[0] for r in requests]
+    save_trajectories(tmp_path / "t.npz", together)
+    for one, other, loaded in zip(together, alone, load_trajectories(tmp_path / "t.npz"), strict=True):
+        assert one.num_steps == len(one.step) // 5 - 1
+        assert one.is_reveal.sum() == 5 * one.num_steps
+        for name in ("step", "position", "token"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            np.testing.assert_array_equal(getattr(one, name), getattr(loaded, name))
+        np.testing.assert_allclose(one.logprob, other.logprob, rtol=0, atol=1e-12)
+    # The first canvas is noise of its own for every request, and holds no mask.
+    first = {tuple(t.canvas_at(0)[t.prompt_length :]) for t in together}
+    assert len(first) == 5 and model.mask_token_id not in set().union(*first)
+
+
+# --- supervised ------------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_is_the_limit_of_d3pms(make_uniform: Any) -> None:
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits[:, 4] = -1e9
+    clean, token = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 1, 2, 0, 2, 3, 0])
+    before = torch.linspace(0.05, 0.95, 8, dtype=torch.float64)
+    known = torch.where(logits > -1e8, -1e3, -1e9).double().scatter(-1, clean[:, None], 0.0)
+    short = 1e-5
+    truth, model = (transition_logprobs(x, token, before, before + short) for x in (known, logits))
+    divergence = (truth.exp() * (truth - model)).sum(-1) / short
+    torch.testing.assert_close(rate_divergence(logits, token, clean, before), divergence, rtol=2e-3, atol=1e-5)
+
+
+def test_the_bound_is_tight_where_the_prediction_is_right() -> None:
+    """One token: the leave-one-out prediction is its law, the reverse process exact, and the bound its entropy."""
+    law = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    levels = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    total = torch.zeros(())
+    for clean, token in itertools.product(range(3), repeat=2):
+        noised = levels * (clean == token) + (1 - levels) / 3
+        at = (torch.full((2000,), x) for x in (token, clean))
+        total = total + law[clean] * (noised * rate_divergence(law.log().expand(2000, 3), *at, levels)).mean()
+    assert float(total) == pytest.approx(float(torch.special.entr(law).sum()), abs=1e-3)
+
+
+def test_noised_answers(make_uniform: Any) -> None:
+    model, count = make_uniform(vocab_size=6), 400
+    sequences = [np.array([5, 4, 0, 1, 2, 3]) for _ in range(count)]
+    rows, weight = random_noise_rows(
+        sequences, [2] * count, noise_tokens(model).numpy(), np.random.default_rng(0), bound=False
+    )
+    assert noise_tokens(model).tolist() == [0, 1, 2, 3, 4]
+    assert (weight == 1).all() and len(weight) == 4 * count
+    assert (rows.input_ids[:, :2] == torch.tensor([5, 4])).all() and (rows.input_ids[:, 2:] < 5).all()
+    # Levels are stratified, so their mean is 1/2; a token is kept with probability a + (1 - a) / 5.
+    kept = (rows.input_ids[rows.row, rows.column] == rows.target).double()
+    assert float(rows.before.mean()) == pytest.approx(0.5, abs=1e-3)
+    assert float((kept - rows.before - (1 - rows.before) / 5).mean()) == pytest.approx(0.0, abs=0.03)
+    # Without the bound the loss is the cross-entropy of the denoising prediction, by Bayes' rule.
+    with torch.no_grad():
+        scores, logits = rows.score(model), model(rows.input_ids)[rows.row, rows.column, :5].softmax(-1)
+    assert scores.kl is None
+    for i in (0, 7, 501):
+        token, level = int(rows.input_ids[rows.row[i], rows.column[i]]), float(rows.before[i])
+        posterior = logits[i] * noise_matrix(level, 5)[:, token]
+        assert float(scores.logprob[i].exp()) == pytest.approx(float(posterior[rows.target[i]] / posterior.sum()))
+    part, _ = random_noise_rows(
+        sequences, [2] * count, noise_tokens(model).numpy(), np.random.default_rng(0), part=slice(10, 20)
+    )
+    assert torch.equal(part.input_ids, rows.input_ids[10:20]) and part.score(model).kl is not None
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm={name: espo}", r"'espo' scores masks, and the model's noise is uniform: choose one of tracerl, cj_grpo"),
+        ("sampler.preset=llada_random", r"sampler\.preset is for absorbing noise"),
+        ("sampler.block_length=4 eval.num_inference_steps=[4] train.mixed_steps=[]", r"sampler\.block_length is for absorbing noise"),
+        ("eval.sampler={selector: threshold}", r"sampler\.selector is for absorbing noise"),
+        ("eval.backslide=true", r"eval\.backslide needs masks that are revealed"),
+        ("rollout.cache=dual", r"rollout\.cache needs masks that are revealed"),
+        ("model.attention=block_causal model.block_length=4 eval.num_inference_steps=[4] train.mixed_steps=[]", r"model\.attention needs masks that are revealed"),
+        ("algorithm.shrink=2 algorithm.old_logprob=recompute", r"algorithm\.shrink needs masks that are revealed"),
+    ],
+)  # fmt: skip
+def test_what_needs_masks_is_refused(override: str, message: str, tmp_path: Any) -> None:
+    overrides = [f"run.output_dir={tmp_path}", *(override.split() if ": " not in override else [override])]
+    with pytest.raises(ValueError, match=message):
+        check_run(load_config("configs/sudoku_uniform.yaml", overrides))
+
+
+def test_likelihoods_and_selectors_are_refused(make_uniform: Any) -> None:
+    model = make_uniform()
+    with pytest.raises(ValueError, match="likelihoods are of models with masks"):
+        log_likelihoods(model, [([1], [2])])
+    with pytest.raises(ValueError, match="sampler.selector is for absorbing noise"):
+        UniformEngine(model, SamplerOptions(selector="left_most"))
