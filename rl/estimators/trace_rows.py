@@ -247,8 +247,8 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
     flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor", "allowed_at")
-    flat = (*flat, "before", "after")
-    return replace(rows, **{n: getattr(rows, n)[kept] for n in flat if getattr(rows, n, None) is not None})
+    own = {name: getattr(rows, name, None) for name in (*flat, "before", "after")}
+    return replace(rows, **{name: values[kept] for name, values in own.items() if values is not None})
 
 
 def with_equal_steps(rows: TokenRows, steps: Sequence[np.ndarray], within: bool) -> TokenRows:
