@@ -1,5 +1,7 @@
-"""Cost of one update (forward, backward, optimizer step) on the same trajectories in four layouts.
+"""Cost of one update (forward, backward, optimizer step) on the same trajectories in five layouts.
 
+* shared rows: ours with `algorithm.pack_to`, all trajectories in one row, a prompt once for its rollouts (`--group`),
+  attention inside of documents alone.
 * packed: ours, `[clean | noisy copies of all rounds]`, one row per trajectory, hidden states gathered before
   the output head.
 * rounds, gathered: one row `[clean | noisy copy]` per round, but gathered as ours: what packing alone is worth.
@@ -68,10 +70,11 @@ def sample(model: DiffusionLM, args: argparse.Namespace) -> list[TokenTrajectory
         gen_length=args.gen_length, block_length=args.block_length, num_inference_steps=num_steps, score="random"
     )
     rng = np.random.default_rng(0)
-    requests = [
-        Request(rng.integers(0, args.vocab - 1, int(rng.integers(40, 129))).tolist(), seed=i)
-        for i in range(args.trajectories)
+    prompts = [
+        rng.integers(0, args.vocab - 1, int(rng.integers(40, 129))).tolist()
+        for _ in range(args.trajectories // args.group)
     ]
+    requests = [Request(prompt, seed=i) for i, prompt in enumerate(p for p in prompts for _ in range(args.group))]
     return InProcessEngine(model, options).generate(requests)
 
 
@@ -100,7 +103,7 @@ def one_row_each(rows: TokenRows) -> Iterator[tuple[TokenRows, torch.Tensor]]:
     for r in range(len(rows.input_ids)):
         mine = (rows.row == r).nonzero().squeeze(1)
         layout = {k: getattr(rows, k)[r : r + 1] for k in ("input_ids", "position_ids", "document", "segment", "block")}
-        flat = {k: getattr(rows, k)[mine] for k in ("column", "target", "trajectory", "step")}
+        flat = {k: getattr(rows, k)[mine] for k in ("column", "read", "target", "trajectory", "step")}
         yield replace(rows, row=torch.zeros_like(mine), **layout, **flat), mine
 
 
@@ -111,27 +114,31 @@ def score_everywhere(rows: TokenRows, model: DiffusionLM) -> Scores:
     return Scores(logprob, torch.zeros_like(logprob))
 
 
-def micro_batches(
-    layout: str, trajectories: list[TokenTrajectory]
-) -> Iterator[tuple[TokenRows, int, torch.Tensor, Scorer]]:
-    """(rows, trajectory, its decisions that they score, scorer)."""
-    for index, trajectory in enumerate(trajectories):
-        everything = torch.arange(len(trajectory.step))
+def micro_batches(layout: str, trajectories: list[TokenTrajectory]) -> Iterator[tuple[TokenRows, torch.Tensor, Scorer]]:
+    """(rows, the decisions of all trajectories that they score, scorer)."""
+    if layout == "shared rows":
+        total = sum(len(t.step) for t in trajectories)
+        yield packed_rows(trajectories, pack_to=10**9), torch.arange(total), TokenRows.score
+        return
+    begin = 0
+    for trajectory in trajectories:
+        everything = begin + torch.arange(len(trajectory.step))
         if layout == "packed":
-            yield packed_rows([trajectory]), index, everything, TokenRows.score
+            yield packed_rows([trajectory]), everything, TokenRows.score
         elif layout == "rounds, gathered":
             rows, order = round_rows(trajectory)
-            yield rows, index, order, TokenRows.score
+            yield rows, everything[order], TokenRows.score
         elif layout == "rounds (published)":
             whole, order = round_rows(trajectory)
             for rows, mine in one_row_each(whole):
-                yield rows, index, order[mine], score_everywhere
+                yield rows, everything[order[mine]], score_everywhere
         else:
             for rows, mine in one_row_each(remask_rows([trajectory], block_length=trajectory.block_length)):
-                yield rows, index, mine, TokenRows.score
+                yield rows, everything[mine], TokenRows.score
+        begin += len(everything)
 
 
-LAYOUTS = ("packed", "rounds, gathered", "rounds (published)", "step by step")
+LAYOUTS = ("packed", "shared rows", "rounds, gathered", "rounds (published)", "step by step")
 
 
 def update(
@@ -139,28 +146,28 @@ def update(
 ) -> dict[str, Any]:
     """One update; log-probs of all decisions, gradient norm, and the tokens and passes it took."""
     optimizer.zero_grad()
-    total = sum(len(t.step) for t in trajectories)
-    logprobs = [torch.zeros(len(t.step)) for t in trajectories]
+    old = torch.from_numpy(np.concatenate([t.logprob for t in trajectories])).float()
+    # Any advantages will do, as long as every layout gets the same.
+    advantage = torch.cat([torch.full((len(t.step),), 1.0 if i % 2 else -0.5) for i, t in enumerate(trajectories)])
+    logprobs = torch.zeros_like(old)
     tokens = passes = 0
-    for rows, index, mine, scorer in micro_batches(layout, trajectories):
+    for rows, mine, scorer in micro_batches(layout, trajectories):
         logprob, entropy, *_ = scorer(rows, model)
-        trajectory = trajectories[index]
         batch = DecisionBatch(
             logprob=logprob,
             entropy=entropy,
-            old_logprob=torch.from_numpy(trajectory.logprob).float()[mine],
+            old_logprob=old[mine],
             ref_logprob=None,
-            # Any advantages will do, as long as every layout gets the same.
-            advantage=torch.full_like(logprob, 1.0 if index % 2 else -0.5),
-            weight=torch.full_like(logprob, 1.0 / total),
+            advantage=advantage[mine],
+            weight=torch.full_like(logprob, 1.0 / len(old)),
         )
         weighted_sum(clipped_policy_loss(batch).loss, batch.weight).backward()
-        logprobs[index][mine] = logprob.detach()
+        logprobs[mine] = logprob.detach()
         tokens += rows.num_tokens
         passes += 1
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     optimizer.step()
-    return {"logprob": torch.cat(logprobs), "norm": float(norm), "tokens": tokens, "passes": passes}
+    return {"logprob": logprobs, "norm": float(norm), "tokens": tokens, "passes": passes}
 
 
 def peak_memory(layout: str, path: str, argv: list[str]) -> float:
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4, help="denoising steps per block, R")
     parser.add_argument("--trajectories", type=int, default=4)
+    parser.add_argument("--group", type=int, default=1, help="trajectories of one prompt")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=LAYOUTS, help="layouts to leave out")
     parser.add_argument("--only", choices=LAYOUTS, help=argparse.SUPPRESS)
@@ -238,7 +246,8 @@ def main() -> None:
     print(
         f"{parameters / 1e6:.0f} M parameters ({args.layers} layers of width {args.width}, vocabulary {args.vocab}), "
         f"{len(trajectories)} trajectories of {args.gen_length} tokens in blocks of {args.block_length}, "
-        f"R = {args.rounds}, prompts of {min(prompts)} to {max(prompts)} tokens, {torch.get_num_threads()} thread(s), "
+        f"{args.group} of a prompt, R = {args.rounds}, "
+        f"prompts of {min(prompts)} to {max(prompts)} tokens, {torch.get_num_threads()} thread(s), "
         f"float32, median of {args.repeats} interleaved runs (step by step: 1)"
     )
     gap = max(float((r["logprob"] - first["logprob"]).abs().max()) for r in results.values())
