@@ -20,7 +20,7 @@ from rollouts.npz_file import read_records, write_records
 FORMAT_VERSION = 1
 _KIND = "latent trajectories"
 _ARRAYS = ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed")
-_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob")
+_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob", "guidance")
 
 
 @dataclass
@@ -51,6 +51,8 @@ class LatentTrajectory:
         policy_version: optimizer steps taken by the weights that sampled this.
         initial_logprob: log-density of latents[0], summed over its entries, where the policy decides what it starts
             from (`LearnedNoise`); None where that is standard noise.
+        guidance: [T], the scale of guidance at every step, where a rollout drops its unconditional half on the way
+            (`sampler.guidance_cosine`); None where it is the sampler's at all of them.
     """
 
     latents: np.ndarray
@@ -66,6 +68,7 @@ class LatentTrajectory:
     sampler: dict[str, Any] = field(default_factory=dict)
     policy_version: int = 0
     initial_logprob: float | None = None
+    guidance: list[float] | None = None
 
     @property
     def num_steps(self) -> int:

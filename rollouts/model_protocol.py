@@ -152,6 +152,17 @@ class ImagePolicy(Protocol):
 
 
 @runtime_checkable
+class GuidedPolicy(Protocol):
+    """An `ImagePolicy` that shows both halves of classifier-free guidance."""
+
+    def halves(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predictions without and with the prompt, [B, C, H, W] each, in one forward."""
+        ...
+
+
+@runtime_checkable
 class LearnedNoise(Protocol):
     """An `ImagePolicy` that also decides what it starts from."""
 

@@ -122,6 +122,7 @@ def gaussian_rows(
         sampler_logprob=pick("logprob") * scale,
         sampler_mean=pick("mean"),
         clip=first.clip,
+        unguided=None if first.guidance is None else pick("guidance") == 1,
         guidance_scale=guidance,
         evaluations=1 if model is None else model.num_evaluations(guidance),
         scale=scale,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from rl.estimators.gaussian_step import GaussianRows
 from rollouts.model_protocol import ImagePolicy
-from rollouts.samplers.gaussian import step_mean
 
 
 class GaussianTeachers:
@@ -41,12 +41,16 @@ class GaussianTeachers:
         for index, model in enumerate(self.models):
             mine = teacher == index
             if mine.any():
-                parts = (rows.latent, rows.timestep, rows.coefficients, *rows.conditioning.values())
+                part = replace(
+                    rows,
+                    latent=rows.latent[mine],
+                    timestep=rows.timestep[mine],
+                    coefficients=rows.coefficients[mine],
+                    conditioning={name: values[mine] for name, values in rows.conditioning.items()},
+                    unguided=None if rows.unguided is None else rows.unguided[mine],
+                )
                 device = next(model.parameters()).device  # type: ignore[attr-defined]
-                latent, timestep, coefficients, *given = (part[mine].to(device) for part in parts)
-                named = dict(zip(rows.conditioning, given, strict=True))
-                output = model.predict(latent, timestep, named, rows.guidance_scale)
-                rows.anchor_mean[mine] = step_mean(coefficients, rows.clip, output, latent).cpu()
+                rows.anchor_mean[mine] = part.to(device).mean(model).cpu()
         return rows
 
     @staticmethod

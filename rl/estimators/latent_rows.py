@@ -24,6 +24,7 @@ class LatentRows(Rows):
         conditioning: name -> [U, ...].
         guidance_scale: of the sampler.
         evaluations: runs of the network that one guided prediction takes (`ImagePolicy.num_evaluations`).
+        unguided: bool [U], rows that were sampled without guidance (`sampler.guidance_cosine`); None for none of them.
     """
 
     latent: torch.Tensor
@@ -31,11 +32,13 @@ class LatentRows(Rows):
     conditioning: dict[str, torch.Tensor]
     guidance_scale: float = 1.0
     evaluations: int = 1
+    unguided: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
         """Latents that go through the network in one forward; guidance may double them."""
-        return len(self.latent) * self.evaluations
+        without = 0 if self.unguided is None else int(self.unguided.sum())
+        return (len(self.latent) - without) * self.evaluations + without
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +46,16 @@ class LatentRows(Rows):
 
     def predict(self, model: Any) -> torch.Tensor:
         """[U, ...]: the model's guided output, with gradient."""
-        return model.predict(self.latent, self.timestep, self.conditioning, self.guidance_scale)
+        if self.unguided is None:
+            return model.predict(self.latent, self.timestep, self.conditioning, self.guidance_scale)
+        output = torch.zeros_like(self.latent)
+        for kind, scale in ((self.unguided, 1.0), (~self.unguided, self.guidance_scale)):
+            # Without rows of a kind one that is not taken: sharded models run equally often on every rank.
+            part = kind.nonzero()[:, 0] if kind.any() else torch.zeros(1, dtype=torch.int64, device=kind.device)
+            rows = {name: values[part] for name, values in self.conditioning.items()}
+            found = model.predict(self.latent[part], self.timestep[part], rows, scale)
+            output = output.index_put((part,), found) if kind.any() else output + 0 * found.sum()
+        return output
 
 
 def conditioning_of(trajectories: Sequence[LatentTrajectory], owner: torch.Tensor) -> dict[str, torch.Tensor]:

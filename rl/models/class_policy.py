@@ -76,10 +76,18 @@ class ClassPolicy(nn.Module):
         timesteps = timesteps.to(latents.dtype)
         if guidance_scale == 1:
             return self.unet(latents, timesteps, class_labels=label).sample
-        both = torch.cat([torch.full_like(label, self.null_label), label])
-        output = self.unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), class_labels=both).sample
-        without, given = output.chunk(2)
+        without, given = self.halves(latents, timesteps, conditioning)
         return without + guidance_scale * (given - without)
+
+    def halves(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `GuidedPolicy`."""
+        label = conditioning["label"]
+        both = torch.cat([torch.full_like(label, self.null_label), label])
+        times = timesteps.to(latents.dtype).repeat(2)
+        without, given = self.unet(latents.repeat(2, 1, 1, 1), times, class_labels=both).sample.chunk(2)
+        return without, given
 
     def num_evaluations(self, guidance_scale: float) -> int:
         return 1 if guidance_scale == 1 else 2

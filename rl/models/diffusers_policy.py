@@ -94,16 +94,26 @@ class DiffusersPolicy(nn.Module):
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
         """See `ImagePolicy.predict`."""
-        dtype = self.denoiser.dtype
-        rows = {name: values.to(dtype) for name, values in conditioning.items()}
-        inputs = latents.to(dtype)
-        positive = {name: values for name, values in rows.items() if not name.startswith("negative_")}
         if guidance_scale == 1:
-            return self._forward(inputs, timesteps, positive).to(latents.dtype)
-        both = {name: torch.cat([rows[f"negative_{name}"], values]) for name, values in positive.items()}
-        output = self._forward(torch.cat([inputs] * 2), torch.cat([timesteps] * 2), both)
-        without, given = output.to(latents.dtype).chunk(2)
+            _, positive = self._rows(conditioning)
+            return self._forward(latents.to(self.denoiser.dtype), timesteps, positive).to(latents.dtype)
+        without, given = self.halves(latents, timesteps, conditioning)
         return without + guidance_scale * (given - without)
+
+    def halves(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `GuidedPolicy`."""
+        rows, positive = self._rows(conditioning)
+        both = {name: torch.cat([rows[f"negative_{name}"], values]) for name, values in positive.items()}
+        output = self._forward(torch.cat([latents.to(self.denoiser.dtype)] * 2), torch.cat([timesteps] * 2), both)
+        without, given = output.to(latents.dtype).chunk(2)
+        return without, given
+
+    def _rows(self, conditioning: Conditioning) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The conditioning in the network's precision, and that of the conditional half alone."""
+        rows = {name: values.to(self.denoiser.dtype) for name, values in conditioning.items()}
+        return rows, {name: values for name, values in rows.items() if not name.startswith("negative_")}
 
     def num_evaluations(self, guidance_scale: float) -> int:
         return 1 if guidance_scale == 1 else 2

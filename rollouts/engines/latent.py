@@ -13,7 +13,7 @@ import torch
 from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import LatentTrajectory
-from rollouts.model_protocol import Conditioning, ImagePolicy, LearnedNoise
+from rollouts.model_protocol import Conditioning, GuidedPolicy, ImagePolicy, LearnedNoise
 from rollouts.samplers.gaussian import diagonal_log_density, gaussian_step, make_steps, predicted_x0
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
@@ -44,6 +44,13 @@ class LatentEngine(SharedModelEngine):
         self.model, self.options = model, options
         self.max_batch_size, self.device, self.dtype = max_batch_size, torch.device(device), dtype
         self.steps = make_steps(model.scheduler, options, model.schedule_options(options.num_inference_steps))
+        if options.guidance_cosine is not None and not (
+            isinstance(model, GuidedPolicy) and model.num_evaluations(options.guidance_scale) == 2
+        ):
+            raise ValueError(
+                f"sampler.guidance_cosine drops the unconditional half of guidance, which {type(model).__name__} does "
+                "not show: set it to null"
+            )
         self.branch_points = tuple(branch_points)
         self.stats = EngineStats()
 
@@ -86,6 +93,8 @@ class LatentEngine(SharedModelEngine):
         record = [{"latent": latent, "seed": seed}]
         origins = [root]
         previous: Any = 0.0
+        adaptive = self.options.guidance_cosine is not None
+        scale = torch.full((len(roots),), self.options.guidance_scale, dtype=torch.float64, device=self.device)
         for index in range(len(self.steps)):
             origin = torch.arange(len(root), device=self.device)
             if index in branches:
@@ -95,7 +104,12 @@ class LatentEngine(SharedModelEngine):
                 root, latent = root[origin], latent[origin]
                 seed = branch_seed(seed[origin], torch.tensor(index, device=self.device), branch)
             origins.append(origin)
-            output = self.predict(latent, index, {name: rows[root] for name, rows in given.items()})
+            conditions = {name: rows[root] for name, rows in given.items()}
+            used = scale = scale[origin]
+            if adaptive:
+                output, scale = self._adaptive(latent, index, conditions, scale)
+            else:
+                output = self.predict(latent, index, conditions)
             rows, shift = len(latent), 0.0
             table = torch.from_numpy(self.steps.coefficients[index]).to(self.device).expand(rows, -1)
             if self.steps.mean_previous is not None:
@@ -110,7 +124,8 @@ class LatentEngine(SharedModelEngine):
                 self.noise(seed, index + 1),
                 shift,
             )
-            record.append({"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob})
+            state = {"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob}
+            record.append(state | ({"guidance": used} if adaptive else {}))
         if not torch.isfinite(latent).all():
             raise NonFiniteError("the model's output is not finite: its weights are damaged or training diverged")
         self.stats.seconds = time.perf_counter() - started
@@ -144,6 +159,38 @@ class LatentEngine(SharedModelEngine):
         at = torch.tensor(step, device=self.device)
         return normal(seed[:, None], at, position, LATENT_STREAM).reshape(-1, *shape)
 
+    def _adaptive(
+        self, latent: torch.Tensor, index: int, conditioning: Conditioning, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs [N, ...] at the scales [N] of guidance that rollouts have reached, and the scales of the next step.
+
+        Castillo et al. 2023, "Adaptive Guidance" (arXiv 2312.12487, abstract): a rollout whose halves point the same
+        way, by their cosine, goes on with the conditional one.
+        """
+        assert self.options.guidance_cosine is not None
+        output, after = torch.empty_like(latent), scale.clone()
+        for guided in (False, True):
+            chosen = (scale != 1).nonzero()[:, 0] if guided else (scale == 1).nonzero()[:, 0]
+            for part in chosen.split(self.max_batch_size) if len(chosen) else ():
+                rows = {name: values[part] for name, values in conditioning.items()}
+                timestep = torch.full((len(part),), self.steps.timestep[index], device=self.device)
+                if guided:
+                    without, given = self.model.halves(latent[part], timestep, rows)  # type: ignore[attr-defined]
+                    cosine = torch.cosine_similarity(without.double().flatten(1), given.double().flatten(1))
+                    after[part] = torch.where(cosine > self.options.guidance_cosine, 1.0, scale[part])
+                    output[part] = without + self.options.guidance_scale * (given - without)
+                else:
+                    output[part] = self.model.predict(latent[part], timestep, rows, 1.0)
+                self._count(len(part) * (2 if guided else 1), latent)
+        self.stats.generated_tokens += latent.numel()
+        return output, after
+
+    def _count(self, evaluations: int, latent: torch.Tensor) -> None:
+        self.stats.forwards += 1
+        self.stats.sequence_forwards += evaluations
+        self.stats.rows_asked += evaluations
+        self.stats.query_tokens += evaluations * latent[0].numel()
+
     def predict(self, latent: torch.Tensor, index: int, conditioning: Conditioning) -> torch.Tensor:
         """The model's guided output [N, ...] before step `index`, at most `max_batch_size` latents at a time."""
         outputs = []
@@ -152,11 +199,7 @@ class LatentEngine(SharedModelEngine):
             timestep = torch.full((len(latent[part]),), self.steps.timestep[index], device=self.device)
             rows = {name: values[part] for name, values in conditioning.items()}
             outputs.append(self.model.predict(latent[part], timestep, rows, self.options.guidance_scale))
-            evaluations = len(latent[part]) * self.model.num_evaluations(self.options.guidance_scale)
-            self.stats.forwards += 1
-            self.stats.sequence_forwards += evaluations
-            self.stats.rows_asked += evaluations
-            self.stats.query_tokens += evaluations * latent[0].numel()
+            self._count(len(latent[part]) * self.model.num_evaluations(self.options.guidance_scale), latent)
         self.stats.generated_tokens += latent.numel()
         return torch.cat(outputs)
 
@@ -170,13 +213,13 @@ class LatentEngine(SharedModelEngine):
         policy_version: int,
     ) -> list[LatentTrajectory]:
         """Follow every finished rollout back to its request."""
-        columns: dict[str, list[np.ndarray]] = {"latent": [], "seed": [], "mean": [], "logprob": []}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in record[-1]}
         place = torch.arange(len(root), device=self.device)
         for state, origin in zip(reversed(record), reversed(origins), strict=True):
             for name, values in state.items():
                 columns[name].append(values[place].cpu().numpy())
             place = origin[place]
-        latents, seed, mean, logprob = (np.stack(parts[::-1], axis=1) for parts in columns.values())
+        latents, seed, mean, logprob, *guidance = (np.stack(parts[::-1], axis=1) for parts in columns.values())
         kept = {name: rows[root].cpu().numpy() for name, rows in conditioning.items()}
         return [
             LatentTrajectory(
@@ -192,6 +235,7 @@ class LatentEngine(SharedModelEngine):
                 clip=self.steps.clip,
                 sampler=self.options.record(),
                 policy_version=policy_version,
+                guidance=guidance[0][i].tolist() if guidance else None,
             )
             for i in range(len(root))
         ]

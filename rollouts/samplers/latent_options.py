@@ -32,6 +32,11 @@ class LatentSamplerOptions(BaseModel):
         description="a in the flow SDE's noise a sqrt(t / (1 - t)), or in flow_cps's t' sin(a pi / 2); 0 is the ODE.",
     )
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance, in rollout and training; 1 is off.")
+    guidance_cosine: float | None = Field(
+        None,
+        description="Cosine of guidance's halves beyond which a rollout goes on without the unconditional one, also "
+        "where it is trained (adaptive guidance); null: never.",
+    )
     min_std: float = Field(
         1e-3, ge=0, description="Steps with a smaller standard deviation have no usable density (DDIM's last step)."
     )
@@ -61,6 +66,8 @@ class LatentSamplerOptions(BaseModel):
                 )
             if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
                 raise ValueError(f"sampler.timesteps {list(times)} must descend and not be negative")
+        if self.guidance_cosine is not None and self.guidance_scale == 1:
+            raise ValueError("sampler.guidance_cosine does nothing without guidance: set sampler.guidance_scale")
         if self.sde_window is not None:
             first, length = self.sde_window
             if first < 0 or length < 1 or first + length > steps:

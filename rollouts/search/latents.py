@@ -70,6 +70,8 @@ class LatentSampler:
             raise ValueError(
                 "--search chooses the initial noise itself: set model.path to the model without learned noise"
             )
+        if engine.options.guidance_cosine is not None:
+            raise ValueError("a search guides every step: set sampler.guidance_cosine to null")
         if engine.steps.mean_previous is not None:
             raise ValueError("sampler.kind dpm_solver looks back: a search needs ddim, ddpm or a flow kind of sampler")
         self.engine, self.budget = engine, Budget()
