@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 
 from rewards.causal_lm import Reading
 from rewards.openai_client import ChatClient
+from rewards.score import TransientRewardError
+
+WAITS = (1.0, 4.0, 16.0)  # seconds before a server that is busy or down is asked again
 
 
 class ServedReader:
@@ -45,7 +49,7 @@ class ServedReader:
 
         Raises:
             ValueError: an empty prompt, `top` None, or the server refuses (`top` too high, a text too long).
-            TransientRewardError: the server is busy, down or too slow.
+            TransientRewardError: the server is busy, down or too slow, also after `WAITS`.
         """
         if top is None:
             raise ValueError("a vLLM server gives likeliest tokens and not the whole vocabulary: set a number (top)")
@@ -66,12 +70,20 @@ class ServedReader:
             "temperature": 0,
             "prompt_logprobs": top,
         }
-        found = self.client.post("/completions", body, _prompt_logprobs)
+        found = self._asked(body)
         if len(found) != len(pairs):
             raise ValueError(f"{self.client.url} answered {len(found)} of {len(pairs)} texts")
         return [
             _reading(answer, places[len(prompt) :], top) for (prompt, answer), places in zip(pairs, found, strict=True)
         ]
+
+    def _asked(self, body: dict[str, Any]) -> list[list[dict[str, Any] | None]]:
+        for seconds in WAITS:
+            try:
+                return self.client.post("/completions", body, _prompt_logprobs)
+            except TransientRewardError:
+                time.sleep(seconds)
+        return self.client.post("/completions", body, _prompt_logprobs)
 
 
 def _prompt_logprobs(answer: Any) -> list[list[dict[str, Any] | None]]:

@@ -36,6 +36,7 @@ from rollouts.engines.causal import CausalEngine, ServedCausalEngine
 from rollouts.engines.in_process import Request
 from rollouts.engines.server.options import ServerOptions
 from rollouts.samplers.options import SamplerOptions
+from tests import runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
@@ -147,6 +148,43 @@ def test_the_teacher_reads_what_the_model_here_reads(folders: dict[str, str], ur
         there.read([[3], []], [[4], [5]])
     with pytest.raises(ValueError, match="answered 400"):
         there.read([[3] * 200], [[4]])
+
+
+def test_a_served_teacher_teaches_as_the_one_here(
+    folders: dict[str, str], urls: dict[str, str], tmp_path: Path
+) -> None:
+    """Two steps of `opd` by the address of the server, and by its model's folder."""
+    tokenizer = _tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    judge = "def length(prompts, completions, **columns): return [float(len(text)) for text in completions]"
+    for name in ("train", "held"):
+        rows = [json.dumps({"prompt": f"{name[0]}{n}+1="}) + "\n" for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    words = [
+        "task.name=jsonl", f"task.params.train={tmp_path / 'train.jsonl'}", f"model.tokenizer={tmp_path / 'tokenizer'}",
+        f"task.params.heldout={tmp_path / 'held.jsonl'}", "sft.steps=0", "train.steps=2", "train.updates_per_step=1",
+        "filters.drop_zero_variance=false", "eval.num_prompts=2",
+    ]  # fmt: skip
+    found = {}
+    for name, teacher in {"here": folders["lm"], "served": urls["lm"]}.items():
+        algorithm = {"name": "opd", "teacher": teacher, "top": 5, "teacher_dtype": "float32", "teacher_batch_size": 3}
+        folder = tmp_path / name
+        given = [
+            *words,
+            f"algorithm={json.dumps(algorithm)}",
+            f"reward.functions=[{{name: '{folder}/reward.py:length'}}]",
+        ]
+        runs.train_here(runs.tiny_config(folder, *given, reward=judge))
+        found[name] = [line["policy/teacher_kl"] for line in runs.lines(folder / "run", "train")]
+    assert len(found["here"]) == 2 and all(value > 0 for value in found["here"])
+    assert found["served"] == pytest.approx(found["here"], abs=1e-4)
+    for change, says in (
+        ("algorithm.top=30", "refuses algorithm.top 30: .*greater than max allowed: 20"),
+        ("algorithm.top=null", r"not the whole vocabulary: set algorithm\.top"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            runs.train_here(runs.tiny_config(tmp_path / "no", *given, change, reward=judge))
 
 
 def test_a_served_reward_model_gives_the_rewards_of_the_one_here(folders: dict[str, str], urls: dict[str, str]) -> None:

@@ -26,36 +26,56 @@ from rl.recipes.distilled import DistilledRecipe
 class OPD(DistilledRecipe):
     teacher: str | None = Field(
         None,
-        description="Causal language model: folder, hub name, .gguf file or package:NAME/FILE; null is model.path.",
+        description="Causal language model: folder, hub name, .gguf file, package:NAME/FILE, or http://HOST:PORT of a "
+        "vLLM server; null is model.path.",
     )
-    teacher_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights of the teacher.")
-    teacher_batch_size: int = Field(16, ge=1, description="Answers that the teacher reads in one forward.")
+    teacher_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights of a teacher read here.")
+    teacher_batch_size: int = Field(16, ge=1, description="Answers that the teacher reads in one forward or request.")
     _reader: Any = PrivateAttr(None)
 
     def check(self, config: Config) -> None:
         from rewards.causal_lm import resolve
+        from rl.models.folder import is_url
 
         path = self.teacher or config.model.path
         if path is None:
             raise ValueError("algorithm.teacher is null and there is no model.path to take: name a causal model")
-        resolve(path)
+        if not is_url(path):
+            resolve(path)
+        elif self.top is None:
+            raise ValueError(
+                f"algorithm.teacher {path} gives its likeliest tokens, not the whole vocabulary: set algorithm.top "
+                "(at most the server's --max-logprobs, 20)"
+            )
 
     def prepare(self, run: Any) -> None:
         from rewards.causal_lm import CausalReader, load_causal_lm, load_causal_tokenizer
+        from rewards.served_reader import ServedReader
+        from rl.models.folder import is_url, served_model
 
         if self._reader is not None:
             return
         path = self.teacher or run.config.model.path
+        # A server's tokenizer is read from where the server's own model is.
+        served = served_model(path) if is_url(path) else None
         known = run.tokenizer.get_vocab()
-        for token, index in load_causal_tokenizer(path).get_vocab().items():
+        for token, index in load_causal_tokenizer(served["root"] if served else path).get_vocab().items():
             # The mask token may have taken the place of one that nobody uses.
             if known.get(token) != index != run.model.mask_token_id:
                 raise ValueError(
                     f"algorithm.teacher {path} has another vocabulary than the policy: its token {token!r} is {index} "
                     f"and {known.get(token, 'nothing')} there"
                 )
-        model = load_causal_lm(path, self.teacher_dtype).to(run.device)
-        self._reader = CausalReader(model, self.teacher_batch_size)
+        if not served:
+            model = load_causal_lm(path, self.teacher_dtype).to(run.device)
+            self._reader = CausalReader(model, self.teacher_batch_size)
+            return
+        url = path.rstrip("/").removesuffix("/v1") + "/v1"
+        self._reader = ServedReader(url, served["id"], self.teacher_batch_size)
+        try:
+            self._reader.read([[0]], [[0]], self.top)
+        except ValueError as error:
+            raise ValueError(f"algorithm.teacher {path} refuses algorithm.top {self.top}: {error}") from None
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.taught import read_rows
