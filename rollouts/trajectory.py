@@ -33,7 +33,7 @@ _EDIT_FIELDS = {
 }
 X0_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
 # What only some trajectories have.
-_SOME = (*X0_FIELDS, "allowed", "allowed_at")
+_SOME = (*X0_FIELDS, "allowed", "allowed_at", "is_noise")
 
 # How much of a rollout is known, each with what comes before it: the finished answer, the step of every token, and the
 # log-prob it was drawn with. Our own engines know everything, serving engines often not.
@@ -88,6 +88,7 @@ class TokenTrajectory:
         allowed: uint8 [sets, V / 8], under a constraint the sets of tokens that tokens were drawn among, a bit for each
             token (`numpy.packbits`); trajectories may share the array.
         allowed_at: int32 [E], the set of every edit; -1 where it was no draw among some tokens only.
+        is_noise: bool [E], edits of later steps that put random tokens, which are no decisions; None without such.
     """
 
     prompt_ids: np.ndarray
@@ -113,6 +114,7 @@ class TokenTrajectory:
     seed: int = 0
     allowed: np.ndarray | None = None
     allowed_at: np.ndarray | None = None
+    is_noise: np.ndarray | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -120,8 +122,9 @@ class TokenTrajectory:
 
     @property
     def is_reveal(self) -> np.ndarray:
-        """bool [E]: edits that chose a token: all but remasking, and what was placed before the first step."""
-        return (self.token != self.mask_token_id) & (self.step >= 0)
+        """bool [E]: edits that chose a token: all but remasking, noise, and what was placed before the first step."""
+        chosen = (self.token != self.mask_token_id) & (self.step >= 0)
+        return chosen if self.is_noise is None else chosen & ~self.is_noise
 
     @property
     def placed(self) -> np.ndarray:
@@ -188,6 +191,8 @@ class TokenTrajectory:
         step, position = self.step[order], self.position[order]
         if np.any((np.diff(step) == 0) & (np.diff(position) == 0)):
             raise ValueError("trajectory edits one position twice in one step")
+        if self.is_noise is not None and len(self.is_noise) != len(self.step):
+            raise ValueError(f"trajectory field 'is_noise' has {len(self.is_noise)} entries, step has {len(self.step)}")
         if (self.allowed is None) != (self.allowed_at is None):
             raise ValueError("trajectory fields 'allowed' and 'allowed_at' belong together")
         if self.allowed is not None and self.allowed_at is not None:
@@ -211,6 +216,8 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
             values = getattr(trajectory, name)
             if values is not None:
                 arrays[f"{name}_{index}"] = values.astype(dtype, copy=False)
+        if trajectory.is_noise is not None:
+            arrays[f"is_noise_{index}"] = trajectory.is_noise
         if trajectory.allowed is not None and trajectory.allowed_at is not None:
             # Of the sets that many trajectories share, this one's.
             used = np.unique(trajectory.allowed_at[trajectory.allowed_at >= 0])

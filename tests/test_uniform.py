@@ -11,6 +11,7 @@ import torch
 
 from rl.batch import DecisionBatch
 from rl.config import load_config
+from rl.estimators.trace_rows import trace_rows
 from rl.estimators.uniform_rows import random_noise_rows, rate_divergence
 from rl.evaluation.likelihood import log_likelihoods
 from rl.losses.aggregate import weighted_sum
@@ -18,8 +19,10 @@ from rl.recipes.tracerl import TraceRL
 from rl.train.plan import check_run
 from rollouts.engines.in_process import Request
 from rollouts.engines.uniform import UniformEngine, token_engine
+from rollouts.samplers import noise
+from rollouts.samplers.distribution import draw
 from rollouts.samplers.options import SamplerOptions
-from rollouts.samplers.uniform import noise_tokens, transition_logprobs
+from rollouts.samplers.uniform import noise_tokens, random_tokens, transition_logprobs
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 
 PROMPT = [1, 0, 1]
@@ -183,6 +186,75 @@ def test_a_rollout_depends_on_its_seed_alone(make_uniform: Any, tmp_path: Any) -
     # The first canvas is noise of its own for every request, and holds no mask.
     first = {tuple(t.canvas_at(0)[t.prompt_length :]) for t in together}
     assert len(first) == 5 and model.mask_token_id not in set().union(*first)
+
+
+# --- the entropy bound -----------------------------------------------------------------------------------------------
+
+
+def test_the_entropy_bound_is_diffusion_gemmas(make_uniform: Any) -> None:
+    """Every canvas equals what transformers' own sampler makes of the same logits, draws and noise."""
+    gemma = pytest.importorskip("transformers.models.diffusion_gemma.generation_diffusion_gemma")
+    model, size, steps, temperature = make_uniform(scale=1.0), 8, 5, 0.7
+    theirs = gemma.EntropyBoundSampler(gemma.EntropyBoundSamplerConfig(entropy_bound=2.5), size, 12, steps)
+    options = SamplerOptions(
+        gen_length=size, num_inference_steps=steps, temperature=temperature, preset="entropy_bound", entropy_bound=2.5,
+        score_from="sampling",
+    )  # fmt: skip
+    accepted = []
+    for seed in range(4):
+        (trajectory,) = token_engine(model, options).generate([Request([1, 2, 3], seed)])
+        place = torch.arange(3, 3 + size)
+        for step in range(steps - 1):
+            canvas = torch.from_numpy(trajectory.canvas_at(step))[None]
+            with torch.no_grad():
+                logits = model(canvas)[:, 3:] / temperature
+            at = (torch.full_like(place, x) for x in (seed, step))
+            drawn = draw(logits[0].log_softmax(-1), noise.uniform(*at, place, noise.TOKEN_STREAM))
+            fresh = random_tokens(model, *(torch.full_like(place, x) for x in (seed, step + 1)), place)
+            theirs.initialize_canvas = lambda *_, fresh=fresh: fresh[None]
+            after = theirs.renoise_canvas(theirs.accept_canvas(canvas[:, 3:], drawn[None], logits, step), step)
+            assert after[0].tolist() == trajectory.canvas_at(step + 1)[3:].tolist()
+            accepted.append(int(theirs.accepted_token_mask.sum()))
+        assert trajectory.is_reveal[trajectory.step == steps - 1].all()
+    assert 1 < max(accepted) < size and len(set(accepted)) > 1
+
+
+def test_the_law_and_the_gradient_under_an_entropy_bound(make_uniform: Any, tmp_path: Any) -> None:
+    """Two tokens and two steps. The accepted are drawn from f, the others are noise, all are drawn in the last step."""
+    model, reward = (
+        make_uniform(vocab_size=4, seed=5, scale=1.0),
+        torch.from_numpy(np.random.default_rng(7).normal(size=9)),
+    )
+    options = SamplerOptions(gen_length=2, num_inference_steps=2, preset="entropy_bound", entropy_bound=0.5)
+    states = list(itertools.product(range(3), repeat=2))
+    log_f = model(torch.tensor([[*PROMPT, *state] for state in states]))[:, 3:, :3].log_softmax(-1)
+    entropy = -(log_f.exp() * log_f).sum(-1)
+    # With two positions the other one is taken too where the lower entropy is within the bound.
+    taken = (entropy == entropy.amin(-1, keepdim=True)) | (entropy.amin(-1, keepdim=True) <= 0.5)
+    assert not taken.all() and taken.all(-1).any()
+    first = torch.where(taken[..., None], log_f.exp(), torch.full_like(log_f, 1 / 3))
+    middle = (first[:, 0, :, None] * first[:, 1, None, :]).flatten(1).mean(0)
+    law = middle @ (log_f[:, 0, :, None] + log_f[:, 1, None, :]).exp().flatten(1)
+    exact = gradient((law * reward).sum(), model)
+    count = 4000
+    trajectories = UniformEngine(model, options, max_batch_size=count).generate(
+        [Request(PROMPT, i) for i in range(count)]
+    )
+    final = torch.tensor([3 * a + b for a, b in (t.response_ids() for t in trajectories)])
+    expected = count * law.detach().numpy()
+    assert ((np.bincount(final, minlength=9) - expected) ** 2 / expected).sum() < 8 + 5 * np.sqrt(2 * 8)
+    # The rollouts are drawn, and the exact gradient lies where their estimate says it does.
+    rows = trace_rows(trajectories, model).distinct()
+    scores = rows.score(model)
+    recorded = np.concatenate([t.logprob[t.is_reveal] for t in trajectories])
+    torch.testing.assert_close(scores.logprob.detach(), torch.from_numpy(recorded), rtol=0, atol=1e-9)
+    advantage = (reward[final] - (law.detach() * reward).sum())[rows.trajectory]
+    direction = exact / exact.norm()
+    ours = torch.dot(gradient((scores.logprob * advantage).sum() / count, model), direction)
+    assert float(ours) == pytest.approx(float(exact.norm()), rel=0.15)
+    save_trajectories(tmp_path / "t.npz", trajectories[:3])
+    for one, loaded in zip(trajectories, load_trajectories(tmp_path / "t.npz"), strict=False):
+        np.testing.assert_array_equal(one.is_reveal, loaded.is_reveal)
 
 
 # --- supervised ------------------------------------------------------------------------------------------------------

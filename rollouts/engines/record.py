@@ -11,7 +11,7 @@ import torch
 from rollouts.samplers.step import StepResult
 from rollouts.trajectory import X0_FIELDS
 
-_COLUMNS = ("request", "step", "position", "token", "allowed_at", "logprob", "confidence")
+_COLUMNS = ("request", "step", "position", "token", "allowed_at", "logprob", "confidence", "is_noise")
 
 
 class NonFiniteError(RuntimeError):
@@ -48,7 +48,8 @@ class Record:
         kept = result.reveal.nonzero().squeeze(1)
         # Floats travel as their bits, so that one tensor holds all columns.
         floats = [x.double().view(torch.int64) for x in (result.logprob, result.confidence)]
-        columns = torch.stack([result.row, result.position, result.token, *floats])[:, kept].cpu().numpy()
+        is_noise = torch.zeros_like(result.row) if result.is_noise is None else result.is_noise.long()
+        columns = torch.stack([result.row, result.position, result.token, *floats, is_noise])[:, kept].cpu().numpy()
         row, token = columns[0], columns[2]
         sets = np.full_like(row, -1)
         if result.allowed is not None:
@@ -58,7 +59,7 @@ class Record:
         if result.remask is not None:
             back, position = result.remask.nonzero().cpu().numpy().T
             # Log-prob and confidence are 0, whose bits are 0: taking a token back is no draw.
-            nothing = np.zeros((2, len(back)), dtype=np.int64)
+            nothing = np.zeros((3, len(back)), dtype=np.int64)
             masks = np.full((1, len(back)), mask_token_id)
             self._parts.append(np.concatenate([[request[back], step[back], position], masks, nothing[:1] - 1, nothing]))
         return row, token
@@ -67,7 +68,7 @@ class Record:
         """Keep tokens int64 [E] that stand on a canvas before its first step: no decision, so of log-prob 0."""
         sure = np.ones(len(token)).view(np.int64)
         columns = [np.full_like(token, request), np.full_like(token, -1), position, token, np.full_like(token, -1)]
-        self._parts.append(np.stack([*columns, np.zeros_like(token), sure]))
+        self._parts.append(np.stack([*columns, np.zeros_like(token), sure, np.zeros_like(token)]))
 
     def add_x0(self, result: StepResult, canvas: torch.Tensor, masked: torch.Tensor, request: np.ndarray) -> None:
         """Keep all draws of a step.
@@ -109,6 +110,8 @@ class Record:
             fields: dict[str, Any] = {"length": length, "num_steps": int(self.num_steps[request]), **columns}
             for name, kind in (("step", np.int32), ("position", np.int32), ("confidence", np.float32)):
                 fields[name] = columns[name].astype(kind)
+            is_noise = columns["is_noise"].astype(bool)
+            fields["is_noise"] = is_noise if is_noise.any() else None
             if allowed is None:
                 del fields["allowed_at"]
             else:

@@ -1,4 +1,4 @@
-"""The engine of uniform-state models: the whole response is noise at first, and every step draws all of it again."""
+"""The engine of uniform-state models: the whole response is noise at first, and every step may change all of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan
 from rollouts.model_protocol import DenoisingModel, noise_of
-from rollouts.samplers import noise
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.step import StepResult
-from rollouts.samplers.uniform import ancestral_step, noise_tokens
+from rollouts.samplers.uniform import ancestral_step, entropy_bound_step, random_tokens
 from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import full_visibility
 
@@ -70,7 +69,9 @@ class UniformEngine(InProcessEngine):
             canvas[row, : len(ids)] = torch.as_tensor(ids, device=self.device)
         record.length[index], record.num_steps[index] = length.cpu().numpy(), steps.cpu().numpy()
         row, position = ((place >= prompt[:, None]) & (place < length[:, None])).nonzero(as_tuple=True)
-        result = self._start(row, position, seed[row])
+        nothing, start = torch.zeros(len(row), dtype=torch.float64, device=self.device), torch.zeros_like(row)
+        token = random_tokens(self.model, seed[row], start, position)
+        result = StepResult(row, position, token, nothing, nothing, torch.ones_like(row, dtype=torch.bool))
         record.add(result, index, np.full(len(plans), -1), self.mask_token_id)
         canvas[row, position] = result.token
         for step in range(int(steps[0])):
@@ -81,24 +82,25 @@ class UniformEngine(InProcessEngine):
             tokens = canvas[:active, :width]
             hidden = self.model.hidden_states(tokens, visible=full_visibility(length[:active], width))
             self._count(tokens)
-            result = ancestral_step(
-                self.model.token_logits(hidden[row, position - self.model.logit_shift]),
-                row, position, tokens[row, position], seed[row], torch.full_like(row, step), steps[row], self.options,
-            )  # fmt: skip
+            logits = self.model.token_logits(hidden[row, position - self.model.logit_shift])
+            if self.options.selector == "entropy_bound":
+                free, now = torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(steps[:active], step)
+                free[row, position] = True
+                result = entropy_bound_step(
+                    logits, tokens, free, seed[:active], now, steps[:active], self.options, self.model
+                )
+            else:
+                now = torch.full_like(row, step)
+                result = ancestral_step(
+                    logits, row, position, tokens[row, position], seed[row], now, steps[row], self.options
+                )
             record.add(result, index, np.full(len(plans), step), self.mask_token_id)
             canvas[row, position] = result.token
         self.stats.generated_tokens += int((length - prompt).sum())
 
-    def _start(self, row: torch.Tensor, position: torch.Tensor, seed: torch.Tensor) -> StepResult:
-        """Random tokens for N positions, as edits that nothing chose."""
-        tokens = noise_tokens(self.model).to(self.device)
-        u = noise.uniform(seed, torch.zeros_like(seed), position, noise.START_STREAM)
-        nothing, every = torch.zeros_like(u), torch.ones_like(row, dtype=torch.bool)
-        token = tokens[(u * len(tokens)).long()]
-        return StepResult(row, position, token, nothing, nothing, every)
-
     def trajectory(self, *args: Any, **arrays: Any) -> TokenTrajectory:
-        """See `InProcessEngine.trajectory`; a learner has to know whose law the decisions follow."""
+        """See `InProcessEngine.trajectory`; a learner has to know where decisions follow the law of a transition."""
         trajectory = super().trajectory(*args, **arrays)
-        trajectory.sampler["noise"] = "uniform"
+        if self.options.selector != "entropy_bound":
+            trajectory.sampler["noise"] = "uniform"
         return trajectory

@@ -226,11 +226,14 @@ class SamplerOptions(BaseModel):
 
     def check_uniform(self) -> None:
         """Raise ValueError for an option that reveals masks: a model of uniform noise has none."""
-        for name in ("preset", "block_length", "cfg_scale", "record_x0", "constraint", *PARTS):
+        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", *PARTS}
+        if self.selector == "entropy_bound":
+            names -= {"preset", "selector", "score", "score_from", "entropy_bound"}
+        for name in sorted(names):
             if getattr(self, name) != SamplerOptions.model_fields[name].default:
                 raise ValueError(
                     f"sampler.{name} is for absorbing noise, whose masks are revealed, and the model's noise is "
-                    "uniform: leave it out"
+                    "uniform: leave it out, or set sampler.preset to entropy_bound"
                 )
 
     def distribution(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class StepResult:
         remask: bool [B, L], tokens that become masks; None without a reviser that does so.
         running: float64 [B, L], the running confidences after the step; None when there are none.
         allowed: bool [N, C], under a constraint the classes of tokens that each token was drawn among.
+        is_noise: bool [N], committed tokens that are random and no decision; None where there are none.
     """
 
     row: torch.Tensor
@@ -69,6 +70,7 @@ class StepResult:
     remask: torch.Tensor | None = None
     running: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
+    is_noise: torch.Tensor | None = None
 
 
 def denoise_step(

@@ -24,7 +24,7 @@ import torch
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import can_be_predicted, draw, exclude_, sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
-from rollouts.samplers.step import StepResult
+from rollouts.samplers.step import StepResult, StepState, denoise_step
 
 # In the place of log 0, which has no gradient.
 _LOG_ZERO = -1e9
@@ -86,6 +86,44 @@ def noised_logprobs(clean: torch.Tensor, allowed: torch.Tensor, level: torch.Ten
     """
     random = torch.where(allowed & (level < 1), ((1 - level) / allowed.sum(-1, keepdim=True)).log(), _LOG_ZERO)
     return torch.logaddexp(level.log() + clean, random)
+
+
+def random_tokens(model: Any, seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """int64 [N]: noise for N positions, those of a step that begins with it (0 before the first)."""
+    tokens = noise_tokens(model).to(seed.device)
+    return tokens[(noise.uniform(seed, step, position, noise.START_STREAM) * len(tokens)).long()]
+
+
+def entropy_bound_step(
+    logits: torch.Tensor,
+    canvas: torch.Tensor,
+    free: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    num_steps: torch.Tensor,
+    options: SamplerOptions,
+    model: Any,
+) -> StepResult:
+    """DiffusionGemma's step: tokens of low entropy are drawn, all others become noise again (`EntropyBoundSampler`).
+
+    So it is in transformers' `generation_diffusion_gemma.py`. As many positions take a draw from f as the entropy bound
+    (Ben-Hamu et al. 2025, arXiv 2505.24857) allows, whatever stands there. At the last step all of them do; there
+    transformers gives the most likely tokens, which temperature 0 gives here.
+
+    Args:
+        logits: [N, V], at the free positions.
+        canvas: int64 [B, L]; free: bool [B, L], the response.
+        seed, step, num_steps: int64 [B].
+        model: says what noise draws from.
+    """
+    result = denoise_step(StepState(canvas, free, free, torch.ones_like(step), seed, step), logits, options)
+    last = (step + 1 == num_steps)[result.row]
+    result.is_noise = ~result.reveal & ~last
+    random = random_tokens(model, seed[result.row], step[result.row] + 1, result.position)
+    result.token = torch.where(result.is_noise, random, result.token)
+    result.logprob, result.confidence = (x.masked_fill(result.is_noise, 0) for x in (result.logprob, result.confidence))
+    result.reveal = torch.ones_like(last)
+    return result
 
 
 def ancestral_step(
