@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rl.config import load_config
 from rl.evaluation.compare import COSTS, equal_budgets, interval, markdown, recipe_overrides
+from rl.track import budgets
+from rl.track.budgets import costed_evaluations, mean_over_budget, plot_budgets
 from rl.track.jsonl import MetricsWriter
-from rl.track.plots import costed_evaluations, mean_over_budget
 from tests.runs import cli, series, tiny_config
 
 SUMMARY = {"train_seconds": 10.0, "train_steps": 3, "updates": 6, "reward_queries": 96}
@@ -76,9 +78,38 @@ def test_a_line_of_the_plot_is_the_mean_at_equal_budgets(tmp_path: Path) -> None
     one = write_run(tmp_path / "a", [(0, 0, 0, 0, 0.2), (2, 400, 20, 4, 0.4), (4, 800, 40, 10, 0.6)])
     two = write_run(tmp_path / "b", [(0, 0, 0, 0, 0.2), (3, 300, 80, 6, 0.8)])
     runs = [costed_evaluations(one), costed_evaluations(two)]
-    spent, means = mean_over_budget(runs, "cost/sequence_forwards", "eval/accuracy@4")
+    spent, means, half = mean_over_budget(runs, "cost/sequence_forwards", "eval/accuracy@4")
     assert spent.tolist() == [0, 150, 300]
     assert means == pytest.approx([0.2, (0.275 + 0.5) / 2, (0.35 + 0.8) / 2])
+    # Of two values the t interval is 12.706 x their distance / sqrt(2) / sqrt(2).
+    assert half == pytest.approx([0, 12.706 * 0.225 / 2, 12.706 * 0.45 / 2])
+    # Evaluations on the way begin later: the line does so where the last of them begins.
+    spent, means, half = mean_over_budget([runs[0][1:]], "cost/sequence_forwards", "eval/accuracy@4")
+    assert spent.tolist() == [400, 800] and means.tolist() == [0.4, 0.6] and half.tolist() == [0, 0]
+
+
+def test_marks_of_the_plot_are_the_ends_and_lines_what_is_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after training it is other problems than on the way: no line joins them, marks have bars of seeds."""
+    folders = []
+    for seed, shift in enumerate((0.0, 0.1)):
+        rows = [(0, 0, 0, 0, 0.2), (2, 400, 20, 4, 0.4), (4, 800, 40, 8, 0.5), (6, 1200, 60, 12, 0.6 + shift)]
+        folders.append(write_run(tmp_path / str(seed), rows))
+        (folders[-1] / "summary.json").write_text('{"train_steps": 6}')
+    figures: list[Any] = []
+    monkeypatch.setattr(budgets, "save_figure", lambda figure, path: figures.append(figure) or path)
+    plot_budgets({"mine": folders, "other": folders[:1]}, "eval/accuracy@4", tmp_path / "out.png")
+    panel = figures[0].axes[0]
+    lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in panel.lines if line.get_ls() == "-"]
+    assert lines == [([400, 800], [0.4, 0.5])] * 2
+    marks = {bar.get_label(): bar for bar in panel.containers}
+    assert {name: bar.lines[0].get_ydata().tolist() for name, bar in marks.items()} == {
+        "before": [0.2], "mine": [pytest.approx(0.65)], "other": [0.6],
+    }  # fmt: skip
+    (segment,) = marks["mine"].lines[2][0].get_segments()
+    # 12.706 x sd of (0.6, 0.7) / sqrt(2).
+    assert segment[:, 1].tolist() == pytest.approx([0.65 - 0.6353, 0.65 + 0.6353]) and not marks["other"].lines[2]
 
 
 def test_a_recipe_comes_with_what_it_requires() -> None:

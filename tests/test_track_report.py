@@ -7,15 +7,26 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from rewards.image import data_url
+from rl.track import plots
 from rl.track.frames import MAX_CELLS, build_view, frame_budget
 from rl.track.jsonl import MetricsWriter, read_metrics
-from rl.track.plots import DARK, Series, accuracy_names, plot_learning_curve, plot_runs, series
+from rl.track.plots import (
+    DARK,
+    Series,
+    accuracy_names,
+    plot_learning_curve,
+    plot_runs,
+    reward_names,
+    series,
+    smoothed,
+)
 from rl.track.report import write_report
 from rl.track.table import before_after_table, conclusion, title
 from rl.track.verdict import compare, goal_line, unscored_line, verdict_line
@@ -305,6 +316,58 @@ def test_curves_draw_what_was_logged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name at least one"):
         plot_runs([])
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_running_mean_by_hand() -> None:
+    """Windows of five: the ends have three and four values, of which there is no interval."""
+    means, half = smoothed([0.0, 1.0, 2.0, 3.0, 4.0, 11.0], 5)
+    assert means == [1.0, 1.5, 2.0, 4.2, 5.0, 6.0]
+    # Of 0..4 the standard deviation is sqrt(2.5), and t of 4 degrees of freedom is 2.776.
+    assert half[:3] == [0, 0, pytest.approx(2.776 * (2.5 / 5) ** 0.5)] and half[4:] == [0, 0]
+
+
+def test_no_line_joins_test_and_validation_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _run_folder(tmp_path)
+    (folder / "summary.json").write_text(json.dumps({**SUMMARY, "train_steps": 30}))
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
+
+    def drawn() -> set[tuple[tuple[int, ...], str]]:
+        panel = figures.pop().axes[1]
+        return {(tuple(line.get_xdata()), line.get_ls()) for line in panel.lines}
+
+    plot_learning_curve(folder)
+    assert drawn() == {((0, 30), "None"), ((10, 20), "-")}
+    # A run that goes on has no end yet; one without evaluations on the way joins the two that it has.
+    (folder / "summary.json").unlink()
+    plot_learning_curve(folder)
+    assert drawn() == {((0,), "None"), ((10, 20, 30), "-")}
+    ends = [{"step": step, "eval/accuracy@4": 0.5} for step in (0, 30)]
+    monkeypatch.setattr(plots, "read_metrics", lambda _, stage: ends if stage == "eval" else [])
+    (folder / "summary.json").write_text('{"train_steps": 30}')
+    plot_learning_curve(folder, narrow=True)
+    assert drawn() == {((0, 30), ":")}
+
+
+def test_rewards_are_drawn_by_step_count_where_rollouts_mix_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MetricsWriter(tmp_path) as metrics:
+        for step in range(1, 13):
+            numbers = {"reward/mean": 0.5, "reward/mean@4": step / 12}
+            metrics.log(step, "train", numbers | ({"reward/mean@16": 1.0} if step > 2 else {}))
+    assert reward_names(read_metrics(tmp_path, "train")) == ["reward/mean@4", "reward/mean@16"]
+    assert reward_names([{"reward/mean": 0.5, "reward/mean@4": 0.5}]) == ["reward/mean"]
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
+    plot_learning_curve(tmp_path)
+    panel = figures.pop().axes[0]
+    points, four, _, sixteen = panel.lines
+    assert points.get_ls() == "None" and points.get_ydata() == pytest.approx(np.arange(1, 13) / 12)
+    assert four.get_ydata()[5] == pytest.approx(sum(range(2, 11)) / 9 / 12) and set(sixteen.get_ydata()) == {1.0}
+    band = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() <= 1.0 and band.min() >= 1 / 12  # no mean lies beyond the values
+    assert [text.get_text() for text in panel.texts] == ["4 steps", "16 steps"]
 
 
 def test_report_holds_everything_and_loads_nothing(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     (comparison.output / "table.md").write_text(table)
     results = comparison.output / "results.json"
     results.write_text(json.dumps({"seeds": list(comparison.seeds), "runs": summaries}, indent=1))
-    from rl.track.plots import plot_budgets
+    from rl.track.budgets import plot_budgets
 
     config = load_config(comparison.config, comparison.common)
     counts, own = config.eval.num_inference_steps, config.sampler.num_inference_steps
@@ -160,7 +160,7 @@ def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
 
     Between two evaluations of a run its metrics are interpolated linearly in the budget.
     """
-    from rl.track.plots import BUDGETS, costed_evaluations, metric_at
+    from rl.track.budgets import BUDGETS, costed_evaluations, metric_at
 
     curves = {name: [costed_evaluations(folder) for folder in group] for name, group in folders.items()}
     every = [run for runs in curves.values() for run in runs]

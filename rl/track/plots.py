@@ -1,16 +1,19 @@
-"""Learning curves of one run and of several seeds, drawn from `metrics.jsonl` alone."""
+"""Learning curves of one run and of several seeds, drawn from `metrics.jsonl`.
+
+Evaluations before and after training are about test problems, those on the way about validation problems (where a task
+has them). The former are marks with bars, the latter lines with bands, and no line joins the two.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rl.files import write_whole
+from rl.track.intervals import t_half_width
 from rl.track.jsonl import read_metrics
 from rl.track.verdict import read_summary
 
@@ -26,8 +29,8 @@ HELDOUT = {"eval/accuracy@": "accuracy", "eval/reward@": "mean reward"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vP"
 
-_WINDOW = 9  # steps of the running mean where several noisy rewards share a panel
-_BUDGET_POINTS = 13  # of a line over a budget
+_WINDOW = 9  # steps of the running mean of a noisy reward; a 20th of all steps where that is more
+_SMOOTHED = "Training reward, running mean of {} steps"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,19 @@ class Theme:
 
 LIGHT = Theme("#ffffff", "#1b1f24", "#d8dee4", _COLOURS)
 DARK = Theme("#16191d", "#e6e9ec", "#3a4149", ("#56B4E9", "#FF8B4A", "#2BC79B", "#E59BC5", "#8AB6FF", "#E69F00"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one of several curves is drawn, and what stands behind its end."""
+
+    colour: str
+    marker: str
+    label: str
+    line: str = "-"
+
+
+End = tuple[float, float, Style]  # step and value of a curve's last point
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,10 @@ class Series:
 
 
 def plot_learning_curve(
-    run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, theme: Theme = LIGHT
+    run_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    theme: Theme = LIGHT,
+    narrow: bool = False,
 ) -> Path:
     """Draw training reward, held-out accuracy, entropy and the rollout-learner log-prob gap of one run.
 
@@ -68,6 +87,7 @@ def plot_learning_curve(
         run_dir: a run folder with metrics.jsonl. Panels without data say so.
         out: where to write; `<run_dir>/learning_curve.png` by default.
         theme: LIGHT or DARK.
+        narrow: one panel below the other, for a telephone.
 
     Returns:
         The path of the PNG.
@@ -76,19 +96,35 @@ def plot_learning_curve(
         ValueError: the folder has no metrics.
     """
     train, evals = read_metrics(run_dir, "train"), read_metrics(run_dir, "eval")
-    figure, axes = _figure([["reward", "accuracy"], ["entropy", "gap"]], (11, 6.4), [2.1, 1], theme)
-    _reward_panel(axes["reward"], train, theme)
-    _accuracy_panel(axes["accuracy"], evals, theme)
+    if narrow:
+        panels, size, heights = [["reward"], ["accuracy"], ["entropy"], ["gap"]], (4.4, 11.0), [2.0, 2.0, 1.0, 1.0]
+    else:
+        panels, size, heights = [["reward", "accuracy"], ["entropy", "gap"]], (11.0, 6.4), [2.1, 1.0]
+    figure, axes = new_figure(panels, size, heights, theme)
+    names, rewards = accuracy_names(evals), reward_names(train)
+    # One colour for a number of denoising steps, in both panels.
+    counts = sorted({_num_steps(name) for name in [*names, *rewards]})
+    styles = dict(zip(counts, styles_of([f"{count} steps" if count else "" for count in counts], theme), strict=True))
+    set_title(axes["reward"], _SMOOTHED.format(_window(len(train))))
+    ends = [_smoothed(axes["reward"], series(train, name), styles[_num_steps(name)]) for name in rewards]
+    _ends(axes["reward"], ends, theme)
+    set_title(axes["accuracy"], f"Held-out {_measure(names[0]) if names else 'accuracy'}: before and after, on the way")
+    last = read_summary(run_dir).get("train_steps")
+    ends = [_heldout(axes["accuracy"], evals, name, last, styles[_num_steps(name)]) for name in names]
+    _ends(axes["accuracy"], ends, theme)
     for name, metric, heading in (
         ("entropy", ENTROPY, "Entropy of the decisions (nats)"),
         ("gap", GAP, "Rollout-learner log-prob gap (nats)"),
     ):
-        _title(axes[name], heading)
-        _line(axes[name], series(train, metric), theme.colours[0], theme)
+        set_title(axes[name], heading)
+        _ends(axes[name], [_line(axes[name], series(train, metric), *styles_of([""], theme))], theme)
     # The gap of an exact estimator is near 1e-7: say so on each tick, not as a factor floating above the panel.
     axes["gap"].yaxis.set_major_formatter("{x:g}")
+    if all(record.get(GAP) == 0 for record in train):
+        axes["gap"].set_yticks([0] if train else [])
+    _same_steps(axes.values(), [*train, *evals])
     _last_row(axes["entropy"], axes["gap"])
-    return _save(figure, Path(out) if out else Path(run_dir) / "learning_curve.png")
+    return save_figure(figure, Path(out) if out else Path(run_dir) / "learning_curve.png")
 
 
 def plot_runs(
@@ -110,99 +146,27 @@ def plot_runs(
     if not run_dirs:
         raise ValueError("no run folder was given; name at least one")
     folders = [Path(folder) for folder in run_dirs]
-    labels = [_run_label(folder) for folder in folders]
-    if len(set(labels)) < len(labels):
-        labels = [folder.name for folder in folders]
+    summaries = [read_summary(folder) for folder in folders]
+    labels = [f"seed {s['seed']}" if "seed" in s else f.name for f, s in zip(folders, summaries, strict=True)]
+    styles = styles_of(labels if len(set(labels)) == len(labels) else [folder.name for folder in folders], theme)
     train = [read_metrics(folder, "train") for folder in folders]
     evals = [read_metrics(folder, "eval") for folder in folders]
     names = sorted({name for records in evals for name in accuracy_names(records)}, key=_num_steps)
     columns = max(2, -(-len(names) // 2))
     panels: list[list[str]] = [["reward"] * columns, *_grid(names, columns)]
-    figure, axes = _figure(panels, (4 * columns, 2.6 * len(panels) + 0.8), [1.2] + [1] * (len(panels) - 1), theme)
-    _title(axes["reward"], f"Training reward, running mean of {_WINDOW} steps")
-    _several(axes["reward"], [series(records, REWARD) for records in train], labels, theme, smooth=True)
+    figure, axes = new_figure(panels, (4 * columns, 2.6 * len(panels) + 0.8), [1.2] + [1] * (len(panels) - 1), theme)
+    set_title(axes["reward"], _SMOOTHED.format(_window(max(map(len, train)))))
+    curves = zip(train, styles, strict=True)
+    _ends(axes["reward"], [_smoothed(axes["reward"], series(t, REWARD), style, False) for t, style in curves], theme)
     for name in names:
-        _title(axes[name], _heldout_title(name))
-        _several(axes[name], [series(records, name) for records in evals], labels, theme, smooth=False)
+        set_title(axes[name], heldout_title(name))
+        runs = zip(evals, summaries, styles, strict=True)
+        ends = [_heldout(axes[name], e, name, s.get("train_steps"), style, False) for e, s, style in runs]
+        _widen(axes[name], 0.1)
+        _ends(axes[name], ends, theme)
+    _same_steps(axes.values(), [record for records in (*train, *evals) for record in records])
     _last_row(*(axes[name] for name in panels[-1] if name in axes))
-    return _save(figure, Path(out) if out else folders[0].parent / "runs.png")
-
-
-BUDGETS = {
-    "cost/sequence_forwards": "Sequences through the model",
-    "cost/reward_queries": "Reward queries",
-    "cost/updates": "Optimizer updates",
-}
-
-
-def plot_budgets(
-    variants: Mapping[str, Sequence[str | os.PathLike[str]]],
-    metric: str,
-    out: str | os.PathLike[str],
-    theme: Theme = LIGHT,
-) -> Path:
-    """Draw a held-out metric against what it cost, once for each of three budgets; a line per variant.
-
-    Args:
-        variants: name -> run folders of its seeds. Lines are means over seeds at equal budgets.
-        metric: an `eval/accuracy@S` or `eval/reward@S`.
-
-    Raises:
-        ValueError: a folder has no metrics, or nowhere is the metric.
-    """
-    figure, axes = _figure([list(BUDGETS)], (14, 4.4), [1], theme)
-    drawn = False
-    for index, (name, folders) in enumerate(variants.items()):
-        runs = [[p for p in costed_evaluations(folder) if metric in p] for folder in folders]
-        runs = [run for run in runs if run]
-        drawn = drawn or bool(runs)
-        colour = theme.colours[index % len(theme.colours)]
-        style: dict[str, Any] = {
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": ("-", "--")[index // len(_COLOURS) % 2],
-        }
-        for budget, panel in axes.items():
-            if runs:
-                spent, means = mean_over_budget(runs, budget, metric)
-                panel.plot(spent, means, color=colour, label=name, linewidth=1.4, markersize=4, **style)
-    if not drawn:
-        raise ValueError(f"no run has the metric {metric!r}: name one of its eval.num_inference_steps")
-    limits = [panel.get_ylim() for panel in axes.values()]
-    for budget, panel in axes.items():
-        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-        panel.set_xlabel(BUDGETS[budget], fontsize=9)
-        panel.tick_params(axis="x", labelrotation=20)
-    first, *_, last = axes.values()
-    _title(first, _heldout_title(metric))
-    last.legend(fontsize=8, frameon=False, labelcolor=theme.ink, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, Path(out))
-
-
-def costed_evaluations(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Every evaluation of a run, by step: its metrics, and what the run had spent of each budget by then."""
-    costs = {0: dict.fromkeys(BUDGETS, 0.0)}
-    costs |= {
-        r["step"]: {b: r[b] for b in BUDGETS} for r in read_metrics(folder, "train") if BUDGETS.keys() <= r.keys()
-    }
-    return [{**r, **costs[r["step"]]} for r in sorted(read_metrics(folder, "eval"), key=lambda r: r["step"])]
-
-
-def mean_over_budget(
-    runs: Sequence[Sequence[Mapping[str, float]]], budget: str, metric: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points of a budget, and a metric's mean over runs there.
-
-    Runs spend their budgets at different paces: the mean goes as far as the thriftiest.
-    """
-    points = min(max(len(run) for run in runs), _BUDGET_POINTS)
-    spent = np.linspace(0.0, min(run[-1][budget] for run in runs), points)
-    return spent, np.mean([[metric_at(run, budget, at, metric) for at in spent] for run in runs], axis=0)
-
-
-def metric_at(run: Sequence[Mapping[str, float]], budget: str, spent: float, metric: str) -> float:
-    """A metric of `costed_evaluations` at any point of a budget: linear between two evaluations."""
-    points = [point for point in run if metric in point]
-    return float(np.interp(spent, [point[budget] for point in points], [point[metric] for point in points]))
+    return save_figure(figure, Path(out) if out else folders[0].parent / "runs.png")
 
 
 def series(records: Sequence[Mapping[str, Any]], metric: str) -> Series:
@@ -225,7 +189,13 @@ def accuracy_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({name for record in records for name in record if name.startswith(tuple(HELDOUT))}, key=_num_steps)
 
 
-def _heldout_title(name: str) -> str:
+def reward_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The training rewards: one per number of denoising steps where rollouts mix them, else the mean alone."""
+    names = {name for record in records for name in record if name.startswith(f"{REWARD}@")}
+    return sorted(names, key=_num_steps) if len(names) > 1 else [REWARD]
+
+
+def heldout_title(name: str) -> str:
     return f"Held-out {_measure(name)}, {_num_steps(name)} denoising steps"
 
 
@@ -233,41 +203,57 @@ def _measure(name: str) -> str:
     return HELDOUT.get(name.partition("@")[0] + "@", name)
 
 
-def _reward_panel(axes: Axes, train: Sequence[Mapping[str, Any]], theme: Theme) -> None:
-    reward = series(train, REWARD)
-    _title(axes, "Training reward" + (", mean with 95 % interval" if reward.low else ""))
-    _line(axes, reward, theme.colours[0], theme)
+def styles_of(labels: Sequence[str], theme: Theme) -> list[Style]:
+    colours, count = theme.colours, len(theme.colours)
+    return [
+        Style(colours[index % count], _MARKERS[index % count], label, ("-", "--")[index // count % 2])
+        for index, label in enumerate(labels)
+    ]
 
 
-def _accuracy_panel(axes: Axes, evals: Sequence[Mapping[str, Any]], theme: Theme) -> None:
-    names = accuracy_names(evals)
-    _title(axes, f"Held-out {_measure(names[0]) if names else 'accuracy'} by number of denoising steps")
-    if not names:
-        _nothing(axes, theme)
-    ends = []
-    for index, name in enumerate(names):
-        curve = series(evals, name)
-        colour = theme.colours[index % len(theme.colours)]
-        _line(axes, curve, colour, theme, marker=_MARKERS[index % len(_MARKERS)])
-        if curve.values:
-            ends.append((curve.steps[-1], curve.values[-1], f"{_num_steps(name)} steps", colour))
-    _direct_labels(axes, ends)
+def _smoothed(axes: Axes, curve: Series, style: Style, whole: bool = True) -> End | None:
+    """The running mean; `whole` draws its 95 % interval and the single steps too."""
+    means, half = smoothed(curve.values, _window(len(curve.values)))
+    if whole:
+        axes.plot(curve.steps, curve.values, ".", color=style.colour, markersize=3, alpha=0.4)
+        # No mean lies beyond the values themselves, such as 1.
+        least, most = min(curve.values, default=0.0), max(curve.values, default=0.0)
+        low = [max(least, mean - h) for mean, h in zip(means, half, strict=True)]
+        high = [min(most, mean + h) for mean, h in zip(means, half, strict=True)]
+        return _line(axes, Series(curve.steps, means, low, high), style)
+    return _line(axes, Series(curve.steps, means), style)
 
 
-def _several(axes: Axes, curves: Sequence[Series], labels: Sequence[str], theme: Theme, smooth: bool) -> None:
-    ends = []
-    for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
-        colour = theme.colours[index % len(theme.colours)]
-        if not curve.values:
-            continue
-        values = _running_mean(curve.values) if smooth else curve.values
-        _line(axes, Series(curve.steps, values), colour, theme, marker="" if smooth else _MARKERS[index % 6])
-        ends.append((curve.steps[-1], values[-1], label, colour))
-    if not ends:
-        _nothing(axes, theme)
-    elif not smooth:
-        _widen(axes, 0.1)
-    _direct_labels(axes, ends)
+def smoothed(values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
+    """The mean of `window` values around every value, fewer at both ends, and the half-width of its 95 % t interval.
+
+    Of fewer than 5 values no interval is given (0): it would be wider than the panel.
+    """
+    half = window // 2
+    spans = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    widths = [t_half_width(span) if len(span) >= 5 else 0.0 for span in spans]
+    return [sum(span) / len(span) for span in spans], widths
+
+
+def _window(count: int) -> int:
+    return max(_WINDOW, count // 20 | 1)
+
+
+def _heldout(
+    axes: Axes, evals: Sequence[Mapping[str, Any]], name: str, last: int | None, style: Style, bars: bool = True
+) -> End | None:
+    """Marks before and after training (RL steps 0 and `last`), and a line through what was evaluated on the way."""
+    marks = series([record for record in evals if record["step"] in (0, last)], name)
+    way = series([record for record in evals if record["step"] not in (0, last)], name)
+    if marks.low is not None and marks.high is not None and bars:
+        ends = zip(marks.low, marks.values, marks.high, strict=True)
+        reach = [(value - low, high - value) for low, value, high in ends]
+        axes.errorbar(marks.steps, marks.values, yerr=list(zip(*reach, strict=True)), fmt="none", ecolor=style.colour)
+    # Two marks alone are about the same problems, so they may be joined.
+    join = "none" if way.values else ":"
+    axes.plot(marks.steps, marks.values, linestyle=join, color=style.colour, marker=style.marker, linewidth=1)
+    line = _line(axes, way if bars else Series(way.steps, way.values), style)
+    return (marks.steps[-1], marks.values[-1], style) if marks.values and (marks.steps[-1] or not line) else line
 
 
 def _widen(axes: Axes, span: float) -> None:
@@ -278,20 +264,26 @@ def _widen(axes: Axes, span: float) -> None:
     axes.set_ylim(min(bottom, top - span), top)
 
 
-def _line(axes: Axes, curve: Series, colour: str, theme: Theme, marker: str = "") -> None:
+def _line(axes: Axes, curve: Series, style: Style) -> End | None:
     if not curve.values:
-        _nothing(axes, theme)
-        return
+        return None
     # A single point has no line: it needs a marker to be seen at all.
-    marker = marker or ("o" if len(curve.values) == 1 else "")
-    axes.plot(curve.steps, curve.values, color=colour, linewidth=1.6, marker=marker, markersize=4.5)
+    marker = "o" if len(curve.values) == 1 else ""
+    axes.plot(curve.steps, curve.values, style.line, color=style.colour, linewidth=1.6, marker=marker, markersize=4.5)
     if curve.low is not None and curve.high is not None:
-        axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(curve.steps, curve.low, curve.high, color=style.colour, alpha=0.18, linewidth=0)
+    return curve.steps[-1], curve.values[-1], style
 
 
-def _direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def _ends(axes: Axes, found: Sequence[End | None], theme: Theme) -> None:
     """Write each curve's name behind its last point, pushed apart where the ends are close."""
+    ends = [end for end in found if end is not None]
     if not ends:
+        axes.text(
+            0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=theme.ink, alpha=0.6
+        )
+        axes.set_xticks([])
+        axes.set_yticks([])
         return
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top)
@@ -304,23 +296,17 @@ def _direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) ->
     for index in range(len(heights) - 1, -1, -1):
         limit = top - gap / 2 if index == len(heights) - 1 else heights[index + 1] - gap
         heights[index] = min(heights[index], limit)
-    for (step, value, text, colour), height in zip(ordered, heights, strict=True):
+    for (step, value, style), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            text,
+            style.label,
             xy=(step, value),
             xytext=(1.015, height),
             textcoords=axes.get_yaxis_transform(),
-            color=colour,
+            color=style.colour,
             va="center",
             fontsize=9,
             annotation_clip=False,
         )
-
-
-def _running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
-    half = window // 2
-    spans = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
-    return [sum(span) / len(span) for span in spans]
 
 
 def _grid(names: Sequence[str], columns: int) -> list[list[str]]:
@@ -333,12 +319,7 @@ def _num_steps(name: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _run_label(folder: Path) -> str:
-    seed = read_summary(folder).get("seed")
-    return folder.name if seed is None else f"seed {seed}"
-
-
-def _figure(
+def new_figure(
     panels: list[list[str]], size: tuple[float, float], heights: Sequence[float], theme: Theme
 ) -> tuple[Figure, dict[str, Axes]]:
     # The object-oriented interface and the Agg canvas: no global backend is switched, no window can open.
@@ -363,8 +344,15 @@ def _figure(
     return figure, axes  # type: ignore[return-value]
 
 
-def _title(axes: Axes, text: str) -> None:
+def set_title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10.5, color=axes.title.get_color())
+
+
+def _same_steps(panels: Iterable[Axes], records: Sequence[Mapping[str, Any]]) -> None:
+    """All panels over the same RL steps."""
+    last = max((record["step"] for record in records), default=0) or 1
+    for axes in panels:
+        axes.set_xlim(-0.03 * last, 1.03 * last)
 
 
 def _last_row(*panels: Axes) -> None:
@@ -372,11 +360,5 @@ def _last_row(*panels: Axes) -> None:
         axes.set_xlabel("RL step", fontsize=9)
 
 
-def _nothing(axes: Axes, theme: Theme) -> None:
-    axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=theme.ink, alpha=0.6)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     return write_whole(path, lambda partial: figure.savefig(partial, format="png", facecolor=figure.get_facecolor()))
