@@ -269,3 +269,4 @@ def test_samples_are_the_first_the_worst_and_the_best_with_their_parts(tmp_path:
     viewer = json.loads((tmp_path / "run" / "viewer.json").read_text())
     view = viewer["items"][0]["after"]
     assert view["parts"] == {"sudoku": view["value"]} and view["correct"] == (view["value"] >= 1)
+    assert bool(view["violations"]) != view["correct"]

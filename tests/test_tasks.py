@@ -142,6 +142,26 @@ def test_puzzles_come_from_a_file(tmp_path) -> None:
     ]
 
 
+def test_violations_of_a_grid_are_what_the_reward_punishes() -> None:
+    task = SudokuTask()
+    grid = list("3431" + "2112" + "1243" + "4=2")
+    assert task.violations({"puzzle": "0000040000000000"}, [*grid, ""]) == [
+        ("3 twice in row 1", [0, 2]),
+        ("1 twice in row 2", [5, 6]),
+        ("2 twice in row 2", [4, 7]),
+        ("1 twice in box 2", [3, 6]),
+        ("given 4 changed to 1", [5]),
+        ("= is no digit from 1 to 4", [13]),
+        ("nothing is no digit from 1 to 4", [15]),
+    ]
+    assert ("4 3 times in row 1", [1, 2, 3]) in task.violations({"puzzle": "0" * 16}, list("1444" + "2" * 12))
+    rng = random.Random(0)
+    for row in task.heldout_examples(40):
+        for cells in (list(row["answer"]), [rng.choice("1234") if rng.random() < 0.1 else c for c in row["answer"]]):
+            (score,) = sudoku([row["prompt"]], ["".join(cells)], puzzle=[row["puzzle"]])
+            assert (score.value == 1) == (task.violations(row, cells) == []), (row, cells)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -377,7 +377,7 @@ def test_report_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     html = path.read_text()
     page = _Page(html)
     assert page.open_tags == []
-    assert len(page.addresses) == 2 and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert len(page.addresses) == 4 and all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not re.search(r"https?:|url\(|@import", html)
     assert "<script>alert" not in html and "<script>alert(1)</script>" in page.text
     for words in (verdict_line(SUMMARY), goal_line(SUMMARY), "12,345", "51.2", "name: sudoku", "NaN or infinite: 1"):
@@ -388,6 +388,42 @@ def test_report_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert page.steps[7] == ["new", "masked given", "masked given", "remasked"]
     assert page.steps[9] == ["", "given", "new broken", "tail"]
     assert "before training: ✗ wrong" in page.text and "after training: ✓ right" in page.text
+    assert "verdicts of" not in page.text and "expected" not in page.text  # summaries of earlier versions
+
+
+def test_the_report_marks_what_a_wrong_grid_violates_and_says_who_judged(tmp_path: Path) -> None:
+    """The cells are marked in the last canvas alone; without an accuracy nothing is called right."""
+    wrong = trajectory_view(_remasking_trajectory(), _texts, False) | {"value": 0.25, "parts": {"rows": 0.5, "box": 0}}
+    wrong["violations"] = [["3 twice in row 1", [0, 1]], ["given 2 changed to 4", [1]]]
+    item = {"prompt": "p", "answer": "<gold>", "before": wrong, "after": wrong | {"value": None, "parts": None}}
+    (tmp_path / "viewer.json").write_text(json.dumps({"grid": [2, 2], "items": [item]}))
+    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, "judge": "sudoku", "reward": "sudoku"}))
+    page = _Page(write_report(tmp_path).read_text())
+    assert [[("violates" in cell) for cell in step] for step in page.steps[3:5]] == [
+        [False] * 4,
+        [True, True, False, False],
+    ]
+    assert page.text.count("3 twice in row 1") == page.text.count("given 2 changed to 4") == 2
+    assert "a right answer <gold>" in page.text and "verdicts of sudoku" in page.text
+    assert "✗ wrong reward 0.25 (rows 0.5, box 0)" in page.text and "✗ wrong no reward" in page.text
+    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, "measure": "mean reward"}))
+    page = _Page(write_report(tmp_path).read_text())
+    assert "✗ wrong" not in page.text and "before training reward 0.25" in page.text
+
+
+def test_text_shows_its_spaces_the_expected_answer_and_rollouts_of_training(tmp_path: Path) -> None:
+    tokens = [" a", " ", "\n", "b\n", "7", "\u200b"]
+    view = {"steps": [{"tokens": tokens, "confidence": [0.5] * 6, "changed": []}], "correct": True}
+    assert [c.text for c in build_view(view, None, 9).frames[0].cells] == [" a", "·", "↵\n", "b↵\n", "7", "\u200b"]
+    item = {"prompt": "p", "answer": "gold", "before": view, "after": view}
+    (tmp_path / "viewer.json").write_text(json.dumps({"grid": None, "items": [item]}))
+    sample = {"prompt": "q", "completion": "<b>", "reward": 0.5, "parts": {"x": 0.5}, "answer": "silver", "step": 3}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    html = write_report(tmp_path).read_text()
+    page, one = _Page(html), re.search(r'<span class="([^"]*)"[^>]*>7</span>', html)
+    assert one is not None and one[1].split() == ["one", "chip"]
+    assert "expected gold" in page.text and "Rollouts of training" in page.text
+    assert "best 1 reward 0.5 (x), RL step 3 promptqanswer<b>expectedsilver" in " ".join(page.text.split())
 
 
 def test_report_says_what_is_missing(tmp_path: Path) -> None:

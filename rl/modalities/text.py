@@ -232,15 +232,16 @@ class TextModality(TextPlan):
         from rl.track.viewer import trajectory_view
 
         pieces = Pieces(self.tokenizer)
-        return [
-            trajectory_view(
-                trajectory,
-                pieces.texts,
-                (value or 0.0) >= 1.0,
-                self._givens(row),
-            )
-            for row, trajectory, value in zip(rows, trajectories, values, strict=True)
-        ]
+        views = []
+        for row, trajectory, value in zip(rows, trajectories, values, strict=True):
+            view = trajectory_view(trajectory, pieces.texts, (value or 0.0) >= 1.0, self._givens(row))
+            if self.grid is not None and hasattr(self.task, "violations"):
+                cells = view["steps"][-1]["tokens"]
+                # An answer that ended early leaves cells empty.
+                cells = cells[: view["stop_length"]] + [""] * (self.grid[0] * self.grid[1])
+                view["violations"] = self.task.violations(row, cells)
+            views.append(view)
+        return views
 
     def _givens(self, row: Example) -> list[str] | None:
         if self.grid is None or "puzzle" not in row:

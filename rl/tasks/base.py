@@ -28,7 +28,8 @@ class Task(Protocol):
 
     A task may also have `templates` (`rl.tasks.templates`), the prompts that evaluation can ask it with, and
     `measure(examples, completions, reported)`, numbers about the answers of an evaluation that are no score; `reported`
-    holds the means of what the judge reported (`rewards.score.Score.metrics`).
+    holds the means of what the judge reported (`rewards.score.Score.metrics`). One with a `grid` may have
+    `violations(example, cells)`, the rules that a wrong answer breaks and the cells of each, for the report.
     """
 
     reward: str | None

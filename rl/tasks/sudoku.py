@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from functools import cache
 
 from rl.tasks import templates
@@ -15,18 +16,21 @@ from rl.tasks.base import Example, split_of
 from rl.tasks.drawn import DrawnTask
 from rl.tasks.records import read_records
 
+# The cells of every row, column and box.
+UNITS = {
+    **{f"row {r + 1}": [4 * r + c for c in range(4)] for r in range(4)},
+    **{f"column {c + 1}": [4 * r + c for r in range(4)] for c in range(4)},
+    **{f"box {b + 1}": [8 * (b // 2) + 2 * (b % 2) + i for i in (0, 1, 4, 5)] for b in range(4)},
+}
+
 
 @cache
 def all_grids() -> list[str]:
     """The 288 complete 4x4 grids as strings of 16 digits."""
-    rows = list(itertools.permutations("1234"))
-    grids = []
-    for grid in itertools.product(rows, repeat=4):
-        columns = zip(*grid, strict=True)
-        boxes = ((grid[r][c], grid[r][c + 1], grid[r + 1][c], grid[r + 1][c + 1]) for r in (0, 2) for c in (0, 2))
-        if all(len(set(unit)) == 4 for unit in itertools.chain(columns, boxes)):
-            grids.append("".join(itertools.chain(*grid)))
-    return grids
+    rows = map("".join, itertools.permutations("1234"))
+    others = list(UNITS.values())[4:]
+    grids = map("".join, itertools.product(rows, repeat=4))
+    return [grid for grid in grids if all(len({grid[cell] for cell in unit}) == 4 for unit in others)]
 
 
 def is_heldout(puzzle: str) -> bool:
@@ -62,6 +66,24 @@ class SudokuTask(DrawnTask):
             if len(puzzle) != 16 or set(puzzle) - set("01234"):
                 raise ValueError(f"{path}: row {number}: column Puzzle must be 16 digits 0 to 4, got {puzzle!r}")
         return [{"prompt": puzzle + "=", "puzzle": puzzle} for puzzle in puzzles]
+
+    def violations(self, example: Example, cells: Sequence[str]) -> list[tuple[str, list[int]]]:
+        """The rules that a filled grid breaks, and the cells of each.
+
+        Example: `[("3 twice in row 1", [0, 2]), ("given 4 changed to 1", [5])]`.
+        """
+        found = []
+        for name, unit in UNITS.items():
+            for digit in "1234":
+                same = [cell for cell in unit if cells[cell] == digit]
+                if len(same) > 1:
+                    found.append((f"{digit} {('twice', '3 times', '4 times')[len(same) - 2]} in {name}", same))
+        for cell, (given, text) in enumerate(zip(example["puzzle"], cells, strict=False)):
+            if given not in ("0", text):
+                found.append((f"given {given} changed to {text or 'nothing'}", [cell]))
+            elif text not in ("1", "2", "3", "4"):
+                found.append((f"{text or 'nothing'} is no digit from 1 to 4", [cell]))
+        return found
 
     def _propose(self, rng: random.Random) -> tuple[str, tuple[str, str]]:
         answer = rng.choice(all_grids())

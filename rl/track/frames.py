@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rl.track.samples import reward_text
+
 # A cell is about 50 bytes of HTML: this keeps the page near 5 MB however long the texts are.
 MAX_CELLS = 100_000
 
@@ -17,7 +19,8 @@ class Cell:
     Attributes:
         text: the token, "" when masked.
         classes: space-separated: "masked", "given", "broken" (a given that was overwritten), "new" (decided by this
-            step), "remasked" (taken back by this step), "tail" (behind the end of the answer).
+            step), "remasked" (taken back by this step), "tail" (behind the end of the answer), "violates" (a rule is
+            broken there, in the last canvas).
         percent: confidence in percent, None where there is none.
     """
 
@@ -37,11 +40,19 @@ class Frame:
 
 @dataclass(frozen=True)
 class View:
-    """One rollout of the viewer; `left_out` counts canvases that are not shown because the page would be too long."""
+    """One rollout of the viewer.
+
+    Attributes:
+        left_out: canvases that are not shown because the page would be too long.
+        reward: the judge's reward and its parts in words, "" where they were not kept.
+        violations: the broken rules of a grid, `["3 twice in row 1"]`.
+    """
 
     frames: list[Frame]
     correct: bool
     left_out: int
+    reward: str
+    violations: list[str]
 
 
 def build_view(view: Mapping[str, Any], grid: Sequence[int] | None, max_frames: int) -> View:
@@ -61,7 +72,9 @@ def build_view(view: Mapping[str, Any], grid: Sequence[int] | None, max_frames: 
         cells = _cells(view, index, changed)
         frames.append(Frame(_caption(index, len(steps) - 1, steps[index], changed), cells[:num_grid], cells[num_grid:]))
         previous = index
-    return View(frames, bool(view.get("correct")), len(steps) - len(shown))
+    reward = reward_text(view["value"], view.get("parts")) if "value" in view else ""
+    violations = [rule for rule, _ in view.get("violations", [])]
+    return View(frames, bool(view.get("correct")), len(steps) - len(shown), reward, violations)
 
 
 def frame_budget(items: Sequence[Mapping[str, Any]]) -> int:
@@ -75,6 +88,8 @@ def _cells(view: Mapping[str, Any], index: int, changed: set[int]) -> list[Cell]
     step = view["steps"][index]
     givens = view.get("givens") or []
     stop = view.get("stop_length", len(step["tokens"]))
+    last = index == len(view["steps"]) - 1
+    violating = {cell for _, cells in view.get("violations", []) for cell in cells} if last else set()
     cells = []
     for position, token in enumerate(step["tokens"]):
         given = givens[position] if position < len(givens) else ""
@@ -87,9 +102,17 @@ def _cells(view: Mapping[str, Any], index: int, changed: set[int]) -> list[Cell]
             classes.append("given" if token in ("", given) else "broken")
         if token and position >= stop:
             classes.append("tail")
+        if position in violating:
+            classes.append("violates")
         value = step["confidence"][position]
-        cells.append(Cell(token, " ".join(classes), None if value is None else round(100 * value)))
+        cells.append(Cell(_visible(token), " ".join(classes), None if value is None else round(100 * value)))
     return cells
+
+
+def _visible(token: str) -> str:
+    """Line ends are marked, and spaces where there is nothing else: a token of a space is "·"."""
+    marked = token.replace("\n", "↵\n")
+    return marked if token.strip() else marked.replace(" ", "·").replace("\t", "→")
 
 
 def _caption(index: int, last: int, step: Mapping[str, Any], changed: set[int]) -> str:

@@ -15,8 +15,9 @@ from rl.track import table
 from rl.track.frames import build_view, frame_budget
 from rl.track.image_grid import is_image_viewer, prompt_rows, quality_rows
 from rl.track.jsonl import FILE_NAME as METRICS
-from rl.track.jsonl import NON_FINITE, read_metrics
+from rl.track.jsonl import NON_FINITE, read_lines, read_metrics
 from rl.track.plots import DARK, LIGHT, plot_learning_curve
+from rl.track.samples import facts, texts, worst_and_best
 from rl.track.verdict import (
     IMPROVED,
     WORSE,
@@ -42,6 +43,8 @@ _COSTS = {
     "stage_seconds": "of these",
     "eval_seconds": "seconds of evaluation",
 }
+
+_NUM_ROLLOUTS = 3  # worst and best
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -91,6 +94,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         warnings=_warnings(records),
         config=_text(folder / "config.yaml"),
         quality=quality_rows(summary),
+        rollouts=_rollouts(folder),
+        judge_name=summary.get("judge"),
         **_shown(folder / "viewer.json"),
     )
     return write_whole(folder / "report.html", html)
@@ -108,8 +113,9 @@ def _mood(summary: Mapping[str, Any]) -> str:
 def _curves(folder: Path) -> dict[str, str]:
     curves = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, theme in (("light", LIGHT), ("dark", DARK)):
-            image = plot_learning_curve(folder, Path(scratch) / f"{name}.png", theme)
+        for name, theme, narrow in (("light", LIGHT, False), ("dark", DARK, False), ("light_narrow", LIGHT, True),
+                                    ("dark_narrow", DARK, True)):  # fmt: skip
+            image = plot_learning_curve(folder, Path(scratch) / f"{name}.png", theme, narrow)
             curves[name] = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
     return curves
 
@@ -149,6 +155,13 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
+def _rollouts(folder: Path) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """The worst and the best kept rollouts of text: [(group, [(facts, [(name of a text, text)])])]."""
+    path = folder / "samples.jsonl"
+    samples = [sample for sample in read_lines(path) if isinstance(sample["completion"], str)] if path.is_file() else []
+    return [(name, [(facts(s), texts(s)) for s in group]) for name, group in worst_and_best(samples, _NUM_ROLLOUTS)]
+
+
 def _shown(path: Path) -> dict[str, Any]:
     """The content of viewer.json: `viewer`, canvases step by step, or `pictures`, a grid of images."""
     text = _text(path)
@@ -169,6 +182,7 @@ def _viewer(data: Mapping[str, Any]) -> dict[str, Any]:
     built = [
         {
             "prompt": item["prompt"],
+            "answer": item.get("answer"),
             "sides": [
                 (side, build_view(item[side], grid, limit) if item.get(side) else None) for side in ("before", "after")
             ],

@@ -44,9 +44,11 @@ def worst_and_best(samples: Sequence[Mapping[str, Any]], count: int) -> list[tup
 
 
 def reward_text(reward: float | None, parts: Mapping[str, float | None] | None) -> str:
-    """A reward and what it is made of: `reward 0.33 (keyword_fluency 0.33, keyword_sentence 0)`."""
-    told = [f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in (parts or {}).items()]
+    """A reward and what it is made of: `reward 0.3 (fluency 0.3, words 0)`, `reward 1 (sudoku)`."""
     whole = "no reward" if reward is None else f"reward {reward:.4g}"
+    alone = list((parts or {}).values()) == [reward]
+    told = [name if alone else f"{name} {'none' if value is None else f'{value:.4g}'}"
+            for name, value in (parts or {}).items()]  # fmt: skip
     return whole + (f" ({', '.join(told)})" if told else "")
 
 
