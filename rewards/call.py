@@ -74,6 +74,8 @@ def call_reward(
         )
         if inspect.isawaitable(answer):
             answer = _run_async(answer)
+        if isinstance(answer, str | Mapping) or not hasattr(answer, "__iter__"):
+            raise ValueError(f"it returned a {type(answer).__name__}, not a list with a number for each completion")
         scores = [as_score(entry) for entry in answer]
         if len(scores) != len(completions):
             raise ValueError(f"the reward returned {len(scores)} entries for {len(completions)} completions")

@@ -84,7 +84,10 @@ def rows_of(given: Rows, argument: str) -> list[Record]:
         ValueError: it is in none of the forms there are, has no rows, or holds something that is no JSON.
     """
     if isinstance(given, str | Path):
-        return records_at(_source(given, argument))
+        try:
+            return records_at(_source(given, argument))
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
     if type(given).__name__ == "IterableDataset":
         raise ValueError(
             f"{argument} is an IterableDataset, which a resumed run could not find: name a file or owner/name:split"
@@ -96,8 +99,14 @@ def rows_of(given: Rows, argument: str) -> list[Record]:
             "dicts, a file, or owner/name:split"
         )
     rows = list(given)
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"{argument} must hold rows with named columns, at least one")
+    if not rows:
+        raise ValueError(f"{argument} is empty: give at least one row")
+    wrong = next((number for number, row in enumerate(rows, start=1) if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{argument} is a {type(given).__name__} whose row {wrong} is a {type(rows[wrong - 1]).__name__}: give a "
+            'datasets.Dataset (Dataset.from_pandas, Dataset.from_dict), or a list of dicts {"prompt": ...}'
+        )
     return [dict(row) for row in rows]
 
 
@@ -133,7 +142,7 @@ def as_lines(rows: Sequence[Record], argument: str) -> str:
         cells = []
         for name, value in row.items():
             try:
-                cells.append(f"{json.dumps(name)}: {json.dumps(value)}")
+                cells.append(f"{json.dumps(name)}: {json.dumps(value, default=_plain)}")
             except (TypeError, ValueError):
                 raise ValueError(
                     f"{argument}: row {number}: column {name!r} holds a {type(value).__name__}, which is no JSON: "
@@ -143,9 +152,24 @@ def as_lines(rows: Sequence[Record], argument: str) -> str:
     return "".join(lines)
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's."""
+    if not hasattr(value, "tolist"):
+        raise TypeError
+    return value.tolist()
+
+
 def several(given: Reward | Sequence[Reward]) -> list[Reward]:
-    """One reward or a list of them as a list."""
-    return [given] if isinstance(given, str | Mapping) or callable(given) else list(given)
+    """One reward or a list of them as a list.
+
+    Raises:
+        ValueError: there is none, or it is something else.
+    """
+    if isinstance(given, str | Mapping) or callable(given):
+        return [given]
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(f"reward_funcs is {given!r}: give a function or a name, or a list of them")
+    return list(given)
 
 
 def reward_part(given: Reward, index: int) -> dict[str, Any]:
@@ -193,8 +217,12 @@ def recipe_section(recipe: Any, beside: Mapping[str, Any], wins: Mapping[str, An
         ValueError: another option contradicts the recipe.
     """
     options = {name: value for name, value in beside.items() if name != "name"}
-    if not isinstance(recipe, BaseModel):
+    if isinstance(recipe, Mapping) and "name" in recipe:
+        return {**options, **recipe}
+    if isinstance(recipe, str | type):
         return {"name": recipe, **options}
+    if not isinstance(recipe, BaseModel):
+        raise ValueError(f"recipe is a {type(recipe).__name__}: give a recipe, its class, or its name")
     said = recipe.model_dump(include=recipe.model_fields_set)
     for name, value in options.items():
         if said.get(name, value) != value and f"algorithm.{name}" not in wins:

@@ -91,6 +91,10 @@ class Trainer:
             ValueError: one line that names the argument and the fix; no model is loaded yet.
         """
         self.run: Run | None = None
+        if not isinstance(callbacks, Sequence):
+            raise ValueError(f"callbacks is a {type(callbacks).__name__}: give a list of them")
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options is a {type(options).__name__}: give a mapping of options by their names")
         self.callbacks = [_callback(found, i) for i, found in enumerate(callbacks)]
         self.args = args
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
@@ -128,12 +132,12 @@ class Trainer:
                 raise ValueError(f"args.reward_weights has {len(weights)} weights for {len(parts)} reward_funcs")
             functions = [{"weight": weight, **part} for part, weight in zip(parts, weights, strict=True)]
             set_options(raw, {"reward.functions": functions})
-        if model is not None:
-            set_options(raw, {"model.path": inputs.saved("model", model, processing_class)})
-            self._words["model.path"] = "model"
-        if processing_class is not None:
-            set_options(raw, {"model.tokenizer": inputs.saved("processing_class", processing_class)})
-            self._words["model.tokenizer"] = "processing_class"
+        named = {"model.path": ("model", model), "model.tokenizer": ("processing_class", processing_class)}
+        for option, (argument, found) in named.items():
+            if found is not None:
+                set_options(raw, {option: inputs.saved(argument, found, processing_class)})
+            if found is not None or not raw.get("model", {}).get(option.removeprefix("model.")):
+                self._words[option] = argument
         with self._in_its_words():
             self.config = validate(raw)
             if inputs.pending:
@@ -253,9 +257,10 @@ class Trainer:
                 # A stream is named and not read.
                 params[param] = stream_name(given[argument], argument)
                 continue
-            if column not in rows[0]:
+            names = dict.fromkeys(name for row in rows for name in row)
+            if column not in names:
                 raise ValueError(
-                    f"{argument} has no column {column!r}, it has {', '.join(rows[0])}: rename one to it, or set "
+                    f"{argument} has no column {column!r}, it has {', '.join(names)}: rename one to it, or set "
                     "options={'task.params.prompt_column': ...}"
                 )
             if str(given[argument]).endswith(ENDINGS) and isinstance(given[argument], str | Path):

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from rewards import RewardFailureError, RewardPart, RewardRunner, Score, TransientRewardError
+from rewards.call import call_reward
 from rewards.combine import normalize, weighted_steps, weighted_sum
 
 # Rewards of these tests, found by name through this file.
@@ -186,6 +187,13 @@ def test_wrong_number_of_entries_is_a_failure():
     table = score([part("short")], ["a", "b"])
     assert table.values == [None, None]
     assert table.parts["short"][0].reason == "ValueError: the reward returned 0 entries for 1 completions"
+
+
+@pytest.mark.parametrize("answer", [0.5, None, "good", {"reward": [1.0]}])
+def test_an_answer_that_is_no_list_is_a_failure_that_says_so(answer):
+    outcome = call_reward(lambda prompts, completions, **columns: answer, ["a"], ["b"], {})
+    kind = type(answer).__name__
+    assert outcome.error == f"ValueError: it returned a {kind}, not a list with a number for each completion"
 
 
 def test_cache_hits_repeats_and_never_keeps_failures():

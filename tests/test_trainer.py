@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 import rl
 from rl import Trainer
 from rl.config import load_config
+from rl.inputs import as_lines
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.recipes import JustGRPO, TraceRL
@@ -277,6 +279,28 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "model": (lambda: {"model": "no/such/folder/at_all"}, r"model 'no/such/folder/at_all' is not a folder"),
     "object": (lambda: {"model": 3}, r"model is a int: give a folder, a hub name, or a loaded one"),
     "args": (lambda: {"args": 3}, r"args is a int: give a Config, a dict of options, or a trl\.GRPOConfig"),
+    "empty": (lambda: {"eval_dataset": []}, "eval_dataset is empty: give at least one row"),
+    "no rows": (lambda: {"train_dataset": ["ab:"]}, "train_dataset is a list whose row 1 is a str: give a datasets"),
+    "no file": (lambda: {"train_dataset": "nowhere.jsonl"}, r"train_dataset: data file nowhere\.jsonl does not exist"),
+    "row 3": (
+        lambda: {"train_dataset": [*ROWS[:2], {"prompt": None}]}, "train_dataset: row 3 has no 'prompt': fill it in"
+    ),
+    "letter": (
+        lambda: {"train_dataset": [*ROWS[:2], {"prompt": "a9", "answer": "b"}]},
+        "train_dataset: row 3: .*holds '9', which the tokenizer has no token for: mend it",
+    ),
+    "ragged": (
+        lambda: {"train_dataset": [{"answer": "a"}, *ROWS[:2]]}, "train_dataset: row 1 has no 'prompt': fill it in"
+    ),
+    "answers": (
+        lambda: {"eval_dataset": [{"prompt": "zz:"}]}, r"eval_dataset has no column 'answer'.*task\.params\.answer_col"
+    ),
+    "no tokenizer": (lambda: {"processing_class": None}, "^processing_class is required: this task does not bring"),
+    "no reward": (lambda: {"reward_funcs": []}, r"reward_funcs is \[\]: give a function or a name"),
+    "recipe's type": (lambda: {"recipe": 3}, "recipe is a int: give a recipe, its class, or its name"),
+    "recipe's option": (lambda: {"recipe": {"name": "tracerl", "clip_hihg": 1}}, "did you mean 'clip_high'"),
+    "options": (lambda: {"options": ["train.steps=3"]}, "options is a list: give a mapping of options by their names"),
+    "callbacks": (lambda: {"callbacks": TrainerCallback()}, "callbacks is a TrainerCallback: give a list of them"),
     "option": (lambda: {"options": {"train.stepz": 3}}, r"unknown config key 'train\.stepz': did you mean 'steps'"),
     "callback": (lambda: {"callbacks": [len]}, r"callbacks\[0\] is a builtin_function_or_method"),
     "recipe": (lambda: {"recipe": "tracrl"}, r"'tracrl' does not exist: did you mean 'tracerl'"),
@@ -303,6 +327,12 @@ def test_a_mistake_names_the_argument_before_a_model_is_loaded(
     with pytest.raises(ValueError, match=message) as caught:
         Trainer(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_cells_of_numpy_and_torch_are_numbers() -> None:
+    """As a list of dicts out of pandas has them."""
+    rows = [{"prompt": "ab:", "n": np.int64(3), "x": np.arange(2), "t": torch.tensor(0.5)}]
+    assert json.loads(as_lines(rows, "train_dataset")) == {"prompt": "ab:", "n": 3, "x": [0, 1], "t": 0.5}
 
 
 def test_chats_reach_a_function_as_trl_gives_them(tmp_path: Path, tokenizer: Any) -> None:

@@ -64,13 +64,15 @@ class TextPlan(Modality):
         tokenizer = open_tokenizer(config, task)
         if tokenizer.mask_token_id is None and model.path is None:
             raise ValueError("model.tokenizer has no mask token: a masked-diffusion model needs one")
-        prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
-        longest = max(len(ids) for ids in token_ids(tokenizer, prompts))
         if sampler.constraint is not None:
             _check_constraint(config, tokenizer)
         context, mask_token_id, block = _shape(config, tokenizer)
         if mask_token_id is not None:
             review(config, task, tokenizer, mask_token_id, context, block)
+            if getattr(task, "files", ()):
+                return
+        prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
+        longest = max(len(ids) for ids in token_ids(tokenizer, prompts))
         if context and longest + sampler.gen_length > context:
             raise ValueError(
                 f"a prompt of {longest} tokens plus sampler.gen_length {sampler.gen_length} does not fit the model's "
