@@ -128,8 +128,9 @@ class TokenTrajectory:
 
     @property
     def placed(self) -> np.ndarray:
-        """int [K]: positions of tokens that stood on the canvas before the first step."""
-        return self.position[self.step < 0]
+        """int [K]: positions of tokens that stood on the canvas before the first step, and stayed."""
+        first = self.position[self.step < 0]
+        return first[self.reveal_step()[first] < 0]
 
     def canvas_at(self, step: int) -> np.ndarray:
         """int64 [L]: the canvas the model saw at `step`, that is after the edits of all earlier steps."""

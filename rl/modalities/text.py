@@ -125,9 +125,11 @@ class TextModality(TextPlan):
         completion_ids = [t.response_ids().tolist() for t in trajectories]
         # What an engine did not tell is None to a reward, not a number.
         num_steps = [None if t.detail == "sample" else t.num_steps for t in trajectories]
+        # A step of self-speculative decoding is a token, and two forwards give several.
+        forwards = [None if t.detail == "sample" else t.decoder.get("forwards", t.num_steps) for t in trajectories]
         columns: dict[str, list[Any]] = {
             "completion_ids": completion_ids,
-            "num_forwards": num_steps,
+            "num_forwards": forwards,
             "num_steps": num_steps,
             "reveal_steps": [
                 None

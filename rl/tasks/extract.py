@@ -10,12 +10,13 @@ from rl.tasks.drawn import DrawnTask
 from rl.tasks.records import read_records
 
 _NAMES = ("ada", "ben", "eva", "gus", "ida", "kim", "leo", "max", "nia", "tom")
-_UNITS = ("km", "mi", "m")
-_FORMS = ("{who} ran {n} {unit}.", "{n} {unit}: {who}.", "it was {who}, {n} {unit}.", "a run of {n} {unit} by {who}.")
+_UNITS = ("km", "mi")
+# Of one length, so that a small model with learned positions picks them up in minutes.
+_FORMS = ("{w} ran {n} {u}.", "{u} {n} for {w}.", "{w}: {n} {u} run")
 
 
 class ExtractTask(DrawnTask):
-    """Prompt `it was ada, 12 km.>`, answer `{"who":"ada","n":12,"unit":"km"}`, judged by `json_fields`."""
+    """Prompt `ada ran 12 km.>`, answer `{"w":"ada","n":12,"u":"km"}`, judged by `json_fields`."""
 
     reward = "json_fields"
     grid = None
@@ -30,7 +31,7 @@ class ExtractTask(DrawnTask):
         return [dict(record) for record in records]
 
     def _propose(self, rng: random.Random) -> tuple[str, Example]:
-        fields = {"who": rng.choice(_NAMES), "n": rng.randint(1, 99), "unit": rng.choice(_UNITS)}
+        fields = {"w": rng.choice(_NAMES), "n": rng.randint(10, 99), "u": rng.choice(_UNITS)}
         prompt = rng.choice(_FORMS).format(**fields) + ">"
         return prompt, {"prompt": prompt, "answer": json.dumps(fields, separators=(",", ":"))}
 

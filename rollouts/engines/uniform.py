@@ -12,6 +12,7 @@ import torch
 from rollouts.engines.base import EngineStats, Request
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import Record
+from rollouts.engines.self_speculative import SelfSpeculativeEngine
 from rollouts.engines.slots import Plan
 from rollouts.model_protocol import DenoisingModel, noise_of
 from rollouts.samplers.options import SamplerOptions
@@ -22,8 +23,10 @@ from rollouts.visibility import full_visibility
 
 
 def token_engine(model: DenoisingModel, options: SamplerOptions, **settings: Any) -> InProcessEngine:
-    """The engine for a model's noise; settings are those of `InProcessEngine`."""
-    return (UniformEngine if noise_of(model) == "uniform" else InProcessEngine)(model, options, **settings)
+    """The engine for a model's noise and a decoder; settings are those of `InProcessEngine`."""
+    if noise_of(model) == "uniform":
+        return UniformEngine(model, options, **settings)
+    return (SelfSpeculativeEngine if options.verify else InProcessEngine)(model, options, **settings)
 
 
 class UniformEngine(InProcessEngine):

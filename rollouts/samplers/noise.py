@@ -22,6 +22,7 @@ LATENT_STREAM = 6
 GUMBEL_STREAM = 7
 REVISE_STREAM = 8
 START_STREAM = 9
+ACCEPT_STREAM = 10
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ PARTS = (
     "score_from",
     "order_temperature",
     "eos_confidence",
+    "window",
     "selector",
     "threshold",
     "factor",
@@ -26,6 +27,7 @@ PARTS = (
     "remdm_cap",
     "edit_threshold",
     "max_post_steps",
+    "verify",
 )
 _IN_UNIT_INTERVAL = ("probability", "max_probability", "margin")
 
@@ -105,6 +107,11 @@ class SamplerOptions(BaseModel):
         le=1,
         description="Factor on an end token's score at a block's first step, rising linearly to 1 at its last.",
     )
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="Only this many masked positions of a block, the left-most, may be revealed (DCD); null is all.",
+    )
     selector: Literal[
         "top_n", "threshold", "dynamic", "left_most", "factor", "entropy_bound", "entropy_sum", "bernoulli"
     ] = Field(
@@ -144,6 +151,11 @@ class SamplerOptions(BaseModel):
     constraint: ConstraintOptions | None = Field(
         None, description="What every response must match (docs/constraints.md); null lets it be anything."
     )
+    verify: bool = Field(
+        False,
+        description="Draft each block of a block-causal model in one step and verify it from left to right with the "
+        "same model at block length 1 (S2D2, docs/decoders.md); quota, score and selector have no part in it.",
+    )
     record_x0: bool = Field(
         False, description="Also record the x0 prediction of every step, its confidences and log-probs (MDPO)."
     )
@@ -176,8 +188,13 @@ class SamplerOptions(BaseModel):
             )
         if self.reviser == "rcr" and self.selector != "top_n":
             raise ValueError("sampler.reviser rcr keeps the quota's most confident: set sampler.selector to top_n")
+        if self.window is not None and self.reviser != "none":
+            raise ValueError(f"sampler.window counts masks, which sampler.reviser {self.reviser} changes: unset one")
         if self.reviser == "remdm" and self.selector != "bernoulli":
             raise ValueError("sampler.reviser remdm reveals and remasks at random: set sampler.selector to bernoulli")
+        for name, plain in (("reviser", "none"), ("record_x0", False), ("constraint", None)):
+            if self.verify and getattr(self, name) != plain:
+                raise ValueError(f"sampler.verify does not go with sampler.{name}: unset one of them")
         for name, plain in (("reviser", "none"), ("record_x0", False)):
             if self.constraint is not None and getattr(self, name) != plain:
                 raise ValueError(

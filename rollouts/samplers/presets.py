@@ -28,6 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Fast-dLLM (Wu et al. 2025, arXiv 2505.22618).
     "fast_dllm_threshold": {"selector": "threshold", "threshold": 0.9},
     "fast_dllm_factor": {"selector": "factor", "factor": 1.0},
+    # DCD (Shu et al. 2026, arXiv 2601.02076): a window over the masks that are left in place of blocks.
+    "dcd": {"score_from": "sampling", "selector": "threshold", "threshold": 0.9, "window": 32},
     # LLaDA2.0 (block 32), and LLaDA2.1's quality and speed modes of joint threshold decoding (arXiv 2602.08676).
     "llada2": {"quota": "block", "score_from": "sampling", "selector": "dynamic", "threshold": 0.95},
     "llada2_1_quality": {

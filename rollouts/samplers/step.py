@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ def denoise_step(
         eos_token_id: whose score `eos_confidence` lowers.
         reach: what a constraint allows on the canvas; disallowed tokens are out before temperature and filters.
     """
+    if options.window is not None:
+        state = replace(state, eligible=state.eligible & (state.eligible.long().cumsum(-1) <= options.window))
     row, position = state.candidates.nonzero(as_tuple=True)
     seed = state.seed[row] if state.seed.dim() == 1 else state.seed[row, position]
     step = state.step[row]

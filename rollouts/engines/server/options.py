@@ -48,7 +48,7 @@ def check_server(server: ServerOptions, options: SamplerOptions) -> None:
     """Raise ValueError when there is no server, or the sampler is to do what is up to servers."""
     if not server.urls:
         raise ValueError("rollout.server.urls is empty: name the servers that sample, http://host:port")
-    for name in ("cfg_scale", "record_x0"):
+    for name in ("cfg_scale", "record_x0", "constraint"):
         if getattr(options, name):
             raise ValueError(
                 f"sampler.{name} is {getattr(options, name)}, which rollout.engine server cannot do: unset it"

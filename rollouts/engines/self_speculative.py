@@ -1,0 +1,203 @@
+"""Self-speculative decoding: a block is drafted by diffusion and verified from left to right by the same model.
+
+S2D2 (Han et al. 2026, arXiv 2603.25702, and its published code). One forward of the block as the model was trained
+gives a draft of all its masks, drawn from q. A second forward reads the same positions as a model of blocks of one
+token would: position p sees the tokens before it, the drafted ones among them, and its own mask. It gives p. From left
+to right a drafted token is kept with probability min(1, p/q); the first that is not is drawn again from (p - q)+, and
+the block is drafted anew behind it. What comes out has exactly the law p, the autoregressive reading of the model
+(Leviathan et al. 2023, arXiv 2211.17192), whatever the draft is: it only decides how many tokens two forwards give.
+
+A trajectory is therefore that of a decoder with blocks of one token, and the log-probs are those of p.
+
+Departures from the published code: every draft is verified (there a router may reveal confident tokens unverified, and
+the law is then neither), and there is no cache: what is decided is read causally in every forward, as the learner does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rollouts.engines.base import EngineStats, Request
+from rollouts.engines.in_process import InProcessEngine
+from rollouts.engines.record import NonFiniteError
+from rollouts.samplers import noise
+from rollouts.samplers.distribution import draw, sampling_logprobs
+from rollouts.trajectory import TokenTrajectory
+from rollouts.visibility import block_causal_visibility
+
+
+class SelfSpeculativeEngine(InProcessEngine):
+    """Samples the autoregressive reading of a block-causal model; see the module."""
+
+    verifies = True
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
+        """Decode every request; the result has the requests' order.
+
+        Raises:
+            ValueError: a request does not fit the model's context, or has no prompt.
+        """
+        started = time.perf_counter()
+        self.stats = EngineStats()
+        plans = [self.plan(index, request) for index, request in enumerate(requests)]
+        found: dict[int, TokenTrajectory] = {}
+        order = sorted(plans, key=lambda plan: -plan.length)
+        for first in range(0, len(order), self.max_batch_size):
+            rows = [plan.index for plan in order[first : first + self.max_batch_size]]
+            answers = self._answer([requests[row] for row in rows])
+            for row, (edits, rounds) in zip(rows, answers, strict=True):
+                found[row] = self._as_trajectory(requests[row], edits, rounds, policy_version)
+                self.stats.generated_tokens += len(edits)
+        self.stats.seconds = time.perf_counter() - started
+        return [found[row] for row in range(len(requests))]
+
+    def _answer(self, requests: Sequence[Request]) -> list[tuple[np.ndarray, int]]:
+        """For each request of a batch its tokens, float64 [n, 3] of token, log-prob and confidence, and its rounds."""
+        block = self.options.block_length
+        assert block is not None
+        prompts = [len(request.prompt_ids) for request in requests]
+        at = torch.tensor(prompts, device=self.device)
+        limit = at + self.options.gen_length
+        width = int(-(-limit.max() // block)) * block
+        tokens = torch.full((len(requests), width), self.mask_token_id, device=self.device)
+        for row, request in enumerate(requests):
+            tokens[row, : prompts[row]] = torch.as_tensor(request.prompt_ids, device=self.device)
+        seed = torch.tensor([request.seed for request in requests], device=self.device)
+        going, rounds = torch.arange(len(requests), device=self.device), 0
+        edits: list[list[np.ndarray]] = [[] for _ in requests]
+        used = [0] * len(requests)
+        while len(going):
+            start = at[going]
+            own, count = self._round(tokens[going], start, limit[going], seed[going], rounds)
+            rounds += 1
+            for row, begin, decided, number in zip(
+                going.tolist(), start.tolist(), own.cpu().numpy(), count.tolist(), strict=True
+            ):
+                edits[row].append(decided[:number])
+                used[row] = rounds
+                kept = torch.from_numpy(decided[:number, 0].astype(np.int64))
+                tokens[row, begin : begin + number] = kept.to(self.device)
+            at[going] = start + count
+            last = tokens[going, at[going] - 1]
+            over = at[going] == limit[going]
+            going = going[~(over if self.eos_token_id is None else over | (last == self.eos_token_id))]
+        return [(np.concatenate(parts), number) for parts, number in zip(edits, used, strict=True)]
+
+    def _round(
+        self, tokens: torch.Tensor, start: torch.Tensor, limit: torch.Tensor, seed: torch.Tensor, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft the rest of the current blocks and verify it.
+
+        Args:
+            tokens: int64 [A, W], masked from `start` on.
+            start, limit: int64 [A], the first mask, and the end of the response.
+            number: of the round, the same for all rows.
+
+        Returns:
+            float64 [A, K, 3] of token, log-prob and confidence, and int64 [A], how many of the K are decided.
+        """
+        options, block = self.options, self.options.block_length
+        assert block is not None
+        end = (start // block + 1) * block
+        tokens = tokens[:, : int(end.max())]
+        place = start[:, None] + torch.arange(block, device=start.device)
+        open_ = place < torch.minimum(end, limit)[:, None]
+        row, slot = open_.nonzero(as_tuple=True)
+        position = place[row, slot]
+        draft = self._draft_logits(tokens, start, row, position)
+        step = torch.full_like(row, number)
+        drafted = self._drawn(draft, noise.uniform(seed[row], step, position, noise.TOKEN_STREAM))
+        filled = tokens.index_put((row, position), drafted)
+        verified = self._verify_logits(filled, row, position)
+        if options.temperature == 0:
+            token = verified.argmax(-1)
+            kept = token == drafted
+            logprob = torch.zeros_like(token, dtype=torch.float64)
+        else:
+            p, q = (self._sampling(logits).double() for logits in (verified, draft))
+            ratio = (p - q).gather(-1, drafted[:, None]).squeeze(-1)
+            kept = noise.uniform(seed[row], step, position, noise.ACCEPT_STREAM).log() < ratio
+            left = (p.exp() - q.exp()).clamp(min=0)
+            # Where p and q are equal to the last digit nothing is ever refused.
+            left = torch.where(left.sum(-1, keepdim=True) > 0, left, p.exp())
+            again = draw(left.log(), noise.uniform(seed[row], step, position, noise.CHOICE_STREAM))
+            token = torch.where(kept, drafted, again)
+            logprob = p.gather(-1, token[:, None]).squeeze(-1)
+        confidence = verified.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).double().exp()
+        if not bool((logprob.isfinite() & confidence.isfinite()).all()):
+            raise NonFiniteError("the model's logits are not finite: its weights are damaged or training diverged")
+        decided = torch.zeros(*place.shape, 3, dtype=torch.float64, device=place.device)
+        decided[row, slot] = torch.stack([token.double(), logprob, confidence], dim=-1)
+        # Up to the first token that was refused or ends the answer, that one included.
+        stops = ~kept if self.eos_token_id is None else ~kept | (token == self.eos_token_id)
+        stop = torch.zeros_like(open_).index_put((row, slot), stops)
+        before = stop.long().cumsum(1) - stop.long() == 0
+        return decided, (before & open_).sum(1)
+
+    def _sampling(self, logits: torch.Tensor) -> torch.Tensor:
+        return sampling_logprobs(logits, self.options.temperature, self.options.top_p, self.options.top_k)
+
+    def _drawn(self, logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1) if self.options.temperature == 0 else draw(self._sampling(logits), u)
+
+    def _draft_logits(
+        self, tokens: torch.Tensor, start: torch.Tensor, row: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, V]: the masks of the current blocks as block diffusion predicts them."""
+        block = self.options.block_length
+        assert block is not None
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        clean = (start // block * block)[:, None] if self.context_causal else None
+        hidden = self.model.hidden_states(tokens, visible=block_causal_visibility(index, tokens.shape[1], block, clean))
+        self._count(tokens)
+        return self.model.token_logits(hidden[row, position - self.model.logit_shift])
+
+    def _verify_logits(self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """[N, V]: the same positions as blocks of one token predict them, given the tokens before each.
+
+        Without a logit shift a position is read at a mask of its own, which stands in a column behind the canvas, sees
+        the tokens before the position and itself, and is seen by nobody.
+        """
+        width = tokens.shape[1]
+        index = torch.arange(width, device=tokens.device).expand(len(tokens), -1)
+        causal = block_causal_visibility(index, width, 1)
+        if self.model.logit_shift:
+            hidden = self.model.hidden_states(tokens, visible=causal)
+            self._count(tokens)
+            return self.model.token_logits(hidden[row, position - 1])
+        most = int(torch.bincount(row).max())
+        # The masks of a row are consecutive positions; missing ones repeat position 0, and are not read.
+        first = torch.full((len(tokens),), width, device=row.device).scatter_reduce(0, row, position, "amin")
+        asked = (first[:, None] + torch.arange(most, device=row.device)).clamp(max=width - 1)
+        wide = torch.cat([tokens, torch.full_like(asked, self.mask_token_id)], dim=1)
+        visible = torch.zeros(len(tokens), wide.shape[1], wide.shape[1], dtype=torch.bool, device=row.device)
+        visible[:, :width, :width] = causal
+        visible[:, width:, :width] = index[:, None, :] < asked[:, :, None]
+        visible[:, width:, width:] = torch.eye(most, dtype=torch.bool, device=row.device)
+        hidden = self.model.hidden_states(wide, visible=visible, position_ids=torch.cat([index, asked], dim=1))
+        self._count(wide)
+        return self.model.token_logits(hidden[row, width + position - first[row]])
+
+    def _as_trajectory(self, request: Request, edits: np.ndarray, rounds: int, policy_version: int) -> TokenTrajectory:
+        """The record: one token a step, on a grid of one token."""
+        prompt, count = len(request.prompt_ids), len(edits)
+        trajectory = self.trajectory(
+            request.prompt_ids,
+            prompt + count,
+            count,
+            request.seed,
+            policy_version,
+            step=np.arange(count, dtype=np.int32),
+            position=prompt + np.arange(count, dtype=np.int32),
+            token=edits[:, 0].astype(np.int64),
+            logprob=edits[:, 1],
+            confidence=edits[:, 2].astype(np.float32),
+        )
+        trajectory.block_length = 1
+        trajectory.decoder["forwards"] = 2 * rounds
+        return trajectory
