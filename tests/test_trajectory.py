@@ -87,7 +87,7 @@ def test_a_right_record_validates() -> None:
         ({"token": np.array([1, 2, 3])}, "'token' has 3 entries, step has 4"),
         ({"confidence": np.ones(5)}, "'confidence' has 5 entries"),
         ({"step": np.array([1, 0, 1, 2])}, "'step' must be ordered"),
-        ({"step": np.array([-1, 0, 1, 2])}, "'step' must be ordered"),
+        ({"step": np.array([-2, 0, 1, 2])}, "'step' must be ordered"),
         ({"num_steps": 2}, "'step' must be ordered"),
         ({"position": np.array([4, 1, 5, 3])}, "'position' must lie behind the prompt"),
         ({"position": np.array([4, 2, 6, 3])}, "'position' must lie behind the prompt"),
