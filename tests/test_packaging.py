@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import venv
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,19 +41,52 @@ def image_sources(folder: Path) -> Path:
     return folder
 
 
-def test_the_wheel_installs_and_is_used_from_an_empty_folder(tmp_path: Path) -> None:
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path),
-        str(image_sources(tmp_path / "src")),
-    ]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = str(image_sources(folder / "src"))
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), source]
     subprocess.run(build, check=True, capture_output=True, timeout=200)
-    (wheel,) = tmp_path.glob("denoise_rl-*.whl")
+    (found,) = folder.glob("denoise_rl-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path) -> tuple[Path, Path]:
+    """The interpreter of a new environment with the wheel, and where that is installed.
+
+    The dependencies are those of this environment, behind the installed wheel; nothing is of the working tree.
+    """
+    home = wheel.parent / "home"
+    venv.create(home, with_pip=False)
+    site = next((home / "lib").glob("python*")) / "site-packages"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, timeout=200)
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
+    return home / "bin" / "python", site
+
+
+def use(python: tuple[Path, Path], folder: Path, commands: list[tuple[list[str], int, str]]) -> list[str]:
+    """Run commands (words, exit code, what the answer holds) from a folder in one process; gives what each said."""
+    code = (
+        "import sys, rl, rewards, rollouts, rl.cli; sys.stderr = sys.stdout; print(rl.__file__)\n"
+        f"for words in {[words for words, _, _ in commands]}: print('\\nexit code', rl.cli.main(words))"
+    )
+    result = subprocess.run(
+        [str(python[0]), "-I", "-c", code], cwd=folder, capture_output=True, text=True, timeout=1000
+    )
+    assert result.stdout.startswith(str(python[1])), result.stdout + result.stderr
+    answers = result.stdout.split("\nexit code ")
+    for number, (words, exit_code, text) in enumerate(commands):
+        assert text in answers[number], (words, answers[number], result.stderr)
+        assert answers[number + 1].splitlines()[0] == str(exit_code), (words, answers)
+    return answers
+
+
+def test_the_wheel_installs_and_is_used_from_an_empty_folder(
+    wheel: Path, python: tuple[Path, Path], tmp_path: Path
+) -> None:
     assert f"\nversion: {wheel.name.split('-')[1]}\n" in (ROOT / "CITATION.cff").read_text()
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
@@ -62,26 +98,29 @@ def test_the_wheel_installs_and_is_used_from_an_empty_folder(tmp_path: Path) -> 
     assert {name for name in names if name.startswith("rl/configs/")} == {f"rl/{name}" for name in files}
     assert all(archive.read(f"rl/{name}") == path.read_bytes() for name, path in files.items())
 
-    home, empty = tmp_path / "home", tmp_path / "empty"
-    empty.mkdir()
-    venv.create(home, with_pip=False)
-    site = next((home / "lib").glob("python*")) / "site-packages"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
-    subprocess.run(pip, check=True, capture_output=True, timeout=200)
-    # The dependencies of this environment behind the installed wheel, and nothing of the working tree.
-    dependencies = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
-    code = (
-        "import sys, rl, rewards, rollouts, rl.cli; sys.stderr = sys.stdout; print(rl.__file__)\n"
-        f"for words in {[words for words, _, _ in FROM_A_WHEEL]}: print('\\nexit code', rl.cli.main(words))"
-    )
-    result = subprocess.run(
-        [str(home / "bin" / "python"), "-I", "-c", code], cwd=empty, capture_output=True, text=True, timeout=250
-    )
-    assert result.stdout.startswith(str(site)), result.stdout + result.stderr
-    answers = result.stdout.split("\nexit code ")
-    for number, (words, exit_code, text) in enumerate(FROM_A_WHEEL):
-        assert text in answers[number], (words, answers[number])
-        assert answers[number + 1].splitlines()[0] == str(exit_code), (words, answers)
+    use(python, tmp_path, FROM_A_WHEEL)
     # Looking at a config leaves nothing behind.
-    assert [path.name for path in empty.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.release
+def test_a_new_user_trains_evaluates_and_chats_without_a_clone(python: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = ["--config", "quickstart.yaml"], "runs/quickstart"
+    small = "sft.steps=3 sft.batch_size=8 train.steps=2 train.prompts_per_step=4 train.group_size=2 eval.every=1"
+    sizes = [*small.split(), "eval.num_prompts=8", "eval.every_prompts=8", "goal=null", "run.num_threads=1"]
+    words = [
+        (["init", "quickstart"], 0, "quickstart.yaml"),
+        (["train", *config, *sizes], 0, "report.html"),
+        (["eval", *config, f"model.path={run}", *sizes], 0, "n=8  unscored=0"),
+        (["chat", run, "--prompt", "0341000400000000=", "sampler.gen_length=8"], 0, ""),
+        (
+            ["chat", run, "--prompt", "words"],
+            2,
+            "prompt 1: text 1 of 1, 'words', holds 'w', which the tokenizer has no",
+        ),
+        (["inspect", run, "--n", "1"], 0, "worst 1: reward 0 (sudoku)"),
+    ]
+    answers = use(python, tmp_path, words)
+    assert re.fullmatch(r"0\s*[0-4=]{0,8}", answers[3].strip()), answers[3]
+    page = (tmp_path / run / "report.html").read_text()
+    assert re.search(r" in (row|column|box) \d<", page) and "verdicts of sudoku" in page
