@@ -59,6 +59,7 @@ NAMES = {
     "mmd": "rewards.mmd:MMD",
     "motif_activity": "rewards.motifs:MotifActivity",
     "net_charge": "rewards.protein:NetCharge",
+    "ocr": "rewards.ocr:Ocr",
     "overlong": "rewards.length:overlong",
     "pickscore": "rewards.clip_score:PickScore",
     "pseudo_likelihood": "rewards.pseudo_likelihood:PseudoLikelihood",
