@@ -49,8 +49,8 @@ class DiffusionClassifier:
             logprob = self.posterior(latent)
             mine = logprob[self.model.classes.index(prompt)]
             right = float(mine == logprob.max())
-            found = {"probability": mine.exp(), "logprob": mine, "correct": right}[self.value]
-            scores.append(Score(float(found), metrics={"correct": right}))
+            found = {"probability": float(mine.exp()), "logprob": float(mine), "correct": right}
+            scores.append(Score(found[self.value], metrics={"correct": right}))
         return scores
 
     @torch.no_grad()
