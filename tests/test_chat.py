@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rl.cli import main
 from rl.evaluation.chat import Chat, chat_config, talk
+from rl.functions import sample
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.tasks.char_tokenizer import char_tokenizer
@@ -78,6 +79,27 @@ def test_every_step_is_drawn_and_new_tokens_are_in_colour(folder: str) -> None:
     assert sorted(coloured) == list(range(8)) and answer == drawn[-1].plain
     # Nothing is drawn where nobody asks for it, and the answer is the same.
     assert chat.answer(PUZZLE) == (answer, about) and len(drawn) == 4
+
+
+def test_a_model_of_uniform_noise_is_drawn_step_by_step(folder: str, tmp_path: Path) -> None:
+    """Its canvas is random tokens at first and never masks; the answer is that of `sample`."""
+    tokenizer = char_tokenizer("01234=")
+    backbone = {"model_type": "gpt2", "n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = load_policy(ModelConfig(backbone=backbone, noise="uniform"), tokenizer, seed=0)
+    save_policy(model, tokenizer, tmp_path)
+    chat, drawn = Chat(chat_config(str(tmp_path), None, SIZES, 4, 1.0)[0], None), []
+    answer, _ = chat.answer(PUZZLE, drawn.append)
+    (trajectory,) = sample(model, [PUZZLE], chat.engine.options, tokenizer=tokenizer)
+    assert answer == tokenizer.decode(trajectory.response_ids(), skip_special_tokens=True)
+    last = tokenizer.convert_ids_to_tokens(trajectory.final_canvas()[len(PUZZLE) :])
+    assert len(drawn) == 4 and drawn[-1].plain == "".join(last)
+    assert not any("░" in text.plain for text in drawn) and trajectory.sampler["noise"] == "uniform"
+
+
+def test_a_constraint_holds_in_a_talk(folder: str) -> None:
+    constraint = 'sampler.constraint={graph: {"<start>": ["3"], "3": ["4"], "4": ["3"]}}'
+    answer, _ = Chat(chat_config(folder, None, [*SIZES, constraint], None, 0.0)[0], None).answer(PUZZLE)
+    assert answer and answer == "34343434"[: len(answer)]
 
 
 def test_a_person_sees_a_mistake_and_goes_on(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

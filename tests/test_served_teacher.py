@@ -44,6 +44,9 @@ def served_teacher(folder: Path, faults: list[int]) -> Iterator[str]:
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.headers["Authorization"] != "Bearer secret":
+                self.answer({"error": "wrong key"}, 401)
+                return
             if faults:
                 self.answer({}, faults.pop())
                 return
@@ -73,6 +76,9 @@ def test_a_served_teacher_says_what_the_one_here_says(
 ) -> None:
     """Rows scored with the teacher in a folder and by its address, which is busy at first; and what it refuses."""
     monkeypatch.setattr("rewards.served_reader.WAITS", (0.0, 0.0))
+    # One key for both, that of vLLM servers.
+    monkeypatch.setenv("ROLLOUT_API_KEY", "secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     folder = teacher_folder(tmp_path / "teacher", tiny_config(tmp_path))
     tokenizer = load_causal_tokenizer(folder)
     model = make_model("gpt2-full", vocab_size=len(tokenizer))

@@ -19,12 +19,16 @@ from rl.errors import about
 from rl.models.causal import load_autoregressive
 from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
+from rl.models.vocabulary import compiled_constraint
 from rl.run_folder import model_folder
 from rl.tasks.chat import prompt_text, token_ids
 from rl.tasks.load import modality_of
 from rl.track.pieces import Pieces
 from rollouts.engines.causal import CausalEngine
 from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.engines.self_speculative import SelfSpeculativeEngine
+from rollouts.engines.uniform import UniformEngine
+from rollouts.model_protocol import noise_of
 from rollouts.samplers.options import with_changes
 
 # Without a config a step decides one token.
@@ -42,6 +46,16 @@ class WatchedEngine(InProcessEngine):
 
     def _denoise(self, canvas: torch.Tensor, *rest: Any) -> None:
         super()._denoise(canvas, *rest)
+        if self.show is not None:
+            self.show(canvas[0].tolist())
+
+
+class WatchedUniformEngine(UniformEngine):
+    """The same for a model of uniform noise."""
+
+    show: Show | None = None
+
+    def _stepped(self, canvas: torch.Tensor) -> None:
         if self.show is not None:
             self.show(canvas[0].tolist())
 
@@ -92,10 +106,17 @@ class Chat:
             if getattr(model, "server", None) is not None:
                 raise ValueError("chat runs a model in this process: give its folder and no server")
         self.templated = bool(self.tokenizer.chat_template) if templated is None else templated
-        engine: Any = WatchedCausalEngine if config.model.autoregressive else WatchedEngine
-        cache = {} if config.model.autoregressive else {"approximate_cache": config.rollout.cache}
-        eos = self.tokenizer.eos_token_id
-        self.engine = engine(model.to(device).eval(), config.sampler, eos_token_id=eos, device=device, **cache)
+        engine: Any = WatchedCausalEngine
+        settings: dict[str, Any] = {"eos_token_id": self.tokenizer.eos_token_id, "device": device}
+        if not config.model.autoregressive:
+            # What self-speculative decoding gives is seen when it is finished.
+            engine = SelfSpeculativeEngine if config.sampler.verify else WatchedEngine
+            engine = WatchedUniformEngine if noise_of(model) == "uniform" else engine
+            settings["approximate_cache"] = config.rollout.cache
+            if config.sampler.constraint is not None:
+                excluded = model.excluded_token_ids
+                settings["constraint"] = compiled_constraint(config.sampler.constraint, self.tokenizer, excluded)
+        self.engine = engine(model.to(device).eval(), config.sampler, **settings)
         self.mask, self.pieces = model.mask_token_id, Pieces(self.tokenizer)
 
     def answer(self, prompt: str, show: Callable[[Text], None] | None = None) -> tuple[str, str]:

@@ -52,6 +52,7 @@ class OPD(DistilledRecipe):
         from rewards.causal_lm import CausalReader, load_causal_lm, load_causal_tokenizer
         from rewards.served_reader import ServedReader
         from rl.models.folder import is_url, served_model
+        from rollouts.engines.server.options import ServerOptions
 
         if self._reader is not None:
             return
@@ -71,7 +72,9 @@ class OPD(DistilledRecipe):
             self._reader = CausalReader(model, self.teacher_batch_size)
             return
         url = path.rstrip("/").removesuffix("/v1") + "/v1"
-        self._reader = ServedReader(url, served["id"], self.teacher_batch_size)
+        # The key that `served_model` was asked with.
+        key = ServerOptions().api_key_variable
+        self._reader = ServedReader(url, served["id"], self.teacher_batch_size, api_key_variable=key)
         try:
             self._reader.read([[0]], [[0]], self.top)
         except ValueError as error:

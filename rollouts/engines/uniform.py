@@ -99,7 +99,11 @@ class UniformEngine(InProcessEngine):
                 )
             record.add(result, index, np.full(len(plans), step), self.mask_token_id)
             canvas[row, position] = result.token
+            self._stepped(canvas)
         self.stats.generated_tokens += int((length - prompt).sum())
+
+    def _stepped(self, canvas: torch.Tensor) -> None:
+        """Called with the canvases int64 [B, L] after every step, for whoever watches."""
 
     def trajectory(self, *args: Any, **arrays: Any) -> TokenTrajectory:
         """See `InProcessEngine.trajectory`; a learner has to know where decisions follow the law of a transition."""
