@@ -44,4 +44,5 @@ def test_steps_become_tokens_a_forward(tmp_path, monkeypatch, capsys) -> None:
     assert summary["sentences"]["after"]["2"] == ["after 12", "after 12"]
     assert summary["beside"]["converted"]["1"] == {"distinct_frames": 0.9, "repetition": 0.1, "num_words": 12.0}
     assert summary["intervals"]["ar"] == {"1": [0.30000000000000004, 0.5]} and summary["seed"] == 3
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert len(capsys.readouterr().out.splitlines()) == 9
