@@ -28,6 +28,7 @@ from rl.recipes.forward import MatchingRecipe
 class DiffusionDPO(MatchingRecipe, defaults={"num_draws": 1}):
     shared = True
     joined = True
+    unused = ("baseline", "scale", "clip_low", "clip_high", "log_ratio_clamp", "advantage_clip", "entropy_coef")
 
     old_logprob: Literal["on_policy"] = Field("on_policy", description="No ratio: a pair is compared with itself.")
     kl_to: Literal["none"] = Field("none", description="The loss holds to the starting policy by itself.")

@@ -25,6 +25,8 @@ from rl.recipes.images import ImageRecipe, on_steps
 
 
 class DiffusionOPD(ImageRecipe):
+    unused = ("baseline", "scale", "clip_low", "clip_high", "log_ratio_clamp", "advantage_clip", "entropy_coef")
+
     old_logprob: Literal["on_policy"] = Field("on_policy", description="Distillation alone has no ratio.")
     kl_to: Literal["none"] = Field("none", description="The loss holds to the teachers.")
     teachers: dict[str, list[str]] = Field(

@@ -21,6 +21,8 @@ from rl.recipes.flow_grpo import FlowGRPO
 
 
 class FlowDPPO(FlowGRPO, defaults={"kl_to": "none", "kl_coef": 0.0}):
+    unused = ("clip_low", "clip_high", "entropy_coef")
+
     kl_bound: float = Field(
         1e-5,
         gt=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rl.batch import Tensor
 from rl.config import Config
@@ -35,6 +35,8 @@ class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
     """
 
     modality: ClassVar[str] = "images"
+    # Inherited options that a recipe has no use for.
+    unused: ClassVar[tuple[str, ...]] = ()
 
     reduce: Literal["mean", "sum"] = Field(
         "mean", description="Log-prob of a step: mean over a latent's D entries (clip as narrow as 1/D), or their sum."
@@ -43,6 +45,13 @@ class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
         "exact", description="KL between the steps' Gaussians, exact, or an estimate from their samples."
     )
     advantage_clip: float = Field(5.0, gt=0, description="Bound on the absolute advantage.")
+
+    @model_validator(mode="after")
+    def _uses_what_is_set(self) -> ImageRecipe:
+        given = [n for n in self.unused if getattr(self, n) != type(self).model_fields[n].default]
+        if given:
+            raise ValueError(f"algorithm.{given[0]} does nothing in {self.name}: leave it at its default")
+        return self
 
     @property
     def anchor(self) -> Literal["none", "old", "reference"]:
