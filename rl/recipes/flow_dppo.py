@@ -8,6 +8,8 @@ the loss of UniRL (unirl/algorithms/flowdppo.py): a decision is left out where K
 
 The clip of a ratio sees one sample; two policies far apart may have a ratio of 1 on it. Example: one entry, std 1,
 old mean 0, new mean 0.2, drawn 0.1: the ratio is 1, the KL 0.02.
+
+Departs with `old_logprob: recompute`: the old mean is still the sampler's own.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ Su et al. 2026, "Data-Efficient Autoregressive-to-Diffusion Language Models via 
 gives its distribution p(. | prompt, answer before j) at every position j. The loss at a state x of the rollout is the
 mean over its masked j, up to the end token, of KL(p(. | prompt, answer before j) || policy(. | x) at j).
 
-Choices (published code): forward KL at temperature 1; all masked tokens of the block; the end token is the last that
-counts. `teacher: null` is the model that the policy was converted from.
+Choices (published code): forward KL at temperature 1; all masked tokens of the block up to and with the end token.
 
 Departs: every state of a rollout is trained (published: one state, drawn); published code can also fill the block with
 the policy's likeliest tokens before the teacher reads it (here: always the tokens of the finished answer); tokens that
@@ -43,10 +42,8 @@ class OPD(DistilledRecipe):
         if not is_url(path):
             resolve(path)
         elif self.top is None:
-            raise ValueError(
-                f"algorithm.teacher {path} gives its likeliest tokens, not the whole vocabulary: set algorithm.top "
-                "(at most the server's --max-logprobs, 20)"
-            )
+            told = f"algorithm.teacher {path} gives its likeliest tokens, not the whole vocabulary"
+            raise ValueError(f"{told}: set algorithm.top (at most the server's --max-logprobs, 20)")
 
     def prepare(self, run: Any) -> None:
         from rewards.causal_lm import CausalReader, load_causal_lm, load_causal_tokenizer
@@ -63,18 +60,14 @@ class OPD(DistilledRecipe):
         for token, index in load_causal_tokenizer(served["root"] if served else path).get_vocab().items():
             # The mask token may have taken the place of one that nobody uses.
             if known.get(token) != index != run.model.mask_token_id:
-                raise ValueError(
-                    f"algorithm.teacher {path} has another vocabulary than the policy: its token {token!r} is {index} "
-                    f"and {known.get(token, 'nothing')} there"
-                )
+                there = f"its token {token!r} is {index} and {known.get(token, 'nothing')} there"
+                raise ValueError(f"algorithm.teacher {path} has another vocabulary than the policy: {there}")
         if not served:
             model = load_causal_lm(path, self.teacher_dtype).to(run.device)
             self._reader = CausalReader(model, self.teacher_batch_size)
             return
         url = path.rstrip("/").removesuffix("/v1") + "/v1"
-        # The key that `served_model` was asked with.
-        key = ServerOptions().api_key_variable
-        self._reader = ServedReader(url, served["id"], self.teacher_batch_size, api_key_variable=key)
+        self._reader = ServedReader(url, served["id"], self.teacher_batch_size, 4, ServerOptions().api_key_variable)
         try:
             self._reader.read([[0]], [[0]], self.top)
         except ValueError as error:
