@@ -75,6 +75,24 @@ class ConvertOptions(Section):
         return self
 
 
+class ContextOptions(Section):
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="Positions that a loaded model is stretched to, by a larger base of its rotary embedding "
+        "(LongLLaDA).",
+    )
+    trained_length: int | None = Field(
+        None, ge=16, description="Positions it was trained with; null takes those of its config.json."
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> ContextOptions:
+        if self.length is None and self.trained_length is not None:
+            raise ValueError("model.context.trained_length does nothing without model.context.length: set it too")
+        return self
+
+
 class ModelConfig(Section):
     path: str | None = Field(
         None,
@@ -92,6 +110,7 @@ class ModelConfig(Section):
         "qwen3, mistral, gemma, gpt_neox, file.py:Class or pkg.module:Class; null goes by its config.json.",
     )
     convert: ConvertOptions = ConvertOptions()
+    context: ContextOptions = ContextOptions()
     tokenizer: str | None = Field(
         None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
     )
@@ -132,6 +151,12 @@ class ModelConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute a layer's activations in the backward pass: less memory, one more forward."
+    )
+    head_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Decisions whose logits the learner holds at once and computes again in the backward pass: less "
+        "memory for long responses; null holds all, and so does guidance.",
     )
     eos_token: str | None = Field(
         None, description="Token that ends a response, such as <|im_end|>; null takes the tokenizer's end token."

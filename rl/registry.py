@@ -121,6 +121,7 @@ TASKS = Table(
         "digits": "rl.tasks.digits:DigitsTask",
         "words": "rl.tasks.words:WordsTask",
         "extract": "rl.tasks.extract:ExtractTask",
+        "needle": "rl.tasks.needle:NeedleTask",
         "sums": "rl.tasks.templated:SumsTask",
         "stories": "rl.tasks.templated:StoriesTask",
         "instructions": "rl.tasks.templated:InstructionsTask",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rl.estimators.allowed import allowed_sets, among_allowed
 from rl.estimators.base import Rows, Scores
@@ -100,7 +101,22 @@ class TokenRows(Rows):
         Args:
             hidden: [R, W, D] when the backbone has already run on these rows.
         """
-        return Scores(*self.drawn(self.logits(model, hidden)))
+        size = getattr(model, "head_chunk", None)
+        if size is None or len(self.target) <= size or self.unprompted is not None:
+            return Scores(*self.drawn(self.logits(model, hidden)))
+        states = (self.hidden(model) if hidden is None else hidden)[self.row, self.read]
+        parts = []
+        for start in range(0, len(states), size):
+            at = slice(start, start + size)
+            part = replace(
+                self, target=self.target[at], allowed_at=None if self.allowed_at is None else self.allowed_at[at]
+            )
+            parts.append(checkpoint(part._from_states, model, states[at], use_reentrant=False))
+        return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _from_states(self, model: DenoisingModel, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`drawn`, from the hidden states [N, D] that the decisions are read from."""
+        return self.drawn(model.token_logits(states))
 
     def logits(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """[N, V] at every decision. Hidden states are gathered before the output head: it never makes [R, W, V]."""

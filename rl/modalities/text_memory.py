@@ -47,12 +47,17 @@ class Activations:
         return layers + self.rest + self.head_backward
 
 
-def activations(build: Callable[[int], DiffusionLM], num_layers: int, shape: BatchShape) -> Activations:
+def activations(
+    build: Callable[[int], DiffusionLM], num_layers: int, shape: BatchShape, head_chunk: int | None = None
+) -> Activations:
     """Count what a micro-batch keeps, on models of one and of two layers; layers are alike.
 
     Args:
         build: number of layers -> model on the meta device, in the dtype it computes in.
+        head_chunk: see `model.head_chunk`.
     """
+    # With chunks the head is counted for one of them; of the others, the states that it reads are kept.
+    at_head = min(shape.decisions, head_chunk or shape.decisions)
 
     def kept(layers: int) -> tuple[int, DiffusionLM]:
         model = build(layers)
@@ -61,7 +66,7 @@ def activations(build: Callable[[int], DiffusionLM], num_layers: int, shape: Bat
         visible = torch.ones(
             shape.rows, shape.width if shape.masked else 1, shape.width, dtype=torch.bool, device=device
         )
-        place = torch.zeros(shape.decisions, dtype=torch.int64, device=device)
+        place = torch.zeros(at_head, dtype=torch.int64, device=device)
 
         def score() -> object:
             hidden = model.hidden_states(ids, visible=visible, position_ids=torch.zeros_like(ids))
@@ -79,9 +84,9 @@ def activations(build: Callable[[int], DiffusionLM], num_layers: int, shape: Bat
         num_layers=num_layers,
         layer=two - one,
         layer_input=size * shape.rows * shape.width * width,
-        rest=2 * one - two + mask,
+        rest=2 * one - two + mask + (size * width * shape.decisions if at_head < shape.decisions else 0),
         # The logits' gradient, in float32 and in the model's precision.
-        head_backward=shape.decisions * vocab * (4 + size),
+        head_backward=at_head * vocab * (4 + size),
     )
 
 
@@ -114,7 +119,8 @@ def batch_shape(config: Config, prompt_length: int) -> BatchShape:
         rows=int(np.ceil(per_trajectory * count)),
         width=width,
         decisions=int(tokens / len(trajectories) * count),
-        masked=model.attention == "block_causal",
+        # A FlexAttention block mask holds tiles, not positions.
+        masked=model.attention == "block_causal" and config.model.attn_implementation == "sdpa",
     )
 
 
@@ -146,12 +152,17 @@ def _rollouts(config: Config, prompt_length: int, count: int) -> tuple[Any, list
 
 def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> ModelMemory:
     """See `rl.modalities.base.Modality.memory`."""
+    if any("experts." in target for target in config.model.lora.targets or ()):
+        raise ValueError("--plan counts no adapters on experts: take them out of model.lora.targets for it")
     config, source = _as_loaded(config)
     sizes = dict(config.model.backbone)
     dtype = torch.bfloat16 if half else torch.float32
 
     def build(layers: int) -> DiffusionLM:
         backbone = AutoConfig.for_model(**sizes)
+        if layers < backbone.num_hidden_layers and getattr(backbone, "first_k_dense_replace", 0):
+            # The layers that activations are counted on are all of the kind that most are.
+            backbone.first_k_dense_replace = 0
         backbone.num_hidden_layers = layers
         described = {**backbone.to_dict(), "layer_types": None}
         with torch.device("meta"):
@@ -178,7 +189,7 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
     return ModelMemory(
         total,
         trained,
-        activations(build, layers, shape).peak(recompute),
+        activations(build, layers, shape, config.model.head_chunk).peak(recompute),
         f"{shape.rows} row(s) of {shape.width} tokens with {shape.decisions} decisions, prompts of {prompt_length}, "
         f"{'re' if recompute else 'not re'}computed",
         sampling={"rollout cache": cache, "logits": logits},

@@ -47,6 +47,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         conditions: dict[str, str] | None = None,
         rope_full_precision: bool = False,
         noise: str = "absorbing",
+        context: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
@@ -59,6 +60,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.conditions = conditions or {}
         # Rotate queries and keys in float32 whatever the weights' dtype (LLaDA).
         self.rope_full_precision = rope_full_precision
+        # The `model.context` it was stretched by, which its backbone has in it.
+        self.context = context
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length

@@ -54,7 +54,11 @@ def shape_of(
     causal = causal_family(found, described, model.convert)
     if causal is not None:
         fields = causal.fields(described, model.block_length, model.convert, mask_token_id)
-        return fields["backbone"]["max_position_embeddings"], fields["mask_token_id"], fields["block_length"]
+        return (
+            _at_least(fields["backbone"]["max_position_embeddings"], model),
+            fields["mask_token_id"],
+            fields["block_length"],
+        )
     if found is not None:
         fields = found.fields(described, model.block_length or described.get("block_size") or 1)
     backbone, attention = fields.get("backbone", {}), fields.get("attention", "full")
@@ -65,7 +69,12 @@ def shape_of(
     if (attention == "block_causal") != (block is not None):
         raise ValueError(block_length_message(attention))
     positions = backbone.get("max_position_embeddings", backbone.get("n_positions"))
-    return positions, fields.get("mask_token_id", mask_token_id), block
+    return _at_least(positions, model), fields.get("mask_token_id", mask_token_id), block
+
+
+def _at_least(positions: int | None, model: ModelConfig) -> int | None:
+    """Positions of a model that `model.context` may stretch."""
+    return max(positions, model.context.length) if positions and model.context.length else positions
 
 
 def check_backbone(backbone: Mapping[str, Any]) -> None:

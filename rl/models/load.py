@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rewards.weights import first_line
-from rl.model_section import ConvertOptions, ModelConfig, PipelineConfig
+from rl.model_section import ContextOptions, ConvertOptions, ModelConfig, PipelineConfig
 from rl.models import lora
+from rl.models.context import stretched
 from rl.models.families import family_of, open_family
 from rl.models.families.causal import CausalFamily, causal_family, settings_of
 from rl.models.folder import check_backbone, check_model_folder, local_folder, read_config
@@ -53,6 +54,8 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
             model = _with_adapters(config, base, tokenizer)
     elif config.family is not None:
         raise ValueError(f"model.family {config.family!r} is the layout of a trained model: set model.path")
+    elif config.context.length:
+        raise ValueError("model.context.length stretches a trained model: set model.path")
     elif config.lora.rank:
         raise ValueError(f"model.lora.rank is {config.lora.rank}: adapters need a model to adapt, set model.path")
     else:
@@ -77,6 +80,7 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
         from rl.models.routing import freeze
 
         freeze(model)
+    model.head_chunk = config.head_chunk
     if config.gradient_checkpointing:
         # It acts in the learner alone, which sets the layers' training flag.
         model.activation_checkpointing_enable()
@@ -121,6 +125,8 @@ def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
         if config.family is None and described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             from rl.models.masked_lm import load_masked_lm
 
+            if config.context.length:
+                raise ValueError("model.context.length is for decoders with a rotary embedding: leave it out")
             return load_masked_lm(config.path, tokenizer, config.wrap)
         return _diffusion_lm(config, described, None if tokenizer is None else tokenizer.mask_token_id)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -134,6 +140,8 @@ def _with_adapters(config: ModelConfig, base: str, tokenizer: Any) -> Any:
         check_model_folder(base)
         saved = read_config(config.path)
         settings = config.model_copy(update={"path": base, "family": config.family or saved.get("family")})
+        if saved.get("context"):
+            settings.context = ContextOptions(**saved["context"])
         if isinstance(family_of(read_config(base), settings.family), CausalFamily):
             settings.convert = settings_of(saved)
         model = _from_path(settings, tokenizer or read_tokenizer(config.path))
@@ -193,6 +201,13 @@ def _diffusion_lm(config: ModelConfig, described: dict[str, Any], mask_token_id:
     where = f"model.path {config.path!r}"
     try:
         fields = model_fields(described, config.block_length, config.family, config.convert, mask_token_id)
+        asked = config.context.model_dump() if config.context.length else None
+        before = fields.get("context")
+        if asked and before is None:
+            fields |= {"backbone": stretched(fields["backbone"], config.context), "context": asked}
+        elif asked and asked != before:
+            assert before is not None
+            raise ValueError(f"model.context.length: it is stretched to {before['length']} already, leave it out")
         # A mask token of its own lies behind the vocabulary until there are weights to make it of.
         mask_token_id, new = fields["mask_token_id"], 0
         if config.convert.block_length and mask_token_id is not None:

@@ -18,9 +18,11 @@ class TokenDenoiser(ExactRotary):
     Attributes:
         body: the transformers model below the head; adapters go in there.
         head: a function that turns hidden states [..., D] into logits [..., V].
+        head_chunk: decisions whose logits a learner holds at once (`TokenRows.score`); None for all.
     """
 
     context_causal: Any = False
+    head_chunk: int | None = None
 
     def head_parameters(self: Any) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""
