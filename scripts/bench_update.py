@@ -35,7 +35,8 @@ import torch
 
 from rl.batch import DecisionBatch
 from rl.estimators.base import Scores
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document
+from rl.estimators.documents import Reads, noisy_document
+from rl.estimators.rows import TokenRows, assemble
 from rl.estimators.trace_rows import packed_rows, remask_rows
 from rl.losses.aggregate import weighted_sum
 from rl.losses.policy_gradient import clipped_policy_loss

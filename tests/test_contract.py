@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from rl.estimators.documents import Reads, block_document
 from rl.estimators.masking import random_mask_rows
-from rl.estimators.rows import Reads, TokenRows, assemble, block_document
+from rl.estimators.rows import TokenRows, assemble
 from rl.estimators.trace_rows import merged_steps, packed_rows, remask_rows, trace_rows
 from rl.modalities.actions import Actions, action_rows
 from rl.modalities.actions_plan import ActionOptions

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rl.config import load_config
-from rl.estimators.rows import whole_blocks
+from rl.estimators.documents import whole_blocks
 from rl.estimators.trace_rows import packed_rows
 from rl.sections import TrainConfig
 from rl.tasks.base import split_of

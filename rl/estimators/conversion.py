@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout
+from rl.estimators.documents import Reads, noisy_document
+from rl.estimators.rows import TokenRows, assemble, readout
 from rl.estimators.taught import TaughtRows
 from rollouts.model_protocol import DenoisingModel
 

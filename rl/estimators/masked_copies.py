@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from rl.estimators.combine import CombinedRows, SandwichRows, per_token
+from rl.estimators.documents import Reads, noisy_document, whole_blocks
 from rl.estimators.draws import Draw, Scope, scope_positions
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout, whole_blocks
+from rl.estimators.rows import TokenRows, assemble, readout
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 

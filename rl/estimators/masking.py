@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document
+from rl.estimators.documents import Reads, noisy_document
+from rl.estimators.rows import TokenRows, assemble
 
 
 def random_mask_rows(

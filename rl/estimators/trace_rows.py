@@ -35,7 +35,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rl.estimators.rows import Reads, TokenRows, assemble, block_document, canvas_document, readout, whole_blocks
+from rl.estimators.documents import Reads, block_document, canvas_document, whole_blocks
+from rl.estimators.rows import TokenRows, assemble, readout
 from rl.estimators.uniform_rows import ReplacedRows
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.uniform import signal_levels

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from rl.estimators.base import Scores
+from rl.estimators.documents import Reads, canvas_document
 from rl.estimators.masking import stratified
-from rl.estimators.rows import Reads, TokenRows, assemble, canvas_document
+from rl.estimators.rows import TokenRows, assemble
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.distribution import can_be_predicted
 from rollouts.samplers.uniform import noised_logprobs, transition_logprobs

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from rl.estimators.rows import Reads, TokenRows, assemble, canvas_document
+from rl.estimators.documents import Reads, canvas_document
+from rl.estimators.rows import TokenRows, assemble
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl.estimators.rows import Reads, TokenRows, assemble, noisy_document, readout
+from rl.estimators.documents import Reads, noisy_document
+from rl.estimators.rows import TokenRows, assemble, readout
 from rollouts.model_protocol import DenoisingModel, noise_of
 
 Ids = Sequence[int]
