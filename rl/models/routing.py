@@ -116,9 +116,7 @@ def record(model: nn.Module) -> None:
     """
     found = routers(model)
     if not found:
-        raise ValueError(
-            "rollout.router_replay is for mixtures of experts, and this model has no routers: leave it out"
-        )
+        raise ValueError("replay is for mixtures of experts, and this model has no routers")
     for router in found:
         router.records = True
 
