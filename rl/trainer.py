@@ -136,7 +136,8 @@ class Trainer:
         for option, (argument, found) in named.items():
             if found is not None:
                 set_options(raw, {option: inputs.saved(argument, found, processing_class)})
-            if found is not None or not raw.get("model", {}).get(option.removeprefix("model.")):
+            # A Config speaks of its own keys.
+            if found is not None or not (isinstance(args, Config) or raw.get("model", {}).get(option[6:])):
                 self._words[option] = argument
         with self._in_its_words():
             self.config = validate(raw)

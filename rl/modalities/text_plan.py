@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -173,7 +174,10 @@ def _check_noise(config: Config) -> None:
 
     model, recipe = config.model, config.algorithm
     file = local_config(model.path) if model.path is not None else None
-    noise = model.noise if model.path is None else json.loads(file.read_text()).get("noise") if file else None
+    noise = model.noise if model.path is None else None
+    # A file that is no JSON is refused with the model's tokenizer.
+    with contextlib.suppress(json.JSONDecodeError):
+        noise = json.loads(file.read_text()).get("noise") if file else noise
     if noise != "uniform":
         return
     config.sampler.check_uniform()

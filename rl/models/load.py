@@ -177,7 +177,8 @@ def model_fields(
     if found is not None:
         return found.fields(described, block_length) | ({"family": _from_anywhere(family)} if family else {})
     if described.get("model_type") != "diffusion_lm":
-        known = ", ".join(open_family(name).model_type for name in FAMILIES.names())
+        # LLaDA and its mixture of experts have one model_type.
+        known = ", ".join(dict.fromkeys(open_family(name).model_type for name in FAMILIES.names()))
         raise ValueError(
             f"config.json says model_type {described.get('model_type')!r}: known are diffusion_lm, {known}, and masked "
             "LMs of transformers; model.family names a family of your own"
