@@ -69,6 +69,18 @@ def products_of_torch() -> Iterator[None]:
     torch.nn.functional.linear = linear
 
 
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run(*arguments): a command in this process; its exit code, what it printed, and its complaints."""
+    from rl.cli import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(list(arguments))
+        return code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data files, which is no part of the project; the test is skipped without it."""

@@ -19,6 +19,7 @@ import yaml
 from safetensors.numpy import load_file
 from torch.distributed import TCPStore
 
+from rl.cli import main
 from tests import many_runs, warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,25 @@ def dense(prompts, completions, **columns):
         return sum((i + 1) * 1.37 ** int(digit) for i, digit in enumerate(text) if digit.isdigit()) / 500
     return [score(c) if p.startswith("0") else 0.25 for p, c in zip(prompts, completions, strict=True)]
 """
+
+
+def train_and_export(folder: Path, source: Path, layout: str, *overrides: str) -> Path:
+    """One RL step on a published checkpoint, and the folder that `denoise-rl export --layout` makes of it."""
+    arguments = tiny_config(
+        folder,
+        "model.backbone={}",
+        f"model.path={source}",
+        "sft.steps=0",
+        "train.steps=1",
+        "train.max_logprob_gap=1e-3",
+        "sampler.num_inference_steps=8",
+        "eval.num_inference_steps=[8]",
+        *overrides,
+    )
+    train_here(arguments)
+    out = folder / "out"
+    assert main(["export", str(folder / "run"), str(out), "--layout", layout]) == 0
+    return out
 
 
 def tiny_config(folder: Path, *overrides: str, reward: str = REWARD) -> list[str]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rl.cli import main
 from rl.config import load_config
 from rl.model_section import ModelConfig
 from rl.models.causal import CausalLM
@@ -107,15 +106,6 @@ def test_a_request_that_does_not_fit_is_refused(lm: Any) -> None:
 
 
 # --- in the commands ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(list(arguments))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 SIZES = ["run.device=cpu", "sampler.gen_length=16", "eval.num_prompts=6"]

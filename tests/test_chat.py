@@ -16,7 +16,6 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rl.cli import main
 from rl.evaluation.chat import Chat, chat_config, talk
 from rl.functions import sample
 from rl.model_section import ModelConfig
@@ -28,15 +27,6 @@ from rl.track.samples import worst_and_best
 Run = Callable[..., tuple[int, str, str]]
 SIZES = ["run.device=cpu", "sampler.gen_length=8", "sampler.num_inference_steps=4"]
 PUZZLE = "0341000400000000="
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(list(arguments))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

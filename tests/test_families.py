@@ -591,19 +591,7 @@ def test_a_published_checkpoint_is_trained_and_exported(family: str, tmp_path: P
     """Load, sample, train, export: what comes out loads with the logits of the run's own checkpoint."""
     weights = {name: tensor.float() for name, tensor in tensors(family).items()}
     source = write(tmp_path / "published", family, weights, **({} if family == "llada" else {"torch_dtype": "float32"}))
-    arguments = runs.tiny_config(
-        tmp_path,
-        "model.backbone={}",
-        f"model.path={source}",
-        "sft.steps=0",
-        "train.steps=1",
-        "train.max_logprob_gap=1e-3",
-        "sampler.num_inference_steps=8",
-        "eval.num_inference_steps=[8]",
-    )
-    runs.train_here(arguments)
-    out = tmp_path / "out"
-    assert main(["export", str(tmp_path / "run"), str(out), "--layout", family]) == 0
+    out = runs.train_and_export(tmp_path, source, family)
     trained = load_file(out / "model.safetensors")
     assert trained.keys() == weights.keys()
     assert max(float((trained[name] - weights[name]).abs().max()) for name in weights) > 1e-3

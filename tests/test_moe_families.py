@@ -330,21 +330,8 @@ def test_a_published_checkpoint_is_trained_and_exported(family: str, tmp_path: P
     """Load, sample, train, export: what comes out loads with the logits of the run's own checkpoint."""
     weights = {name: tensor.float() for name, tensor in tensors(family).items()}
     source = write(tmp_path / "published", family, weights, torch_dtype="float32")
-    arguments = runs.tiny_config(
-        tmp_path,
-        "model.backbone={}",
-        f"model.path={source}",
-        *(["model.block_length=8"] if family == "llada2" else []),
-        "sft.steps=0",
-        "train.steps=1",
-        "train.max_logprob_gap=1e-3",
-        "sampler.num_inference_steps=8",
-        "eval.num_inference_steps=[8]",
-        "eval.viewer_items=0",
-    )
-    runs.train_here(arguments)
-    out = tmp_path / "out"
-    assert main(["export", str(tmp_path / "run"), str(out), "--layout", family]) == 0
+    blocks = ["model.block_length=8"] if family == "llada2" else []
+    out = runs.train_and_export(tmp_path, source, family, *blocks, "eval.viewer_items=0")
     trained = load_file(out / "model.safetensors")
     assert trained.keys() == weights.keys()
     # Experts and routers are trained; the bias is no parameter.

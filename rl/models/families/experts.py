@@ -7,7 +7,17 @@ or not its tokens chose all experts.
 
 from __future__ import annotations
 
-from rl.models.families.family import Part
+from collections.abc import Mapping
+
+from rl.models.families.family import Family, Part
+
+
+class MixtureFamily(Family):
+    """A layout whose experts stand under the name that they have in memory."""
+
+    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        where, _, kind = name.replace("backbone.", "model.", 1).rpartition(".")
+        return expert_places(where, kind, shape) if where.endswith(".experts") else super().places(name, shape)
 
 
 def expert_places(where: str, kind: str, shape: tuple[int, ...]) -> dict[str, Part]:

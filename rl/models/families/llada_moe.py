@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rl.models.families.experts import check_router, expert_places
-from rl.models.families.family import SIZES, Family, Part
+from rl.models.families.experts import MixtureFamily, check_router
+from rl.models.families.family import SIZES
 
 
-class LladaMoe(Family):
+class LladaMoe(MixtureFamily):
     model_type = "llada"
     architecture = "LLaDAMoEModelLM"
     backbone = "qwen3_moe"
@@ -59,7 +59,3 @@ class LladaMoe(Family):
         return super().write(backbone) | {
             "moe_layer_freq": [int(i not in dense) for i in range(backbone["num_hidden_layers"])]
         }
-
-    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
-        where, _, kind = name.replace("backbone.", "model.", 1).rpartition(".")
-        return expert_places(where, kind, shape) if where.endswith(".experts") else super().places(name, shape)

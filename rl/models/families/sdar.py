@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rl.models.families.experts import check_router, expert_places
-from rl.models.families.family import SIZES, Family, Part
+from rl.models.families.experts import MixtureFamily, check_router
+from rl.models.families.family import SIZES, Family
 
 
 class Sdar(Family):
@@ -23,7 +23,7 @@ class Sdar(Family):
         return super().read({"attention_bias": False, **described})
 
 
-class SdarMoe(Sdar):
+class SdarMoe(MixtureFamily, Sdar):
     model_type = "sdar_moe"
     architecture = "SDARMoeForCausalLM"
     backbone = "qwen3_moe"
@@ -43,7 +43,3 @@ class SdarMoe(Sdar):
     def read(self, described: Mapping[str, Any]) -> dict[str, Any]:
         check_router(described["num_experts"], described["num_experts_per_tok"])
         return super().read({**self.defaults, **described})
-
-    def places(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
-        where, _, kind = name.replace("backbone.", "model.", 1).rpartition(".")
-        return expert_places(where, kind, shape) if where.endswith(".experts") else super().places(name, shape)
