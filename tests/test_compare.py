@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rl.config import load_config
-from rl.evaluation.compare import COSTS, equal_budgets, interval, markdown, recipe_overrides
+from rl.config import Config, load_config
+from rl.evaluation import compare as comparing
+from rl.evaluation.compare import COSTS, ComparisonPlan, compare, equal_budgets, interval, markdown, recipe_overrides
 from rl.track import budgets
 from rl.track.budgets import costed_evaluations, mean_over_budget, plot_budgets
 from rl.track.jsonl import MetricsWriter
@@ -147,6 +149,34 @@ def test_two_recipes_from_one_warm_start(tmp_path: Path) -> None:
     before = (folder / "wd1-5" / "metrics.jsonl").stat().st_mtime_ns
     assert cli(*command).returncode == 0
     assert (folder / "wd1-5" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_the_stages_of_a_seed_follow_each_other_and_runs_begin_from_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: {path: ar, convert: {block_length: 4}}\nsampler: {block_length: 4}\n"
+        "convert: {steps: 5}\nsft: {steps: 3}\n"
+    )
+    begun: list[tuple[str, Config]] = []
+
+    def record(comparison: ComparisonPlan, name: str, overrides: Sequence[str], log: Path) -> None:
+        begun.append((name, load_config(comparison.config, overrides)))
+        folder = Path(begun[-1][1].run.output_dir)
+        (folder / "model").mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(comparing, "_command", record)
+    monkeypatch.setattr(comparing, "plan_lines", lambda config: [])
+    monkeypatch.setattr(comparing, "markdown", lambda summaries: "")
+    monkeypatch.setattr(comparing, "equal_budgets", lambda folders: "")
+    monkeypatch.setattr(budgets, "plot_budgets", lambda folders, metric, path: path)
+    plan = ComparisonPlan(str(config), {"wd1": ["algorithm={name: wd1}"]}, (7,), tmp_path / "out")
+    compare(plan)
+    seen = [(name, c.model.path, c.model.convert.block_length, c.convert.steps, c.sft.steps) for name, c in begun]
+    converted, warm = (str(tmp_path / "out" / name / "model") for name in ("converted-7", "warm-7"))
+    assert seen == [("convert", "ar", 4, 5, 3), ("sft", converted, None, 0, 3), ("train", warm, None, 0, 0)]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """`denoise-rl compare`: recipes from the same warm starts over several seeds, a table with intervals and three budgets.
 
-Every (variant, seed) is a `denoise-rl train` of its own; a seed's warm start is made once and shared. Finished runs are
-kept, so an interrupted comparison goes on. Orderings change with the budget that is held equal (forwards, reward
-queries, optimizer updates), so a second table and the plot always show all three.
+Every (variant, seed) is a `denoise-rl train` of its own; a seed's warm start is made once, by the stages `convert` and
+`sft` of the config, and shared. Finished runs are kept, so an interrupted comparison goes on. Orderings change with the
+budget that is held equal (forwards, reward queries, optimizer updates), so a second table and the plot always show all
+three.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ComparisonPlan:
     Attributes:
         variants: name -> overrides of the config.
         common: overrides of every variant and of the warm starts.
-        warm_start: a model folder for every seed instead of a supervised stage per seed.
+        warm_start: a model folder for every seed instead of stages per seed.
         jobs: runs at a time.
     """
 
@@ -74,10 +75,13 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     """
     for overrides in comparison.variants.values():
         plan_lines(load_config(comparison.config, [*comparison.common, *overrides]))
+    config = load_config(comparison.config, comparison.common)
     with ThreadPoolExecutor(comparison.jobs) as pool:
-        list(pool.map(lambda seed: _warm_start(comparison, seed), comparison.seeds))
-        runs = [(name, seed) for seed in comparison.seeds for name in comparison.variants]
-        list(pool.map(lambda run: _run(comparison, *run), runs))
+        starts = pool.map(lambda seed: _warm_start(comparison, config, seed), comparison.seeds)
+        models = dict(zip(comparison.seeds, starts, strict=True))
+        # The seeds of a variant follow each other: a comparison that is stopped has whole rows.
+        runs = [(name, seed) for name in comparison.variants for seed in comparison.seeds]
+        list(pool.map(lambda run: _run(comparison, run[0], run[1], models[run[1]]), runs))
     folders = {
         name: [comparison.output / f"{name}-{seed}" for seed in comparison.seeds] for name in comparison.variants
     }
@@ -90,7 +94,6 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     results.write_text(json.dumps({"seeds": list(comparison.seeds), "runs": summaries}, indent=1))
     from rl.track.budgets import plot_budgets
 
-    config = load_config(comparison.config, comparison.common)
     counts, own = config.eval.num_inference_steps, config.sampler.num_inference_steps
     measure = next(iter(summaries.values()))[0].get("measure", "accuracy").removeprefix("mean ")
     metric = f"eval/{measure}@{own if own in counts else counts[0]}"
@@ -108,19 +111,27 @@ def _command(comparison: ComparisonPlan, name: str, overrides: Sequence[str], lo
         raise ValueError(f"{log.stem} of the comparison failed with exit code {code}: see {log}")
 
 
-def _warm_start(comparison: ComparisonPlan, seed: int) -> None:
-    folder = comparison.output / f"warm-{seed}"
-    if comparison.warm_start is None and not (folder / "model").is_dir():
-        where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
-        _command(comparison, "sft", [*comparison.common, *where], comparison.output / f"warm-{seed}.log")
+def _warm_start(comparison: ComparisonPlan, config: Config, seed: int) -> list[str]:
+    """Make the model of a seed where it is missing; returns the overrides of the runs that begin from it."""
+    if comparison.warm_start is not None:
+        return [f"model.path={comparison.warm_start}", "model.convert={}", "convert.steps=0"]
+    start: list[str] = []
+    for stage, name in (("convert", f"converted-{seed}"), ("sft", f"warm-{seed}")):
+        if not getattr(config, stage).steps:
+            continue
+        folder = comparison.output / name
+        if not (folder / "model").is_dir():
+            where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
+            _command(comparison, stage, [*comparison.common, *start, *where], comparison.output / f"{name}.log")
+        start = [f"model.path={folder / 'model'}", "model.convert={}", "convert.steps=0"]
+    return start
 
 
-def _run(comparison: ComparisonPlan, name: str, seed: int) -> None:
+def _run(comparison: ComparisonPlan, name: str, seed: int, start: Sequence[str]) -> None:
     folder = comparison.output / f"{name}-{seed}"
     if (folder / "summary.json").exists():
         return
-    model = comparison.warm_start or comparison.output / f"warm-{seed}" / "model"
-    where = [f"model.path={model}", "sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
+    where = [*start, "sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
     if (name, seed) != (next(iter(comparison.variants)), comparison.seeds[0]):
         # The first run judges it for all.
         where.append("eval.baseline=null")
