@@ -1,19 +1,23 @@
 """The numbers of `make smollm` by tokens a forward: RUN/summary.json out of the run in RUN/train.
 
     python scripts/smollm_summary.py runs/smollm-0
+    python scripts/smollm_summary.py runs/smollm-0 runs/smollm-1 runs/smollm-2
 
 `ar` is the autoregressive model, `converted` the diffusion model before RL, `after` the same after it; each maps tokens
 a forward ("1", "2", "4") to the share of right answers `score`, of answers with both words `words`, mean `nats` a token
 and the number `n` of prompts. `beside` has measures that no reward sees, `sentences` the first answers as they came.
-RUN/summary.png draws score, words, nats and the different frames of sentences.
+RUN/summary.png draws score, words, nats and the different frames of sentences. Of several runs the means over seeds
+and their 95 % intervals (Student's t) are printed, and the picture, in the first folder, has a thin line for each.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from rl.evaluation.compare import interval
 from rl.files import write_json, write_whole
 
 NAMES = {"ar": "baseline", "converted": "before", "after": "after"}
@@ -56,24 +60,39 @@ COLOURS = {"ar": "#1b1f24", "converted": "#0072B2", "after": "#D55E00"}
 LABELS = {"ar": "autoregressive", "converted": "converted to diffusion", "after": "after RL"}
 
 
-def draw(summary: dict, path: Path) -> None:
+MEASURES = {
+    "score": "right answers",
+    "words": "both words",
+    "nats": "nats a token (lower is more fluent)",
+    "distinct_frames": "different sentence frames",
+}
+
+
+def values(summary: dict, name: str, what: str) -> dict[str, float]:
+    """A measure of a model by tokens a forward; {} where the run has not got so far."""
+    source = summary["beside"] if what == "distinct_frames" else summary
+    return {speed: row[what] for speed, row in sorted(source.get(name, {}).items())}
+
+
+def draw(summaries: list[dict], path: Path) -> None:
     """Four panels over tokens a forward; the autoregressive model, which has one speed, is a line across."""
     figure = Figure(figsize=(13, 3.1), layout="constrained")
-    titles = ("right answers", "both words", "nats a token (lower is more fluent)", "different sentence frames")
-    for axis, title, what in zip(
-        figure.subplots(1, 4), titles, ("score", "words", "nats", "distinct_frames"), strict=True
-    ):
+    for axis, (what, title) in zip(figure.subplots(1, 4), MEASURES.items(), strict=True):
         for name, label in LABELS.items():
-            rows, speeds = summary.get(name, {}), sorted(summary.get(name, {}))
-            source = summary["beside"].get(name, {}) if what == "distinct_frames" else rows
-            values = [source[speed][what] for speed in speeds]
-            if name == "ar" and values:
-                axis.axhline(values[0], color=COLOURS[name], linestyle="--", label=label)
-            elif values:
-                axis.plot([int(speed) for speed in speeds], values, color=COLOURS[name], marker="o", label=label)
-            if what == "score" and name != "ar" and values:
-                low, high = zip(*(summary["intervals"][name][speed] for speed in speeds), strict=True)
-                axis.fill_between([int(speed) for speed in speeds], low, high, color=COLOURS[name], alpha=0.2)
+            runs = [each for summary in summaries if (each := values(summary, name, what))]
+            if not runs:
+                continue
+            speeds = [int(speed) for speed in runs[0]]
+            means = [statistics.mean(run[speed] for run in runs) for speed in runs[0]]
+            if name == "ar":
+                axis.axhline(means[0], color=COLOURS[name], linestyle="--", label=label)
+                continue
+            axis.plot(speeds, means, color=COLOURS[name], marker="o", label=label)
+            for run in runs if len(runs) > 1 else []:
+                axis.plot(speeds, list(run.values()), color=COLOURS[name], linewidth=0.8, alpha=0.5)
+            if what == "score" and len(runs) == 1:
+                low, high = zip(*(summaries[0]["intervals"][name][speed] for speed in runs[0]), strict=True)
+                axis.fill_between(speeds, low, high, color=COLOURS[name], alpha=0.2)
         axis.set(title=title, xlabel="tokens a forward", xticks=[1, 2, 4])
         axis.set_ylim(bottom=0, top=None if what == "nats" else 1.02)
         axis.spines[["top", "right"]].set_visible(False)
@@ -81,13 +100,22 @@ def draw(summary: dict, path: Path) -> None:
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
+def table(summaries: list[dict]) -> str:
+    """Every measure by model and tokens a forward, over seeds."""
+    rows = ["| model | tokens a forward | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    for name, label in LABELS.items():
+        found = [summary for summary in summaries if name in summary]
+        for speed in sorted(found[0][name]) if found else []:
+            cells = [interval([values(summary, name, what)[speed] for summary in found]) for what in MEASURES]
+            rows.append(f"| {label} | {speed} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    summary = by_speed(folder / "train")
-    write_json(folder / "summary.json", summary)
-    draw(summary, folder / "summary.png")
-    print(f"{'model':<10} tokens/forward  score  words  nats/token")
-    for name in NAMES:
-        for speed, row in sorted(summary.get(name, {}).items()):
-            print(f"{name:<10} {speed:>14}  {row['score']:.3f}  {row['words']:.3f}  {row['nats']:10.2f}")
-    print(f"{folder / 'summary.json'}; report: {folder / 'train' / 'report.html'}")
+    folders = [Path(word) for word in sys.argv[1:]]
+    summaries = [by_speed(folder / "train") for folder in folders]
+    for folder, summary in zip(folders, summaries, strict=True):
+        write_json(folder / "summary.json", summary)
+    draw(summaries, folders[0] / "summary.png")
+    print(table(summaries))
+    print(f"{folders[0] / 'summary.json'}; report: {folders[0] / 'train' / 'report.html'}")

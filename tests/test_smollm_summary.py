@@ -18,15 +18,15 @@ def part(name: str, values: dict[str, float]) -> dict[str, object]:
     }
 
 
-def test_steps_become_tokens_a_forward(tmp_path, monkeypatch, capsys) -> None:
-    run = tmp_path / "train"
+def make_run(folder: Path, seed: int, shift: float) -> None:
+    run = folder / "train"
     (run / "answers").mkdir(parents=True)
     parts = {
         "baseline": {"24": 0.4},
         "before": {"24": 0.3, "12": 0.2, "6": 0.1},
-        "after": {"24": 0.6, "12": 0.5, "6": 0.4},
+        "after": {"24": 0.6 + shift, "12": 0.5 + shift, "6": 0.4 + shift},
     }
-    found = {"seed": 3, "n_eval": 256, "convert_seconds": 1500.06, "train_seconds": 2000.0}
+    found = {"seed": seed, "n_eval": 256, "convert_seconds": 1500.06, "train_seconds": 2000.0}
     for name, values in parts.items():
         found |= part(name, values)
         lines = [
@@ -34,6 +34,10 @@ def test_steps_become_tokens_a_forward(tmp_path, monkeypatch, capsys) -> None:
         ]
         (run / "answers" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "summary.json").write_text(json.dumps(found))
+
+
+def test_steps_become_tokens_a_forward(tmp_path, monkeypatch, capsys) -> None:
+    make_run(tmp_path, 3, 0.0)
     monkeypatch.setattr("sys.argv", ["smollm_summary.py", str(tmp_path)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -45,4 +49,17 @@ def test_steps_become_tokens_a_forward(tmp_path, monkeypatch, capsys) -> None:
     assert summary["beside"]["converted"]["1"] == {"distinct_frames": 0.9, "repetition": 0.1, "num_words": 12.0}
     assert summary["intervals"]["ar"] == {"1": [0.30000000000000004, 0.5]} and summary["seed"] == 3
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert len(capsys.readouterr().out.splitlines()) == 9
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[8] == "| after RL | 4 | 0.400 | 0.500 | 4.000 | 0.900 |"
+
+
+def test_several_seeds_are_a_mean_with_its_interval(tmp_path, monkeypatch, capsys) -> None:
+    """Scores 0.4, 0.5 and 0.6: mean 0.5, half-width 4.303 x 0.1 / sqrt(3)."""
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        make_run(folder, seed, seed * 0.1)
+    monkeypatch.setattr("sys.argv", ["smollm_summary.py", *map(str, folders)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "| after RL | 4 | 0.500 ± 0.248 | 0.500 ± 0.000 | 5.000 ± 2.484 |" in capsys.readouterr().out
+    assert all((folder / "summary.json").is_file() for folder in folders)
+    assert (folders[0] / "summary.png").is_file() and not (folders[1] / "summary.png").exists()
