@@ -343,6 +343,10 @@ def test_a_schema_is_refused_where_the_expression_would_say_less() -> None:
     # The package writes a pattern as it is: "a|b" would match a quote and an a.
     assert re.fullmatch(schema_regex({"type": "string", "pattern": "a|b"}), '"b"')
     assert not re.fullmatch(schema_regex({"type": "string", "pattern": "a|b"}), '"a')
+    # A dollar at the end is an anchor unless a backslash makes it a character; "\\\\" is a backslash itself.
+    for pattern, text in [(r"^[0-9]+\$", "12$"), (r"a$", "a"), (r"[0-9]\$$", "1$")]:
+        assert re.fullmatch(schema_regex({"type": "string", "pattern": pattern}), f'"{text}"'), pattern
+        assert not re.fullmatch(schema_regex({"type": "string", "pattern": pattern}), f'"{text}$"'), pattern
 
 
 # --- validity ---------------------------------------------------------------------------------------------------------
@@ -477,7 +481,12 @@ def test_options_name_what_is_wrong() -> None:
         ({"regex": "x"}, r"regex cannot be compiled for this tokenizer"),
         ({"scaffold": "abc"}, "has no slot"),
         ({"scaffold": "x<2>"}, "token|write"),
+        ({"scaffold": "a<0>"}, "no value fits the slot <0> of 0 tokens"),
+        ({"scaffold": "a<2:b{3}>"}, r"no value fits the slot <2:b\{3\}> of 2 tokens"),
         ({"graph": {"a": ["x"]}}, "'x' is no token"),
+        ({"graph": {"a": ["<eos>"]}}, "'<eos>' is the end token: write <end>"),
+        ({"graph": {"a": ["<start>"]}}, "nothing comes before <start>"),
+        ({"graph": {"<end>": ["a"]}}, "behind <end>"),
         ({"json_schema": "/nowhere.json"}, "is not a file of JSON"),
     ]:
         with pytest.raises(ValueError, match=reason):
@@ -503,3 +512,36 @@ def test_bytes_of_tokens_add_up_to_the_text() -> None:
     byte_level.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="whose tokens are pieces of text"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=byte_level))
+
+
+def sentencepiece() -> Any:
+    """Words with a space before them, as Llama's tokenizer has; decoding drops the first one of a text."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["\u2581", "\u2581ab", "ab", "a", "b", "\u2581\u2581a", "<0x20>", "<mask>", "<eos>", "<pad>"]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token="<mask>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["ab", " ?ab", "(ab)*( ab)?", " +a", "a? ?b*"])
+def test_a_space_that_decoding_drops_is_no_part_of_the_match(pattern: str) -> None:
+    """Against all sequences of three pieces: those that the automaton takes are those whose decoded text matches."""
+    tokenizer = sentencepiece()
+    found = compiled_constraint(ConstraintOptions(regex=pattern), tokenizer, [])
+    taken, expected = set(), set()
+    for ids in itertools.product(range(7), repeat=3):
+        for length in range(4):
+            own, state = ids[:length], found.start
+            for token in [*own, *[8] * (4 - length)]:
+                state = found.after[found.classes[token], state] if state < found.num_states else state
+            if state < found.num_states and found.accepting[state]:
+                taken.add(own)
+            if re.fullmatch(pattern, tokenizer.decode(own)):
+                expected.add(own)
+    assert taken == expected and len(taken) > 3

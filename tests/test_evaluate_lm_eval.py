@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_completions_are_the_engines_cut_at_stop_strings(
         cut += expected != text
         assert sample["resps"] == [[expected]]
     assert cut > 0
+
+
+def test_completions_match_a_constraint(full_model: str, tasks: Path, tmp_path: Path) -> None:
+    from rl.evaluation.lm_eval_model import DenoiseLM
+
+    given = tmp_path / "constraint.json"
+    given.write_text(json.dumps({"graph": {"<start>": ["a"], "a": ["b", "<end>"], "b": ["a"]}}))
+    lm = DenoiseLM(full_model, batch_size=8, device="cpu", constraint=str(given))
+    results = evaluate(lm, tasks, "write")
+    answers = [sample["resps"][0][0] for sample in results["samples"]["write"]]
+    assert len(answers) == 8 and all(re.fullmatch("a(ba)*", answer) for answer in answers), answers
+    assert "graph" in str(results["config"]["denoise_rl"]["constraint"])
 
 
 @pytest.mark.parametrize("kind", ["full", "causal"])

@@ -39,7 +39,18 @@ def allowed_sets(
         own[trajectory.position] = trajectory.allowed_at
         at = own[places]
         sets.append(np.where(at < 0, -1, at + first[id(trajectory.allowed)]))
-    return {"allowed": torch.from_numpy(np.concatenate(tables)), "allowed_at": torch.from_numpy(np.concatenate(sets))}
+    # A table is that of all rollouts of a call, and a micro-batch reads few of its sets: those alone are copied.
+    used, at = np.unique(np.concatenate(sets), return_inverse=True)
+    free = int(np.searchsorted(used, 0))
+    if free == len(used):
+        return {}
+    ends = np.cumsum([len(table) for table in tables])
+    bounds = np.searchsorted(used, [0, *ends])
+    kept = [
+        table[used[a:b] - end + len(table)]
+        for table, end, a, b in zip(tables, ends, bounds[:-1], bounds[1:], strict=True)
+    ]
+    return {"allowed": torch.from_numpy(np.concatenate(kept)), "allowed_at": torch.from_numpy(at - free)}
 
 
 def among_allowed(logits: torch.Tensor, allowed: torch.Tensor | None, at: torch.Tensor | None) -> torch.Tensor:

@@ -12,9 +12,11 @@ and a decoder to fill it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,9 +29,10 @@ from rl.evaluation.likelihood import Likelihood, log_likelihoods
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
+from rl.models.vocabulary import compiled_constraint
 from rollouts.engines.base import Request
 from rollouts.engines.uniform import token_engine
-from rollouts.samplers.options import SamplerOptions
+from rollouts.samplers.options import ConstraintOptions, SamplerOptions, with_changes
 
 log = logging.getLogger("denoise-rl")
 Pair = tuple[list[int], list[int]]
@@ -46,6 +49,8 @@ class DenoiseLM(TemplateLM):
         num_inference_steps: denoising steps for that room; one per token when None.
         block_length, selector, threshold, score, top_p, top_k: the decoder (`SamplerOptions`).
         temperature: for tasks that do not set one.
+        constraint: what completions must match (`ConstraintOptions`), or the path of a JSON file with it; likelihoods
+            and greedy checks are of any text.
         num_likelihood_samples: mask patterns per likelihood.
         check_greedy: also decode every text greedily, to say whether it is what the model would write (lm-eval's
             `is_greedy`, which few tasks use); False answers False.
@@ -68,6 +73,7 @@ class DenoiseLM(TemplateLM):
         top_p: float = 1.0,
         top_k: int = 0,
         temperature: float = 0.0,
+        constraint: dict[str, Any] | str | None = None,
         num_likelihood_samples: int = 128,
         check_greedy: bool = True,
         batch_size: int | str = 32,
@@ -97,6 +103,12 @@ class DenoiseLM(TemplateLM):
             "block_length": block_length, "selector": selector, "threshold": threshold, "score": score,
             "top_p": top_p, "top_k": top_k, "temperature": temperature,
         }  # fmt: skip
+        if isinstance(constraint, str):
+            constraint = json.loads(Path(constraint).read_text(encoding="utf-8"))
+        self.constraint = None if constraint is None else ConstraintOptions.model_validate(constraint)
+        self.automaton = None
+        if self.constraint is not None:
+            self.automaton = compiled_constraint(self.constraint, self.tokenizer, self.model.excluded_token_ids)
         self.likelihoods: list[Likelihood] = []
         self.truncated: Counter[str] = Counter()
 
@@ -141,6 +153,7 @@ class DenoiseLM(TemplateLM):
                 "gen_length": self.gen_length or "max_gen_toks of the task",
                 "num_inference_steps": self.num_inference_steps or "one per token",
                 **self.decoder,
+                "constraint": None if self.constraint is None else self.constraint.model_dump(exclude_none=True),
                 "seed": self.seed,
                 "num_likelihood_samples": self.num_likelihood_samples,
                 "likelihoods": len(self.likelihoods),
@@ -238,7 +251,9 @@ class DenoiseLM(TemplateLM):
             for prompt in prompts:
                 if len(prompt) > room:
                     self._note("prompts")
-            ids = self._decode([prompt[-room:] for prompt in prompts], options)
+            # A schema has no hash, so it comes after the requests are grouped.
+            constrained = with_changes(options, {"constraint": self.constraint})
+            ids = self._decode([prompt[-room:] for prompt in prompts], constrained)
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             for index, text in zip(own, texts, strict=True):
                 context, settings = requests[index].args
@@ -266,6 +281,7 @@ class DenoiseLM(TemplateLM):
             eos_token_id=self.tokenizer.eos_token_id,
             max_batch_size=self.batch_size,
             device=self._device,
+            constraint=None if options.constraint is None else self.automaton,
         )
         trajectories = engine.generate([Request(ids, self.seed + index) for index, ids in enumerate(prompts)])
         return [trajectory.response_ids().tolist() for trajectory in trajectories]

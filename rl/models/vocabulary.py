@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,13 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     }
 
 
+def first_bytes(tokenizer: Any, texts: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The bytes of tokens that lose a space as the first of a text, as sentencepiece's decoders let them."""
+    decoder, names = tokenizer.backend_tokenizer.decoder, {i: token for token, i in tokenizer.get_vocab().items()}
+    spaced = {index: decoder.decode([names[index]]).encode() for index, text in texts.items() if text.startswith(b" ")}
+    return {index: text for index, text in spaced.items() if text != texts[index]}
+
+
 def compiled_constraint(
     options: ConstraintOptions, tokenizer: Any, excluded: Iterable[Sequence[int]]
 ) -> TokenAutomaton:
@@ -110,12 +117,13 @@ def compiled_constraint(
     Raises:
         ValueError: see `rollouts.constraints.compile.compile_constraint`.
     """
-    ids = tokenizer.get_vocab()
+    ids, texts = tokenizer.get_vocab(), token_bytes(tokenizer)
     ranges = [np.arange(start, stop) for start, stop in excluded]
     return compile_constraint(
         options,
         Tokens(
-            texts=token_bytes(tokenizer),
+            texts=texts,
+            first=first_bytes(tokenizer, texts),
             vocab_size=max(ids.values()) + 1,
             ids=ids,
             encode=lambda text: token_ids(tokenizer, [text])[0],

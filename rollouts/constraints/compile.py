@@ -29,6 +29,7 @@ class Tokens:
 
     Attributes:
         texts: id -> the bytes that a token adds to a text; special tokens have none.
+        first: id -> the bytes that a token begins a text with, where decoding drops a space there (sentencepiece).
         vocab_size: V.
         ids: token, as the tokenizer names it -> id.
         encode: text -> ids, without special tokens.
@@ -38,6 +39,7 @@ class Tokens:
     """
 
     texts: Mapping[int, bytes]
+    first: Mapping[int, bytes]
     vocab_size: int
     ids: Mapping[str, int]
     encode: Callable[[str], list[int]]
@@ -78,7 +80,8 @@ def _of_file(given: Any, name: str) -> Any:
         raise ValueError(f"sampler.constraint.{name} {given!r} is not a file of JSON: {error}") from None
 
 
-def _regex(pattern: str, tokens: Tokens, name: str) -> tuple[Edges, int, set[int]]:
+def _regex(pattern: str, tokens: Tokens, name: str, begins: bool = True) -> tuple[Edges, int, set[int]]:
+    """Edges, start and finals of an expression; `begins` says that the response begins with it."""
     try:
         from outlines_core import Index, Vocabulary
     except ImportError:
@@ -90,6 +93,11 @@ def _regex(pattern: str, tokens: Tokens, name: str) -> tuple[Edges, int, set[int
         if text:
             by_text.setdefault(text, []).append(index)
     over, last = tokens.vocab_size, tokens.vocab_size + 1
+    # What a token is as the first of a response stands beside the vocabulary.
+    first = {last + 1 + number: index for number, index in enumerate(tokens.first if begins else ())}
+    for number, index in first.items():
+        if tokens.first[index]:
+            by_text.setdefault(tokens.first[index], []).append(number)
     try:
         index = Index(f"(?:{pattern}){LAST}", Vocabulary(over, {**by_text, LAST.encode(): [last]}))
     except ValueError as error:
@@ -98,8 +106,15 @@ def _regex(pattern: str, tokens: Tokens, name: str) -> tuple[Edges, int, set[int
         raise ValueError(f"sampler.constraint.{name} cannot be compiled for this tokenizer: {reason}{hint}") from None
     transitions, ends = index.get_transitions(), set(index.get_final_states())
     finals = {state for state, own in transitions.items() if own.get(last) in ends}
-    edges = {state: {t: own[t] for t in own if t not in (over, last)} for state, own in transitions.items()}
-    return edges_of(edges), index.get_initial_state(), finals
+    edges = {state: {t: own[t] for t in own if t < over} for state, own in transitions.items()}
+    start = begin = index.get_initial_state()
+    if first:
+        start = max(*transitions, *ends) + 1
+        after = {first[t]: target for t, target in transitions.get(begin, {}).items() if t in first}
+        after |= {t: begin for t, text in tokens.first.items() if not text}
+        edges[start] = {t: s for t, s in edges.get(begin, {}).items() if t not in tokens.first} | after
+        finals |= {start} if begin in finals else set()
+    return edges_of(edges), start, finals
 
 
 def _scaffold(text: str, tokens: Tokens) -> tuple[Edges, int, set[int]]:
@@ -116,7 +131,10 @@ def _scaffold(text: str, tokens: Tokens) -> tuple[Edges, int, set[int]]:
     def place(piece: str) -> None:
         nonlocal state, fresh
         ids = tokens.encode(piece) if piece else []
-        if b"".join(tokens.texts.get(i, b"") for i in ids) != piece.encode():
+        texts = [tokens.texts.get(i, b"") for i in ids]
+        if ids and not found:
+            texts[0] = tokens.first.get(ids[0], texts[0])
+        if b"".join(texts) != piece.encode():
             raise ValueError(f"{name}: the tokenizer does not write {piece!r} as it is")
         for token in ids:
             found.append((state, token, fresh))
@@ -126,7 +144,7 @@ def _scaffold(text: str, tokens: Tokens) -> tuple[Edges, int, set[int]]:
         place(text[last : match.start()])
         last, size = match.end(), int(match[1])
         pattern = _ANY if match[2] is None else re.sub(r"\\>", ">", match[2])
-        (source, token, target), start, finals = _regex(pattern, tokens, "scaffold")
+        (source, token, target), start, finals = _regex(pattern, tokens, "scaffold", begins=not found)
         edges = list(zip(source.tolist(), token.tolist(), target.tolist(), strict=True))
         # Behind a value come pad tokens only: state None. The slot's last token leads to one state.
         edges += [(final, tokens.pad, None) for final in finals] + [(None, tokens.pad, None)]
@@ -141,6 +159,8 @@ def _scaffold(text: str, tokens: Tokens) -> tuple[Edges, int, set[int]]:
                     following[after], fresh = fresh, fresh + 1
                 found.append((layer[before], token_id, behind if ends else following[after]))
             layer = following
+        if not found or found[-1][2] != behind:
+            raise ValueError(f"{name}: no value fits the slot {match[0]} of {size} tokens: give it more")
         state = behind
     place(text[last:])
     source, token, target = np.array(found, dtype=np.int64).T
@@ -149,10 +169,17 @@ def _scaffold(text: str, tokens: Tokens) -> tuple[Edges, int, set[int]]:
 
 def _graph(graph: Mapping[str, list[str]], tokens: Tokens) -> tuple[Edges, int, set[int]]:
     """A token may follow another where the graph says so (TrajDLM's road network); state i is behind token i - 1."""
-    names = {name for own in graph.values() for name in own} | set(graph)
+    if not isinstance(graph, dict) or not all(isinstance(own, list) for own in graph.values()):
+        raise ValueError("sampler.constraint.graph must be a mapping from tokens to lists of tokens")
+    followed = {name for own in graph.values() for name in own}
+    if "<start>" in followed or "<end>" in graph:
+        raise ValueError("sampler.constraint.graph: nothing comes before <start> or behind <end>")
+    names = followed | set(graph)
     for name in sorted(names - {"<start>", "<end>"}):
         if name not in tokens.ids:
             raise ValueError(f"sampler.constraint.graph: {name!r} is no token of the tokenizer")
+        if tokens.ids[name] == tokens.end:
+            raise ValueError(f"sampler.constraint.graph: {name!r} is the end token: write <end> where it may follow")
     state = {name: tokens.ids[name] + 1 for name in names if name in tokens.ids} | {"<start>": 0}
     start = graph.get("<start>", sorted(names - {"<start>", "<end>"}))
     ends = [name for name, own in graph.items() if "<end>" in own] or [name for name in state if name != "<start>"]

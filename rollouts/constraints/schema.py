@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 _NOTES = {"title", "description", "$comment", "examples", "default", "$schema", "$id", "deprecated", "readOnly"}
@@ -112,7 +113,10 @@ def _check_string(schema: dict[str, Any], where: str) -> None:
         from outlines_core import Index, Vocabulary
 
         # The pattern must not reach out of its quotes.
-        pattern = schema["pattern"].removeprefix("^").removesuffix("$")
+        pattern = schema["pattern"].removeprefix("^")
+        # An anchor at the end goes; a dollar behind an odd number of backslashes is the character.
+        if re.search(r"(?<!\\)(\\\\)*\$$", pattern):
+            pattern = pattern[:-1]
         schema["pattern"] = f"(?:{pattern})"  # The package writes it as it is, and a | would end its quotes.
         every = Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
         try:

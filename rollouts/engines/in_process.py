@@ -96,8 +96,15 @@ class InProcessEngine(SharedModelEngine):
         started = time.perf_counter()
         self.stats = EngineStats()
         plans = [self.plan(index, request) for index, request in enumerate(requests)]
-        if not plans:
-            return []
+        found = self._decoded(plans, requests) if plans else []
+        self.stats.seconds = time.perf_counter() - started
+        return [
+            self.trajectory(request.prompt_ids, seed=request.seed, policy_version=policy_version, **arrays)
+            for request, arrays in zip(requests, found, strict=True)
+        ]
+
+    def _decoded(self, plans: Sequence[Plan], requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """The arrays of a trajectory of every request, in their order."""
         # Longest first: requests of like length share batches, and no long one is left to run alone.
         waiting = deque(sorted(plans, key=lambda plan: -plan.length))
         cached = self.block_causal or self.approximate_cache != "none"
@@ -135,11 +142,7 @@ class InProcessEngine(SharedModelEngine):
             if not len(group):
                 break
             self._denoise(canvas, running, cache, slots, group, record)
-        self.stats.seconds = time.perf_counter() - started
-        return [
-            self.trajectory(request.prompt_ids, seed=request.seed, policy_version=policy_version, **arrays)
-            for request, arrays in zip(requests, record.by_request(), strict=True)
-        ]
+        return record.by_request()
 
     def plan(self, index: int, request: Request) -> Plan:
         """Where a request begins and ends on the canvas.

@@ -15,15 +15,16 @@ the law is then neither), and there is no cache: what is decided is read causall
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from rollouts.engines.base import EngineStats, Request
+from rollouts.engines.base import Request
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import NonFiniteError
+from rollouts.engines.slots import Plan
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
 from rollouts.trajectory import TokenTrajectory
@@ -35,25 +36,15 @@ class SelfSpeculativeEngine(InProcessEngine):
 
     verifies = True
 
-    @torch.no_grad()
-    def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
-        """Decode every request; the result has the requests' order.
-
-        Raises:
-            ValueError: a request does not fit the model's context, or has no prompt.
-        """
-        started = time.perf_counter()
-        self.stats = EngineStats()
-        plans = [self.plan(index, request) for index, request in enumerate(requests)]
-        found: dict[int, TokenTrajectory] = {}
+    def _decoded(self, plans: Sequence[Plan], requests: Sequence[Request]) -> list[dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
         order = sorted(plans, key=lambda plan: -plan.length)
         for first in range(0, len(order), self.max_batch_size):
             rows = [plan.index for plan in order[first : first + self.max_batch_size]]
             answers = self._answer([requests[row] for row in rows])
             for row, (edits, rounds) in zip(rows, answers, strict=True):
-                found[row] = self._as_trajectory(requests[row], edits, rounds, policy_version)
+                found[row] = self._arrays(len(requests[row].prompt_ids), edits, rounds)
                 self.stats.generated_tokens += len(edits)
-        self.stats.seconds = time.perf_counter() - started
         return [found[row] for row in range(len(requests))]
 
     def _answer(self, requests: Sequence[Request]) -> list[tuple[np.ndarray, int]]:
@@ -183,21 +174,24 @@ class SelfSpeculativeEngine(InProcessEngine):
         self._count(wide)
         return self.model.token_logits(hidden[row, width + position - first[row]])
 
-    def _as_trajectory(self, request: Request, edits: np.ndarray, rounds: int, policy_version: int) -> TokenTrajectory:
-        """The record: one token a step, on a grid of one token."""
-        prompt, count = len(request.prompt_ids), len(edits)
-        trajectory = self.trajectory(
-            request.prompt_ids,
-            prompt + count,
-            count,
-            request.seed,
-            policy_version,
-            step=np.arange(count, dtype=np.int32),
-            position=prompt + np.arange(count, dtype=np.int32),
-            token=edits[:, 0].astype(np.int64),
-            logprob=edits[:, 1],
-            confidence=edits[:, 2].astype(np.float32),
-        )
+    def _arrays(self, prompt: int, edits: np.ndarray, rounds: int) -> dict[str, Any]:
+        """The record: one token a step."""
+        count = len(edits)
+        return {
+            "length": prompt + count,
+            "num_steps": count,
+            "forwards": 2 * rounds,
+            "step": np.arange(count, dtype=np.int32),
+            "position": prompt + np.arange(count, dtype=np.int32),
+            "token": edits[:, 0].astype(np.int64),
+            "logprob": edits[:, 1],
+            "confidence": edits[:, 2].astype(np.float32),
+        }
+
+    def trajectory(self, *args: Any, **arrays: Any) -> TokenTrajectory:
+        """See `InProcessEngine.trajectory`; the learner reads it on a grid of blocks of one token."""
+        forwards = arrays.pop("forwards")
+        trajectory = super().trajectory(*args, **arrays)
         trajectory.block_length = 1
-        trajectory.decoder["forwards"] = 2 * rounds
+        trajectory.decoder["forwards"] = forwards
         return trajectory

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from rollouts.engines.base import EngineStats, Request
+from rollouts.engines.base import Request
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import Record
 from rollouts.engines.self_speculative import SelfSpeculativeEngine
@@ -42,25 +41,14 @@ class UniformEngine(InProcessEngine):
         if self.approximate_cache != "none":
             raise ValueError("rollout.cache keeps revealed tokens, and uniform noise reveals none: set it to none")
 
-    @torch.no_grad()
-    def generate(self, requests: Sequence[Request], policy_version: int = 0) -> list[TokenTrajectory]:
-        """Decode every request; see `InProcessEngine.generate`."""
-        started = time.perf_counter()
-        self.stats = EngineStats()
-        plans = [self.plan(index, request) for index, request in enumerate(requests)]
-        if not plans:
-            return []
+    def _decoded(self, plans: Sequence[Plan], requests: Sequence[Request]) -> list[dict[str, Any]]:
         record = Record(len(plans))
         # Those with most steps first: the requests of a batch that are still sampled are then its first rows.
-        plans.sort(key=lambda plan: (-plan.steps, -plan.length))
+        plans = sorted(plans, key=lambda plan: (-plan.steps, -plan.length))
         for start in range(0, len(plans), self.max_batch_size):
             part = plans[start : start + self.max_batch_size]
             self._decode(part, [requests[plan.index].prompt_ids for plan in part], record)
-        self.stats.seconds = time.perf_counter() - started
-        return [
-            self.trajectory(request.prompt_ids, seed=request.seed, policy_version=policy_version, **arrays)
-            for request, arrays in zip(requests, record.by_request(), strict=True)
-        ]
+        return record.by_request()
 
     def _decode(self, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], record: Record) -> None:
         index = np.array([plan.index for plan in plans])
