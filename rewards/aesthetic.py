@@ -36,6 +36,7 @@ class Aesthetic:
     """
 
     differentiable = True
+    hub_params = ("model", "processor")
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class ClipScore:
     name = "clip_score"
     differentiable = True
     trained_scale = False
+    hub_params = ("model", "processor")
     checkpoint: tuple[str, str | None] = ("openai/clip-vit-large-patch14", None)  # model and processor
 
     def __init__(
@@ -82,6 +83,8 @@ class ClipMatch:
     Args:
         model, processor, batch_size, device: see `ClipScore`. Judge with another CLIP than the one that rewards.
     """
+
+    hub_params = ("model", "processor")
 
     def __init__(
         self,

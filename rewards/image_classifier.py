@@ -36,6 +36,7 @@ class ImageClassifier:
     """
 
     differentiable = True
+    hub_params = ("model",)
 
     def __init__(
         self,

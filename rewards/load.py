@@ -27,6 +27,7 @@ from rewards.adapters import OneByOne, TrlReward, VerifiersReward, VerlReward
 from rewards.address import entry_points, load_address, load_entry_point
 from rewards.score import RewardFunction
 from rewards.signature import check_params, check_takes_columns, nearest, reward_name
+from rewards.weights import hub_names
 
 ENTRY_POINT_GROUP = "denoise_rl.rewards"
 
@@ -131,6 +132,11 @@ def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFun
     check_takes_columns(spec, found)
     reward = BoundReward(found, params) if params else found
     return TrlReward(reward) if kind == "trl" else reward
+
+
+def downloads(spec: str, params: Mapping[str, Any]) -> list[str]:
+    """Hub names of a shipped reward with these parameters, and checkpoints that its package fetches."""
+    return hub_names(load_address(NAMES[spec], spec), params) if spec in NAMES else []
 
 
 def name_of(function: Any) -> str:

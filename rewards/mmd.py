@@ -39,6 +39,7 @@ class MMD:
     """
 
     differentiable = True
+    hub_params = ("model",)
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class Hpsv2(ClipScore):
     """
 
     name = "hpsv2"
+    hub_package = "hpsv2"
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class ImageReward:
     Raises:
         ValueError: the package is missing or its checkpoint cannot be loaded.
     """
+
+    hub_package = "image-reward"
 
     def __init__(
         self, model: str = "ImageReward-v1.0", med_config: str | None = None, device: str | None = None

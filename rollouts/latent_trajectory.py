@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from rollouts.npz_file import read_records, write_records
 FORMAT_VERSION = 1
 _KIND = "latent trajectories"
 _ARRAYS = ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed")
-_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob", "guidance")
+_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob", "guidance", "failed")
 
 
 @dataclass
@@ -53,6 +53,7 @@ class LatentTrajectory:
             from (`LearnedNoise`); None where that is standard noise.
         guidance: [T], the scale of guidance at every step, where a rollout drops its unconditional half on the way
             (`sampler.guidance_cosine`); None where it is the sampler's at all of them.
+        failed: a latent was not finite. Latents, means and log-probs then are all 0, and the sample is no image.
     """
 
     latents: np.ndarray
@@ -69,6 +70,7 @@ class LatentTrajectory:
     policy_version: int = 0
     initial_logprob: float | None = None
     guidance: list[float] | None = None
+    failed: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -94,6 +96,13 @@ class LatentTrajectory:
         for name in sorted(self.conditioning):
             digest.update(self.conditioning[name].tobytes())
         return digest.digest()[:8]
+
+    def checked(self) -> LatentTrajectory:
+        """Itself, or a failed sample where a latent is not finite: what is NaN must reach no loss and no file."""
+        if np.isfinite(self.latents).all():
+            return self
+        empty = {name: np.zeros_like(getattr(self, name)) for name in ("latents", "mean", "logprob")}
+        return replace(self, **empty, initial_logprob=None if self.initial_logprob is None else 0.0, failed=True)
 
     def validate(self) -> None:
         """Raise ValueError, naming the field, when the record contradicts itself."""

@@ -14,8 +14,10 @@ import torch
 
 from rl.estimators.gaussian_step import gaussian_rows
 from rl.model_section import LoraOptions, PipelineConfig
+from rl.models.diffusers_families import FAMILIES as KNOWN
 from rl.models.diffusers_load import load_diffusers_policy
 from rl.models.diffusers_policy import DiffusersPolicy
+from rl.models.pipelines import SCHEDULERS, check_folder
 from rollouts.engines.base import SampleRequest
 from rollouts.engines.latent import LatentEngine
 from rollouts.model_protocol import ImagePolicy
@@ -298,6 +300,28 @@ def test_folders_that_do_not_fit_are_one_line(folders: dict[str, str], tmp_path:
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"is incomplete: pytorch_lora_weights.safetensors is missing"):
         load_diffusers_policy(str(tmp_path / "lora"), options)
+
+
+def test_a_pipeline_is_refused_by_its_index_before_a_weight_is_read(folders: dict[str, str], tmp_path: Path) -> None:
+    assert SCHEDULERS.keys() == KNOWN.keys()
+    for family, own, wrong, kind, needed in (
+        ("sd", "PNDMScheduler", "EDMEulerScheduler", "flow_sde", "ddim or ddpm"),
+        ("sd3", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "ddim", "flow_sde, flow_cps or"),
+    ):
+        (tmp_path / family).mkdir()
+        index = tmp_path / family / "model_index.json"
+        text = Path(folders[family], "model_index.json").read_text()
+        index.write_text(text.replace(own, wrong))
+        with pytest.raises(ValueError, match=f"Pipeline with a {wrong}, from which no steps with a density"):
+            load_diffusers_policy(str(tmp_path / family), PipelineConfig())
+        index.write_text(text)
+        for path in (tmp_path / family, tmp_path / f"{family}-lora"):
+            with pytest.raises(ValueError, match=f"sampler.kind '{kind}' is not for a Stable.*: set it to {needed}"):
+                check_folder(str(path), kind)
+            (tmp_path / f"{family}-lora").mkdir(exist_ok=True)
+            (tmp_path / f"{family}-lora" / "lora_policy.json").write_text(json.dumps({"base": str(tmp_path / family)}))
+        check_folder(str(tmp_path / f"{family}-lora"), "dpm_solver")
+        check_folder(str(tmp_path / family), "ddpm" if family == "sd" else "flow_cps")
 
 
 def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: dict[str, str]) -> None:

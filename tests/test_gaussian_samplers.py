@@ -316,6 +316,20 @@ def test_a_model_that_gives_nan_is_not_sampled_from() -> None:
         rollouts(policy, options())
 
 
+def test_one_rollout_that_is_not_finite_has_failed_and_the_others_are_as_they_would_be(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    whole = rollouts(policy, options())
+    with torch.no_grad():
+        policy.unet.label.weight[1] = float("inf")
+    found = rollouts(policy, options())
+    assert [t.failed for t in found] == [False, True, False]
+    for i in (0, 2):
+        np.testing.assert_array_equal(found[i].latents, whole[i].latents)
+    save_latents(tmp_path / "t.npz", found)
+    again = load_latents(tmp_path / "t.npz")
+    assert [t.failed for t in again] == [False, True, False] and not again[1].latents.any()
+
+
 @pytest.mark.parametrize(
     ("chosen", "scheduler", "message"),
     [

@@ -19,6 +19,7 @@ from rl.evaluation.compare import ComparisonPlan, _warm_start
 from rl.models.class_policy import ClassPolicy, new_policy
 from rl.tasks.digits import DigitsTask
 from rl.track.report import write_report
+from rollouts.engines.latent import LatentEngine
 from rollouts.samplers.gaussian import make_steps, predicted_x0
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.runs import ZERO, cli, lines, series, train_here
@@ -118,24 +119,34 @@ def test_branches_share_the_cost_of_their_prefix(tmp_path: Path) -> None:
     assert line["cost/sequence_forwards"] == sampled + trained
 
 
-def test_an_image_that_decodes_to_nan_is_a_failed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN would be cast to a black image, and a black image has a reward."""
-    decode = ClassPolicy.decode
+@pytest.mark.parametrize("where", ["image", "latent"])
+def test_a_sample_that_is_not_finite_has_failed(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN would be cast to a black image, and a black image has a reward; a NaN latent would make the loss NaN."""
+    decode, noise = ClassPolicy.decode, LatentEngine.noise
 
     def damaged(policy: ClassPolicy, latents: torch.Tensor) -> torch.Tensor:
         pixels = decode(policy, latents)
         pixels[:1, :, 2, 3] = torch.nan
         return pixels
 
-    monkeypatch.setattr(ClassPolicy, "decode", damaged)
-    train_here(image_config(tmp_path, "sft.steps=0", "train.steps=1", "eval.viewer_items=2",
-                            "reward.max_failure_share=0.1"))  # fmt: skip
+    def broken(engine: LatentEngine, seed: torch.Tensor, step: int) -> torch.Tensor:
+        drawn = noise(engine, seed, step)
+        # After the branch point: the other leaves of the first tree are whole.
+        drawn[:1, :, 2, 3] = torch.nan if step == 5 else drawn[:1, :, 2, 3]
+        return drawn
+
+    if where == "image":
+        monkeypatch.setattr(ClassPolicy, "decode", damaged)
+    else:
+        monkeypatch.setattr(LatentEngine, "noise", broken)
+    train_here(image_config(tmp_path, "sft.steps=0", "train.steps=1", "eval.viewer_items=2", "algorithm.kl_coef=0.1",
+                            "algorithm.kl_to=reference", "reward.max_failure_share=0.1"))  # fmt: skip
     (line,) = lines(tmp_path / "run", "train")
     assert line["reward/masked"] == line["filters/unscored"] == line["reward/digit_classifier/failures"] == 1
     first, second, *_ = (json.loads(text) for text in (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
     assert (first["completion"], first["reward"]) == ("", None) and second["reward"] is not None
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["after_unscored"] == {"6": 1}
-    write_report(tmp_path / "run")
+    assert "Failed rewards: 1." in write_report(tmp_path / "run").read_text()
 
 
 def test_steps_scored_a_few_at_a_time_change_nothing(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from rewards.clip_score import ClipMatch, ClipScore
+from rewards.load import downloads
 from rl.config import load_config
 from rl.modalities.image_memory import activation_bytes, build_denoiser
 from rl.tasks.load import load_task
 from rl.tasks.prompts import PromptsTask
+from rl.train import plan
 from tests import runs
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_vision import pictures, save_clip
@@ -67,6 +69,21 @@ def test_clip_match_is_the_best_cosine(tmp_path: Path) -> None:
         assert [v.metrics["margin"] for v in verdicts] == pytest.approx((cosine[:, place] - rivals).tolist(), abs=1e-6)
     with pytest.raises(ValueError, match="reward 'clip_match' needs a column `others`"):
         reward(["x"], images[:1])
+
+
+def test_check_names_what_rewards_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clip").mkdir()
+    clip = str(tmp_path / "clip")
+    pick = ["yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
+    assert downloads("pickscore", {}) == pick and downloads("pickscore", {"processor": clip}) == pick[:1]
+    assert downloads("clip_score", {"model": clip}) == downloads("jpeg_compressibility", {}) == []
+    assert downloads("image_reward", {}) == ["the checkpoint of the package image-reward"]
+    assert downloads("hpsv2", {"model": "org/hps"}) == ["org/hps"] and downloads("mmd", {"images": "x.npy"}) == []
+    monkeypatch.setattr(plan, "load_reward", lambda name, params: lambda prompts, completions, **columns: [])
+    rewards = "reward.functions=[{name: pickscore}, {name: pickscore, weight: 0}]"
+    notes = plan.check_run(load_config(SD15, [rewards, "run.device=cpu", f"run.output_dir={tmp_path / 'run'}"]))
+    assert notes[:2] == [f"reward 'pickscore' needs {name}, downloaded once" for name in pick]
+    assert notes[2:] == ["reward 'clip_match' needs openai/clip-vit-large-patch14, downloaded once"]
 
 
 def test_the_plans_activations_are_what_autograd_keeps() -> None:

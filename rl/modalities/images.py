@@ -23,9 +23,9 @@ from rl.modalities.image_metrics import (
 )
 from rl.modalities.images_plan import ImagesPlan
 from rl.model_section import PipelineConfig
-from rl.models.class_policy import CLASS_NAME, INDEX, ClassPolicy, new_policy
-from rl.models.noise_policy import INDEX as NOISE_INDEX
+from rl.models.class_policy import ClassPolicy, new_policy
 from rl.models.noise_policy import NoisePolicy
+from rl.models.pipelines import CLASS_NAME, INDEX, NOISE_INDEX
 from rl.tasks.base import Example
 from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import LatentTrajectory, load_latents, save_latents
@@ -34,7 +34,8 @@ from rollouts.search.latents import LatentSampler
 
 
 class ImagesModality(ImagesPlan):
-    """See `rl.modalities.base.Modality`. A completion is a uint8 array [H, W, C], None where decoding was not finite.
+    """See `rl.modalities.base.Modality`. A completion is a uint8 array [H, W, C], None for a failed sample: one whose
+    latents or decoded image are not finite.
 
     The task may have `features(images)` and `real_images()`; sets of samples are then compared with real ones.
     """
@@ -93,7 +94,8 @@ class ImagesModality(ImagesPlan):
         return LatentEngine(model, options, self.config.rollout.max_batch_size, device)
 
     def completions(self, trajectories: Sequence[LatentTrajectory]) -> list[np.ndarray | None]:
-        return self._images([t.latents[-1] for t in trajectories])
+        images = self._images([t.latents[-1] for t in trajectories])
+        return [None if t.failed else image for t, image in zip(trajectories, images, strict=True)]
 
     def search_sampler(self, engine: LatentEngine, rows: Sequence[Example]) -> Any:
         return LatentSampler(engine, [row["prompt"] for row in rows])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rl.errors import about
 from rl.modalities.base import Modality
+from rl.models.pipelines import check_folder
 from rollouts.samplers.latent_options import LatentSamplerOptions
 
 if TYPE_CHECKING:
     from rl.config import Config
     from rl.modalities.memory import ModelMemory
+    from rl.tasks.base import Example, Task
 
 
 class ImagesPlan(Modality):
@@ -18,6 +22,13 @@ class ImagesPlan(Modality):
     name = "images"
     Options = LatentSamplerOptions
     runner = "rl.modalities.images:ImagesModality"
+
+    @classmethod
+    def check(cls, config: Config, task: Task, rows: Sequence[Example]) -> None:
+        super().check(config, task, rows)
+        if config.model.path is not None:
+            with about(f"model.path {config.model.path!r}"):
+                check_folder(config.model.path, config.sampler.kind)
 
     @classmethod
     def forwards(cls, config: Config) -> tuple[float, bool]:

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from rl.models.pipelines import CLASS_NAME, INDEX
 from rollouts.model_protocol import Conditioning
 
-INDEX = "model_index.json"
-CLASS_NAME = "ClassPolicy"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 
 

@@ -14,7 +14,8 @@ import torch
 from rewards.weights import first_line
 from rl.model_section import LoraOptions, PipelineConfig
 from rl.models.diffusers_families import FAMILIES
-from rl.models.diffusers_policy import INDEX, WEIGHTS, DiffusersPolicy
+from rl.models.diffusers_policy import WEIGHTS, DiffusersPolicy
+from rl.models.pipelines import LORA_INDEX, check_pipeline
 
 
 def load_diffusers_policy(
@@ -27,21 +28,21 @@ def load_diffusers_policy(
         seed: draws the initial weights of new adapters.
 
     Raises:
-        ValueError: the folder is missing or incomplete, or the pipeline is of no known family.
+        ValueError: the folder is missing or incomplete, or the pipeline or its scheduler is of no known kind.
     """
     lora = lora or LoraOptions()
-    index = Path(path) / INDEX
-    if index.is_file():
-        return _load_lora(path, json.loads(index.read_text()), options, lora)
+    adapters = Path(path) / LORA_INDEX
+    if adapters.is_file():
+        return _load_lora(path, json.loads(adapters.read_text()), options, lora)
     import diffusers
 
     try:
         with _quiet():
-            name = diffusers.DiffusionPipeline.load_config(path)["_class_name"]
+            index = diffusers.DiffusionPipeline.load_config(path)
+            name = index["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(path, error) from error
-    if name not in FAMILIES:
-        raise ValueError(f"model.path {path!r} is a {name}: known pipelines are {', '.join(FAMILIES)}")
+    check_pipeline(path, index)
     family = FAMILIES[name]
     parts: dict[str, Any] = dict.fromkeys(family.without)
     if "safety_checker" in parts:

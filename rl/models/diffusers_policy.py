@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from rl.model_section import LoraOptions, PipelineConfig
+from rl.models.pipelines import LORA_INDEX
 from rollouts.model_protocol import Conditioning
 
-INDEX = "lora_policy.json"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -178,7 +178,7 @@ class DiffusersPolicy(nn.Module):
         config = self.denoiser.peft_config["default"]
         targets = sorted(config.target_modules)
         index = {"base": self.source, "lora": {"rank": config.r, "alpha": config.lora_alpha, "target_modules": targets}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
+        (folder / LORA_INDEX).write_text(json.dumps(index, indent=2))
 
     def save_merged(self, path: str | os.PathLike[str]) -> None:
         """Write the whole pipeline with the adapters merged into its weights: any diffusers program can load it."""

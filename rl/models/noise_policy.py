@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rl.models.pipelines import NOISE_INDEX
 from rollouts.model_protocol import Conditioning
 
-INDEX = "initial_noise.json"
 WEIGHTS = "initial_noise.safetensors"
 
 
@@ -91,7 +91,7 @@ class NoisePolicy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tables = {name: table.detach().cpu().float().contiguous() for name, table in self.named_parameters()}
         save_file(tables, folder / WEIGHTS)
-        (folder / INDEX).write_text(json.dumps({"base": self.source, "prompts": self.prompts}, indent=2))
+        (folder / NOISE_INDEX).write_text(json.dumps({"base": self.source, "prompts": self.prompts}, indent=2))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], load: Callable[[str], Any]) -> NoisePolicy:
@@ -105,7 +105,7 @@ class NoisePolicy(nn.Module):
         """
         from safetensors.torch import load_file
 
-        index = json.loads((Path(path) / INDEX).read_text())
+        index = json.loads((Path(path) / NOISE_INDEX).read_text())
         weights = Path(path) / WEIGHTS
         if not weights.is_file():
             raise ValueError(f"model.path {str(path)!r} is incomplete: {WEIGHTS} is missing")

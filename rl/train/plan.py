@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rewards.load import load_reward
+from rewards.load import downloads, load_reward
 from rewards.signature import missing_columns
 from rl.config import Config
 from rl.errors import about
@@ -79,7 +79,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
         new: also refuse to write over another run.
 
     Returns:
-        notes for the user: rows that will be left out.
+        notes for the user: rows that will be left out, and what rewards download.
 
     Raises:
         ValueError: one line naming the field and the fix.
@@ -113,7 +113,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
             open_family(family, key)
     if config.goal is not None and config.goal.steps not in config.eval.num_inference_steps:
         raise ValueError(f"goal.steps {config.goal.steps} is not in eval.num_inference_steps: add it there")
-    _check_rewards(config, task, rows, modality.reward_columns)
+    notes = _check_rewards(config, task, rows, modality.reward_columns)
     if config.rollout.engine == "server":
         if modality.name != "text":
             raise ValueError(
@@ -123,7 +123,7 @@ def check_run(config: Config, new: bool = True) -> list[str]:
     modality.check(config, task, rows)
     if new:
         check_folder(config)
-    return [file.note for file in getattr(task, "files", ()) if file.note]
+    return [*(file.note for file in getattr(task, "files", ()) if file.note), *notes]
 
 
 def check_folder(config: Config) -> None:
@@ -221,8 +221,11 @@ def _check_recipe(config: Config) -> None:
     recipe.check(config)
 
 
-def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: Sequence[str]) -> None:
+def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: Sequence[str]) -> list[str]:
     """Load the rewards, and hold what they need against the columns of the dataset and those `given` by the modality.
+
+    Returns:
+        a note for every download that a reward needs.
 
     Raises:
         ValueError: a reward cannot be loaded or lacks a column, or a column has a name of the trainer's.
@@ -233,6 +236,7 @@ def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: S
         ("reward.functions" if config.reward.functions else "the task's reward", config.reward.trained, [trained_on]),
         ("the verifier", config.reward.judges, judged_on or [trained_on]),
     )
+    notes: list[str] = []
     for use, parts, sources in uses:
         for part in parts(task.reward):
             with about(f"{use} {part.name!r}"):
@@ -247,3 +251,7 @@ def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: S
                         f"{use} {part.name!r} needs the column {missing[0]!r} (or params with it), and {source} has "
                         f"{', '.join(names) or 'none'} beside the prompt"
                     )
+            notes += [
+                f"reward {part.name!r} needs {what}, downloaded once" for what in downloads(part.name, part.params)
+            ]
+    return list(dict.fromkeys(notes))

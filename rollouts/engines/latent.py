@@ -68,7 +68,7 @@ class LatentEngine(SharedModelEngine):
 
         Raises:
             ValueError: branch points are out of order or range, or requests do not fill up trees of one prompt.
-            NonFiniteError: the model's output is not finite.
+            NonFiniteError: no rollout is finite. One that is not, among others that are, is a failed sample.
         """
         at = [step for step, _ in self.branch_points]
         if at != sorted(set(at)) or any(not 0 <= step < len(self.steps) for step in at):
@@ -126,13 +126,13 @@ class LatentEngine(SharedModelEngine):
             )
             state = {"latent": latent, "seed": seed, "mean": mean.to(self.dtype), "logprob": logprob}
             record.append(state | ({"guidance": used} if adaptive else {}))
-        if not torch.isfinite(latent).all():
+        if not torch.isfinite(latent).flatten(1).all(1).any():
             raise NonFiniteError("the model's output is not finite: its weights are damaged or training diverged")
         self.stats.seconds = time.perf_counter() - started
         trajectories = self._trajectories(record, origins, root, given, tuple(at), policy_version)
         if initial is not None:
             for trajectory, value in zip(trajectories, initial[root].tolist(), strict=True):
-                trajectory.initial_logprob = value
+                trajectory.initial_logprob = 0.0 if trajectory.failed else value
         return trajectories
 
     def _start(self, seed: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -236,6 +236,6 @@ class LatentEngine(SharedModelEngine):
                 sampler=self.options.record(),
                 policy_version=policy_version,
                 guidance=guidance[0][i].tolist() if guidance else None,
-            )
+            ).checked()
             for i in range(len(root))
         ]

@@ -178,7 +178,7 @@ class LatentSampler:
                 seed=states.seeds[i],
                 clip=engine.steps.clip,
                 sampler=engine.options.record(),
-            )
+            ).checked()
             for i in range(len(states))
         ]
 
