@@ -93,6 +93,36 @@ class ContextOptions(Section):
         return self
 
 
+class VisionOptions(Section):
+    tower: dict[str, Any] = Field(
+        {},
+        description="transformers config of a new vision tower in front of a decoder, with model_type "
+        "(siglip_vision_model, clip_vision_model, vit); prompts may then hold images (docs/vision.md). A model that "
+        "has a tower keeps it.",
+    )
+    path: str | None = Field(
+        None,
+        description="Folder or hub name of a trained vision tower to put in front of a decoder instead of a new one.",
+    )
+    placeholder: str | None = Field(
+        None,
+        min_length=1,
+        description="Text of a prompt that stands for an image; null takes the model's, <image> of a new tower.",
+    )
+    train_tower: bool = Field(True, description="false keeps the tower as it is; its projector is trained anyway.")
+
+    @model_validator(mode="after")
+    def _one(self) -> VisionOptions:
+        if self.tower and self.path is not None:
+            raise ValueError("model.vision.tower describes a new tower and model.vision.path loads one: leave one out")
+        return self
+
+    @property
+    def new(self) -> bool:
+        """Whether a tower is put in front of the model."""
+        return bool(self.tower) or self.path is not None
+
+
 class ModelConfig(Section):
     path: str | None = Field(
         None,
@@ -111,6 +141,7 @@ class ModelConfig(Section):
     )
     convert: ConvertOptions = ConvertOptions()
     context: ContextOptions = ContextOptions()
+    vision: VisionOptions = VisionOptions()
     tokenizer: str | None = Field(
         None, description="Folder or hub name of the tokenizer; null takes the model's, or the task's alphabet."
     )

@@ -122,6 +122,7 @@ TASKS = Table(
         "words": "rl.tasks.words:WordsTask",
         "extract": "rl.tasks.extract:ExtractTask",
         "needle": "rl.tasks.needle:NeedleTask",
+        "read_number": "rl.tasks.read_number:ReadNumberTask",
         "sums": "rl.tasks.templated:SumsTask",
         "stories": "rl.tasks.templated:StoriesTask",
         "instructions": "rl.tasks.templated:InstructionsTask",

@@ -18,6 +18,7 @@ from rl.estimators.combine import CombinedRows, SandwichRows, per_token
 from rl.estimators.documents import Reads, noisy_document, whole_blocks
 from rl.estimators.draws import Draw, Scope, scope_positions
 from rl.estimators.rows import TokenRows, assemble, readout
+from rl.tasks.prompt_images import FIRST_IMAGE_ID
 from rollouts.model_protocol import DenoisingModel
 from rollouts.trajectory import TokenTrajectory
 
@@ -74,6 +75,7 @@ def copy_rows(
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
             forgotten = rng.random(trajectory.prompt_length) < prompt_mask
+            forgotten &= trajectory.prompt_ids < FIRST_IMAGE_ID
             noisy[: trajectory.prompt_length][forgotten] = trajectory.mask_token_id
             document, shift = noisy_document(final, noisy, size)
             documents.append(document)

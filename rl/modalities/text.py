@@ -14,12 +14,13 @@ from rl.errors import about
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows, readout
 from rl.estimators.uniform_rows import random_noise_rows
-from rl.modalities.text_plan import TextPlan, open_tokenizer, review
+from rl.modalities.text_plan import TextPlan, open_tokenizer, review, vision_of
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
 from rl.models.vocabulary import compiled_constraint
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
+from rl.tasks.prompt_images import encode_prompts
 from rollouts.constraints.automaton import TokenAutomaton
 from rollouts.engines.base import Engine
 from rollouts.engines.causal import CausalEngine, ServedCausalEngine, causal_options
@@ -38,6 +39,7 @@ class TextModality(TextPlan):
 
     Attributes:
         rollout_block: block length of rollouts during a block-size curriculum; overrides `sampler.block_length`.
+        vision: how prompts hold images, None for a model without a vision tower.
     """
 
     def __init__(self, config: Config, task: Task, tokenizer: Any):
@@ -45,6 +47,7 @@ class TextModality(TextPlan):
         self.tokenizer, self.grid = tokenizer, task.grid
         self.rollout_block: int | None = None
         self._automata: dict[str, TokenAutomaton] = {}
+        self.vision = vision_of(config)
 
     @classmethod
     def open(cls, config: Config, task: Task) -> TextModality:
@@ -59,7 +62,7 @@ class TextModality(TextPlan):
 
     def review(self, model: Any) -> None:
         block = model.block_length if model.attention == "block_causal" else None
-        review(self.config, self.task, self.tokenizer, model.mask_token_id, model.max_length, block)
+        review(self.config, self.task, self.tokenizer, model.mask_token_id, model.max_length, block, self.vision)
 
     def save_model(self, model: Any, path: str | Path) -> None:
         save_policy(model, self.tokenizer, path)
@@ -112,13 +115,17 @@ class TextModality(TextPlan):
         """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""
         return prompt_text(self.tokenizer, row, self.config.task.chat)
 
+    def prompt_ids(self, rows: Sequence[Example]) -> list[list[int]]:
+        """Token ids of the prompts of some rows, images among them (`rl.tasks.prompt_images`)."""
+        return encode_prompts(self.tokenizer, rows, self.config.task.chat, self.vision)
+
     def requests(
         self, rows: Sequence[Example], seeds: Sequence[Sequence[int]], steps: Sequence[int | None] | None = None
     ) -> list[Request]:
-        prompts = [self.prompt_text(row) for row in rows]
-        prompt_ids = token_ids(self.tokenizer, prompts)
         return [
-            Request(ids, seed, steps[i] if steps else None) for i, ids in enumerate(prompt_ids) for seed in seeds[i]
+            Request(ids, seed, steps[i] if steps else None)
+            for i, ids in enumerate(self.prompt_ids(rows))
+            for seed in seeds[i]
         ]
 
     def finished(self, trajectories: Sequence[TokenTrajectory]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -262,7 +269,7 @@ class TextModality(TextPlan):
         eos, chat = self.tokenizer.eos_token_id, self.config.task.chat
         if any(row.get("answer") is None for row in rows):
             raise ValueError("sft needs rows with an answer: set task.params.answer_column")
-        prompts = token_ids(self.tokenizer, [self.prompt_text(row) for row in rows])
+        prompts = self.prompt_ids(rows)
         answers = token_ids(self.tokenizer, [answer_text(self.tokenizer, row, chat) for row in rows])
         for prompt, answer in zip(prompts, answers, strict=True):
             if len(answer) > length:

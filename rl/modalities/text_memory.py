@@ -22,8 +22,9 @@ from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models import routing
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
-from rl.models.folder import backbone_of, local_config, shape_of
+from rl.models.folder import backbone_of, local_config, shape_of, vision_described
 from rl.models.lora import add_adapters
+from rl.models.vision import Vision
 from rollouts.engines.base import Request
 from rollouts.engines.uniform import token_engine
 
@@ -154,6 +155,8 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
     """See `rl.modalities.base.Modality.memory`."""
     if any("experts." in target for target in config.model.lora.targets or ()):
         raise ValueError("--plan counts no adapters on experts: take them out of model.lora.targets for it")
+    file = local_config(config.model.path) if config.model.path is not None else None
+    tower = vision_described(config.model, None if file is None else json.loads(file.read_text()))
     config, source = _as_loaded(config)
     sizes = dict(config.model.backbone)
     dtype = torch.bfloat16 if half else torch.float32
@@ -183,6 +186,14 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
     backbone = AutoConfig.for_model(**sizes)
     layers = backbone.num_hidden_layers
     total, trained = num_parameters(build(layers))
+    if tower is not None:
+        with torch.device("meta"):
+            vision = Vision(tower, backbone.hidden_size)
+        total += num_parameters(vision)[0]
+        # Adapters leave tower and projector as they are.
+        if not config.model.lora.rank:
+            trained += num_parameters(vision if config.model.vision.train_tower else vision.projector)[0]
+        source += ", the activations of the vision tower not counted"
     shape = batch_shape(config, prompt_length)
     recompute = config.model.gradient_checkpointing
     cache, logits = _rollout_bytes(config, backbone, 2 if half else 4, ranks, prompt_length)

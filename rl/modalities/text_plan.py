@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rl.config import Config
     from rl.modalities.memory import ModelMemory
     from rl.tasks.base import Example, Task
+    from rl.tasks.prompt_images import PromptImages
 
 
 class TextPlan(Modality):
@@ -33,7 +34,7 @@ class TextPlan(Modality):
     @classmethod
     def check(cls, config: Config, task: Task, rows: Sequence[Example]) -> None:
         from rl.models.folder import block_length_message, check_backbone, check_model_folder
-        from rl.tasks.chat import prompt_text, token_ids
+        from rl.tasks.prompt_images import encode_prompts
 
         model, sampler = config.model, config.sampler
         if model.autoregressive:
@@ -68,12 +69,14 @@ class TextPlan(Modality):
         if sampler.constraint is not None:
             _check_constraint(config, tokenizer)
         context, mask_token_id, block = _shape(config, tokenizer)
+        vision = vision_of(config)
+        if vision is not None:
+            _check_vision(config)
         if mask_token_id is not None:
-            review(config, task, tokenizer, mask_token_id, context, block)
+            review(config, task, tokenizer, mask_token_id, context, block, vision)
             if getattr(task, "files", ()):
                 return
-        prompts = [prompt_text(tokenizer, row, config.task.chat) for row in rows]
-        longest = max(len(ids) for ids in token_ids(tokenizer, prompts))
+        longest = max(len(ids) for ids in encode_prompts(tokenizer, rows, config.task.chat, vision))
         if context and longest + sampler.gen_length > context:
             raise ValueError(
                 f"a prompt of {longest} tokens plus sampler.gen_length {sampler.gen_length} does not fit the model's "
@@ -112,6 +115,8 @@ class TextPlan(Modality):
             needs["x0"] = "sampler.record_x0"
         if config.sampler.constraint is not None:
             needs["constraints"] = "sampler.constraint"
+        if vision_of(config) is not None:
+            needs["images"] = "model.vision"
         return needs
 
     @classmethod
@@ -131,7 +136,13 @@ def open_tokenizer(config: Config, task: Task) -> Any:
 
 
 def review(
-    config: Config, task: Task, tokenizer: Any, mask_token_id: int, max_length: int | None, block_length: int | None
+    config: Config,
+    task: Task,
+    tokenizer: Any,
+    mask_token_id: int,
+    max_length: int | None,
+    block_length: int | None,
+    vision: PromptImages | None = None,
 ) -> None:
     """Refuse the examples of the task's files that cannot be used, or leave them out (`task.unfit`).
 
@@ -148,10 +159,37 @@ def review(
         look = partial(
             unfit_reasons, tokenizer=tokenizer, chat=config.task.chat, mask_token_id=mask_token_id,
             gen_length=config.sampler.gen_length, max_length=max_length, block_length=block_length,
-            with_answers=imitated,
+            with_answers=imitated, vision=vision,
         )  # fmt: skip
         kept = kept_prompts(files[index + 1 :], file.path)
         file.review(partial(apart_reasons, look=look, kept=kept), config.task.unfit == "drop")
+
+
+def vision_of(config: Config) -> PromptImages | None:
+    """How the prompts of a run hold images; None without a vision tower."""
+    from rl.models.folder import is_url, prompt_images, read_config
+
+    model = config.model
+    if model.path is None or is_url(model.path):
+        return prompt_images(model)
+    described: dict[str, Any] = {}
+    # A folder that cannot be read is refused with the model.
+    with contextlib.suppress(OSError, ValueError):
+        described = read_config(model.path)
+    return prompt_images(model, described)
+
+
+def _check_vision(config: Config) -> None:
+    """Refuse what does not go with images in prompts."""
+    refused = {
+        "model.autoregressive": config.model.autoregressive,
+        "model.noise uniform": config.model.noise == "uniform",
+        "sft.trajectories": config.sft.trajectories is not None,
+        f"algorithm.name {config.algorithm.name} with a gradient through the sampler": config.algorithm.reward_gradient,
+    }
+    for key, wrong in refused.items():
+        if wrong:
+            raise ValueError(f"{key} does not go with images in prompts (model.vision): leave it out")
 
 
 def _check_constraint(config: Config, tokenizer: Any) -> None:

@@ -24,6 +24,7 @@ from rl.models import attention, routing
 from rl.models.folder import block_length_message
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
+from rl.models.vision import Vision
 from rollouts.samplers.distribution import Ranges
 from rollouts.visibility import Pieces
 
@@ -48,6 +49,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         rope_full_precision: bool = False,
         noise: str = "absorbing",
         context: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
@@ -62,6 +64,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.rope_full_precision = rope_full_precision
         # The `model.context` it was stretched by, which its backbone has in it.
         self.context = context
+        # Settings of the vision tower in front of it (`rl.models.vision.Vision`), None for a model of text alone.
+        self.vision = vision
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -127,6 +131,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             table = next(n for n, m in self.backbone.named_modules() if m is self.backbone.get_input_embeddings())
             self.lm_head.weight = self.backbone.get_input_embeddings().weight
             self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
+        self.vision = None if config.vision is None else Vision(config.vision, backbone_config.hidden_size)
         self.post_init()
 
     body = property(attrgetter("backbone"))
@@ -202,6 +207,8 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             raise ValueError(
                 "attn_implementation flex_attention needs a GPU (it has no backward on the CPU): use sdpa there"
             )
+        if self.vision is not None and inputs_embeds is None:
+            inputs_embeds = self.vision.embed(input_ids, self.get_input_embeddings())
         mask, more = visible, {}
         if isinstance(visible, Pieces):
             mask, more = attention.additive(visible.visible, self.dtype), {"pieces": visible}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rewards.causal_lm import plain_folder, resolve
-from rl.model_section import ModelConfig
+from rl.model_section import ModelConfig, VisionOptions
 from rl.models.families import family_of
 from rl.models.families.causal import CausalFamily, causal_family
+from rl.tasks.prompt_images import MAX_PLACES, PromptImages
 from rollouts.engines.base import EngineError
 from rollouts.engines.server.http_json import JsonServer
 from rollouts.engines.server.options import ServerOptions
@@ -72,6 +74,87 @@ def shape_of(
     return _at_least(positions, model), fields.get("mask_token_id", mask_token_id), block
 
 
+def new_vision(options: VisionOptions) -> dict[str, Any]:
+    """The settings (`rl.models.vision.Vision`) of the tower that `model.vision` puts in front of a model.
+
+    Raises:
+        ValueError: there is no such tower.
+    """
+    if options.path is not None:
+        described = read_config(options.path)
+        # CLIP and SigLIP have a text tower beside it.
+        tower = described.get("vision_config", described)
+        field, mean = f"model.vision.path {options.path!r}", pixel_statistics(options.path)
+    else:
+        tower, field, mean = options.tower, "model.vision.tower", {}
+        check_network(tower, field)
+    return vision_settings(tower, field) | mean | {"placeholder": options.placeholder or "<image>"}
+
+
+def vision_settings(tower: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The settings of a tower by its transformers config, with the pixels' mean and scale that SigLIP has.
+
+    Raises:
+        ValueError: it is no model of transformers that cuts an image into patches.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(tower.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{field}: model_type {kind!r} is no model of transformers: take siglip_vision_model or another"
+        )
+    config = CONFIG_MAPPING[kind](**tower)
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        raise ValueError(f"{field}: {kind} does not say image_size and patch_size as whole numbers: take another tower")
+    count = (size // patch) ** 2
+    if size < patch or count > MAX_PLACES:
+        raise ValueError(
+            f"{field}: {count} patches of {patch} in an image of {size}, and 1 to {MAX_PLACES} can be used"
+        )
+    if config.num_channels not in (1, 3):
+        raise ValueError(f"{field}.num_channels is {config.num_channels}: images have 1 or 3")
+    half = [0.5] * config.num_channels
+    return {"tower": config.to_dict(), "num_tokens": count, "layer": -1, "mean": half, "std": half}
+
+
+def pixel_statistics(path: str) -> dict[str, list[float]]:
+    """The mean and scale of pixels in a folder's preprocessor_config.json; empty without one."""
+    file = local_folder(path) / "preprocessor_config.json"
+    described = json.loads(file.read_text()) if file.is_file() else {}
+    keys = {"mean": "image_mean", "std": "image_std"}
+    return {ours: described[theirs] for ours, theirs in keys.items() if theirs in described}
+
+
+def vision_described(model: ModelConfig, described: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The settings of the vision tower that the model will have; None for a model of text alone.
+
+    Args:
+        described: the config.json of `model.path`, None without one.
+
+    Raises:
+        ValueError: see `new_vision`.
+    """
+    if described is not None and described.get("vision"):
+        return dict(described["vision"])
+    return new_vision(model.vision) if model.vision.new else None
+
+
+def prompt_images(model: ModelConfig, described: Mapping[str, Any] | None = None) -> PromptImages | None:
+    """How prompts hold images for the model that a config names; None for a model without a vision tower.
+
+    Raises:
+        ValueError: see `new_vision`; or an option of a tower, and none there.
+    """
+    settings = vision_described(model, described)
+    if settings is None:
+        if model.vision != VisionOptions():
+            raise ValueError("model.vision is for a model with a vision tower: set model.vision.tower, or leave it out")
+        return None
+    return PromptImages(model.vision.placeholder or settings["placeholder"], settings["num_tokens"])
+
+
 def _at_least(positions: int | None, model: ModelConfig) -> int | None:
     """Positions of a model that `model.context` may stretch."""
     return max(positions, model.context.length) if positions and model.context.length else positions
@@ -83,27 +166,34 @@ def check_backbone(backbone: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one line with the nearest key.
     """
+    if backbone.get("model_type") is None:
+        raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
+    check_network(backbone, "model.backbone")
+
+
+def check_network(described: Mapping[str, Any], field: str) -> None:
+    """Refuse keys that a transformers config of this model_type does not have.
+
+    Raises:
+        ValueError: one line with the nearest key.
+    """
     import inspect
 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = backbone.get("model_type")
-    if kind is None:
-        raise ValueError("model.backbone needs model_type, for example gpt2, llama, qwen2 or qwen3")
+    kind = str(described.get("model_type"))
     if kind not in CONFIG_MAPPING:
         import rl.models.conv  # noqa: F401  registers the architecture that is ours
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
-        raise ValueError(
-            f"model.backbone.model_type {kind!r} is unknown" + (f": did you mean {near[0]!r}?" if near else "")
-        )
+        raise ValueError(f"{field}.model_type {kind!r} is unknown" + (f": did you mean {near[0]!r}?" if near else ""))
     config_class = CONFIG_MAPPING[kind]
     known = {*config_class().to_dict(), *config_class.attribute_map, *inspect.signature(config_class).parameters}
-    for key in backbone:
+    for key in described:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f": did you mean {near[0]!r}?" if near else f" of {kind}"
-            raise ValueError(f"unknown config key 'model.backbone.{key}'{hint}")
+            raise ValueError(f"unknown config key '{field}.{key}'{hint}")
 
 
 def block_length_message(attention: str) -> str:

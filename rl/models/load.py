@@ -17,6 +17,7 @@ from rl.models.families import family_of, open_family
 from rl.models.families.causal import CausalFamily, causal_family, settings_of
 from rl.models.folder import check_backbone, check_model_folder, local_folder, read_config
 from rl.models.tokenizers import read_tokenizer
+from rl.models.vision import add_vision
 from rl.models.vocabulary import as_ranges, excluded_ranges
 from rl.registry import FAMILIES
 
@@ -60,6 +61,12 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
         raise ValueError(f"model.lora.rank is {config.lora.rank}: adapters need a model to adapt, set model.path")
     else:
         model = _new(config, tokenizer, seed)
+    if config.vision.new:
+        if lora.has_adapters(model) and model.vision is None:
+            raise ValueError("model.vision puts new weights in front, which adapters are saved without: train it first")
+        add_vision(model, config.vision, seed)
+    if getattr(model, "vision", None) is not None and not config.vision.train_tower:
+        model.vision.tower.requires_grad_(False)
     if config.conditions and config.path is None:
         raise ValueError("model.conditions are added to a trained model: set model.path")
     if tokenizer is not None:

@@ -26,7 +26,8 @@ class TokenDenoiser(ExactRotary):
 
     def head_parameters(self: Any) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""
-        body = {id(p) for p in self.body.parameters()}
+        below = [self.body, *([self.vision] if getattr(self, "vision", None) is not None else [])]
+        body = {id(p) for part in below for p in part.parameters()}
         return [p for p in self.parameters() if id(p) not in body]
 
     def token_logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:

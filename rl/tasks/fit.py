@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rl.errors import about
 from rl.tasks.base import Example
 from rl.tasks.chat import answer_text, prompt_text, token_ids
+from rl.tasks.prompt_images import PromptImages, images_of
 from rl.tasks.records import Record
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def unfit_reasons(
     max_length: int | None,
     block_length: int | None,
     with_answers: bool,
+    vision: PromptImages | None = None,
 ) -> list[str | None]:
     """[N]: why an example cannot be used, None for one that can.
 
@@ -42,6 +44,7 @@ def unfit_reasons(
         max_length: positions of the model; None where it has no bound.
         block_length: of a block-causal model, whose canvas ends where a block does; None with full attention.
         with_answers: look at `answer` too: the supervised stage needs one of at most `gen_length` tokens.
+        vision: how prompts hold images, None for a model without a vision tower.
     """
     reasons: list[str | None] = [None] * len(examples)
     texts: list[str] = []
@@ -56,7 +59,15 @@ def unfit_reasons(
             reasons[index] = str(error)
         texts.append(prompt)
         answers.append(answer)
-    prompt_ids = _encoded(tokenizer, texts, reasons)
+    if vision is None:
+        prompt_ids = _encoded(tokenizer, texts, reasons)
+    else:
+        prompt_ids = [[] for _ in texts]
+        for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
+            try:
+                prompt_ids[index] = vision.prompt_ids(tokenizer, text, images_of(example))
+            except ValueError as error:
+                reasons[index] = reasons[index] or str(error)
     answer_ids = _encoded(tokenizer, answers, reasons)
     block = block_length or 1
     for index, example in enumerate(examples):
@@ -120,8 +131,9 @@ def kept_prompts(files: Sequence[FileExamples], path: str) -> dict[str, str]:
 
 
 def _prompt_key(example: Example) -> str:
-    prompt = example["prompt"]
-    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt)
+    prompt, images = example["prompt"], images_of(example)
+    text = prompt.strip() if isinstance(prompt, str) else json.dumps(prompt)
+    return text + repr([i.tolist() if hasattr(i, "tolist") else i for i in images]) if images else text
 
 
 class FileExamples:

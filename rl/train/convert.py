@@ -127,7 +127,7 @@ def _with_ids(run: Run, examples: list[dict[str, Any]], where: str) -> list[dict
         if row.get("prompt") is None or row.get("answer") is None:
             raise ValueError(f"{where}: row {number} has no {'prompt' if row.get('prompt') is None else 'answer'}")
     tokenizer, chat = run.modality.tokenizer, run.config.task.chat
-    prompts = token_ids(tokenizer, [run.modality.prompt_text(row) for row in examples])
+    prompts = run.modality.prompt_ids(examples)
     answers = token_ids(tokenizer, [answer_text(tokenizer, row, chat) for row in examples])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [

@@ -74,7 +74,7 @@ class PairSource(RolloutSource):
         """Both sides as finished answers, with an end token behind each where the tokenizer has one."""
         run, tokenizer = self.run, self.run.tokenizer
         eos, chat = tokenizer.eos_token_id, run.config.task.chat
-        (prompt,) = token_ids(tokenizer, [run.modality.prompt_text(pair)])
+        (prompt,) = run.modality.prompt_ids([pair])
         texts = [answer_text(tokenizer, {"prompt": pair["prompt"], "answer": pair[side]}, chat) for side in SIDES]
         block = run.model.block_length if run.model.attention == "block_causal" else None
         trajectories: list[TokenTrajectory] = []

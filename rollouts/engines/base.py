@@ -71,6 +71,7 @@ NEEDS = {
     "step_maps": "the step of every token, the complete terminal block included",
     "sampled_logprobs": "log-probs of the sampling distribution at the step that chose the token",
     "remasking": "tokens that were taken back or replaced",
+    "images": "answers to prompts with images",
     "constraints": "answers that match a constraint, and the tokens that it left to each choice",
     "x0": "the x0 prediction of every step",
     "request_steps": "a number of denoising steps of each request's own",
@@ -93,6 +94,7 @@ class Capabilities:
     step_maps: bool = False
     sampled_logprobs: bool = False
     remasking: bool = False
+    images: bool = False
     constraints: bool = False
     x0: bool = False
     request_steps: bool = False
@@ -108,6 +110,7 @@ IN_PROCESS = Capabilities(
     step_maps=True,
     sampled_logprobs=True,
     remasking=True,
+    images=True,
     constraints=True,
     x0=True,
     request_steps=True,
@@ -116,7 +119,7 @@ IN_PROCESS = Capabilities(
     policy_version=True,
     push="shared",
 )
-RAY_WORKERS = replace(IN_PROCESS, push="tensors", gradients=False, asynchronous=True)
+RAY_WORKERS = replace(IN_PROCESS, push="tensors", gradients=False, images=False, asynchronous=True)
 
 
 def require(engine: str, capabilities: Capabilities, needs: Mapping[str, str]) -> None:
