@@ -26,7 +26,7 @@ from rl.train.rollouts import request_seed
 from rl.trainer import Trainer
 from rollouts.engines.base import Request
 from rollouts.engines.shared import SharedForwards
-from rollouts.engines.uniform import token_engine
+from rollouts.engines.tokens import token_engine
 from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory
 

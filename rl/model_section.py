@@ -137,7 +137,8 @@ class ModelConfig(Section):
     family: str | None = Field(
         None,
         description="Layout of the model in path: llada, dream, sdar, llada_moe, llada2, sdar_moe, llama, qwen2, "
-        "qwen3, mistral, gemma, gpt_neox, file.py:Class or pkg.module:Class; null goes by its config.json.",
+        "qwen3, mistral, gemma, gpt_neox, diffusion_gemma, file.py:Class or pkg.module:Class; null goes by its "
+        "config.json.",
     )
     convert: ConvertOptions = ConvertOptions()
     context: ContextOptions = ContextOptions()
@@ -188,6 +189,11 @@ class ModelConfig(Section):
         ge=1,
         description="Decisions whose logits the learner holds at once and computes again in the backward pass: less "
         "memory for long responses; null holds all, and so does guidance.",
+    )
+    self_conditioning_gradient: bool = Field(
+        False,
+        description="DiffusionGemma: the gradient of a step also passes through the earlier predictions that it was "
+        "conditioned on; exact, and every step's activations are kept.",
     )
     eos_token: str | None = Field(
         None, description="Token that ends a response, such as <|im_end|>; null takes the tokenizer's end token."

@@ -151,6 +151,7 @@ FAMILIES = Table(
         "llada_moe": "rl.models.families.llada_moe:LladaMoe",
         "llada2": "rl.models.families.llada2:Llada2",
         "sdar_moe": "rl.models.families.sdar:SdarMoe",
+        "diffusion_gemma": "rl.models.families.diffusion_gemma:DiffusionGemma",
         "llama": "rl.models.families.causal:Llama",
         "qwen2": "rl.models.families.causal:Qwen2",
         "qwen3": "rl.models.families.causal:Qwen3",

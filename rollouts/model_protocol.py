@@ -27,6 +27,8 @@ class DenoisingModel(Protocol):
             arXiv 2512.06776). At block length 1 and logit_shift 1 this is an autoregressive model.
         noise: optional, "absorbing" when absent: noise turns tokens into masks. "uniform": into random tokens
             (`rollouts/samplers/uniform.py`); the model then also has `vocab_size` and never sees its mask token.
+        canvas_length: optional. A model of uniform noise that has it denoises a response canvas by canvas behind a
+            clean text: `encode`, `denoise` and `signal` of `rl/models/canvas_lm.py`.
         max_length: longest canvas the model can see.
     """
 

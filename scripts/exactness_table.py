@@ -19,7 +19,7 @@ from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.registry import RECIPES, parse_recipe
 from rollouts.constraints.automaton import edges_of, from_edges
 from rollouts.engines.in_process import Request
-from rollouts.engines.uniform import token_engine
+from rollouts.engines.tokens import token_engine
 from rollouts.samplers.options import SamplerOptions
 
 PAGE, MARK = Path(__file__).resolve().parent.parent / "docs" / "decoders.md", "<!-- exactness -->"

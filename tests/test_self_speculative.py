@@ -13,7 +13,7 @@ import torch
 from rl.estimators.trace_rows import packed_rows
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.self_speculative import SelfSpeculativeEngine
-from rollouts.engines.uniform import token_engine
+from rollouts.engines.tokens import token_engine
 from rollouts.samplers.options import SamplerOptions
 
 # Read at the mask or before it, with clean tokens that see their block or only what is left of them.

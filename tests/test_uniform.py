@@ -18,7 +18,8 @@ from rl.losses.aggregate import weighted_sum
 from rl.recipes.tracerl import TraceRL
 from rl.train.plan import check_run
 from rollouts.engines.in_process import Request
-from rollouts.engines.uniform import UniformEngine, token_engine
+from rollouts.engines.tokens import token_engine
+from rollouts.engines.uniform import UniformEngine
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw
 from rollouts.samplers.options import SamplerOptions

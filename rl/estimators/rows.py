@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -108,11 +108,14 @@ class TokenRows(Rows):
         parts = []
         for start in range(0, len(states), size):
             at = slice(start, start + size)
-            part = replace(
-                self, target=self.target[at], allowed_at=None if self.allowed_at is None else self.allowed_at[at]
-            )
-            parts.append(checkpoint(part._from_states, model, states[at], use_reentrant=False))
+            parts.append(checkpoint(self.some(at)._from_states, model, states[at], use_reentrant=False))
         return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def some(self, kept: torch.Tensor | slice) -> Self:
+        """The same rows with some of the decisions: bool [N], or a slice."""
+        flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
+        own = {name: getattr(self, name, None) for name in (*flat, "allowed_at", "before", "after")}
+        return replace(self, **{name: values[kept] for name, values in own.items() if values is not None})
 
     def _from_states(self, model: DenoisingModel, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`drawn`, from the hidden states [N, D] that the decisions are read from."""

@@ -17,9 +17,10 @@ Under uniform noise a decision replaces the token at its place, or lets it stay.
 transition, with the levels of its step (`rollouts/samplers/uniform.py`). This is exact: the law of a rollout is the
 product over its steps and positions.
 
-Two layouts give the same numbers, as documents that may share rows (`pack_to`):
+Three layouts, as documents that may share rows (`pack_to`):
 
 * `remask_rows`: one copy of the canvas per (merged) step. Any model.
+* `canvas_trace_rows`: models of canvases, whose steps see the one before (`rl/estimators/canvas_rows.py`).
 * `packed_rows`: block-causal models only. One document `[clean | noisy copies of blocks]` scores every step of every
   block at once, because a block never sees what comes after it.
 
@@ -35,6 +36,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from rl.estimators.canvas_rows import canvas_trace_rows
 from rl.estimators.documents import Reads, block_document, canvas_document, whole_blocks
 from rl.estimators.rows import TokenRows, assemble, readout
 from rl.estimators.uniform_rows import ReplacedRows
@@ -60,6 +62,9 @@ def trace_rows(
         shrink, segments: see `merged_steps`; pack_to: see `assemble`; masked: see `targets_at`.
     """
     assert steps is None, "the trace trains every step"
+    if getattr(model, "canvas_length", None):
+        _sampler_states(trajectories, shrink, segments)
+        return canvas_trace_rows(trajectories)
     if model.attention == "block_causal":
         whole = whole_blocks(trajectories, block)
         return packed_rows(whole, shrink, block, pack_to, segments, masked=masked, **readout(model))
@@ -247,9 +252,7 @@ def answer_only(rows: TokenRows, trajectories: Sequence[TokenTrajectory]) -> Tok
     """Without the decisions behind an answer's end token; these tokens stay in the canvas where they were seen."""
     end = torch.tensor([t.prompt_length + t.stop_length for t in trajectories])
     kept = rows.position_ids[rows.row, rows.column] < end[rows.trajectory]
-    flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor", "allowed_at")
-    own = {name: getattr(rows, name, None) for name in (*flat, "before", "after")}
-    return replace(rows, **{name: values[kept] for name, values in own.items() if values is not None})
+    return rows.some(kept)
 
 
 def with_equal_steps(rows: TokenRows, steps: Sequence[np.ndarray], within: bool) -> TokenRows:

@@ -23,7 +23,7 @@ from rollouts.samplers.distribution import can_be_predicted
 from rollouts.samplers.uniform import noised_logprobs, transition_logprobs
 
 # Lowest signal level: at 0 the bound is 0 / 0.
-_LOWEST = 1e-3
+LOWEST = 1e-3
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,7 @@ def random_noise_rows(
         rows whose decisions are all tokens of the answers, and their weights float64 [N], which are 1.
     """
     count, width = len(sequences), max(len(sequence) for sequence in sequences)
-    level = (1.0 - stratified(count, rng)).clip(min=_LOWEST)
+    level = (1.0 - stratified(count, rng)).clip(min=LOWEST)
     lost = rng.random((count, width)) >= level[:, None]
     drawn = rng.choice(noise_tokens, (count, width))
     documents, reads, levels = [], [], []

@@ -31,7 +31,7 @@ from rl.models.load import load_policy
 from rl.models.tokenizers import load_tokenizer
 from rl.models.vocabulary import compiled_constraint
 from rollouts.engines.base import Request
-from rollouts.engines.uniform import token_engine
+from rollouts.engines.tokens import token_engine
 from rollouts.samplers.options import ConstraintOptions, SamplerOptions, with_changes
 
 log = logging.getLogger("denoise-rl")

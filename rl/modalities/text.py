@@ -11,6 +11,7 @@ import torch
 
 from rl.config import Config
 from rl.errors import about
+from rl.estimators.canvas_rows import random_canvas_rows
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows, readout
 from rl.estimators.uniform_rows import random_noise_rows
@@ -26,7 +27,7 @@ from rollouts.engines.base import Engine
 from rollouts.engines.causal import CausalEngine, ServedCausalEngine, causal_options
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
-from rollouts.engines.uniform import token_engine
+from rollouts.engines.tokens import token_engine
 from rollouts.model_protocol import noise_of
 from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.samplers.uniform import noise_tokens
@@ -109,6 +110,9 @@ class TextModality(TextPlan):
             "num_inference_steps": num_inference_steps,
             "record_x0": self.config.eval.backslide,
         }
+        if self.config.sampler.final_temperature is not None:
+            # DiffusionGemma's decoder is its temperatures; only its last step is greedy.
+            changed |= {"temperature": self.config.sampler.temperature, "last_step": "argmax"}
         return with_changes(self.config.sampler, changed)
 
     def prompt_text(self, row: Example) -> str:
@@ -207,8 +211,12 @@ class TextModality(TextPlan):
     ) -> tuple[TokenRows, torch.Tensor]:
         """Masked or noised answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
         config = self.config
-        sequences, prompt_lengths = self._encode(model, rows)
+        sequences, prompt_lengths, answers = self._encode(model, rows)
         rng, share = np.random.default_rng(list(seed)), 1.0 / (len(rows) * config.sampler.gen_length)
+        if getattr(model, "canvas_length", None):
+            tokens, size = noise_tokens(model).numpy(), model.canvas_length
+            canvases, weight = random_canvas_rows(sequences, prompt_lengths, answers, size, tokens, rng, part)
+            return canvases, weight / (len(rows) * size)
         if noise_of(model) == "uniform":
             noised, weight = random_noise_rows(
                 sequences, prompt_lengths, noise_tokens(model).numpy(), rng, model.logit_shift, part,
@@ -257,15 +265,16 @@ class TextModality(TextPlan):
             return None
         return ["" if cell == "0" else cell for cell in row["puzzle"]]
 
-    def _encode(self, model: Any, rows: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
-        """Prompt and answer ids, the answer filled up to `sampler.gen_length` with end tokens.
+    def _encode(self, model: Any, rows: Sequence[Example]) -> tuple[list[np.ndarray], list[int], list[int]]:
+        """Prompt and answer ids, the answer filled up to `sampler.gen_length` with end tokens; length of each prompt,
+        and of each answer with one end token.
 
         Raises:
             ValueError: a row has no answer, or one that does not fit.
         """
         length = self.config.sampler.gen_length
         block = model.block_length if model.attention == "block_causal" else 1
-        sequences, prompt_lengths = [], []
+        sequences, prompt_lengths, answer_lengths = [], [], []
         eos, chat = self.tokenizer.eos_token_id, self.config.task.chat
         if any(row.get("answer") is None for row in rows):
             raise ValueError("sft needs rows with an answer: set task.params.answer_column")
@@ -286,4 +295,5 @@ class TextModality(TextPlan):
                 )
             sequences.append(np.array([*prompt, *answer, *fill], dtype=np.int64))
             prompt_lengths.append(len(prompt))
-        return sequences, prompt_lengths
+            answer_lengths.append(min(len(answer) + 1, length_here))
+        return sequences, prompt_lengths, answer_lengths

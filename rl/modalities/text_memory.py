@@ -26,7 +26,7 @@ from rl.models.folder import backbone_of, local_config, shape_of, vision_describ
 from rl.models.lora import add_adapters
 from rl.models.vision import Vision
 from rollouts.engines.base import Request
-from rollouts.engines.uniform import token_engine
+from rollouts.engines.tokens import token_engine
 
 if TYPE_CHECKING:
     from rollouts.trajectory import TokenTrajectory

@@ -208,18 +208,27 @@ def _check_constraint(config: Config, tokenizer: Any) -> None:
 
 def _check_noise(config: Config) -> None:
     """Refuse what needs masks, where the model's noise is uniform."""
+    from rl.models.families import family_of
+    from rl.models.families.diffusion_gemma import DiffusionGemma
     from rl.models.folder import local_config
 
     model, recipe = config.model, config.algorithm
     file = local_config(model.path) if model.path is not None else None
-    noise = model.noise if model.path is None else None
+    described: dict[str, Any] = {"noise": model.noise} if model.path is None else {}
     # A file that is no JSON is refused with the model's tokenizer.
     with contextlib.suppress(json.JSONDecodeError):
-        noise = json.loads(file.read_text()).get("noise") if file else noise
+        described = json.loads(file.read_text()) if file else described
+    if isinstance(family_of(described, model.family), DiffusionGemma):
+        described = DiffusionGemma().fields(described)
+    canvas_length: int | None = described.get("canvas_length")
+    noise = described.get("noise")
     if noise != "uniform":
+        config.sampler.check_absorbing()
         return
-    config.sampler.check_uniform()
-    with_changes(config.sampler, config.eval.sampler).check_uniform()
+    config.sampler.check_uniform(canvas_length)
+    with_changes(config.sampler, config.eval.sampler).check_uniform(canvas_length)
+    if config.train.steps and config.sampler.last_step != "draw":
+        raise ValueError("sampler.last_step argmax decides tokens without a log-prob: train with draw")
     if config.train.steps and noise not in recipe.noises:
         able = [name for name in RECIPES.known if noise in getattr(RECIPES.resolve(name), "noises", ())]
         raise ValueError(

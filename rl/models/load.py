@@ -15,6 +15,7 @@ from rl.models import lora
 from rl.models.context import stretched
 from rl.models.families import family_of, open_family
 from rl.models.families.causal import CausalFamily, causal_family, settings_of
+from rl.models.families.diffusion_gemma import DiffusionGemma
 from rl.models.folder import check_backbone, check_model_folder, local_folder, read_config
 from rl.models.tokenizers import read_tokenizer
 from rl.models.vision import add_vision
@@ -88,6 +89,10 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
 
         freeze(model)
     model.head_chunk = config.head_chunk
+    if config.self_conditioning_gradient:
+        if not hasattr(model, "self_conditioning_gradient"):
+            raise ValueError("model.self_conditioning_gradient is for DiffusionGemma: leave it out")
+        model.self_conditioning_gradient = True
     if config.gradient_checkpointing:
         # It acts in the learner alone, which sets the layers' training flag.
         model.activation_checkpointing_enable()
@@ -128,13 +133,19 @@ def _from_path(config: ModelConfig, tokenizer: Any) -> Any:
     _quiet()
     try:
         described = read_config(config.path)
-        causal_family(family_of(described, config.family), described, config.convert)
+        family = family_of(described, config.family)
+        causal_family(family, described, config.convert)
         if config.family is None and described.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             from rl.models.masked_lm import load_masked_lm
 
             if config.context.length:
                 raise ValueError("model.context.length is for decoders with a rotary embedding: leave it out")
             return load_masked_lm(config.path, tokenizer, config.wrap)
+        if isinstance(family, DiffusionGemma):
+            from rl.models.canvas_lm import load_canvas_lm
+
+            family.fields(described)
+            return load_canvas_lm(config.path, tokenizer)
         return _diffusion_lm(config, described, None if tokenizer is None else tokenizer.mask_token_id)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path {config.path!r} cannot be loaded: {first_line(error)}") from error

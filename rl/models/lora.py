@@ -44,7 +44,12 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
     from transformers.pytorch_utils import Conv1D
 
     below = policy.body
-    linear = {name: type(m) for name, m in below.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linear = {
+        name: type(m)
+        for name, m in below.named_modules()
+        # The router of DiffusionGemma alone is a linear layer; none is adapted.
+        if isinstance(m, nn.Linear | Conv1D) and ".router." not in name
+    }
     # Experts are no layers but stacked tensors, which get an adapter only where they are named.
     stacked = [
         t for t in options.targets or () if any(n.endswith(f".{t}") for n, p in below.named_parameters() if p.ndim == 3)
@@ -75,6 +80,7 @@ def _inject(policy: Any, config: Any, field: str) -> None:
         inject_adapter_in_model(config, below)
     except ValueError as error:
         raise ValueError(f"{field}: {str(error).splitlines()[0]}") from error
+    policy.share()
     for name, module in below.named_modules():
         linear = not isinstance(module, BaseTunerLayer) or isinstance(module.get_base_layer(), nn.Linear | Conv1D)
         if not linear and not hasattr(module, "parameter_name"):
@@ -163,6 +169,7 @@ def merge_adapters(policy: Any) -> None:
         owner, _, leaf = name.rpartition(".")
         setattr(below.get_submodule(owner), leaf, _merge(module))
     del below.peft_config
+    policy.share()
     policy.requires_grad_(True)
 
 

@@ -70,7 +70,7 @@ def freeze(model: nn.Module) -> None:
     if not found:
         raise ValueError("model.train_router is false, and the model has no routers: leave it out")
     for router in found:
-        router.weight.requires_grad_(False)
+        router.requires_grad_(False)
 
 
 def _routed(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

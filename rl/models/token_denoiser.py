@@ -24,6 +24,9 @@ class TokenDenoiser(ExactRotary):
     context_causal: Any = False
     head_chunk: int | None = None
 
+    def share(self) -> None:
+        """Give every place of a layer that has several the layer as it is now, after adapters were put in or merged."""
+
     def head_parameters(self: Any) -> list[nn.Parameter]:
         """The parameters that `token_logits` alone uses."""
         below = [self.body, *([self.vision] if getattr(self, "vision", None) is not None else [])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rollouts.model_protocol import DenoisingModel
+from rollouts.model_protocol import DenoisingModel, noise_of
 from rollouts.samplers.options import SamplerOptions
 
 
@@ -18,6 +18,8 @@ def fitted_options(
         ValueError: a choice that this model, cache or tokenizer does not go with.
     """
     block_causal = model.attention == "block_causal"
+    if noise_of(model) == "absorbing":
+        options.check_absorbing()
     if approximate_cache not in ("none", "prefix", "dual"):
         raise ValueError(f"rollout.cache must be none, prefix or dual, got {approximate_cache!r}")
     if block_causal and approximate_cache != "none":

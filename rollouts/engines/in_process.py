@@ -69,7 +69,7 @@ class InProcessEngine(SharedModelEngine):
         """
         if max_batch_size < 1:
             raise ValueError(f"rollout.max_batch_size must be at least 1, got {max_batch_size}")
-        assert options.verify == self.verifies, "rollouts.engines.uniform.token_engine picks the engine"
+        assert options.verify == self.verifies, "rollouts.engines.tokens.token_engine picks the engine"
         self.model = model
         self.mask_token_id = mask_token_of(model)
         self.block_causal = model.attention == "block_causal"

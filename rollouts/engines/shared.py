@@ -46,6 +46,12 @@ class SharedForwards:
         hidden = self._model.hidden_states(input_ids[first], visible=None if visible is None else visible[first])
         return hidden[inverse]
 
+    def denoise(self, canvas: torch.Tensor, *state: Any) -> torch.Tensor:
+        """[B, C, D]; see `rl/models/canvas_lm.py`, which reads equal clean texts once. Equal canvases are rare."""
+        self.last_run = len(canvas)
+        hidden: torch.Tensor = self._model.denoise(canvas, *state)  # type: ignore[attr-defined]
+        return hidden
+
 
 def first_of_equal_rows(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Group equal rows.

@@ -11,21 +11,13 @@ import torch
 from rollouts.engines.base import Request
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import Record
-from rollouts.engines.self_speculative import SelfSpeculativeEngine
 from rollouts.engines.slots import Plan
-from rollouts.model_protocol import DenoisingModel, noise_of
+from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.step import StepResult
 from rollouts.samplers.uniform import ancestral_step, entropy_bound_step, random_tokens
 from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import full_visibility
-
-
-def token_engine(model: DenoisingModel, options: SamplerOptions, **settings: Any) -> InProcessEngine:
-    """The engine for a model's noise and a decoder; settings are those of `InProcessEngine`."""
-    if noise_of(model) == "uniform":
-        return UniformEngine(model, options, **settings)
-    return (SelfSpeculativeEngine if options.verify else InProcessEngine)(model, options, **settings)
 
 
 class UniformEngine(InProcessEngine):
@@ -36,7 +28,7 @@ class UniformEngine(InProcessEngine):
         Raises:
             ValueError: an option that reveals masks, which there are none of.
         """
-        options.check_uniform()
+        options.check_uniform(getattr(model, "canvas_length", None))
         super().__init__(model, options, **settings)
         if self.approximate_cache != "none":
             raise ValueError("rollout.cache keeps revealed tokens, and uniform noise reveals none: set it to none")
@@ -51,20 +43,8 @@ class UniformEngine(InProcessEngine):
         return record.by_request()
 
     def _decode(self, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], record: Record) -> None:
-        index = np.array([plan.index for plan in plans])
-        fields = np.array([(plan.prompt, plan.length, plan.steps, plan.seed) for plan in plans]).T
-        prompt, length, steps, seed = torch.from_numpy(fields).to(self.device)
-        place = torch.arange(int(length.max()), device=self.device)
-        canvas = torch.zeros((len(plans), len(place)), dtype=torch.int64, device=self.device)
-        for row, ids in enumerate(prompts):
-            canvas[row, : len(ids)] = torch.as_tensor(ids, device=self.device)
-        record.length[index], record.num_steps[index] = length.cpu().numpy(), steps.cpu().numpy()
-        row, position = ((place >= prompt[:, None]) & (place < length[:, None])).nonzero(as_tuple=True)
-        nothing, start = torch.zeros(len(row), dtype=torch.float64, device=self.device), torch.zeros_like(row)
-        token = random_tokens(self.model, seed[row], start, position)
-        result = StepResult(row, position, token, nothing, nothing, torch.ones_like(row, dtype=torch.bool))
-        record.add(result, index, np.full(len(plans), -1), self.mask_token_id)
-        canvas[row, position] = result.token
+        index, prompt, steps, seed, canvas, length, row, position = self._start(plans, prompts, record)
+        record.num_steps[index] = steps.cpu().numpy()
         for step in range(int(steps[0])):
             active = int((steps > step).sum())
             inside = row < active
@@ -77,9 +57,8 @@ class UniformEngine(InProcessEngine):
             if self.options.selector == "entropy_bound":
                 free, now = torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(steps[:active], step)
                 free[row, position] = True
-                result = entropy_bound_step(
-                    logits, tokens, free, seed[:active], now, steps[:active], self.options, self.model
-                )
+                last = now + 1 == steps[:active]
+                result = entropy_bound_step(logits, tokens, free, seed[:active], now, last, self.options, self.model)
             else:
                 now = torch.full_like(row, step)
                 result = ancestral_step(
@@ -89,6 +68,29 @@ class UniformEngine(InProcessEngine):
             canvas[row, position] = result.token
             self._stepped(canvas)
         self.stats.generated_tokens += int((length - prompt).sum())
+
+    def _start(self, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], record: Record) -> tuple[Any, ...]:
+        """Canvases of noise behind their prompts, which is recorded.
+
+        Returns:
+            index: int64 [B], an array; prompt, steps, seed: int64 [B]; canvas: int64 [B, L]; length: int64 [B]; row and
+            position: int64 [N], the places of the responses.
+        """
+        index = np.array([plan.index for plan in plans])
+        fields = np.array([(plan.prompt, plan.length, plan.steps, plan.seed) for plan in plans]).T
+        prompt, length, steps, seed = torch.from_numpy(fields).to(self.device)
+        place = torch.arange(int(length.max()), device=self.device)
+        canvas = torch.zeros((len(plans), len(place)), dtype=torch.int64, device=self.device)
+        for row, ids in enumerate(prompts):
+            canvas[row, : len(ids)] = torch.as_tensor(ids, device=self.device)
+        record.length[index] = length.cpu().numpy()
+        row, position = ((place >= prompt[:, None]) & (place < length[:, None])).nonzero(as_tuple=True)
+        nothing, start = torch.zeros(len(row), dtype=torch.float64, device=self.device), torch.zeros_like(row)
+        token = random_tokens(self.model, seed[row], start, position)
+        result = StepResult(row, position, token, nothing, nothing, torch.ones_like(row, dtype=torch.bool))
+        record.add(result, index, np.full(len(plans), -1), self.mask_token_id)
+        canvas[row, position] = result.token
+        return index, prompt, steps, seed, canvas, length, row, position
 
     def _stepped(self, canvas: torch.Tensor) -> None:
         """Called with the canvases int64 [B, L] after every step, for whoever watches."""

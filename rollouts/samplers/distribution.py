@@ -21,7 +21,8 @@ def exclude_(logits: torch.Tensor, mask_token_id: int, excluded: Ranges) -> torc
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     never = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    never[mask_token_id] = _NEVER
+    if mask_token_id < len(never):
+        never[mask_token_id] = _NEVER
     for start, stop in excluded:
         never[start:stop] = _NEVER
     return logits.add_(never)

@@ -80,6 +80,12 @@ class SamplerOptions(BaseModel):
         description="Decode in blocks of this many tokens, left to right; null decodes the response at once.",
     )
     temperature: float = Field(1.0, ge=0, description="Token sampling temperature; 0 is greedy.")
+    final_temperature: float | None = Field(
+        None,
+        ge=0,
+        description="Canvas models (DiffusionGemma): the temperature falls in even steps from sampler.temperature to "
+        "this, which would come after the last; null keeps it.",
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus filter; 1 keeps every token.")
     top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
     cfg_scale: float = Field(
@@ -131,6 +137,17 @@ class SamplerOptions(BaseModel):
         gt=0,
         description="Nats: bound on the revealed positions' entropies without the largest (selector entropy_bound) or "
         "with it (entropy_sum).",
+    )
+    stop_entropy: float | None = Field(
+        None,
+        gt=0,
+        description="Canvas models: a canvas is finished early by the step whose most likely tokens are those of the "
+        "step before, with a mean entropy below this (nats); null takes all steps.",
+    )
+    last_step: Literal["draw", "argmax"] = Field(
+        "draw",
+        description="Selector entropy_bound under uniform noise: whether a canvas's last step draws its tokens, which "
+        "training needs, or takes the most likely.",
     )
     reviser: Literal["none", "rcr", "remdm", "edit"] = Field(
         "none",
@@ -241,23 +258,50 @@ class SamplerOptions(BaseModel):
             )
         return steps // num_blocks
 
-    def check_uniform(self) -> None:
-        """Raise ValueError for an option that reveals masks: a model of uniform noise has none."""
+    def check_uniform(self, canvas_length: int | None = None) -> None:
+        """Raise ValueError for an option that reveals masks: a model of uniform noise has none.
+
+        Args:
+            canvas_length: of a model that denoises canvases.
+        """
         names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", *PARTS}
         if self.selector == "entropy_bound":
             names -= {"preset", "selector", "score", "score_from", "entropy_bound"}
+        elif canvas_length:
+            raise ValueError("the model denoises canvases by their entropy: set sampler.preset to entropy_bound")
+        elif self.last_step != "draw":
+            raise ValueError("sampler.last_step argmax needs sampler.preset entropy_bound: leave it out")
         for name in sorted(names):
             if getattr(self, name) != SamplerOptions.model_fields[name].default:
                 raise ValueError(
                     f"sampler.{name} is for absorbing noise, whose masks are revealed, and the model's noise is "
                     "uniform: leave it out, or set sampler.preset to entropy_bound"
                 )
+        self._check_canvas(canvas_length)
+
+    def _check_canvas(self, canvas_length: int | None) -> None:
+        for name in ("final_temperature", "stop_entropy"):
+            if not canvas_length and getattr(self, name) is not None:
+                raise ValueError(f"sampler.{name} is for models that denoise canvases (DiffusionGemma): leave it out")
+        if canvas_length and self.gen_length % canvas_length:
+            raise ValueError(
+                f"sampler.gen_length ({self.gen_length}) must be a multiple of the model's canvas of {canvas_length}"
+            )
+        if canvas_length:
+            self.model_copy(update={"block_length": canvas_length}).steps_per_block()
+
+    def check_absorbing(self) -> None:
+        """Raise ValueError for an option of uniform noise alone."""
+        if self.last_step != "draw":
+            raise ValueError("sampler.last_step argmax is for uniform noise, the model's is absorbing: leave it out")
+        self._check_canvas(None)
 
     def distribution(self) -> dict[str, Any]:
         """The settings a learner needs to score the recorded tokens; guidance only where there is some."""
         settings: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         constraint = {} if self.constraint is None else {"constraint": self.constraint.model_dump(exclude_none=True)}
-        return settings | ({"cfg_scale": self.cfg_scale} if self.cfg_scale else {}) | constraint
+        falls = {} if self.final_temperature is None else {"final_temperature": self.final_temperature}
+        return settings | falls | ({"cfg_scale": self.cfg_scale} if self.cfg_scale else {}) | constraint
 
     def decoder(self) -> dict[str, Any]:
         """The preset's name and every part: the rule that chose positions, as a trajectory records it."""

@@ -41,6 +41,23 @@ def signal_levels(step: torch.Tensor, num_steps: torch.Tensor) -> tuple[torch.Te
     return step.double() / num_steps, (step + 1).double() / num_steps
 
 
+def step_temperature(
+    step: int | torch.Tensor, num_steps: torch.Tensor, first: float, final: float | None
+) -> torch.Tensor:
+    """float64 [B]: temperature of a step, final + (first - final) (T - step) / T as in DiffusionGemma's generation.
+
+    Example: 0.8 and 0.4 in 4 steps give 0.8, 0.7, 0.6 and 0.5; the final one would come after the last step. Greedy
+    decoding (0) is read as a millionth, at which a softmax is all on its maximum.
+
+    Args:
+        step: 0 to T - 1; num_steps: int64 [B], T.
+        final: None keeps the first.
+    """
+    left = (num_steps - step).double() / num_steps
+    final = first if final is None else final
+    return (final + (first - final) * left).clamp(min=1e-6)
+
+
 def transition_logprobs(
     logits: torch.Tensor,
     token: torch.Tensor,
@@ -100,7 +117,7 @@ def entropy_bound_step(
     free: torch.Tensor,
     seed: torch.Tensor,
     step: torch.Tensor,
-    num_steps: torch.Tensor,
+    last: torch.Tensor,
     options: SamplerOptions,
     model: Any,
 ) -> StepResult:
@@ -108,16 +125,19 @@ def entropy_bound_step(
 
     So it is in transformers' `generation_diffusion_gemma.py`. As many positions take a draw from f as the entropy bound
     (Ben-Hamu et al. 2025, arXiv 2505.24857) allows, whatever stands there. At the last step all of them do; there
-    transformers gives the most likely tokens, which temperature 0 gives here.
+    transformers gives the most likely tokens, as `last_step` argmax does.
 
     Args:
         logits: [N, V], at the free positions.
         canvas: int64 [B, L]; free: bool [B, L], the response.
-        seed, step, num_steps: int64 [B].
+        seed, step: int64 [B]; last: bool [B], whether this step is a row's last.
         model: says what noise draws from.
     """
     result = denoise_step(StepState(canvas, free, free, torch.ones_like(step), seed, step), logits, options)
-    last = (step + 1 == num_steps)[result.row]
+    last = last[result.row]
+    if options.last_step == "argmax":
+        result.token = torch.where(last, logits.argmax(-1), result.token)
+        result.logprob = result.logprob.masked_fill(last, 0)
     result.is_noise = ~result.reveal & ~last
     random = random_tokens(model, seed[result.row], step[result.row] + 1, result.position)
     result.token = torch.where(result.is_noise, random, result.token)

@@ -42,7 +42,7 @@ class Family:
     Attributes:
         model_type, architecture: as in its config.json.
         backbone: model_type of the transformers decoder it is built on.
-        attention, logit_shift: as of `DiffusionLM`.
+        attention, logit_shift, noise: as of `DiffusionLM`.
         keys: key of config.json -> key of the backbone's config, where both mean the same.
         constants: keys of config.json that this reading depends on, with the only value it holds for. A key that is
             absent or null counts as having it.
@@ -55,6 +55,7 @@ class Family:
     backbone: ClassVar[str]
     attention: ClassVar[str] = "full"
     logit_shift: ClassVar[int] = 0
+    noise: ClassVar[str] = "absorbing"
     keys: ClassVar[Mapping[str, str]] = SIZES
     constants: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False}
     defaults: ClassVar[Mapping[str, Any]] = {}
