@@ -24,6 +24,7 @@ from rl.run_folder import model_folder
 from rl.tasks.chat import prompt_text, token_ids
 from rl.tasks.load import modality_of
 from rl.track.pieces import Pieces
+from rollouts.engines.canvas import CanvasEngine
 from rollouts.engines.causal import CausalEngine
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.self_speculative import SelfSpeculativeEngine
@@ -58,6 +59,10 @@ class WatchedUniformEngine(UniformEngine):
     def _stepped(self, canvas: torch.Tensor) -> None:
         if self.show is not None:
             self.show(canvas[0].tolist())
+
+
+class WatchedCanvasEngine(WatchedUniformEngine, CanvasEngine):
+    """The same for a model that denoises canvases; those to come are noise."""
 
 
 class WatchedCausalEngine(CausalEngine):
@@ -111,7 +116,8 @@ class Chat:
         if not config.model.autoregressive:
             # What self-speculative decoding gives is seen when it is finished.
             engine = SelfSpeculativeEngine if config.sampler.verify else WatchedEngine
-            engine = WatchedUniformEngine if noise_of(model) == "uniform" else engine
+            if noise_of(model) == "uniform":
+                engine = WatchedCanvasEngine if getattr(model, "canvas_length", None) else WatchedUniformEngine
             settings["approximate_cache"] = config.rollout.cache
             if config.sampler.constraint is not None:
                 excluded = model.excluded_token_ids
