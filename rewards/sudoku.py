@@ -5,9 +5,11 @@ No stored answer is compared, so puzzles with several solutions are judged fairl
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rewards.score import Score
@@ -35,11 +37,19 @@ def sudoku(
     return [_score_one(clue, text_of(text)) for clue, text in zip(givens, completions, strict=True)]
 
 
+def _clues(puzzle: str) -> str:
+    return re.sub(r"\s", "", puzzle).removesuffix("=").translate(BLANKS)
+
+
+def is_puzzle(clues: str) -> bool:
+    return len(clues) in (16, 81) and re.fullmatch(f"[0-{math.isqrt(len(clues))}]+", clues) is not None
+
+
 def _score_one(puzzle: str, completion: str) -> Score:
-    clues = re.sub(r"\s", "", puzzle).removesuffix("=").translate(BLANKS)
+    clues = _clues(puzzle)
     size = math.isqrt(len(clues))
     box = math.isqrt(size)
-    if len(clues) not in (16, 81) or not re.fullmatch(f"[0-{size}]+", clues):
+    if not is_puzzle(clues):
         return Score(None, reason=f"not a 4x4 or 9x9 sudoku: {puzzle[:90]!r}; give the givens in the column `puzzle`")
     grid = re.sub(r"\s", "", answer_part(completion))
     if not re.fullmatch(f"[1-{size}]{{{size * size}}}", grid):
@@ -56,3 +66,60 @@ def _score_one(puzzle: str, completion: str) -> Score:
     right = sum(len(set(unit)) == size for unit in rows + columns + boxes)
     metrics = {"givens_kept": float(kept), "units_right": right / (3 * size)}
     return Score(float(kept and right == 3 * size), metrics=metrics)
+
+
+def corrected(
+    prompts: Sequence[Any], completions: Sequence[Any], puzzle: Sequence[str] | None = None, **columns: Any
+) -> list[str | None]:
+    """An expert for `algorithm.expert`: the solution that agrees with the completion in most cells.
+
+    Args:
+        prompts, puzzle: as of `sudoku`.
+
+    Returns:
+        One grid per completion; None where the completion is no full grid, or the puzzle has no solution. Of many
+        solutions the first `MOST_SOLUTIONS` are compared.
+    """
+    givens = [text_of(prompt) for prompt in prompts] if puzzle is None else puzzle
+    return [
+        _nearest(_clues(clue), re.sub(r"\s", "", text_of(text))) for clue, text in zip(givens, completions, strict=True)
+    ]
+
+
+MOST_SOLUTIONS = 1000
+
+
+def _nearest(clues: str, draft: str) -> str | None:
+    if len(draft) != len(clues) or not is_puzzle(clues):
+        return None
+    found = itertools.islice(solutions(clues), MOST_SOLUTIONS)
+    return max(found, key=lambda grid: sum(map(operator.eq, grid, draft)), default=None)
+
+
+def solutions(grid: str) -> Iterator[str]:
+    """Every way to fill the zeros of a grid, row by row, by the rules; nothing for a grid that breaks one."""
+    size = math.isqrt(len(grid))
+    box = math.isqrt(size)
+    options = {}
+    for cell, digit in enumerate(grid):
+        row, column = divmod(cell, size)
+        seen = {
+            grid[other]
+            for other in range(len(grid))
+            if other != cell
+            and (
+                other // size == row
+                or other % size == column
+                or (other // size // box, other % size // box) == (row // box, column // box)
+            )
+        }
+        if digit == "0":
+            options[cell] = [str(d) for d in range(1, size + 1) if str(d) not in seen]
+        elif digit in seen:
+            return
+    if not options:
+        yield grid
+        return
+    cell = min(options, key=lambda c: len(options[c]))
+    for digit in options[cell]:
+        yield from solutions(grid[:cell] + digit + grid[cell + 1 :])

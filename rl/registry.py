@@ -101,6 +101,7 @@ RECIPES = Table(
         "espo": "rl.recipes.espo:ESPO",
         "gdsd": "rl.recipes.gdsd:GDSD",
         "d2_stepmerge": "rl.recipes.d2_stepmerge:D2StepMerge",
+        "rediff": "rl.recipes.rediff:ReDiff",
         "cj_grpo": "rl.recipes.cj_grpo:CJGRPO",
         "justgrpo": "rl.recipes.justgrpo:JustGRPO",
     },

@@ -93,9 +93,10 @@ class SftConfig(Section):
         None,
         description="File of trajectories (denoise-rl rollout) whose exact traces are imitated instead of answers.",
     )
-    loss_weight: Literal["elbo", "uniform"] = Field(
-        "elbo", description="Weight 1/t on a masked token (the MDLM bound), or 1."
+    loss_weight: Literal["elbo", "effective", "uniform"] = Field(
+        "elbo", description="Weight of a masked token: 1/t (MDLM's bound), 1/masked share of its block (SDAR-VL), or 1."
     )
+    errors: float = Field(0.0, ge=0, lt=1, description="Share of visible answer tokens made random ones (ReDiff).")
     drop_condition: float = Field(
         0.1, ge=0, le=1, description="Share of images shown without their prompt, which guidance needs."
     )

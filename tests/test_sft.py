@@ -290,3 +290,43 @@ def test_semi_autoregressive_masks_by_hand() -> None:
         # One of three blocks stands for all: weights are 3/t, at least 3.
         assert (weight[rows.row == row] >= 3).all()
     assert {0, 1, 2} == set(chosen)
+
+
+# --- effective mask ratio, and errors to be revised -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_effective_weights_are_the_inverse_of_the_share_that_is_masked(block_length: int | None) -> None:
+    tokens, rows, weight = draw(block_length=block_length, effective=True)
+    start = [0 if block_length is None else len(sequence) for sequence in tokens]
+    seen: dict[tuple[int, int], list[float]] = {}
+    for row, column, w in zip(rows.row.tolist(), rows.column.tolist(), weight.tolist(), strict=True):
+        block = 0 if block_length is None else (column - start[row]) // block_length
+        seen.setdefault((row, block), []).append(w)
+    for (row, block), weights in seen.items():
+        first, last = (
+            (0, len(tokens[row])) if block_length is None else (block * block_length, (block + 1) * block_length)
+        )
+        places = last - max(first, PROMPTS[row])
+        # As many weights as masked tokens, and so their sum is the number of places.
+        assert weights == [pytest.approx(places / len(weights))] * len(weights)
+    with pytest.raises(ValueError, match="effective is for masking random"):
+        draw(effective=True, semi_ar=2)
+
+
+def test_errors_stand_on_the_canvas_and_are_read() -> None:
+    errors = np.array([9, 10])
+    plain, masked, weight = draw()
+    _, rows, weights = draw(errors=0.5, error_tokens=errors)
+    shown = rows.input_ids[rows.row, rows.column]
+    hidden = shown == MASK
+    assert torch.equal(rows.target[hidden], masked.target) and torch.equal(weights[hidden], weight)
+    assert 0 < int((~hidden).sum()) < 20 and set(shown[~hidden].tolist()) <= {9, 10}
+    assert (weights[~hidden] == 1).all()
+    truth = [plain[row][column] for row, column in zip(rows.row.tolist(), rows.column.tolist(), strict=True)]
+    assert rows.target.tolist() == truth
+    read = {(r, c) for r, c in zip(rows.row.tolist(), rows.column.tolist(), strict=True)}
+    for row, sequence in enumerate(plain):
+        for column, token in enumerate(sequence):
+            changed = int(rows.input_ids[row, column]) != token
+            assert not changed or ((row, column) in read and column >= PROMPTS[row])

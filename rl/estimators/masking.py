@@ -26,6 +26,9 @@ def random_mask_rows(
     semi_ar: int | None = None,
     part: slice = slice(None),
     context_causal: bool = False,
+    effective: bool = False,
+    errors: float = 0.0,
+    error_tokens: np.ndarray | None = None,
 ) -> tuple[TokenRows, torch.Tensor]:
     """Mask the answers at random.
 
@@ -43,6 +46,10 @@ def random_mask_rows(
         part: the sequences to return. Masks are drawn for all of them, so that the mask of a sequence does not depend
             on the cut into micro-batches and ranks.
         logit_shift, context_causal: as of the model.
+        effective: weights 1/s in place of 1/t, with the share s of the block's (or sequence's) answer tokens that is
+            masked indeed (SDAR-VL, Cheng et al. 2025, arXiv 2512.14068: effective mask ratio scaling).
+        errors: share of the visible answer tokens that random ones of `error_tokens` int64 [n] replace; they are read
+            too, with weight 1 (ReDiff, arXiv 2510.19871). A draw may be the token itself.
 
     Returns:
         rows whose decisions are the masked tokens, and w float64 [N], which makes the weighted sum over decisions an
@@ -50,6 +57,8 @@ def random_mask_rows(
     """
     if block_length is not None and semi_ar is not None:
         raise ValueError("sft.masking semi_ar is for full attention: block-causal models train on every block")
+    if effective and semi_ar is not None:
+        raise ValueError("sft.loss_weight effective is for masking random: set sft.loss_weight to elbo")
     if block_length is not None and any(len(sequence) % block_length for sequence in sequences):
         raise ValueError(f"sequences must be multiples of the block length {block_length}")
     count = len(sequences)
@@ -63,6 +72,12 @@ def random_mask_rows(
         level = np.repeat(stratified(count * num_blocks, rng).reshape(count, num_blocks), block_length, axis=1)
     masked = hidden = answer & (rng.random(answer.shape) < level)
     weight = np.broadcast_to(1.0 / level, answer.shape)
+    if effective:
+        own = np.zeros_like(positions) if block_length is None else positions // block_length
+        share = np.stack(
+            [(masked & (own == b)).sum(1) / np.maximum((answer & (own == b)).sum(1), 1) for b in range(own[-1] + 1)]
+        )
+        weight = 1.0 / np.where(masked, share[own].T, 1.0)
     if semi_ar is not None:
         counts = -(-(end - start) // semi_ar)
         chosen = (rng.random((count, 1)) * counts).astype(np.int64)
@@ -70,10 +85,18 @@ def random_mask_rows(
         masked = masked & (own == chosen)
         hidden = masked | (answer & (own > chosen))
         weight = weight * counts
+    wrong = np.zeros_like(answer)
+    if errors:
+        assert error_tokens is not None
+        wrong = answer & ~hidden & (rng.random(answer.shape) < errors)
+        random = rng.choice(error_tokens, answer.shape)
+        weight = np.where(wrong, 1.0, weight)
     documents, reads, weights = [], [], []
     for index, i in enumerate(range(count)[part]):
-        sequence, column = sequences[i], np.flatnonzero(masked[i])
+        sequence, column = sequences[i], np.flatnonzero(masked[i] | wrong[i])
         noisy = np.where(hidden[i, : len(sequence)], mask_token_id, sequence)
+        if errors:
+            noisy = np.where(wrong[i, : len(sequence)], random[i, : len(sequence)], noisy)
         document, shift = noisy_document(sequence, noisy, block_length)
         documents.append(document)
         reads.append(Reads(index, column + shift, sequence[column], 0))

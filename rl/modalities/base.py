@@ -100,6 +100,8 @@ class Modality:
             raise ValueError(f"train.block_schedule {about_it}: set it to []")
         if config.sft.trajectories is not None:
             raise ValueError(f"sft.trajectories {about_it}: set it to null")
+        if config.sft.errors:
+            raise ValueError(f"sft.errors {about_it}: set it to 0")
         if config.convert.steps:
             raise ValueError(f"convert.steps {about_it}: set it to 0")
         if config.sft.masking != "random":

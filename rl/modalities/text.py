@@ -231,6 +231,9 @@ class TextModality(TextPlan):
             model.block_length if model.attention == "block_causal" else None,
             semi_ar=config.sampler.block_length if config.sft.masking == "semi_ar" else None,
             part=part,
+            effective=config.sft.loss_weight == "effective",
+            errors=config.sft.errors,
+            error_tokens=noise_tokens(model).numpy() if config.sft.errors else None,
             **readout(model),
         )
         if config.sft.loss_weight == "uniform":

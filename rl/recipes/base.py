@@ -194,6 +194,12 @@ class Recipe(AnyRecipe):
         """
         return None
 
+    def look_at(self, run: Any, rollouts: Any) -> None:
+        """See a step's rollouts on this rank (`rl.train.rollouts.ScoredRollouts`) before anything is made of them.
+
+        It may clear entries of their `keep` and `counted`, and add numbers to `filtered`.
+        """
+
     def summary(self, trajectory: Any) -> Any:
         """Something small that `advantage` needs to know of a trajectory (`Verdicts.summaries`)."""
         return None

@@ -119,6 +119,7 @@ class PolicyUpdater(Updater):
         self._use_blocks(step)
         pushed = self.source.push_seconds
         rollouts = self.source.sample(step, self.learner.updates)
+        self.recipe.look_at(self.run, rollouts)
         pushed = self.source.push_seconds - pushed
         rolled = time.perf_counter()
         waited = rolled - tick - rollouts.reward_seconds - pushed
