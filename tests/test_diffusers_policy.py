@@ -240,6 +240,23 @@ def test_rewards_on_pixels_reach_the_adapters_through_the_decoder(folders: dict[
     assert len(gradients) == sum(p.requires_grad for p in policy.parameters()) and min(gradients) > 0
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_pictures_are_encoded_as_the_pipelines_do(folders: dict[str, str], family: str) -> None:
+    policy = load(folders, family)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    vae, config = policy.frozen.pipeline.vae, policy.frozen.pipeline.vae.config
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        found = policy.latents_of(list(pictures))
+        mode = vae.encode(2 * pixels - 1).latent_dist.mode()
+    torch.testing.assert_close(found, (mode - (config.shift_factor or 0.0)) * config.scaling_factor)
+    assert policy.image_size == (policy.options.height, policy.options.width)
+    # Decoding undoes the scaling: the VAE sees the mode again.
+    with torch.no_grad():
+        expected = (vae.decode(mode, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(policy.decode(found), expected, rtol=0, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_no_gradient(folders: dict[str, str]) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -242,6 +242,9 @@ def test_the_forward_process_draws_anew_every_pass_and_from_seeds_alone() -> Non
         ({"name": "flow_dppo", "clip_low": 0.1}, "algorithm.clip_low does nothing in flow_dppo"),
         ({"name": "diffusion_opd", "scale": "std"}, "algorithm.scale does nothing in diffusion_opd"),
         ({"name": "diffusion_dpo", "entropy_coef": 0.1}, "algorithm.entropy_coef does nothing in diffusion_dpo"),
+        ({"name": "flow_grpo", "entropy_coef": 0.1}, "algorithm.entropy_coef does nothing in flow_grpo"),
+        ({"name": "diffusion_nft", "clip_high": 0.1}, "algorithm.clip_high does nothing in diffusion_nft"),
+        ({"name": "diffusion_nft", "old_logprob": "recompute"}, "algorithm.old_logprob does nothing in diffusion_nft"),
         ({"name": "grpo_guard", "old_logprob": "on_policy"}, "leaves grpo_guard no ratio"),
         ({"name": "grpo_guard", "kl_to": "old", "kl_coef": 1, "kl_estimator": "k3"}, "of grpo_guard must be exact"),
         ({"name": "branch_grpo", "splits": [1]}, "algorithm.splits is called algorithm.branch_steps now"),
@@ -312,6 +315,11 @@ def test_guarded_ratios_have_the_same_spread_at_every_step_and_no_bias() -> None
     torch.testing.assert_close(ratio, (z * d / std - d**2 / (2 * std**2)).mean(1))
     # Sigmas 1, 0.8002, ..., 0.001, whose last step is below min_std. The loss of a step is divided by its length.
     torch.testing.assert_close(1 / rows.weight_factor[:5], tensor(*[0.1998] * 5), rtol=0, atol=1e-6)
+    # A schedule that is stretched to end at 0.1 goes from there to 0 all the same.
+    stretched = tiny_policy(FLOW | {"shift_terminal": 0.1})
+    seen = rollouts(stretched, options.model_copy(update={"min_std": 0.0}), count=1)
+    length = 1 / GRPOGuard().rows(seen, stretched).weight_factor
+    torch.testing.assert_close(length, tensor(*[0.18] * 5, 0.1), rtol=0, atol=1e-6)
 
 
 def test_flow_dppo_holds_what_is_far_and_goes_further_whatever_its_ratio_says() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rl.advantages import best_and_worst
 from rl.batch import DecisionBatch
@@ -17,10 +20,12 @@ from rl.losses.preference import preference_loss
 from rl.recipes.vrpo import VRPO
 from rl.registry import parse_recipe
 from rl.tasks.preferences import read_pairs
+from rl.train.pairs import open_source
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from tests.runs import lines, tiny_config, train_here
 from tests.slopes import slopes
+from tests.test_images import image_config
 
 F64 = torch.float64
 
@@ -138,6 +143,47 @@ def test_a_policy_learns_the_pairs_of_a_file(tmp_path: Path, model: str) -> None
     assert train[0]["policy/margin"] == pytest.approx(0, abs=1e-6) and train[0]["reward/mean"] == 0.5
     assert train[-1]["policy/margin"] > 0.1 and train[-1]["policy/preferred"] == 1
     assert train[-1]["policy/decisions"] == 16
+
+
+def image_pairs(folder: Path) -> str:
+    """The model shall draw white for every digit and not black: pictures, and once latents."""
+    for name, shade in (("white", 255), ("black", 0)):
+        Image.fromarray(np.full((8, 8), shade, dtype=np.uint8)).save(folder / f"{name}.png")
+        np.save(folder / f"{name}.npy", np.full((1, 8, 8), shade / 127.5 - 1))
+    rows = [{"prompt": str(digit), "chosen": "white.png", "rejected": "black.png"} for digit in range(3)]
+    return write(folder / "pairs.jsonl", *rows, {"prompt": "3", "chosen": "white.npy", "rejected": "black.npy"})
+
+
+def test_an_image_model_learns_the_pairs_of_a_file(tmp_path: Path) -> None:
+    pairs = image_pairs(tmp_path)
+    dpo = f"algorithm={{name: diffusion_dpo, beta: 5.0, num_draws: 4, pairs: {pairs}}}"
+    options = ["sft.steps=0", "train.group_size=2", "train.epochs=1", "train.steps=6", "train.optimizer.lr=1e-2"]
+    train_here(image_config(tmp_path, dpo, *options, "train.max_logprob_gap=null", "eval.num_prompts=4"))
+    train = lines(tmp_path / "run", "train")
+    assert train[0]["policy/margin"] == pytest.approx(0, abs=1e-6) and train[0]["reward/mean"] == 0.5
+    assert train[-1]["policy/margin"] > 0.1 and train[-1]["policy/decisions"] == 8
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "grey.png"}, "row 1: there is no file .*grey.png"),
+        ({"chosen": "pairs.jsonl"}, "row 1: .*jsonl is no picture"),
+        ({"chosen": "small.png"}, r"row 1: .*small.png has \(4, 4\) pixels"),
+        ({"rejected": "flat.npy"}, r"row 1: .*holds latents \[8, 8\]"),
+        ({"prompt": turns("3")}, "row 1: a prompt of images must be text"),
+    ],
+)
+def test_a_pair_of_images_that_is_none_is_one_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    image_pairs(tmp_path)
+    Image.new("L", (4, 4)).save(tmp_path / "small.png")
+    np.save(tmp_path / "flat.npy", np.zeros((8, 8)))
+    path = write(tmp_path / "wrong.jsonl", {"prompt": "3", "chosen": "white.png", "rejected": "black.png"} | row)
+    model = SimpleNamespace(latent_shape=(1, 8, 8), image_size=(8, 8))
+    asked = SimpleNamespace(algorithm=SimpleNamespace(preference_file=path))
+    run: Any = SimpleNamespace(config=asked, modality=SimpleNamespace(name="images"), model=model)
+    with pytest.raises(ValueError, match=message):
+        open_source(run)
 
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:

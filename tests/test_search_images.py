@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from rl.cli import main
 from rl.estimators.gaussian_step import gaussian_rows
 from rl.models.class_policy import new_policy
 from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import load_latents
-from rollouts.samplers.gaussian import predicted_x0
+from rollouts.samplers.gaussian import predicted_x0, step_mean
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, normal
 from rollouts.search.latents import LatentSampler, LatentStates
@@ -156,7 +158,100 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "svdd": {"num_candidates": 2},
     "smc": {"num_particles": 3},
     "dts": {"num_iterations": 3},
+    "guidance": {"scale": 0.5},
+    "tds": {"num_particles": 3},
 }
+
+
+MEAN, SPREAD, WANTED, WIDTH = 0.5, 0.8, 1.6, 0.5  # of the data; of the reward -(x - WANTED)^2 / (2 WIDTH^2)
+
+
+class GaussianPolicy:
+    """The exact model of data N(MEAN, SPREAD^2), of one entry: E[noise | latent]."""
+
+    latent_shape, prediction_type = (1, 1, 1), "epsilon"
+
+    def __init__(self) -> None:
+        self.scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": num_inference_steps}
+
+    def encode(self, prompts: Any) -> dict[str, torch.Tensor]:
+        return {"label": torch.zeros(len(prompts))}
+
+    def num_evaluations(self, guidance_scale: float) -> int:
+        return 1
+
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, *rest: Any) -> torch.Tensor:
+        a = self.scheduler.alphas_cumprod.double()[timesteps.long()].reshape(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (latents - a.sqrt() * MEAN) / (a * SPREAD**2 + 1 - a)
+
+
+def gaussian_problem(steps: int) -> tuple[SearchProblem, float, float]:
+    """The search, and mean and variance of what the sampler draws, by the recursion of its linear steps."""
+    options = LatentSamplerOptions(num_inference_steps=steps, min_std=0.0)
+    sampler = LatentSampler(LatentEngine(GaussianPolicy(), options, dtype=torch.float64), ["x"])
+    mean, variance = 0.0, 1.0
+    for index in range(steps):
+        at = torch.tensor([[0.0], [1.0]], dtype=torch.float64).reshape(2, 1, 1, 1)
+        output = sampler.engine.predict(at, index, {"label": torch.zeros(2)})
+        low, high = step_mean(sampler._table(index, 2), None, output, at).flatten().tolist()
+        mean, variance = low + (high - low) * mean, (high - low) ** 2 * variance + sampler.engine.steps.std[index] ** 2
+
+    def score(x: torch.Tensor) -> torch.Tensor:
+        return -((x.flatten(1) - WANTED) ** 2).sum(1) / (2 * WIDTH**2)
+
+    def reward(states: LatentStates) -> np.ndarray:
+        return score(torch.from_numpy(states.latents[:, -1])).numpy()
+
+    return SearchProblem(sampler, reward, lambda x, states: score(x)), mean, variance
+
+
+def test_a_guided_step_moves_the_mean_by_the_slope_of_the_predicted_reward() -> None:
+    problem, _, _ = gaussian_problem(6)
+    sampler: Any = problem.sampler
+    states = sampler.step(sampler.start(np.array([0]), np.array([3])))
+    after, ratio = sampler.guided_step(states, problem.gradient, 0.7)
+
+    def predicted(latent: float) -> float:
+        moved = replace(states, latents=states.latents.copy())
+        moved.latents[0, 1] = latent
+        return float(problem.reward(sampler.x0_hat(moved))[0])
+
+    at, std, h = float(states.latents[0, 1].item()), float(sampler.engine.steps.std[1]), 1e-5
+    shift = std**2 * 0.7 * (predicted(at + h) - predicted(at - h)) / (2 * h)
+    plain = sampler.step(states)
+    assert after.latents[0, 2].item() - plain.latents[0, 2].item() == pytest.approx(shift, rel=1e-6)
+    # The record is the policy's: its mean, and its density of the latent that the proposal drew.
+    assert after.mean[0, 1].item() == plain.mean[0, 1].item() and after.at.tolist() == [2]
+    z = (after.latents[0, 2].item() - plain.mean[0, 1].item()) / std
+    assert after.logprob[0, 1] == pytest.approx(-0.5 * z**2 - np.log(std) - 0.5 * np.log(2 * np.pi))
+    assert ratio[0] == pytest.approx(-0.5 * z**2 + 0.5 * (z - shift / std) ** 2)
+
+
+def test_tds_samples_the_posterior_of_a_gaussian() -> None:
+    """Data N(m, v) and likelihood N(wanted; x, w^2) / N(0; 0, w^2): evidence and posterior are known."""
+    problem, mean, variance = gaussian_problem(6)
+    evidence = (1 + variance / WIDTH**2) ** -0.5 * np.exp(-((mean - WANTED) ** 2) / (2 * (variance + WIDTH**2)))
+    precision = 1 / variance + 1 / WIDTH**2
+    wanted = (mean / variance + WANTED / WIDTH**2) / precision
+    count, spread = 800, {}
+    row, seed = np.zeros(count, dtype=np.int64), np.arange(count)
+    for name in ("tds", "smc"):
+        found = search(name, problem, row, seed, {"num_particles": 8, "keep": "all"})
+        z = np.exp(found.log_z)
+        assert abs(z.mean() - evidence) < 4 * z.std() / count**0.5 < 0.15 * evidence
+        spread[name] = z.std()
+        x, weight = found.states.latents[:, -1].reshape(count, 8), found.weight.reshape(count, 8) * z[:, None]
+        # Self-normalised over all populations, each with its estimate of the evidence.
+        posterior = (weight * x).sum() / weight.sum()
+        width = (weight * (x - posterior) ** 2).sum() / weight.sum()
+        assert posterior == pytest.approx(wanted, abs=0.05) and width == pytest.approx(1 / precision, rel=0.15)
+    assert spread["tds"] < 0.7 * spread["smc"]
+    # Guidance alone goes towards the reward, and not to the posterior.
+    guided = search("guidance", problem, row, seed, {"scale": 1.0})
+    assert abs(mean - wanted) > 0.3 and mean + 0.1 < guided.states.latents[:, -1].mean()
 
 
 def test_the_command_searches_and_samples_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,8 +270,9 @@ def test_the_command_searches_and_samples_images(tmp_path: Path, capsys: pytest.
             spent = summary["budget"]
             assert (spent["denoiser_evaluations"], spent["reward_evaluations"]) == (2 * 3 * 6, 2 * 3)
     capsys.readouterr()
-    assert main([*words[:-1], str(tmp_path / "guided"), "--search", "guidance"]) == 2
-    assert "--search guidance follows a reward's gradient in text only" in capsys.readouterr().err
+    judged = ["reward.functions=[{name: jpeg_compressibility}]", "--output", str(tmp_path / "guided")]
+    assert main([*words[:-2], *judged, "--search", "guidance"]) == 2
+    assert "reward 'jpeg_compressibility' has no gradient to images" in capsys.readouterr().err
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:

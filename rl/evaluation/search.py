@@ -102,17 +102,10 @@ def search_rollouts(
 
     soft = None
     if search.guided:
-        if not hasattr(sampler, "guided_step"):
-            raise ValueError(
-                f"--search {type(search).__name__.lower()} follows a reward's gradient in text only: choose another "
-                "search for images"
-            )
-        from rl.modalities.soft_text import SoftTextReward
-
-        of_response = SoftTextReward(run)
+        of_samples = run.modality.soft_reward(run)
 
         def soft(prediction: torch.Tensor, states: Any) -> torch.Tensor:
-            return of_response(prediction, [examples[row] for row in states.row])
+            return of_samples(prediction, [examples[row] for row in states.row])
 
     row = np.repeat(np.arange(len(examples)), searches_per_example)
     seed = [request_seed(run.config.run.seed, i, g) for i in range(len(examples)) for g in range(searches_per_example)]

@@ -10,7 +10,7 @@ classes: one with the class methods, which imports no torch (`text_plan.py`), an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -238,6 +238,14 @@ class Modality:
             ValueError: the sampler cannot be stopped, branched and resumed.
         """
         raise ValueError(f"--search is not known for {self.name}: write {type(self).__name__}.search_sampler")
+
+    def soft_reward(self, run: Any) -> Callable[[torch.Tensor, Sequence[Example]], torch.Tensor]:
+        """The config's rewards as a function of predicted samples and their examples -> [B], with gradient to samples.
+
+        Raises:
+            ValueError: the sampler follows no gradient, or a reward has none.
+        """
+        raise ValueError(f"searches that follow a reward's gradient are for text and images, not for {self.name}")
 
     def supervised(
         self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]

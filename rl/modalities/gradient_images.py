@@ -30,8 +30,8 @@ class PixelReward:
         for reward, part in self.parts:
             if not getattr(reward, "differentiable", False) or not hasattr(reward, "on_tensors"):
                 raise ValueError(
-                    f"reward {part.name!r} has no gradient to images: algorithm.name "
-                    f"{run.config.algorithm.name} needs rewards with on_tensors (docs/image_rewards.md)"
+                    f"reward {part.name!r} has no gradient to images: choose one with on_tensors "
+                    "(docs/image_rewards.md)"
                 )
 
     def __call__(self, images: torch.Tensor, rows: Sequence[Example]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ class ImagesModality(ImagesPlan):
     def search_sampler(self, engine: LatentEngine, rows: Sequence[Example]) -> Any:
         return LatentSampler(engine, [row["prompt"] for row in rows])
 
+    def soft_reward(self, run: Any) -> Any:
+        from rl.modalities.gradient_images import PixelReward
+
+        reward = PixelReward(run)
+        return lambda latents, rows: reward(run.model.decode(latents), rows)
+
     def save_trajectories(self, path: Path, trajectories: Sequence[LatentTrajectory]) -> None:
         save_latents(path, trajectories)
 
@@ -125,7 +132,7 @@ class ImagesModality(ImagesPlan):
     ) -> dict[str, float]:
         """Fidelity and diversity in the task's features. Diversity within a prompt counts right images alone."""
         whole = [entry for entry in zip(rows, completions, rewards, strict=True) if entry[1] is not None]
-        if not hasattr(self.task, "features") or not whole:
+        if not hasattr(self.task, "features") or len(whole) < 4:  # fewer have no manifold of 3 neighbours
             return {}
         rows, completions, rewards = zip(*whole, strict=True)
         images = self.task.real_images()
@@ -138,6 +145,8 @@ class ImagesModality(ImagesPlan):
             "precision": manifold.precision,
             "recall": manifold.recall,
             "frechet": frechet_distance(real, made[:size]),
+            # As many images of every prompt as the rarest has, so that the scores of a run can be compared.
+            "vendi": per_prompt(vendi_score, made, prompts, count=max(2, min(Counter(prompts).values())))[0],
             "vendi_correct": per_prompt(vendi_score, made, prompts, right, count=20)[0],
             "distance_correct": per_prompt(mean_pairwise_distance, made, prompts, right)[0],
         }

@@ -163,6 +163,11 @@ class TextModality(TextPlan):
         cut = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in responses]
         return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
 
+    def soft_reward(self, run: Any) -> Any:
+        from rl.modalities.soft_text import SoftTextReward
+
+        return SoftTextReward(run)
+
     def search_sampler(self, engine: InProcessEngine, rows: Sequence[Example]) -> TokenSampler:
         if self.config.model.autoregressive:
             raise ValueError("--search branches denoising steps, which model.autoregressive has none of: leave it out")

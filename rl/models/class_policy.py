@@ -53,6 +53,15 @@ class ClassPolicy(nn.Module):
 
     null_prompt = ""
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.latent_shape[1:]
+
+    @property
+    def image_channels(self) -> int:
+        return self.latent_shape[0]
+
     def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
         return {"num_inference_steps": num_inference_steps}
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -121,14 +122,33 @@ class DiffusersPolicy(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `ImagePolicy.decode`."""
         vae = self.frozen.pipeline.vae.to(latents.device)
-        config = vae.config
-        latents = latents.float()
+        std, scaling, mean = self._units(latents)
+        return (vae.decode(latents.float() * std / scaling + mean, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def latents_of(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """float32 [B, C, H, W] of uint8 images [height, width, 3]: the mean of the VAE's Gaussian."""
+        vae = self.frozen.pipeline.vae.to(self.device)
+        pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = vae.encode(pixels).latent_dist.mode()
+        std, scaling, mean = self._units(latents)
+        return (latents - mean) * scaling / std
+
+    def _units(self, like: torch.Tensor) -> tuple[torch.Tensor | float, float, torch.Tensor | float]:
+        """Those of the VAE: latents of the denoiser times the first, over the second, plus the third."""
+        config = self.frozen.pipeline.vae.config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (latents.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
-            latents = latents * std / config.scaling_factor + mean
-        else:
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+            mean, std = (
+                torch.tensor(v, device=like.device)[:, None, None] for v in (config.latents_mean, config.latents_std)
+            )
+            return std, config.scaling_factor, mean
+        return 1.0, config.scaling_factor, config.get("shift_factor") or 0.0
+
+    image_channels = 3
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self._size()
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 

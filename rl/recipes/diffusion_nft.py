@@ -23,6 +23,7 @@ from rl.recipes.images import ImageRecipe
 
 class DiffusionNFT(ImageRecipe, defaults={"scale": "batch_std", "old_logprob": "on_policy"}):
     redraw = True
+    unused = ("reduce", "clip_low", "clip_high", "log_ratio_clamp", "old_logprob", "entropy_coef")
 
     beta: float = Field(1.0, gt=0, description="How far the implicit predictions lie from the old policy's.")
     num_draws: int = Field(4, ge=1, description="Noise levels per sample and pass over the rollouts.")

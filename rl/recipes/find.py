@@ -18,6 +18,8 @@ from rl.recipes.images import ImageRecipe
 
 
 class FIND(ImageRecipe, defaults={"clip_low": 0.2, "clip_high": 0.2, "kl_to": "reference", "kl_coef": 0.02}):
+    unused = ()  # a deviation that is learned has an entropy to raise
+
     def requires(self, config: Config) -> dict[str, Any]:
         return {"model.initial_noise": "learned"}
 

@@ -35,8 +35,8 @@ class ImageRecipe(Recipe, defaults={"clip_low": 1e-4, "clip_high": 1e-4}):
     """
 
     modality: ClassVar[str] = "images"
-    # Inherited options that a recipe has no use for.
-    unused: ClassVar[tuple[str, ...]] = ()
+    # Inherited options that a recipe has no use for: the entropy of a step's Gaussian is its std's, which is given.
+    unused: ClassVar[tuple[str, ...]] = ("entropy_coef",)
 
     reduce: Literal["mean", "sum"] = Field(
         "mean", description="Log-prob of a step: mean over a latent's D entries (clip as narrow as 1/D), or their sum."

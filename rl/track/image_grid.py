@@ -11,6 +11,7 @@ QUALITY = {
     "precision": ("precision: share of images that look real", "up"),
     "recall": ("recall: share of real images that are covered", "up"),
     "frechet": ("Fréchet distance to real images", "down"),
+    "vendi": ("Vendi score: different images of a prompt, right or wrong", "up"),
     "vendi_correct": ("Vendi score: different images among the right ones of a prompt", "up"),
     "distance_correct": ("mean distance between right images of a prompt", ""),
 }

@@ -105,25 +105,25 @@ def plot_learning_curve(
     # One colour for a number of denoising steps, in both panels.
     counts = sorted({_num_steps(name) for name in [*names, *rewards]})
     styles = dict(zip(counts, styles_of([f"{count} steps" if count else "" for count in counts], theme), strict=True))
-    set_title(axes["reward"], _SMOOTHED.format(_window(len(train))))
-    ends = [_smoothed(axes["reward"], series(train, name), styles[_num_steps(name)]) for name in rewards]
-    _ends(axes["reward"], ends, theme)
+    set_title(axes["reward"], _SMOOTHED.format(window_of(len(train))))
+    ends = [draw_smoothed(axes["reward"], series(train, name), styles[_num_steps(name)]) for name in rewards]
+    draw_ends(axes["reward"], ends, theme)
     set_title(axes["accuracy"], f"Held-out {_measure(names[0]) if names else 'accuracy'}: before and after, on the way")
     last = read_summary(run_dir).get("train_steps")
-    ends = [_heldout(axes["accuracy"], evals, name, last, styles[_num_steps(name)]) for name in names]
-    _ends(axes["accuracy"], ends, theme)
+    ends = [draw_heldout(axes["accuracy"], evals, name, last, styles[_num_steps(name)]) for name in names]
+    draw_ends(axes["accuracy"], ends, theme)
     for name, metric, heading in (
         ("entropy", ENTROPY, "Entropy of the decisions (nats)"),
         ("gap", GAP, "Rollout-learner log-prob gap (nats)"),
     ):
         set_title(axes[name], heading)
-        _ends(axes[name], [_line(axes[name], series(train, metric), *styles_of([""], theme))], theme)
+        draw_ends(axes[name], [draw_line(axes[name], series(train, metric), *styles_of([""], theme))], theme)
     # The gap of an exact estimator is near 1e-7: say so on each tick, not as a factor floating above the panel.
     axes["gap"].yaxis.set_major_formatter("{x:g}")
     if all(record.get(GAP) == 0 for record in train):
         axes["gap"].set_yticks([0] if train else [])
-    _same_steps(axes.values(), [*train, *evals])
-    _last_row(axes["entropy"], axes["gap"])
+    same_steps(axes.values(), [*train, *evals])
+    last_row(axes["entropy"], axes["gap"])
     return save_figure(figure, Path(out) if out else Path(run_dir) / "learning_curve.png")
 
 
@@ -155,17 +155,19 @@ def plot_runs(
     columns = max(2, -(-len(names) // 2))
     panels: list[list[str]] = [["reward"] * columns, *_grid(names, columns)]
     figure, axes = new_figure(panels, (4 * columns, 2.6 * len(panels) + 0.8), [1.2] + [1] * (len(panels) - 1), theme)
-    set_title(axes["reward"], _SMOOTHED.format(_window(max(map(len, train)))))
+    set_title(axes["reward"], _SMOOTHED.format(window_of(max(map(len, train)))))
     curves = zip(train, styles, strict=True)
-    _ends(axes["reward"], [_smoothed(axes["reward"], series(t, REWARD), style, False) for t, style in curves], theme)
+    draw_ends(
+        axes["reward"], [draw_smoothed(axes["reward"], series(t, REWARD), style, False) for t, style in curves], theme
+    )
     for name in names:
         set_title(axes[name], heldout_title(name))
         runs = zip(evals, summaries, styles, strict=True)
-        ends = [_heldout(axes[name], e, name, s.get("train_steps"), style, False) for e, s, style in runs]
+        ends = [draw_heldout(axes[name], e, name, s.get("train_steps"), style, False) for e, s, style in runs]
         _widen(axes[name], 0.1)
-        _ends(axes[name], ends, theme)
-    _same_steps(axes.values(), [record for records in (*train, *evals) for record in records])
-    _last_row(*(axes[name] for name in panels[-1] if name in axes))
+        draw_ends(axes[name], ends, theme)
+    same_steps(axes.values(), [record for records in (*train, *evals) for record in records])
+    last_row(*(axes[name] for name in panels[-1] if name in axes))
     return save_figure(figure, Path(out) if out else folders[0].parent / "runs.png")
 
 
@@ -211,17 +213,17 @@ def styles_of(labels: Sequence[str], theme: Theme) -> list[Style]:
     ]
 
 
-def _smoothed(axes: Axes, curve: Series, style: Style, whole: bool = True) -> End | None:
+def draw_smoothed(axes: Axes, curve: Series, style: Style, whole: bool = True) -> End | None:
     """The running mean; `whole` draws its 95 % interval and the single steps too."""
-    means, half = smoothed(curve.values, _window(len(curve.values)))
+    means, half = smoothed(curve.values, window_of(len(curve.values)))
     if whole:
         axes.plot(curve.steps, curve.values, ".", color=style.colour, markersize=3, alpha=0.4)
         # No mean lies beyond the values themselves, such as 1.
         least, most = min(curve.values, default=0.0), max(curve.values, default=0.0)
         low = [max(least, mean - h) for mean, h in zip(means, half, strict=True)]
         high = [min(most, mean + h) for mean, h in zip(means, half, strict=True)]
-        return _line(axes, Series(curve.steps, means, low, high), style)
-    return _line(axes, Series(curve.steps, means), style)
+        return draw_line(axes, Series(curve.steps, means, low, high), style)
+    return draw_line(axes, Series(curve.steps, means), style)
 
 
 def smoothed(values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
@@ -235,11 +237,11 @@ def smoothed(values: Sequence[float], window: int) -> tuple[list[float], list[fl
     return [sum(span) / len(span) for span in spans], widths
 
 
-def _window(count: int) -> int:
+def window_of(count: int) -> int:
     return max(_WINDOW, count // 20 | 1)
 
 
-def _heldout(
+def draw_heldout(
     axes: Axes, evals: Sequence[Mapping[str, Any]], name: str, last: int | None, style: Style, bars: bool = True
 ) -> End | None:
     """Marks before and after training (RL steps 0 and `last`), and a line through what was evaluated on the way."""
@@ -252,7 +254,7 @@ def _heldout(
     # Two marks alone are about the same problems, so they may be joined.
     join = "none" if way.values else ":"
     axes.plot(marks.steps, marks.values, linestyle=join, color=style.colour, marker=style.marker, linewidth=1)
-    line = _line(axes, way if bars else Series(way.steps, way.values), style)
+    line = draw_line(axes, way if bars else Series(way.steps, way.values), style)
     return (marks.steps[-1], marks.values[-1], style) if marks.values and (marks.steps[-1] or not line) else line
 
 
@@ -264,7 +266,7 @@ def _widen(axes: Axes, span: float) -> None:
     axes.set_ylim(min(bottom, top - span), top)
 
 
-def _line(axes: Axes, curve: Series, style: Style) -> End | None:
+def draw_line(axes: Axes, curve: Series, style: Style) -> End | None:
     if not curve.values:
         return None
     # A single point has no line: it needs a marker to be seen at all.
@@ -275,7 +277,7 @@ def _line(axes: Axes, curve: Series, style: Style) -> End | None:
     return curve.steps[-1], curve.values[-1], style
 
 
-def _ends(axes: Axes, found: Sequence[End | None], theme: Theme) -> None:
+def draw_ends(axes: Axes, found: Sequence[End | None], theme: Theme) -> None:
     """Write each curve's name behind its last point, pushed apart where the ends are close."""
     ends = [end for end in found if end is not None]
     if not ends:
@@ -348,14 +350,14 @@ def set_title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10.5, color=axes.title.get_color())
 
 
-def _same_steps(panels: Iterable[Axes], records: Sequence[Mapping[str, Any]]) -> None:
+def same_steps(panels: Iterable[Axes], records: Sequence[Mapping[str, Any]]) -> None:
     """All panels over the same RL steps."""
     last = max((record["step"] for record in records), default=0) or 1
     for axes in panels:
         axes.set_xlim(-0.03 * last, 1.03 * last)
 
 
-def _last_row(*panels: Axes) -> None:
+def last_row(*panels: Axes) -> None:
     for axes in panels:
         axes.set_xlabel("RL step", fontsize=9)
 

@@ -6,17 +6,18 @@ import base64
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.files import write_whole
 from rl.track import table
 from rl.track.frames import build_view, frame_budget
+from rl.track.hacking import has_panel, parting_line, plot_hacking
 from rl.track.image_grid import is_image_viewer, prompt_rows, quality_rows
 from rl.track.jsonl import FILE_NAME as METRICS
 from rl.track.jsonl import NON_FINITE, read_lines, read_metrics
-from rl.track.plots import DARK, LIGHT, plot_learning_curve
+from rl.track.plots import DARK, LIGHT, Theme, plot_learning_curve
 from rl.track.samples import facts, texts, worst_and_best
 from rl.track.verdict import (
     IMPROVED,
@@ -69,6 +70,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
     summary = read_summary(folder)
     records = read_metrics(folder) if (folder / METRICS).is_file() else []
+    panel = has_panel(summary, [record for record in records if record["stage"] == "train"])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,8 +88,10 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         unscored=unscored_line(summary),
         backslide=backslide_line(summary),
         mood=_mood(summary),
-        curves=_curves(folder) if records else None,
+        curves=_curves(folder, plot_learning_curve) if records else None,
         curve_text=_curve_text(records),
+        hacking=_curves(folder, plot_hacking) if panel else None,
+        hacking_text=parting_line(folder) if panel else None,
         headings=table.HEADINGS,
         rows=[(table.cells(row), row.verdict.split()[0]) for row in compare(summary)],
         costs=_costs(summary),
@@ -110,12 +114,12 @@ def _mood(summary: Mapping[str, Any]) -> str:
     return "good" if IMPROVED in verdicts else "plain"
 
 
-def _curves(folder: Path) -> dict[str, str]:
+def _curves(folder: Path, plot: Callable[[Path, Path, Theme, bool], Path]) -> dict[str, str]:
     curves = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, theme, narrow in (("light", LIGHT, False), ("dark", DARK, False), ("light_narrow", LIGHT, True),
                                     ("dark_narrow", DARK, True)):  # fmt: skip
-            image = plot_learning_curve(folder, Path(scratch) / f"{name}.png", theme, narrow)
+            image = plot(folder, Path(scratch) / f"{name}.png", theme, narrow)
             curves[name] = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
     return curves
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from rl import distributed
 from rl.tasks.base import Example
@@ -15,13 +18,16 @@ from rl.train.filters import keep_mask
 from rl.train.rollouts import RolloutSource, ScoredRollouts
 from rl.train.run import Run
 from rollouts.engines.base import EngineStats
+from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.trajectory import TokenTrajectory
 
 
 def open_source(run: Run) -> RolloutSource:
     """What gives a run's rollouts: the file of pairs that its recipe names, or the engine of `rollout.engine`."""
     path = run.config.algorithm.preference_file
-    return PairSource(run, path) if path else RolloutSource.open(run)
+    if path is None:
+        return RolloutSource.open(run)
+    return ImagePairSource(run, path) if run.modality.name == "images" else PairSource(run, path)
 
 
 class PairSource(RolloutSource):
@@ -29,10 +35,10 @@ class PairSource(RolloutSource):
 
     def __init__(self, run: Run, path: str):
         super().__init__(run)
-        self.pairs = read_pairs(path)
+        self.folder, self.pairs = Path(path).parent, read_pairs(path)
         for number, pair in enumerate(self.pairs, start=1):
             try:
-                self._trajectories(pair, 0)
+                self._check(pair)
             except ValueError as error:
                 raise ValueError(f"{path}: row {number}: {error}") from None
 
@@ -70,7 +76,11 @@ class PairSource(RolloutSource):
             reward_queries=0,
         )
 
-    def _trajectories(self, pair: Example, seed: int) -> list[TokenTrajectory]:
+    def _check(self, pair: Example) -> None:
+        """Raise ValueError for a row that the model cannot take."""
+        self._trajectories(pair, 0)
+
+    def _trajectories(self, pair: Example, seed: int) -> list[Any]:
         """Both sides as finished answers, with an end token behind each where the tokenizer has one."""
         run, tokenizer = self.run, self.run.tokenizer
         eos, chat = tokenizer.eos_token_id, run.config.task.chat
@@ -106,3 +116,60 @@ class PairSource(RolloutSource):
                 )
             )
         return trajectories
+
+
+class ImagePairSource(PairSource):
+    """The same of images: the sides are files, of pictures or (`.npy`) of latents, named from the pairs' folder."""
+
+    def _check(self, pair: Example) -> None:
+        """Pictures are opened and not read: a file may name very many."""
+        if not isinstance(pair["prompt"], str):
+            raise ValueError("a prompt of images must be text")
+        for side in SIDES:
+            path = self.folder / str(pair[side])
+            if not path.is_file():
+                raise ValueError(f"there is no file {path} for {side!r}")
+            if path.suffix == ".npy":
+                found, wanted = np.load(path, mmap_mode="r").shape, tuple(self.run.model.latent_shape)
+                if found != wanted:
+                    raise ValueError(f"{path} holds latents {list(found)}, the model's are {list(wanted)}")
+                continue
+            try:
+                with Image.open(path) as picture:
+                    size = (picture.height, picture.width)
+            except OSError as error:
+                raise ValueError(f"{path} is no picture that Pillow can open ({error})") from None
+            if size != self.run.model.image_size:
+                raise ValueError(
+                    f"{path} has {size} pixels (height, width), the model's are {self.run.model.image_size}"
+                )
+
+    @torch.no_grad()
+    def _trajectories(self, pair: Example, seed: int) -> list[Any]:
+        """Samples that nobody sampled: finished latents without a step."""
+        model, sampler = self.run.model, self.run.config.sampler.record()
+        given = {name: rows[0].cpu().numpy() for name, rows in model.encode([pair["prompt"]]).items()}
+        none = np.zeros(0)
+        return [
+            LatentTrajectory(
+                latents=latents[None],
+                timestep=none,
+                coefficients=np.zeros((0, 5)),
+                mean=np.zeros((0, *latents.shape), latents.dtype),
+                std=none,
+                logprob=none,
+                conditioning=given,
+                seed=np.array([seed + place]),
+                sampler=sampler,
+            )
+            for place, latents in enumerate(map(self._latents, (pair[side] for side in SIDES)))
+        ]
+
+    def _latents(self, name: str) -> np.ndarray:
+        """float32 [C, H, W] of a file."""
+        path, model = self.folder / name, self.run.model
+        if path.suffix == ".npy":
+            return np.load(path).astype(np.float32)
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("L" if model.image_channels == 1 else "RGB"))
+        return model.latents_of([pixels])[0].float().cpu().numpy()

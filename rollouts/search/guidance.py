@@ -1,9 +1,12 @@
-"""Classifier guidance for discrete diffusion: every step is drawn from log p + scale * gradient of the reward.
+"""Classifier guidance: every step is drawn from log p + scale * gradient of the reward, to first order.
 
-The gradient is taken at the predicted probabilities, a first-order expansion of the reward around them. (Taken at
-log-probabilities fed to a reward that expects one-hots, as one published baseline does, it is the gradient of
-another function.) With scale = 1 / alpha, a reward that is linear in the one-hots and independent positions the
-samples follow p(x) exp(r(x) / alpha) exactly; otherwise TDS (`smc.py`) corrects what the expansion leaves out.
+Of tokens the gradient is taken at the predicted probabilities. (Taken at log-probabilities fed to a reward that expects
+one-hots, as one published baseline does, it is the gradient of another function.) With scale = 1 / alpha, a reward that
+is linear in the one-hots and independent positions the samples follow p(x) exp(r(x) / alpha) exactly; otherwise TDS
+(`smc.py`) corrects what the expansion leaves out.
+
+Of latents it is taken at the model's prediction of the data and goes through the network; the mean of a step moves by
+std^2 scale times it (`rollouts.search.latents`).
 """
 
 from __future__ import annotations

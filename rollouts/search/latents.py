@@ -6,7 +6,7 @@ as in `LatentEngine`, so that a search that only starts and finishes draws the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -57,7 +57,7 @@ class LatentStates:
 
 
 class LatentSampler:
-    """A `SearchSampler` on an engine's model, steps and guidance."""
+    """A `GuidedSampler` on an engine's model, steps and guidance."""
 
     random_start = True
 
@@ -157,7 +157,7 @@ class LatentSampler:
     def x0_hat(self, states: LatentStates) -> LatentStates:
         """The model's prediction of the data; the steps between are not in the record."""
         latents, at = states.latents.copy(), states.at.copy()
-        for index, place, output in self._outputs(states):
+        for index, place, output, _ in self._outputs(states):
             table = self._table(index, len(place))
             x0 = predicted_x0(table, self.engine.steps.clip, output.double(), self._put(states.latent[place]).double())
             latents[place, -1] = x0.cpu().numpy()
@@ -182,6 +182,36 @@ class LatentSampler:
             for i in range(len(states))
         ]
 
+    def guided_step(
+        self, states: LatentStates, gradient: Callable[[torch.Tensor, Any], torch.Tensor], scale: float
+    ) -> tuple[LatentStates, np.ndarray]:
+        """One step whose mean is moved by std^2 scale d reward(x0) / d latent, x0 the model's prediction at the latent.
+
+        The gradient goes through the network. Steps without noise are the policy's own; means and log-probs of the
+        record are the policy's at all steps.
+        """
+        engine, ratio = self.engine, np.zeros(len(states))
+        latents, mean, logprob = states.latents.copy(), states.mean.copy(), states.logprob.copy()
+        drawn, at = states.seeds.copy(), states.at.copy()
+        for index, place, output, latent in self._outputs(states, with_gradient=True):
+            table = self._table(index, len(place))
+            std = torch.full((len(place),), engine.steps.std[index], dtype=torch.float64, device=latent.device)
+            with torch.enable_grad():
+                x0 = predicted_x0(table, engine.steps.clip, output, latent)
+            slope = gradient(x0.detach().to(engine.dtype), states.select(place))
+            (tilt,) = torch.autograd.grad(x0, latent, slope.to(x0.dtype))
+            shift = engine.steps.std[index] ** 2 * scale * tilt.double()
+            noise = self._noise(states.seed[place], index + 1)
+            after, moved, density = gaussian_step(
+                table, std, engine.steps.clip, output.detach(), latent.detach(), noise, shift
+            )
+            own = log_density(after, moved - shift, std)
+            ratio[place] = (own - density).cpu().numpy()
+            latents[place, index + 1], mean[place, index] = after.cpu().numpy(), (moved - shift).cpu().numpy()
+            logprob[place, index], drawn[place, index + 1] = own.cpu().numpy(), states.seed[place]
+            at[place] = index + 1
+        return replace(states, at=at, latents=latents, mean=mean, logprob=logprob, seeds=drawn), ratio
+
     def _branch(self, states: LatentStates, seed: np.ndarray) -> LatentStates:
         """k next states of each, one for every column of seeds [B, k], from one forward; candidates together."""
         count = seed.shape[1]
@@ -189,7 +219,7 @@ class LatentSampler:
         seeds = np.where(moved.done, moved.seed, seed.reshape(-1))
         latents, mean, logprob = moved.latents.copy(), moved.mean.copy(), moved.logprob.copy()
         drawn, at = moved.seeds.copy(), moved.at.copy()
-        for index, place, output in self._outputs(states):
+        for index, place, output, _ in self._outputs(states):
             rows = (place[:, None] * count + np.arange(count)).reshape(-1)
             after, center, density = gaussian_step(
                 self._table(index, len(rows)),
@@ -204,14 +234,18 @@ class LatentSampler:
             at[rows] = index + 1
         return LatentStates(moved.row, at, seeds, latents, mean, logprob, drawn)
 
-    @torch.no_grad()
-    def _outputs(self, states: LatentStates) -> list[tuple[int, np.ndarray, torch.Tensor]]:
-        """Index of a step, the unfinished states that stand before it, and the model's output for each."""
+    def _outputs(
+        self, states: LatentStates, with_gradient: bool = False
+    ) -> list[tuple[int, np.ndarray, torch.Tensor, torch.Tensor]]:
+        """Index of a step, the unfinished states that stand before it, the model's output for each, their latents."""
         found = []
         for index in np.unique(states.at[~states.done]):
             place = np.flatnonzero(states.at == index)
             given = {name: values[torch.from_numpy(states.row[place])] for name, values in self.given.items()}
-            found.append((int(index), place, self.engine.predict(self._put(states.latent[place]), int(index), given)))
+            latent = self._put(states.latent[place]).requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                output = self.engine.predict(latent, int(index), given)
+            found.append((int(index), place, output, latent))
             self.budget.denoiser_evaluations += len(place) * self.evaluations
         return found
 

@@ -214,7 +214,7 @@ class Search(BaseModel):
     """A search: its options are its fields, and `run` does it. A new one is a subclass in a file of its own.
 
     Attributes:
-        guided: it takes the gradient of a reward (`SearchProblem.gradient`), which text has and images have not.
+        guided: it takes the gradient of a reward (`SearchProblem.gradient`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
