@@ -1,4 +1,4 @@
-"""Training mixtures of experts: adapters on stacked experts, frozen routers, load metrics, router replay, ZeRO 3."""
+"""Training mixtures of experts: adapters on stacked experts, frozen routers, load metrics, ZeRO 3."""
 
 from __future__ import annotations
 
@@ -117,33 +117,3 @@ def test_zero_3_on_two_ranks_is_one_rank(llada2: Path, tmp_path: Path) -> None:
     ]
     # Other padding, nearly the same shares.
     assert loads[0] == pytest.approx(loads[1], abs=0.02)
-
-
-# --- router replay ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llada2", "llada_moe", "sdar_moe"])
-@torch.no_grad()
-def test_replaying_what_was_chosen_changes_no_bit(family: str, tmp_path: Path) -> None:
-    weights = {n: t.float() for n, t in tensors(family).items()}
-    model = load(
-        write(tmp_path, family, weights, torch_dtype="float32", **({"block_size": 4} if "llada2" in family else {}))
-    )
-    routing.record(model)
-    ids = torch.tensor([IDS, IDS[::-1]])
-    hidden = model(ids)
-    experts = routing.recorded(model, 2)
-    assert experts.shape == (2, len(IDS), 2, 3) and experts.dtype == torch.int16
-    routing.replay(model, experts)
-    assert torch.equal(model(ids), hidden)
-    # -1 leaves the choice to the router.
-    routing.replay(model, torch.full_like(experts, -1))
-    assert torch.equal(model(ids), hidden)
-    # Another expert for the last token of the last layer changes that token alone, in every later layer.
-    other = experts.clone()
-    other[0, -1, 1, 0] = next(e for e in range(EXPERTS) if e not in experts[0, -1, 1])
-    routing.replay(model, other)
-    moved = (model(ids) - hidden).abs().amax(-1)
-    assert moved[0, -1] > 1e-3 and float(moved.sum()) == pytest.approx(float(moved[0, -1]))
-    routing.replay(model, None)
-    assert torch.equal(model(ids), hidden)

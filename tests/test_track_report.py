@@ -238,8 +238,13 @@ def test_view_replays_remasking_and_keeps_confidences_with_their_tokens() -> Non
     assert [step["changed"] for step in view["steps"]] == [[], [3], [0, 3], [1, 3], [2]]
     assert view["givens"] == ["", "e", "", ""] and view["stop_length"] == 3 and view["correct"] is True
     json.dumps(view, allow_nan=False)
-    with pytest.raises(ValueError, match="givens has 5 cells, the response only 4"):
-        trajectory_view(_remasking_trajectory(), _texts, True, ["1"] * 5)
+    # An answer that ended in an earlier block leaves cells of the grid undecided.
+    short = trajectory_view(_remasking_trajectory(), letters, False, ["", "e", "", "", "", "a"])
+    assert short["givens"] == ["", "e", "", "", "", "a"] and short["stop_length"] == 3
+    for step, whole in zip(short["steps"], view["steps"], strict=True):
+        assert step["tokens"] == [*whole["tokens"], "", ""] and step["changed"] == whole["changed"]
+    frame = build_view(short, [2, 3], max_frames=99).frames[-1]
+    assert [cell.classes for cell in frame.cells][3:] == ["tail", "masked", "masked given"]
 
 
 def test_frames_mark_what_happened_to_each_cell() -> None:

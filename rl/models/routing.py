@@ -1,9 +1,7 @@
 """Mixture-of-experts layers of transformers' backbones: the product with the chosen experts, and their routers.
 
-A router returns logits [N, E], weights [N, k] and the chosen experts [N, k] of N tokens. Routers are watched by a hook:
-it counts how many tokens each expert got, and can put recorded experts in place of the chosen ones (router replay). In
-bfloat16 the learner's rounding may send a token to another expert than the sampler's did; replayed, it goes where it
-went, with weights from the learner's own logits, so that gradients reach the router.
+A router returns logits [N, E], weights [N, k] and the chosen experts [N, k] of N tokens. A hook counts how many tokens
+each expert got.
 """
 
 from __future__ import annotations
@@ -55,8 +53,7 @@ def prepare(backbone: Any) -> None:
     if found:
         backbone.set_experts_implementation(NAME)
     for router in found:
-        router.counts = router.replayed = router.recorded = None
-        router.records = False
+        router.counts = None
         router.register_forward_hook(_routed)
 
 
@@ -73,57 +70,10 @@ def freeze(model: nn.Module) -> None:
         router.requires_grad_(False)
 
 
-def _routed(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    logits, weight, chosen = output
-    if router.replayed is not None:
-        chosen = torch.where(router.replayed >= 0, router.replayed, chosen)
-        weight = _weights(router, logits, chosen).to(weight.dtype)
-    if router.records:
-        router.recorded = chosen
+def _routed(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> None:
     if router.counts is not None:
-        flat = chosen.reshape(-1)
+        flat = output[2].reshape(-1)
         router.counts = router.counts.to(flat.device).scatter_add(0, flat, torch.ones_like(flat))
-    return logits, weight, chosen
-
-
-def _weights(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[N, k]: what the outputs of given experts are multiplied with."""
-    sigmoid = hasattr(router, "e_score_correction_bias")
-    scores = logits.float().sigmoid() if sigmoid else logits.softmax(-1, dtype=torch.float32)
-    weight = scores.gather(1, chosen)
-    if router.norm_topk_prob:
-        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    return weight * getattr(router, "routed_scaling_factor", 1.0)
-
-
-def replay(model: nn.Module, experts: torch.Tensor | None) -> None:
-    """Route the next forwards of a model to given experts, until this is called again.
-
-    They stay for the backward, in which layers with gradient checkpointing route once more.
-
-    Args:
-        experts: integers [B, Q, number of routers, k], -1 where the router chooses itself; None: everywhere.
-    """
-    for index, router in enumerate(routers(model)):
-        router.replayed = None if experts is None else experts[:, :, index].flatten(0, 1).long()
-
-
-def record(model: nn.Module) -> None:
-    """Keep what the routers choose, for `recorded`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = routers(model)
-    if not found:
-        raise ValueError("replay is for mixtures of experts, and this model has no routers")
-    for router in found:
-        router.records = True
-
-
-def recorded(model: nn.Module, batch: int) -> torch.Tensor:
-    """int16 [B, Q, number of routers, k]: the experts that the last forward of `batch` rows chose."""
-    return torch.stack([r.recorded.unflatten(0, (batch, -1)) for r in routers(model)], dim=2).to(torch.int16)
 
 
 def count_loads(found: Sequence[Any]) -> None:

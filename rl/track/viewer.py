@@ -31,16 +31,13 @@ def trajectory_view(
 
     Returns:
         "steps": T + 1 canvases, the first before any decision; "tokens" is "" and "confidence" None where the cell is
-        masked; "changed" lists the response cells edited by that step. Cells count from the first response position.
-
-    Raises:
-        ValueError: givens is longer than the response.
+        masked; "changed" lists the response cells edited by that step. Cells count from the first response position. A
+        response that ended before the last prescribed cell (in an earlier block) has masked cells up to there.
     """
     start = trajectory.prompt_length
-    num_cells = trajectory.length - start
     prescribed = list(givens or [])
-    if len(prescribed) > num_cells:
-        raise ValueError(f"givens has {len(prescribed)} cells, the response only {num_cells}")
+    num_cells = max(trajectory.length - start, len(prescribed))
+    unreached = [trajectory.mask_token_id] * (num_cells - trajectory.length + start)
     prescribed += [""] * (num_cells - len(prescribed))
 
     confidence: list[float | None] = [None] * num_cells
@@ -50,7 +47,7 @@ def trajectory_view(
         changed = [int(position) - start for position in trajectory.position[edits]]
         for cell, value in zip(changed, trajectory.confidence[edits], strict=True):
             confidence[cell] = round(float(value), 4)
-        canvas = [int(token) for token in trajectory.canvas_at(step + 1)[start:]]
+        canvas = [int(token) for token in trajectory.canvas_at(step + 1)[start:]] + unreached
         masked = [token == trajectory.mask_token_id for token in canvas]
         steps.append(
             {
