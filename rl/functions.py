@@ -18,6 +18,7 @@ from rl.files import write_whole
 from rl.inputs import Reward, Rows, as_lines, reward_part, rows_of, several
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
+from rl.models.reader import open_guide
 from rl.models.tokenizers import read_tokenizer
 from rl.models.vocabulary import compiled_constraint
 from rl.registry import parse_recipe
@@ -79,13 +80,17 @@ def sample(
         if tokenizer is None:
             raise ValueError("tokenizer is required for a constraint with a loaded policy: give it")
         constraint = compiled_constraint(options.constraint, tokenizer, getattr(model, "excluded_token_ids", ()))
+    device = next(model.parameters()).device
+    if options.guide is not None and tokenizer is None:
+        raise ValueError("tokenizer is required for a guide with a loaded policy: give it")
     engine = token_engine(
         SharedForwards(model),
         options,
         eos_token_id=getattr(tokenizer, "eos_token_id", None),
         max_batch_size=max_batch_size,
-        device=next(model.parameters()).device,
+        device=device,
         constraint=constraint,
+        guide=open_guide(options, tokenizer, model, device),
     )
     return engine.generate(requests)
 

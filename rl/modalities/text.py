@@ -18,6 +18,7 @@ from rl.estimators.uniform_rows import random_noise_rows
 from rl.modalities.text_plan import TextPlan, open_tokenizer, review, vision_of
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
+from rl.models.reader import open_guide
 from rl.models.vocabulary import compiled_constraint
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
@@ -29,7 +30,8 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.engines.tokens import token_engine
 from rollouts.model_protocol import noise_of
-from rollouts.samplers.options import SamplerOptions, with_changes
+from rollouts.samplers.guide import Reader
+from rollouts.samplers.options import GuideOptions, SamplerOptions, with_changes
 from rollouts.samplers.uniform import noise_tokens
 from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
@@ -49,6 +51,7 @@ class TextModality(TextPlan):
         self.rollout_block: int | None = None
         self._automata: dict[str, TokenAutomaton] = {}
         self.vision = vision_of(config)
+        self._guides: dict[GuideOptions, Any] = {}
 
     @classmethod
     def open(cls, config: Config, task: Task) -> TextModality:
@@ -82,7 +85,16 @@ class TextModality(TextPlan):
             device=device,
             approximate_cache=self.config.rollout.cache,
             constraint=self._automaton(options, model),
+            guide=self._guide(options, model, device),
         )
+
+    def _guide(self, options: SamplerOptions, model: Any, device: torch.device) -> Reader | None:
+        """The model of `options.guide`, which is loaded once."""
+        if options.guide is None:
+            return None
+        if options.guide not in self._guides:
+            self._guides[options.guide] = open_guide(options, self.tokenizer, model, device)
+        return self._guides[options.guide]
 
     def _automaton(self, options: SamplerOptions, model: Any) -> TokenAutomaton | None:
         """The compiled `options.constraint`; compiling a large one takes seconds, so it is kept."""
@@ -104,9 +116,12 @@ class TextModality(TextPlan):
     def evaluation_options(self, num_inference_steps: int) -> SamplerOptions:
         if self.config.model.autoregressive:
             return causal_options(self.config.sampler, temperature=0.0)
+        guide = self.config.sampler.guide
+        weighed = guide is not None and guide.rule == "energy"
         changed = {
             **self.config.eval.sampler,
-            "temperature": 0.0,
+            # Several draws of a greedy policy are one.
+            "temperature": self.config.sampler.temperature if weighed else 0.0,
             "num_inference_steps": num_inference_steps,
             "record_x0": self.config.eval.backslide,
         }

@@ -147,7 +147,9 @@ class _Undecided:
 def _rollouts(config: Config, prompt_length: int, count: int) -> tuple[Any, list[TokenTrajectory]]:
     model: Any = _Undecided(config, prompt_length + 2 * config.sampler.gen_length)
     # No end token: a response of the full length is the one that memory has to hold.
-    engine = token_engine(model, config.sampler, eos_token_id=None, approximate_cache=config.rollout.cache)
+    # Neither a constraint nor a guide makes a rollout larger.
+    options = config.sampler.model_copy(update={"constraint": None, "guide": None})
+    engine = token_engine(model, options, eos_token_id=None, approximate_cache=config.rollout.cache)
     return model, engine.generate([Request([0] * prompt_length, seed=i) for i in range(count)])
 
 

@@ -72,6 +72,8 @@ class TextPlan(Modality):
             raise ValueError("model.tokenizer has no mask token: a masked-diffusion model needs one")
         if sampler.constraint is not None:
             _check_constraint(config, tokenizer)
+        if sampler.guide is not None:
+            _check_guide(config)
         context, mask_token_id, block = _shape(config, tokenizer)
         vision = vision_of(config)
         if vision is not None:
@@ -121,6 +123,8 @@ class TextPlan(Modality):
             needs["constraints"] = "sampler.constraint"
         if vision_of(config) is not None:
             needs["images"] = "model.vision"
+        if config.sampler.guide is not None:
+            needs["guides"] = "sampler.guide"
         return needs
 
     @classmethod
@@ -208,6 +212,26 @@ def _check_constraint(config: Config, tokenizer: Any) -> None:
     reason = compiled_constraint(sampler.constraint, tokenizer, excluded).refusal(sampler.gen_length)
     if reason is not None:
         raise ValueError(f"sampler.constraint cannot be met: {reason}")
+
+
+def _check_guide(config: Config) -> None:
+    """Raise ValueError where the guide is not there, or its tokens would be taken for the policy's."""
+    from rewards.causal_lm import resolve
+    from rl.models.folder import is_url
+
+    guide = config.sampler.guide
+    assert guide is not None
+    if config.model.autoregressive:
+        raise ValueError("sampler.guide guides a diffusion model, and model.autoregressive is true: leave one out")
+    if vision_of(config) is not None:
+        raise ValueError("sampler.guide reads text, and model.vision puts images into prompts: leave one out")
+    if config.train.steps and guide.rule == "energy":
+        raise ValueError(
+            "sampler.guide.rule energy writes tokens that the policy did not draw, and no recipe learns from them: "
+            "train with agree, or without a guide"
+        )
+    if not is_url(guide.model):
+        resolve(guide.model)
 
 
 def _check_noise(config: Config) -> None:

@@ -46,32 +46,14 @@ class OPD(DistilledRecipe):
             raise ValueError(f"{told}: set algorithm.top (at most the server's --max-logprobs, 20)")
 
     def prepare(self, run: Any) -> None:
-        from rewards.causal_lm import CausalReader, load_causal_lm, load_causal_tokenizer
-        from rewards.served_reader import ServedReader
-        from rl.models.folder import is_url, served_model
-        from rollouts.engines.server.options import ServerOptions
+        from rl.models.reader import open_reader
 
-        if self._reader is not None:
-            return
-        path = self.teacher or run.config.model.path
-        # A server's tokenizer is read from where the server's own model is.
-        served = served_model(path) if is_url(path) else None
-        known = run.tokenizer.get_vocab()
-        for token, index in load_causal_tokenizer(served["root"] if served else path).get_vocab().items():
-            # The mask token may have taken the place of one that nobody uses.
-            if known.get(token) != index != run.model.mask_token_id:
-                there = f"its token {token!r} is {index} and {known.get(token, 'nothing')} there"
-                raise ValueError(f"algorithm.teacher {path} has another vocabulary than the policy: {there}")
-        if not served:
-            model = load_causal_lm(path, self.teacher_dtype).to(run.device)
-            self._reader = CausalReader(model, self.teacher_batch_size)
-            return
-        url = path.rstrip("/").removesuffix("/v1") + "/v1"
-        self._reader = ServedReader(url, served["id"], self.teacher_batch_size, 4, ServerOptions().api_key_variable)
-        try:
-            self._reader.read([[0]], [[0]], self.top)
-        except ValueError as error:
-            raise ValueError(f"algorithm.teacher {path} refuses algorithm.top {self.top}: {error}") from None
+        if self._reader is None:
+            self._reader = open_reader(
+                self.teacher or run.config.model.path, run.tokenizer, run.model.mask_token_id, run.device,
+                option="algorithm.teacher", top_option="algorithm.top", dtype=self.teacher_dtype,
+                batch_size=self.teacher_batch_size, top=self.top,
+            )  # fmt: skip
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.taught import read_rows

@@ -73,6 +73,7 @@ NEEDS = {
     "remasking": "tokens that were taken back or replaced",
     "images": "answers to prompts with images",
     "constraints": "answers that match a constraint, and the tokens that it left to each choice",
+    "guides": "tokens that an autoregressive model guides",
     "x0": "the x0 prediction of every step",
     "request_steps": "a number of denoising steps of each request's own",
     "branches": "rollouts that branch",
@@ -96,6 +97,7 @@ class Capabilities:
     remasking: bool = False
     images: bool = False
     constraints: bool = False
+    guides: bool = False
     x0: bool = False
     request_steps: bool = False
     branches: bool = False
@@ -112,6 +114,7 @@ IN_PROCESS = Capabilities(
     remasking=True,
     images=True,
     constraints=True,
+    guides=True,
     x0=True,
     request_steps=True,
     branches=True,

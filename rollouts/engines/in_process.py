@@ -32,6 +32,7 @@ from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
 from rollouts.model_protocol import DenoisingModel, mask_token_of
 from rollouts.samplers.distribution import guided_logits
+from rollouts.samplers.guide import Reader, guided
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.parts import step_quota
 from rollouts.samplers.step import StepState, denoise_step
@@ -54,6 +55,7 @@ class InProcessEngine(SharedModelEngine):
         device: torch.device | str = "cpu",
         approximate_cache: Literal["none", "prefix", "dual"] = "none",
         constraint: TokenAutomaton | None = None,
+        guide: Reader | None = None,
     ):
         """
         Args:
@@ -63,6 +65,7 @@ class InProcessEngine(SharedModelEngine):
             max_batch_size: requests decoded together.
             approximate_cache: for full-attention models; see the module. Trajectories are then not exact.
             constraint: what responses must match; the compiled `options.constraint`.
+            guide: the model of `options.guide`.
 
         Raises:
             ValueError: options that exclude each other, or no response of `gen_length` tokens matches the constraint.
@@ -84,6 +87,7 @@ class InProcessEngine(SharedModelEngine):
         # What every match has is there from the start, and the model fills in the rest around it.
         whole = self.constraint is not None and options.block_length is None
         self._placed = self.constraint.forced() if self.constraint is not None and whole else np.zeros((0, 2), np.int64)
+        self.guide = guided(guide, options, eos_token_id)
         self.stats = EngineStats()
 
     @torch.no_grad()
@@ -248,7 +252,10 @@ class InProcessEngine(SharedModelEngine):
         before = None if running is None else running[where]
         state = StepState(tokens, candidates, eligible, quota, seed, step, steps, block_step, filled, before)
         reach = None if self.constraint is None else self.constraint.reach(tokens, prompt)
-        result = denoise_step(state, logits, options, eos_token_id=self.eos_token_id, reach=reach)
+        proposal = None
+        if self.guide is not None:
+            state, options, proposal = self.guide.steer(state, logits, options, prompt, length.minimum(end))
+        result = denoise_step(state, logits, options, proposal, self.eos_token_id, reach)
         request = slots.index[group]
         if options.record_x0:
             record.add_x0(result, tokens, masked, request)

@@ -62,6 +62,29 @@ class ConstraintOptions(BaseModel):
         return self
 
 
+class GuideOptions(BaseModel):
+    """An autoregressive model that reads what the policy would write (`rollouts/samplers/guide.py`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        description="Causal language model with the policy's tokens: folder, hub name, .gguf file, package:NAME/FILE, "
+        "or http://HOST:PORT of a vLLM server."
+    )
+    rule: Literal["agree", "energy"] = Field(
+        "agree",
+        description="Reveal the policy's draws as far as the guide agrees (guided diffusion), or take one of several "
+        "fillings by importance weights (EDLM).",
+    )
+    top: int = Field(2, ge=1, description="Agree: a draft is among this many of the guide's likeliest tokens.")
+    relative: float = Field(0.5, gt=0, le=1, description="Agree: and has this share of the likeliest's probability.")
+    candidates: int = Field(8, ge=1, description="Energy: fillings drawn at every step; 1 is no guide.")
+    temperature: float = Field(1.0, gt=0, description="Energy: temperature of the importance weights.")
+    share: float = Field(1.0, gt=0, le=1, description="Energy: weigh in this share of a block's steps, the first ones.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights of a guide in this process.")
+    batch_size: int = Field(16, ge=1, description="Answers that the guide reads in one forward or request.")
+
+
 class SamplerOptions(BaseModel):
     """A decoder: quota x token sampler x score x selector x reviser, on a block schedule."""
 
@@ -168,6 +191,9 @@ class SamplerOptions(BaseModel):
     constraint: ConstraintOptions | None = Field(
         None, description="What every response must match (docs/constraints.md); null lets it be anything."
     )
+    guide: GuideOptions | None = Field(
+        None, description="Autoregressive model that guides the decoder (docs/decoders.md); null is none."
+    )
     verify: bool = Field(
         False,
         description="Draft each block of a block-causal model in one step and verify it from left to right with the "
@@ -218,6 +244,11 @@ class SamplerOptions(BaseModel):
                     f"sampler.constraint keeps every token that it decided: sampler.{name} {getattr(self, name)} does "
                     f"not go with it, set it to {str(plain).lower()}"
                 )
+        for name, plain in (("reviser", "none"), ("record_x0", False), ("constraint", None), ("verify", False)):
+            if self.guide is not None and getattr(self, name) != plain:
+                raise ValueError(f"sampler.guide does not go with sampler.{name}: unset one of them")
+        if self.guide is not None and self.guide.rule == "energy" and self.temperature == 0:
+            raise ValueError("sampler.guide.rule energy weighs several draws: set sampler.temperature above 0")
         return self
 
     @property
@@ -264,7 +295,7 @@ class SamplerOptions(BaseModel):
         Args:
             canvas_length: of a model that denoises canvases.
         """
-        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", *PARTS}
+        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", *PARTS}
         if self.selector == "entropy_bound":
             names -= {"preset", "selector", "score", "score_from", "entropy_bound"}
         elif canvas_length:
@@ -305,7 +336,8 @@ class SamplerOptions(BaseModel):
 
     def decoder(self) -> dict[str, Any]:
         """The preset's name and every part: the rule that chose positions, as a trajectory records it."""
-        return {name: getattr(self, name) for name in ("preset", *PARTS)}
+        guide = {} if self.guide is None else {"guide": self.guide.model_dump()}
+        return {name: getattr(self, name) for name in ("preset", *PARTS)} | guide
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class TokenSampler:
             )
         if engine.constraint is not None:
             raise ValueError("a search does not keep to a constraint: set sampler.constraint to null")
+        if engine.guide is not None:
+            raise ValueError("a search has no guide but its reward: set sampler.guide to null")
         if engine.options.verify:
             raise ValueError("a search takes denoising steps: set sampler.verify to false")
         self.engine = engine
