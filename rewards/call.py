@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rewards.score import RewardFunction, Score, TransientRewardError, as_score
@@ -81,7 +83,7 @@ def call_reward(
             raise ValueError(f"the reward returned {len(scores)} entries for {len(completions)} completions")
         outcome.scores = scores
     except (Exception, SystemExit) as error:
-        outcome.error = one_line(error) + _hint(error, completions)
+        outcome.error = one_line(error) + _place(error) + _hint(error, completions)
         outcome.transient = isinstance(error, TRANSIENT)
     outcome.seconds = time.perf_counter() - start
     return outcome
@@ -90,6 +92,15 @@ def call_reward(
 def one_line(error: BaseException, limit: int = 300) -> str:
     """`Type: message` on one line of at most `limit` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
+def _place(error: BaseException) -> str:
+    """The line of the reward's own file in which an error arose, ` (my_rewards.py, line 3)`; nothing for our files."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    if not frames or Path(frames[0].filename).is_relative_to(Path(__file__).parent):
+        return ""
+    own = [frame for frame in frames if frame.filename == frames[0].filename][-1]
+    return f" ({Path(own.filename).name}, line {own.lineno})"
 
 
 def _hint(error: BaseException, completions: Sequence[Any]) -> str:

@@ -101,6 +101,7 @@ def _reading(answer: Sequence[int], places: Sequence[dict[str, Any] | None], top
         return Reading(logprob)
     # The answer's own token comes along where it is not among the likeliest.
     best = [sorted(place.items(), key=lambda item: item[1]["rank"])[:top] for place in known]
-    ids = torch.tensor([[int(token) for token, _ in row] for row in best]).reshape(len(answer), top)
+    # An empty answer has none: of an empty list torch would make floats.
+    ids = torch.tensor([[int(token) for token, _ in row] for row in best], dtype=torch.int64).reshape(len(answer), top)
     logprobs = torch.tensor([[one["logprob"] for _, one in row] for row in best]).reshape(len(answer), top)
     return Reading(logprob, ids, logprobs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,3 +46,17 @@ def about(field: str) -> Iterator[None]:
         text = " ".join(str(error).split()) or "no message"
         kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
         raise ValueError(f"{field}: {kind}{text[:300]}{'...' if len(text) > 300 else ''}") from error
+
+
+@contextmanager
+def in_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Messages of the code inside speak of a caller's arguments: `words` is our name -> the caller's."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for ours, theirs in words.items():
+            text = text.replace(ours, theirs)
+        if text == str(error) or not is_message(error):
+            raise
+        raise ValueError(text) from None

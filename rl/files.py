@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+# Endings of the files of a model folder: only a folder of such is replaced by another model.
+_OF_MODELS = {".safetensors", ".json", ".md", ".txt", ".model", ".jinja", ".yaml", ".bin", ".pt"}
+
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[Path], object]) -> Path:
     """Write a file in one step; an older one stays until the new one is complete.
@@ -47,8 +50,16 @@ def write_folder(path: str | Path, make: Callable[[Path], object]) -> Path:
     """Write a folder in one step: `make` fills one beside it, which then takes the place of an older one.
 
     A writer that is stopped leaves `path` as it was, and the unfinished one as `path`.partial.
+
+    Raises:
+        ValueError: `path` is a file, or a folder that holds other things than a model, which would be lost.
     """
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file: name a folder for the model")
+    other = next((found for found in path.rglob("*") if found.is_file() and found.suffix not in _OF_MODELS), None)
+    if other is not None:
+        raise ValueError(f"{path} holds {other.relative_to(path)}, which a model would replace: name a new folder")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make(partial)

@@ -6,6 +6,7 @@ Shape legend: N prompts, G samples of each, T denoising steps, U decisions of a 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 
 from rewards.run import RewardRunner
 from rewards.table import RewardPart
+from rl.config import validate
+from rl.errors import in_words
 from rl.files import write_whole
 from rl.inputs import Reward, Rows, as_lines, reward_part, rows_of, several
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
 from rl.models.reader import open_guide
-from rl.models.tokenizers import read_tokenizer
+from rl.models.tokenizers import load_tokenizer
 from rl.models.vocabulary import compiled_constraint
 from rl.registry import parse_recipe
 from rl.tasks.chat import prompt_text, token_ids
@@ -63,16 +66,24 @@ def sample(
     Raises:
         ValueError: a prompt or an option that does not fit, in one line.
     """
-    if isinstance(model, str):
-        tokenizer = tokenizer or read_tokenizer(model)
-        model = load_policy(ModelConfig(path=model), tokenizer, seed)
-    if tokenizer is None and any(not _is_ids(prompt) for prompt in prompts):
-        raise ValueError("tokenizer is required for prompts of text with a loaded policy: give it, or token ids")
-    given = {"preset": decoder} if isinstance(decoder, str) else decoder or {}
-    options = given if isinstance(given, SamplerOptions) else SamplerOptions.model_validate(given)
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a text: give a list of them")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: draw at least 1")
+    with in_words({"model.tokenizer or model.path": "model", "model.path": "model", "sampler": "decoder"}):
+        options: Any = decoder
+        if not isinstance(decoder, SamplerOptions):
+            options = validate({"sampler": _options(decoder)}).sampler
+        if isinstance(model, str | Path):
+            config = ModelConfig(path=str(model))
+            tokenizer = tokenizer or load_tokenizer(config, None)
+            model = load_policy(config, tokenizer, seed)
+    _check_policy(model)
+    size = getattr(model, "vocab_size", None)
+    ids = [_ids(tokenizer, prompt, f"prompts[{index}]", size) for index, prompt in enumerate(prompts)]
     requests = [
-        Request(ids, request_seed(seed, index, number))
-        for index, ids in enumerate(_ids(tokenizer, prompt) for prompt in prompts)
+        Request(prompt, request_seed(seed, index, number))
+        for index, prompt in enumerate(ids)
         for number in range(num_samples)
     ]
     constraint = None
@@ -110,8 +121,16 @@ def logprobs(model: Any, trajectories: Sequence[TokenTrajectory], estimator: Any
 
     Returns:
         [U] with gradient for each trajectory, in nats; the trace's decisions in the order they were made.
+
+    Raises:
+        ValueError: there are no trajectories, or the estimator is of another modality or needs more than they recorded.
     """
+    _check_policy(model)
+    if not isinstance(trajectories, Sequence) or not trajectories:
+        raise ValueError(f"trajectories is {type(trajectories).__name__} or empty: give a list of what rl.sample gave")
     recipe = parse_recipe({"name": estimator}) if isinstance(estimator, str | type) else estimator
+    if recipe.modality != "text":
+        raise ValueError(f"estimator {recipe.name!r} scores {recipe.modality}: name a recipe of text")
     rows = recipe.rows(trajectories, model).distinct().to(next(model.parameters()).device)
     scores, owner = rows.score(model).logprob, rows.trajectory
     order = torch.argsort(rows.step, stable=True)
@@ -134,25 +153,36 @@ def score(
         columns: [N] each, what the rewards need beside them.
 
     Returns:
-        [N]; None where a reward failed or does not apply.
+        [N]; None where a reward failed (a warning says why) or does not apply.
 
     Raises:
         ValueError: no such reward, or a column that has another length.
     """
-    for name, values in {"completions": completions, **columns}.items():
+    for name, values in {"prompts": prompts, "completions": completions, **columns}.items():
+        if isinstance(values, str):
+            raise ValueError(f"{name} is a text: give a list of them")
         if len(values) != len(prompts):
             raise ValueError(f"{name} has {len(values)} entries and there are {len(prompts)} prompts")
-    parts = [RewardPart(**reward_part(found, i)) for i, found in enumerate(several(reward_funcs))]
+    with in_words({"reward.functions": "reward_funcs"}):
+        given = [reward_part(found, i) for i, found in enumerate(several(reward_funcs))]
+        checked = validate({"reward": {"functions": given}}).reward.functions
+        parts = [RewardPart(**part.model_dump()) for part in checked]
     with RewardRunner(parts, max_failure_share=1.0) as runner:
-        return runner.score(prompts, completions, {name: list(values) for name, values in columns.items()}).values
+        table = runner.score(prompts, completions, {name: list(values) for name, values in columns.items()})
+    for name, scores in table.parts.items():
+        reasons = [found.reason for found in scores if found.failed]
+        if reasons:
+            text = f"reward {name!r} failed on {len(reasons)} of {len(scores)} completions: {reasons[0]}"
+            warnings.warn(text, stacklevel=2)
+    return table.values
 
 
 def evaluate(
     model: Any,
     dataset: Rows,
     reward_funcs: Reward | Sequence[Reward],
-    num_inference_steps: Sequence[int] = (4,),
-    decoder: Mapping[str, Any] | None = None,
+    num_inference_steps: int | Sequence[int] = (4,),
+    decoder: SamplerOptions | Mapping[str, Any] | str | None = None,
     *,
     processing_class: Any = None,
     options: Mapping[str, Any] | None = None,
@@ -164,24 +194,49 @@ def evaluate(
 
     Args:
         dataset, reward_funcs, processing_class, options: see `rl.Trainer`.
-        decoder: options of the sampler; rewards of 0 and 1 make a mean reward an accuracy.
+        decoder: as of `sample`; rewards of 0 and 1 make a mean reward an accuracy.
     """
-    settings = {f"sampler.{name}": value for name, value in (decoder or {}).items()}
-    steps = list(num_inference_steps)
+    settings = {f"sampler.{name}": value for name, value in _options(decoder).items()}
+    steps = [num_inference_steps] if isinstance(num_inference_steps, int) else list(num_inference_steps)
+    if not steps:
+        raise ValueError("num_inference_steps is empty: give at least one number of denoising steps")
     settings |= {"eval.num_inference_steps": steps, "train.steps": 0} | {"sampler.num_inference_steps": steps[0]}
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"run.output_dir": folder, "eval.num_prompts": 10**9}
         # One file for both: nothing is trained.
         rows = str(write_whole(Path(folder) / "dataset.jsonl", as_lines(rows_of(dataset, "dataset"), "dataset")))
-        trainer = Trainer(model, reward_funcs, settings, rows, rows, processing_class=processing_class, options=options)
+        with in_words({"sampler": "decoder"}):
+            trainer = Trainer(
+                model, reward_funcs, settings, rows, rows, processing_class=processing_class, options=options
+            )
         return trainer.evaluate()
 
 
-def _is_ids(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and (not len(prompt) or not isinstance(prompt[0], Mapping))
+def _options(decoder: SamplerOptions | Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(decoder, SamplerOptions):
+        return decoder.model_dump()
+    return {"preset": decoder} if isinstance(decoder, str) else dict(decoder or {})
 
 
-def _ids(tokenizer: Any, prompt: Any) -> list[int]:
-    if _is_ids(prompt):
-        return [int(token) for token in prompt]
-    return token_ids(tokenizer, [prompt_text(tokenizer, {"prompt": prompt}, chat=False)])[0]
+def _check_policy(model: Any) -> None:
+    if not hasattr(model, "mask_token_id") or not hasattr(model, "hidden_states"):
+        raise ValueError(f"model is a {type(model).__name__}: give a loaded policy (rl.models.load.load_policy)")
+
+
+def _ids(tokenizer: Any, prompt: Any, where: str, vocab_size: int | None) -> list[int]:
+    """Token ids of a prompt that is text, messages or ids.
+
+    Raises:
+        ValueError: it is something else, needs a tokenizer, or an id lies outside the vocabulary.
+    """
+    if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
+        raise ValueError(f"{where} is a {type(prompt).__name__}: give text, messages, or token ids")
+    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+        if tokenizer is None:
+            raise ValueError("tokenizer is required for prompts of text with a loaded policy: give it, or token ids")
+        return token_ids(tokenizer, [prompt_text(tokenizer, {"prompt": prompt}, chat=False)])[0]
+    ids = [int(token) for token in prompt]
+    wrong = next((i for i in ids if vocab_size is not None and not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"{where} holds token id {wrong}, the model has {vocab_size}: give ids of its own tokenizer")
+    return ids

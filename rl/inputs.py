@@ -58,8 +58,10 @@ class Inputs:
     def write(self) -> None:
         """
         Raises:
-            ValueError: the folder holds a run that began with other rows.
+            ValueError: the folder is a file, or holds a run that began with other rows.
         """
+        if self.folder.parent.is_file():
+            raise ValueError(f"run.output_dir {self.folder.parent} is a file: name a folder")
         metrics = self.folder.parent / "metrics.jsonl"
         begun = metrics.is_file() and metrics.stat().st_size > 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +86,8 @@ def rows_of(given: Rows, argument: str) -> list[Record]:
         ValueError: it is in none of the forms there are, has no rows, or holds something that is no JSON.
     """
     if isinstance(given, str | Path):
+        if Path(given).is_dir():
+            raise ValueError(f"{argument} {given} is a folder: name a file in it, or give datasets.load_from_disk(...)")
         try:
             return records_at(_source(given, argument))
         except ValueError as error:
@@ -126,21 +130,24 @@ def stream_name(given: Rows, argument: str) -> str:
 
 def _source(given: str | Path, argument: str) -> str:
     """With the split of a dataset on the hub, `train` or `test` where none is said."""
-    if str(given).endswith(ENDINGS) or ":" in str(given):
+    if str(given).endswith(ENDINGS) or ":" in str(given) or Path(given).exists():
         return str(given)
     return f"{given}:{'train' if argument == 'train_dataset' else 'test'}"
 
 
 def as_lines(rows: Sequence[Record], argument: str) -> str:
-    """Rows as JSON lines.
+    """Rows as JSON lines; NaN, which is how pandas has a missing cell, is null.
 
     Raises:
-        ValueError: naming the row and the column that holds something else than JSON.
+        ValueError: naming the row and the column that holds something else than JSON, or whose name is no text.
     """
     lines = []
     for number, row in enumerate(rows, start=1):
         cells = []
         for name, value in row.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{argument}: row {number}: the column {name!r} is no text: rename it {str(name)!r}")
+            value = None if isinstance(value, float) and value != value else value
             try:
                 cells.append(f"{json.dumps(name)}: {json.dumps(value, default=_plain)}")
             except (TypeError, ValueError):
@@ -194,7 +201,7 @@ def reward_part(given: Reward, index: int) -> dict[str, Any]:
 def set_options(raw: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Set options by their names: `{"train.steps": 3}` and `{"train": {"steps": 3}}` do the same."""
     for key, given in options.items():
-        value = copy.deepcopy(given)  # what is set below must not appear in the caller's own
+        value = str(given) if isinstance(given, Path) else copy.deepcopy(given)  # the caller's own stays as it is
         *parents, leaf = key.split(".")
         node = raw
         for parent in parents:

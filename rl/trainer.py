@@ -8,15 +8,14 @@ run of Python objects resumes, evaluates and exports like any other.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rl import distributed
 from rl.config import Config, validate
-from rl.errors import is_message
+from rl.errors import in_words
 from rl.evaluation.accuracy import as_metrics, evaluate
 from rl.files import write_whole
 from rl.inputs import (
@@ -39,7 +38,7 @@ from rl.train.finish import finish
 from rl.train.model_card import write_card
 from rl.train.plan import check_folder, check_run, plan_lines
 from rl.train.run import Run
-from rl.trl_args import grpo_options, is_grpo_config, lora_options
+from rl.trl_args import COPIED, grpo_options, is_grpo_config, lora_options
 
 
 class Trainer:
@@ -122,6 +121,8 @@ class Trainer:
                 )
             raw.setdefault("eval", {}).setdefault("num_inference_steps", [steps])
         self._words = {"reward.functions": "reward_funcs"} if reward_funcs is not None else {}
+        if is_grpo_config(args):
+            self._words |= {name: f"args.{field}" for field, name in COPIED.items() if name not in own}
         inputs = Inputs(Path(validate({"run": raw.get("run", {})}).run.output_dir) / "inputs")
         if data:
             self._name_data(raw, data, given, inputs)
@@ -139,7 +140,7 @@ class Trainer:
             # A Config speaks of its own keys.
             if found is not None or not (isinstance(args, Config) or raw.get("model", {}).get(option[6:])):
                 self._words[option] = argument
-        with self._in_its_words():
+        with in_words(self._words):
             self.config = validate(raw)
             if inputs.pending:
                 if distributed.launched():
@@ -189,7 +190,7 @@ class Trainer:
                     lines = as_lines(rows_of(eval_dataset, "eval_dataset"), "eval_dataset")
                     file = write_whole(Path(folder) / "eval_dataset.jsonl", lines)
                     self._words[str(file)] = "eval_dataset"
-                    with self._in_its_words():
+                    with in_words(self._words):
                         examples = run.task.file_examples(str(file))
             results, _ = evaluate(run, examples, self.config.eval.num_inference_steps)
             metrics = Callbacks.named("eval", as_metrics(results))
@@ -261,8 +262,8 @@ class Trainer:
             names = dict.fromkeys(name for row in rows for name in row)
             if column not in names:
                 raise ValueError(
-                    f"{argument} has no column {column!r}, it has {', '.join(names)}: rename one to it, or set "
-                    "options={'task.params.prompt_column': ...}"
+                    f"{argument} has no column {column!r}, it has {', '.join(map(repr, names))}: rename one to it, or "
+                    "set options={'task.params.prompt_column': ...}"
                 )
             if str(given[argument]).endswith(ENDINGS) and isinstance(given[argument], str | Path):
                 params[param] = str(given[argument])
@@ -270,7 +271,9 @@ class Trainer:
                 text = as_lines(rows, argument)
                 params[param] = inputs.named(f"{argument}.jsonl", partial(write_whole, content=text))
                 self._words[params[param]] = argument
-        if any("answer" in row for row in data["train_dataset"][:1]) and task["name"] == "jsonl":
+        # Of a stream, which is not read, the held-out rows say which columns there are.
+        first = (data["train_dataset"] or data["eval_dataset"])[:1]
+        if any("answer" in row for row in first) and task["name"] == "jsonl":
             params.setdefault("answer_column", "answer")
 
     def _resuming(self, checkpoint: bool | str | None) -> Config:
@@ -306,19 +309,6 @@ class Trainer:
         for kind, every in (("save", config.checkpoint.every), ("eval", config.eval.every)):
             settings |= {f"{kind}_strategy": "steps", f"{kind}_steps": every} if every else {f"{kind}_strategy": "no"}
         return TrainingArguments(**settings, use_cpu=config.run.device == "cpu")
-
-    @contextmanager
-    def _in_its_words(self) -> Iterator[None]:
-        """Messages name the arguments of this class, where they speak of options and files made of them."""
-        try:
-            yield
-        except ValueError as error:
-            text = str(error)
-            for ours, argument in self._words.items():
-                text = text.replace(ours, argument)
-            if text == str(error) or not is_message(error):
-                raise
-            raise ValueError(text) from None
 
 
 def _callback(found: Any, index: int) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Fields whose value is an option of ours, also where it is TRL's default.
-_COPIED = {
+COPIED = {
     "output_dir": "run.output_dir",
     "seed": "run.seed",
     "ddp_timeout": "run.collective_timeout_seconds",
@@ -45,6 +45,7 @@ _SAME_HERE: dict[str, tuple[Any, ...]] = {
     "log_completions": (True,),
     "eval_on_start": (True,),
     "disable_dropout": (True,),
+    "optim": ("adamw_torch",),
     "use_bias_correction_kl": (False,),
     "do_train": (True,),
     "do_eval": (True,),
@@ -62,6 +63,8 @@ _READ = {
     *("beta", "loss_type", "scale_rewards", "reward_weights", "hub_model_id", "hub_private_repo", "hub_token"),
     # The first is the old name of the second, which GRPOConfig sets to the same value.
     *("resume_from_checkpoint", "gradient_checkpointing", "activation_checkpointing"),
+    # For callbacks, such as transformers' EarlyStoppingCallback.
+    *("metric_for_best_model", "greater_is_better"),
 }
 _HINTS = {
     "push_to_hub": "call trainer.push_to_hub() after training",
@@ -91,15 +94,15 @@ def grpo_options(args: Any, num_rows: int | None) -> dict[str, Any]:
         ValueError: a field that differs from its default has no counterpart here.
     """
     changed = {field.name for field in dataclasses.fields(args) if _differs(args, field)}
-    known = {*_COPIED, *_ALGORITHM, *_READ}
+    known = {*COPIED, *_ALGORITHM, *_READ}
     for name in sorted(changed - known):
         value = getattr(args, name)
         if value not in _SAME_HERE.get(name, ()) and name != "accelerator_config":
             raise ValueError(
-                f"args.{name} is {value!r}, which has no counterpart here: leave it out"
+                f"args.{name} is {getattr(value, 'value', value)!r}, which has no counterpart here: leave it out"
                 + (f" ({_HINTS[name]})" if name in _HINTS else "")
             )
-    options = {ours: getattr(args, theirs) for theirs, ours in _COPIED.items()}
+    options = {ours: getattr(args, theirs) for theirs, ours in COPIED.items()}
     options["model.gradient_checkpointing"] = getattr(args, "activation_checkpointing", args.gradient_checkpointing)
     options["train.optimizer.betas"] = (args.adam_beta1, args.adam_beta2)
     options["train.optimizer.schedule"] = _of(_SCHEDULES, "lr_scheduler_type", str(args.lr_scheduler_type.value))

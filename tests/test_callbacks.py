@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from rl.config import load_config
 from rl.run_folder import checkpoint_steps
@@ -124,6 +126,35 @@ def test_a_callback_is_told_nothing_after_it_raised_and_all_ranks_hear_of_it() -
     callbacks.tell("on_save")
     assert told == ["saved"] and isinstance(callbacks.error, KeyError)
     assert Wishes.of_all([Wishes(), Wishes(save=True), callbacks.wishes()]) == Wishes(False, True, False, True)
+
+
+def test_early_stopping_of_transformers_counts_evaluations_on_the_way() -> None:
+    """Best 0.5; 0.4 and 0.5 are no gain, so patience 2 is over. The one before training is of other problems."""
+    args = SimpleNamespace(metric_for_best_model="reward@4", greater_is_better=True, load_best_model_at_end=True)
+    callbacks = Callbacks([EarlyStoppingCallback(2)], args=args)
+    args.eval_strategy = IntervalStrategy.STEPS
+    callbacks.evaluated({"eval_reward@4": 0.9}, on_the_way=False)
+    stops = []
+    for step, value in enumerate((0.3, 0.5, 0.4, 0.5), start=1):
+        callbacks.step_ends(step)
+        callbacks.evaluated({"eval_reward@4": value}, on_the_way=True)
+        stops.append(callbacks.wishes().stop)
+    assert stops == [False, False, False, True] and callbacks.error is None
+    assert (callbacks.state.best_metric, callbacks.state.best_global_step) == (0.5, 2)
+    args.greater_is_better = False
+    callbacks.evaluated({"eval_reward@4": 0.1}, on_the_way=True)
+    assert callbacks.state.best_metric == 0.1
+
+
+def test_a_callback_that_returns_something_else_is_named() -> None:
+    class Wrong(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> Any:
+            return True
+
+    callbacks = Callbacks([Wrong()])
+    callbacks.step_ends(1)
+    assert str(callbacks.error) == "Wrong.on_step_end returned True: return control, or nothing"
+    assert callbacks.wishes().failed
 
 
 class Tracker:

@@ -59,21 +59,37 @@ def write_run(folder: Path, rows: list[tuple[int, int, int, int, float]]) -> Pat
 
 
 def test_equal_budgets_by_hand(tmp_path: Path) -> None:
-    """The first variant spends few queries and many forwards, the second the reverse; both make 10 updates."""
-    one = write_run(tmp_path / "a", [(0, 0, 0, 0, 0.2), (2, 400, 20, 4, 0.4), (4, 800, 40, 10, 0.6)])
-    two = write_run(tmp_path / "b", [(0, 0, 0, 0, 0.2), (3, 100, 80, 6, 0.3), (6, 200, 160, 10, 0.7)])
-    three = write_run(tmp_path / "c", [(0, 0, 0, 0, 0.2), (3, 100, 80, 6, 0.5), (6, 200, 160, 10, 0.9)])
-    head, _, *rows = equal_budgets({"mine": [one], "other": [two, three]}).splitlines()
+    """The first variant spends few queries and many forwards, the second the reverse; both make 10 updates on the way.
+
+    What was evaluated before and after training (0.1 and 0.99) is about other problems and is no part of it.
+    """
+    ends = (0, 0, 0, 0, 0.1), (8, 1600, 320, 20, 0.99)
+    one = write_run(tmp_path / "a", [ends[0], (2, 400, 20, 4, 0.4), (4, 800, 40, 10, 0.6), ends[1]])
+    two = write_run(tmp_path / "b", [ends[0], (3, 100, 20, 6, 0.3), (6, 500, 160, 10, 0.7), ends[1]])
+    three = write_run(tmp_path / "c", [ends[0], (3, 100, 30, 6, 0.5), (6, 500, 160, 10, 0.9), ends[1]])
+    late = write_run(tmp_path / "d", [ends[0], (3, 600, 35, 6, 0.5), (6, 700, 160, 10, 0.9), ends[1]])
+    for folder in (one, two, three, late):
+        (folder / "summary.json").write_text('{"train_steps": 8}')
+    head, _, *rows = equal_budgets({"mine": [one], "other": [two, three], "late": [late]}).splitlines()
     assert head == "| equal | variant | seeds | accuracy@4 | recall@4 |"
-    # At 200 sequences the first is half way to its first evaluation; at 40 queries the others are.
+    # At 500 sequences the first is a quarter of the way to its second evaluation, and the last has none before 600. At
+    # 40 queries the others are 1/7, 1/13 and 1/25 of the way.
     assert rows == [
-        "| 200 sequences through the model | mine | 1 | 0.300 | 0.500 |",
-        "| 200 sequences through the model | other | 2 | 0.800 ± 1.271 | 0.500 ± 0.000 |",
+        "| 500 sequences through the model | mine | 1 | 0.450 | 0.500 |",
+        "| 500 sequences through the model | other | 2 | 0.800 ± 1.271 | 0.500 ± 0.000 |",
+        "| 500 sequences through the model | late | 1 | - | - |",
         "| 40 reward queries | mine | 1 | 0.600 | 0.500 |",
-        "| 40 reward queries | other | 2 | 0.300 ± 0.635 | 0.500 ± 0.000 |",
+        "| 40 reward queries | other | 2 | 0.444 ± 1.103 | 0.500 ± 0.000 |",
+        "| 40 reward queries | late | 1 | 0.516 | 0.500 |",
         "| 10 optimizer updates | mine | 1 | 0.600 | 0.500 |",
         "| 10 optimizer updates | other | 2 | 0.800 ± 1.271 | 0.500 ± 0.000 |",
+        "| 10 optimizer updates | late | 1 | 0.900 | 0.500 |",
     ]
+    # Without evaluations on the way, the ends are all of one kind.
+    (two / "summary.json").write_text('{"train_steps": 6}')
+    plain = write_run(tmp_path / "e", [ends[0], ends[1]])
+    (plain / "summary.json").write_text('{"train_steps": 8}')
+    assert "| 20 optimizer updates | plain | 1 | 0.990 |" in equal_budgets({"plain": [plain], "mine": [one]})
 
 
 def test_a_line_of_the_plot_is_the_mean_at_equal_budgets(tmp_path: Path) -> None:

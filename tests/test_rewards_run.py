@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -146,7 +147,8 @@ def test_a_part_of_weight_zero_is_only_logged():
 def test_one_poisoned_completion_costs_one_score(word, reason):
     table = score([part("poisoned")], ["a", "b", word, "c"])
     assert table.values == [1.0, 1.0, None, 1.0]
-    assert table.parts["poisoned"][2].reason == reason
+    # The line of the reward in which it arose is said too.
+    assert re.fullmatch(rf"{reason} \(test_rewards_run\.py, line \d+\)", table.parts["poisoned"][2].reason)
     assert calls() == [["a", "b", word, "c"], ["a"], ["b"], [word], ["c"]]
 
 

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rewards.causal_lm import CausalReader, load_causal_lm, load_causal_tokenizer
 from rewards.score import TransientRewardError
+from rewards.served_reader import _reading
 from rl.registry import parse_recipe
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -69,6 +71,11 @@ def served_teacher(folder: Path, faults: list[int]) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_an_empty_answer_has_no_tokens_and_their_ids_are_ids() -> None:
+    reading = _reading([], [], 3)
+    assert reading.ids.shape == reading.logprobs.shape == (0, 3) and reading.ids.dtype == torch.int64
 
 
 def test_a_served_teacher_says_what_the_one_here_says(

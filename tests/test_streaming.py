@@ -12,6 +12,7 @@ import pytest
 import rl.tasks.records
 from rl import Trainer
 from rl.cli import main
+from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.fit import HEAD, StreamedExamples
 from rl.tasks.jsonl import JsonlTask
 from rl.tasks.records import records_at, stream_at
@@ -145,6 +146,16 @@ def test_what_a_stream_cannot_do_is_one_line(tmp_path: Path, monkeypatch: pytest
     iterable = table.to_iterable_dataset()
     with pytest.raises(ValueError, match=r"train_dataset is an IterableDataset.*options=.'task\.params\.streaming'"):
         Trainer(None, share_of_a, SMALL, iterable, table)
+
+
+def test_a_trainer_on_a_stream_learns_from_its_answers(tmp_path: Path) -> None:
+    """The column `answer` is known by the held-out rows, since the stream is not read."""
+    path = write(tmp_path / "a.jsonl", lines(*ROWS))
+    held = [{"prompt": "77+1=", "answer": "78"}]
+    options = {**SMALL, "run.output_dir": str(tmp_path / "run"), "task.params.streaming": True, "sft.steps": 1}
+    options["model.backbone"] = runs.QWEN3
+    trainer = Trainer(None, share_of_a, options, path, held, char_tokenizer("0123456789+="))
+    assert trainer.config.task.params["answer_column"] == "answer"
 
 
 def test_a_run_on_a_stream_goes_on_where_it_ended(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ from transformers import TrainerCallback
 import rl
 from rl import Trainer
 from rl.config import load_config
+from rl.files import write_whole
 from rl.inputs import as_lines
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
@@ -105,6 +107,17 @@ def test_a_saved_model_has_a_card_and_loads(trained: Any, tmp_path: Path, policy
     assert any(not torch.equal(saved[name], parameter) for name, parameter in policy.named_parameters())
 
 
+def test_a_model_takes_no_other_folders_place(trained: Any, tmp_path: Path) -> None:
+    """`save_model(args.output_dir)` is a habit from TRL; here that folder is the run, which stays."""
+    with pytest.raises(ValueError, match=r"run holds .*, which a model would replace: name a new folder"):
+        trained.save_model(trained.config.run.output_dir)
+    assert (trained.run.folder / "metrics.jsonl").is_file()
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        trained.save_model(write_whole(tmp_path / "file", "x"))
+    for _ in range(2):
+        trained.save_model(tmp_path / "again")
+
+
 def test_the_card_names_the_base_and_its_licence(tmp_path: Path, policy: Any, tokenizer: Any) -> None:
     base = tmp_path / "base"
     save_policy(policy, tokenizer, base)
@@ -125,7 +138,7 @@ def test_large_models_are_saved_in_several_files(tmp_path: Path, policy: Any, to
 def test_a_run_of_objects_goes_on_where_it_ended(tmp_path: Path, policy: Any, tokenizer: Any) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-            assert args.output_dir == str(tmp_path / "run")
+            assert (args.output_dir, args.metric_for_best_model) == (str(tmp_path / "run"), "eval_reward@2")
             control.should_training_stop = state.global_step == 1
 
     summary = make(tmp_path / "run", policy, tokenizer, callbacks=[Stop]).train()
@@ -253,8 +266,19 @@ def needs_solution(prompts: Any, completions: Any, solution: Any, **columns: Any
     return [1.0] * len(prompts)
 
 
+def a_file(name: str) -> str:
+    return str(write_whole(name, "x"))
+
+
+SMALL_WITHOUT_SAMPLER = {**SMALL, "sampler": {"num_inference_steps": 2}}
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "column": (lambda: {"train_dataset": [{"question": "a"}]}, "train_dataset has no column 'prompt', it has q"),
+    "column": (lambda: {"train_dataset": [{"question": "a"}]}, "train_dataset has no column 'prompt', it has 'q"),
+    "folder": (lambda: {"train_dataset": "."}, r"train_dataset \. is a folder: name a file in it, or give datasets"),
+    "ending": (lambda: {"train_dataset": a_file("rows.tsv")}, r"train_dataset: data file rows\.tsv: the ending must"),
+    "file": (lambda: {"args": {"run.output_dir": a_file("runs")}}, r"run\.output_dir runs is a file: name a folder"),
+    "column's name": (lambda: {"eval_dataset": [{"prompt": "a", 1: 2}]}, "row 1: the column 1 is no text: rename it"),
+    "NaN": (lambda: {"train_dataset": [ROWS[0], {"prompt": math.nan}]}, "train_dataset: row 2 has no 'prompt'"),
+    "TRL's words": (lambda: {"args": grpo(top_k=-1), "options": SMALL_WITHOUT_SAMPLER}, r"'args\.top_k': .* got -1"),
     "stream": (lambda: {"train_dataset": iter(ROWS)}, r"train_dataset is a list_iterator: give a datasets\.Dataset"),
     "one": (lambda: {"eval_dataset": None}, r"eval_dataset is required .*train_test_split"),
     "both": (
@@ -397,6 +421,43 @@ def test_scores_and_evaluations_of_single_calls(policy: Any, tokenizer: Any) -> 
     answers = rl.sample(policy, [row["prompt"] for row in ROWS[:8]], greedy, tokenizer=tokenizer)
     rewards = share_of_a([], tokenizer.batch_decode([t.response_ids() for t in answers], skip_special_tokens=True))
     assert metrics["eval_reward@2"] == pytest.approx(sum(rewards) / 8) and "eval_reward_low@4" in metrics
+
+
+def boom(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    return [{}[completion] for completion in completions]
+
+
+CALLS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "prompts": (lambda p, t: rl.sample(p, "ab:", tokenizer=t), "prompts is a text: give a list of them"),
+    "prompt": (lambda p, t: rl.sample(p, [None], tokenizer=t), r"prompts\[0\] is a NoneType: give text, messages"),
+    "id": (lambda p, t: rl.sample(p, [[0], [99]]), r"prompts\[1\] holds token id 99, the model has 9"),
+    "samples": (lambda p, t: rl.sample(p, [[0]], num_samples=0), "num_samples is 0"),
+    "decoder": (lambda p, t: rl.sample(p, [[0]], {"gen_lenght": 4}), r"'decoder\.gen_lenght': did you mean 'gen_len"),
+    "preset": (lambda p, t: rl.sample(p, [[0]], "lladaa"), r"decoder\.preset 'lladaa' .* did you mean 'llada'"),
+    "folder": (lambda p, t: rl.sample("no/such/one", [[0]]), "^model 'no/such/one' is not a folder"),
+    "policy": (lambda p, t: rl.sample(torch.nn.Linear(2, 2), [[0]]), "model is a Linear: give a loaded policy"),
+    "none": (lambda p, t: rl.logprobs(p, []), "trajectories is list or empty"),
+    "modality": (lambda p, t: rl.logprobs(p, rl.sample(p, [[0]]), "ddpo"), "estimator 'ddpo' scores images"),
+    "reward's key": (lambda p, t: rl.score({"name": "math_answer", "wieght": 2}, [], []), "did you mean 'weight'"),
+    "completions": (lambda p, t: rl.score(boom, ["a"], "b"), "completions is a text"),
+    "steps": (lambda p, t: rl.evaluate(p, ROWS, boom, [], processing_class=t), "num_inference_steps is empty"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_mistake_in_a_single_call_names_the_argument(policy: Any, tokenizer: Any, case: str) -> None:
+    call, message = CALLS[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        call(policy, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reward_that_fails_in_a_single_call_says_where() -> None:
+    line = boom.__code__.co_firstlineno + 1
+    with pytest.warns(
+        UserWarning, match=rf"'boom' failed on 1 of 1 .*: KeyError: 'b' \(test_trainer\.py, line {line}\)"
+    ):
+        assert rl.score(boom, ["a"], ["b"]) == [None]
 
 
 def test_importing_rl_is_instant() -> None:

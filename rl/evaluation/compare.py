@@ -169,11 +169,16 @@ def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
     """Every held-out metric at what all runs have spent: of each budget, the most that even the thriftiest run did.
 
-    Between two evaluations of a run its metrics are interpolated linearly in the budget.
+    Between two evaluations of a run its metrics are interpolated linearly in the budget, and none is taken from outside
+    them: "-" says that a run was first evaluated later. Evaluations on the way are about other problems than those
+    before and after training: the former count where every run has two, else the latter.
     """
     from rl.track.budgets import BUDGETS, costed_evaluations, metric_at
 
-    curves = {name: [costed_evaluations(folder) for folder in group] for name, group in folders.items()}
+    found = {name: [costed_evaluations(folder) for folder in group] for name, group in folders.items()}
+    ways = {name: [[p for p in run if not p["test"]] for run in runs] for name, runs in found.items()}
+    ends = {name: [[p for p in run if p["test"]] for run in runs] for name, runs in found.items()}
+    curves = ways if all(len(way) > 1 for runs in ways.values() for way in runs) else ends
     every = [run for runs in curves.values() for run in runs]
     hidden = ("_low@", "_high@", "unscored@")
     metrics = [
@@ -186,7 +191,10 @@ def equal_budgets(folders: Mapping[str, Sequence[Path]]) -> str:
     for budget, words in BUDGETS.items():
         limit = min(run[-1][budget] for run in every)
         for name, runs in curves.items():
-            cells = [interval([metric_at(run, budget, limit, key) for run in runs]) for key in metrics]
+            known = all(run[0][budget] <= limit for run in runs)
+            cells = [
+                interval([metric_at(run, budget, limit, key) for run in runs]) if known else "-" for key in metrics
+            ]
             lines.append("| " + " | ".join([f"{limit:,.0f} {words.lower()}", name, str(len(runs)), *cells]) + " |")
     return "\n".join(lines) + "\n"
 

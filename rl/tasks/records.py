@@ -147,7 +147,7 @@ def _hub_table(
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"dataset {dataset} cannot be loaded from the hub ({type(error).__name__}: {reason}); "
-            f"give its file with --data FILE"
+            f"give a file in its place (--data FILE)"
         ) from error
     finally:
         hub.setLevel(level)
@@ -175,7 +175,7 @@ def _csv_records(lines: Iterable[str], path: str) -> Iterator[Record]:
                 )
             yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+        raise ValueError(f"{path}:{reader.line_num}: not CSV with commas: {error}") from None
 
 
 def _parse(text: str, where: str) -> Any:

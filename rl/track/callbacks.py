@@ -91,10 +91,26 @@ class Callbacks:
                 return
             try:
                 answer = getattr(callback, event, _nothing)(self.args, self.state, self.control, **self.objects, **more)
+                if not isinstance(answer, type(self.control) | None):
+                    name = f"{type(callback).__name__}.{event}"
+                    raise TypeError(f"{name} returned {answer!r}: return control, or nothing")
             except Exception as error:
                 self.error = error
             else:
                 self.control = self.control if answer is None else answer
+
+    def evaluated(self, metrics: Mapping[str, float], on_the_way: bool) -> None:
+        """Tell `on_evaluate`, then note in the state the best evaluation on the way, by `args.metric_for_best_model`.
+
+        transformers' Trainer does so, and its EarlyStoppingCallback needs it.
+        """
+        self.tell("on_evaluate", metrics=metrics)
+        name = getattr(self.args, "metric_for_best_model", None)
+        if self.state is None or not on_the_way or name is None:
+            return
+        value, best = metrics.get(f"eval_{name.removeprefix('eval_')}"), self.state.best_metric
+        if value is not None and (best is None or (value > best if self.args.greater_is_better else value < best)):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
 
     def log(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         """Tell `on_log`; see `named`."""

@@ -263,7 +263,7 @@ def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str,
     stage = "baseline" if name == "baseline" else "eval"
     run.metrics.log(step, stage, metrics)
     if stage == "eval":
-        run.callbacks.tell("on_evaluate", metrics=run.callbacks.named(stage, metrics))
+        run.callbacks.evaluated(run.callbacks.named(stage, metrics), name == "on the way")
     if name != "on the way" and run.config.eval.keep_answers and distributed.rank() == 0:
         _keep_answers(run, name, rows, completions)
     parts = {
