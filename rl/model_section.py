@@ -15,7 +15,9 @@ class PipelineConfig(Section):
     width: int | None = Field(None, ge=1, description="Width of the images in pixels; null takes the pipeline's.")
     negative_prompt: str = Field("", description="Prompt of the unconditional half of guidance.")
     max_sequence_length: int | None = Field(
-        None, ge=1, description="Tokens of the T5 encoder of SD3 and FLUX; null takes the pipeline's."
+        None,
+        ge=1,
+        description="Tokens of T5 in SD3 and FLUX, of the text encoder in Sana and Z-Image; null: the pipeline's.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the weights; the VAE stays in float32, since it overflows in half precision."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from rollouts.samplers.latent_options import LatentSamplerOptions
 from tests.tiny_pipelines import FAMILIES, SIZE, save_pipeline
 
 PROMPTS = ["a cat on a bike", "two dogs"]
-GUIDANCE = {"sd": 5.0, "sdxl": 5.0, "sd3": 4.5, "flux": 3.5, "flux-schnell": 1.0}
+GUIDANCE = {"sd": 5.0, "sdxl": 5.0, "sd3": 4.5, "flux": 3.5, "flux-schnell": 1.0, "sana": 4.5, "z-image": 4.0}
 LENGTHS = {"sd3": {"max_sequence_length": 12}, "flux": {"max_sequence_length": 12}}
-LENGTHS["flux-schnell"] = LENGTHS["flux"]
+LENGTHS["flux-schnell"] = LENGTHS["sana"] = LENGTHS["z-image"] = LENGTHS["flux"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {family: str(root / family) for family in FAMILIES}
 
 
+def size_of(family: str) -> tuple[int, int]:
+    """Height and width; Sana's pipeline asks for multiples of 32."""
+    return (32, 64) if family == "sana" else (SIZE, SIZE + 8)
+
+
 def load(folders: dict[str, str], family: str, lora: LoraOptions | None = None, **options: Any) -> DiffusersPolicy:
-    size = {"height": SIZE, "width": SIZE + 8}
+    size = dict(zip(("height", "width"), size_of(family), strict=True))
     return load_diffusers_policy(folders[family], PipelineConfig(**size, **LENGTHS.get(family, {}), **options), lora)
 
 
@@ -64,13 +70,14 @@ def recorded(folder: str, family: str, guidance: float, steps: int = 3, negative
     pipeline.scheduler.step = watched
     images = pipeline(
         PROMPTS,
-        height=SIZE,
-        width=SIZE + 8,
+        height=size_of(family)[0],
+        width=size_of(family)[1],
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        guidance_scale=guidance - (family == "z-image"),
         output_type="np",
         generator=torch.Generator().manual_seed(0),
         **({} if family.startswith("flux") else {"negative_prompt": [negative] * 2}),
+        **({"use_resolution_binning": False} if family == "sana" else {}),
         **LENGTHS.get(family, {}),
     ).images
     for call in calls:
@@ -89,7 +96,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 def test_predictions_and_images_are_the_pipelines_own(folders: dict[str, str], family: str) -> None:
     policy = load(folders, family, negative_prompt="blurry")
     assert isinstance(policy, ImagePolicy)
-    assert policy.latent_shape == (4, SIZE // 2, SIZE // 2 + 4)
+    assert policy.latent_shape == (4, size_of(family)[0] // 2, size_of(family)[1] // 2)
     guidances = {GUIDANCE[family], 1.0}
     for guidance in guidances:
         calls, images = recorded(folders[family], family, guidance)
@@ -124,6 +131,24 @@ def test_flow_pipelines_take_the_steps_their_pipeline_takes(folders: dict[str, s
         assert torch.equal(policy.scheduler.alphas_cumprod, policy.frozen.pipeline.scheduler.alphas_cumprod)
         assert not policy.scheduler.config.clip_sample and not policy.scheduler.config.set_alpha_to_one
         assert policy.prediction_type == "epsilon"
+
+
+def test_sana_keeps_the_times_of_its_solver(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "sana", "sana")
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0}
+    for place, settings in (("flow", flow), ("none", {})):
+        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler(**settings)
+        pipeline.save_pretrained(tmp_path / place)
+    policy = load_diffusers_policy(str(tmp_path / "flow"), PipelineConfig(height=32, width=32))
+    solver = policy.frozen.pipeline.scheduler
+    policy.scheduler.set_timesteps(**policy.schedule_options(4))
+    with warnings.catch_warnings():  # diffusers' own, of NumPy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        solver.set_timesteps(4)
+    np.testing.assert_allclose(policy.scheduler.sigmas, solver.sigmas, atol=1e-6)
+    np.testing.assert_allclose(policy.scheduler.timesteps, solver.timesteps, atol=1)
+    with pytest.raises(ValueError, match="of this SanaPipeline is not of a flow"):
+        load_diffusers_policy(str(tmp_path / "none"), PipelineConfig(height=32, width=32))
 
 
 def test_sd3_and_flux_shift_their_times_with_the_resolution(tmp_path: Path) -> None:
@@ -200,7 +225,7 @@ def test_a_saved_policy_is_read_back_with_equal_outputs(
     expected = outputs(policy)
     assert (expected - before).abs().max() > 1e-2
     policy.save_pretrained(tmp_path / "saved")
-    size = {"height": SIZE, "width": SIZE + 8, **LENGTHS.get(family, {})}
+    size = {"height": size_of(family)[0], "width": size_of(family)[1], **LENGTHS.get(family, {})}
     again = load_diffusers_policy(str(tmp_path / "saved"), PipelineConfig(**size))
     assert torch.equal(outputs(again), expected)
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in policy.parameters()]
@@ -353,7 +378,12 @@ def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: di
         pass
 
 
-SAMPLERS = {"sd": {"kind": "ddim"}, "sdxl": {"kind": "ddim"}, "sd3": {"kind": "flow_sde"}, "flux": {"kind": "flow_sde"}}
+FLOW_SDE = {"kind": "flow_sde"}
+SAMPLERS = {
+    "sd": {"kind": "ddim"},
+    "sdxl": {"kind": "ddim"},
+    **dict.fromkeys(("sd3", "flux", "sana", "z-image"), FLOW_SDE),
+}
 
 
 @pytest.mark.parametrize("family", SAMPLERS)

@@ -17,6 +17,7 @@ from rollouts.engines.latent import LatentEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import load_latents, save_latents
 from rollouts.npz_file import read_records, write_records
+from rollouts.samplers.first_jump import DataGaussian
 from rollouts.samplers.gaussian import GaussianSteps, gaussian_step, make_steps
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
@@ -481,3 +482,59 @@ def test_timesteps_that_the_schedule_lacks_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"sampler\.timesteps"):
             make_steps(scheduler, options(kind=kind, timesteps=times, num_inference_steps=2))
+
+
+def test_the_first_jump_is_where_the_ode_of_gaussian_data_leads(tmp_path: Path) -> None:
+    """Correlated data of two entries under its exact model: the ODE's steps from the same noise come to the jump."""
+    mean, covariance = np.array([0.5, -1.0]), np.array([[1.0, 0.6], [0.6, 0.8]])
+    alphas = DDIMScheduler().alphas_cumprod.double()
+
+    class Exact:
+        latent_shape, prediction_type, scheduler = (2, 1, 1), "epsilon", DDIMScheduler(clip_sample=False)
+
+        def schedule_options(self, count: int) -> dict[str, Any]:
+            return {"num_inference_steps": count}
+
+        def encode(self, prompts: Any) -> dict[str, torch.Tensor]:
+            return {"label": torch.zeros(len(prompts))}
+
+        def num_evaluations(self, scale: float) -> int:
+            return 1
+
+        def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, *rest: Any) -> torch.Tensor:
+            a = float(alphas[int(timesteps[0])])
+            spread = torch.from_numpy(a * covariance + (1 - a) * np.eye(2))
+            away = latents.flatten(1) - a**0.5 * torch.from_numpy(mean)
+            return ((1 - a) ** 0.5 * away @ torch.linalg.inv(spread)).reshape(latents.shape)
+
+    path = str(tmp_path / "data.npz")
+    value, vectors = np.linalg.eigh(covariance)
+    DataGaussian(mean.reshape(2, 1, 1), vectors.T, value, 0.0).save(path)
+    every = tuple(float(t) for t in range(999, 498, -5))
+    whole = LatentEngine(
+        Exact(), options(eta=0.0, num_inference_steps=len(every), timesteps=every), dtype=torch.float64
+    )
+    end = len(every) - 1
+    slow = np.stack([t.latents[end] for t in whole.generate([SampleRequest("x", i) for i in range(4)])])
+    short = {"eta": 0.0, "num_inference_steps": 2, "timesteps": (every[-1], 200.0), "first_jump": path}
+    quick = LatentEngine(Exact(), options(**short), dtype=torch.float64)
+    found = quick.generate([SampleRequest("x", i) for i in range(4)])
+    np.testing.assert_allclose([t.latents[0] for t in found], slow, atol=0.02)
+    assert len(found[0].latents) == 3 and quick.stats.sequence_forwards == 8
+    # Mean and covariance of the jump, exactly; and of the Gaussian fitted to draws, in one direction and the rest.
+    data, signal, level = DataGaussian.load(path, (2, 1, 1)), 0.8, 0.6
+    basis = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).reshape(3, 2, 1, 1)
+    moved = data.jump(basis, signal, level).flatten(1).numpy()
+    np.testing.assert_allclose(moved[0], signal * mean)
+    root = moved[1:] - moved[0]
+    np.testing.assert_allclose(root.T @ root, signal**2 * covariance + level**2 * np.eye(2))
+    draws = np.random.default_rng(0).standard_normal((500, 3, 1, 1)) * np.array([3.0, 1.0, 1.0]).reshape(3, 1, 1)
+    fitted = DataGaussian.fit(draws, rank=1)
+    assert fitted.variances == pytest.approx([9.0], rel=0.15) and fitted.rest == pytest.approx(1.0, rel=0.15)
+    assert abs(fitted.directions[0, 0]) > 0.99
+    with pytest.raises(ValueError, match=r"is about latents \[2, 1, 1\], the model's are \[1, 3, 3\]"):
+        LatentEngine(tiny_policy(), options(**short))
+    with pytest.raises(ValueError, match=r"sampler.first_jump 'nowhere' cannot be read"):
+        DataGaussian.load("nowhere", (2, 1, 1))
+    with pytest.raises(ValueError, match=r"sampler.first_jump needs sampler.timesteps"):
+        options(first_jump=path)

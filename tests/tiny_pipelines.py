@@ -11,14 +11,15 @@ import transformers
 
 from tests.tiny_vision import clip_text_config, clip_tokenizer, roughen
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux-schnell")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux-schnell", "sana", "z-image")
 SIZE = 16  # pixels; the VAE halves them
 
 
 def save_pipeline(folder: Path, family: str, seed: int = 0, **scheduler: Any) -> Any:
     """Write a pipeline of a family to `folder` and return it."""
     torch.manual_seed(seed)
-    pipeline = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux-schnell": _schnell}[family](**scheduler)
+    makers = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux-schnell": _schnell, "sana": _sana}
+    pipeline = {**makers, "z-image": _z_image}[family](**scheduler)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             roughen(part, seed + len(name))
@@ -146,3 +147,65 @@ def _flux(guidance_embeds: bool = True, **scheduler: Any) -> Any:
 
 def _schnell(**scheduler: Any) -> Any:
     return _flux(guidance_embeds=False, **scheduler)
+
+
+def _sana(**scheduler: Any) -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+    )
+    blocks = ("ResBlock", "EfficientViTBlock")
+    vae = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    text = transformers.Gemma2Config(vocab_size=160, hidden_size=16, intermediate_size=32, **sizes)
+    return diffusers.SanaPipeline(
+        tokenizer=_t5_tokenizer(),
+        text_encoder=transformers.Gemma2Model(text),
+        vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+    )
+
+
+def _z_image(**scheduler: Any) -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    text = transformers.Qwen3Config(vocab_size=160, hidden_size=16, intermediate_size=32, **sizes)
+    tokenizer = _t5_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=_vae(4, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=transformers.Qwen3Model(text),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )

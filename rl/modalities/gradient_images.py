@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from rewards.load import load_reward
 from rl.estimators.latent_rows import LatentInput
 from rl.modalities.gradient import Forward, GradientSegment
-from rl.modalities.images import uint8_images
 from rl.sections import RewardPartConfig
 from rl.tasks.base import Example, reward_columns
 from rollouts.samplers.gradient_latent import Predict, gradient_rollout
@@ -92,7 +92,7 @@ class GradientImages:
 
             return predict
 
-        latent = engine.noise(seed, 0).mul_(engine.steps.initial_std).to(engine.dtype)
+        latent = engine.start(seed)
         for segment in gradient_rollout(
             through(policy),
             None if reference is None else through(reference),
@@ -118,3 +118,10 @@ class GradientImages:
             return None
         zero = torch.zeros_like(seed)
         return (uniform(seed, zero, zero, CHOICE_STREAM) * self.gradient_steps).long() + 1
+
+
+def uint8_images(pixels: torch.Tensor) -> list[np.ndarray | None]:
+    """[H, W, C] each, of float images [B, C, H, W] in [0, 1]; None for one that holds NaN (which would turn black)."""
+    images = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    whole = pixels.isfinite().flatten(1).all(1).tolist()
+    return [image if finite else None for image, finite in zip(images, whole, strict=True)]

@@ -15,6 +15,7 @@ from rewards.image import data_url, thumbnail
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.denoising import DenoisingRows, denoising_rows
+from rl.modalities.gradient_images import PixelReward, uint8_images
 from rl.modalities.image_metrics import (
     frechet_distance,
     mean_pairwise_distance,
@@ -102,8 +103,6 @@ class ImagesModality(ImagesPlan):
         return LatentSampler(engine, [row["prompt"] for row in rows])
 
     def soft_reward(self, run: Any) -> Any:
-        from rl.modalities.gradient_images import PixelReward
-
         reward = PixelReward(run)
         return lambda latents, rows: reward(run.model.decode(latents), rows)
 
@@ -171,13 +170,6 @@ class ImagesModality(ImagesPlan):
             part = torch.from_numpy(np.stack(latents[start : start + size])).to(device)
             images += uint8_images(self._policy.decode(part))
         return images
-
-
-def uint8_images(pixels: torch.Tensor) -> list[np.ndarray | None]:
-    """[H, W, C] each, of float images [B, C, H, W] in [0, 1]; None for one that holds NaN (which would turn black)."""
-    images = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    whole = pixels.isfinite().flatten(1).all(1).tolist()
-    return [image if finite else None for image, finite in zip(images, whole, strict=True)]
 
 
 def _is_class_policy(path: str) -> bool:

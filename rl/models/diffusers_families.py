@@ -1,7 +1,8 @@
-"""Families of diffusers pipelines: SD 1.x and 2.x, SDXL, SD3 and FLUX."""
+"""Families of diffusers pipelines: SD 1.x and 2.x, SDXL, SD3, FLUX.1, Sana and Z-Image."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -186,4 +187,89 @@ class Flux(_Transformer):
         return places.reshape(-1, 3)
 
 
-FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)}
+class Sana(_Transformer):
+    """Sana: linear attention on the latents of a deep-compression autoencoder, text states of Gemma with a mask.
+
+    Prompts get the pipeline's own instruction before them. Its file describes DPM-Solver++ on a flow, which has no
+    density: the flow's own steps between the same times take its place.
+    """
+
+    pipeline_class = "SanaPipeline"
+
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+        config = self.frozen.pipeline.scheduler.config
+        if config.get("flow_shift") is None:
+            return {"num_inference_steps": num_inference_steps}
+        return {"sigmas": np.linspace(1.0, 1 / config.num_train_timesteps, num_inference_steps + 1)[:-1]}
+
+    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        pipeline = self.frozen.pipeline
+        own = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+        positive, mask, negative, negative_mask = pipeline.encode_prompt(
+            prompts, **self._guided(prompts), complex_human_instruction=own, **self._lengths()
+        )
+        rows = {"prompt_embeds": positive, "prompt_mask": mask}
+        return {**rows, "negative_prompt_embeds": negative, "negative_prompt_mask": negative_mask}
+
+    def _forward(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        config = self.denoiser.config
+        output = self.denoiser(
+            latents,
+            encoder_hidden_states=rows["prompt_embeds"],
+            encoder_attention_mask=rows["prompt_mask"],
+            timestep=timesteps.float() * config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return output.chunk(2, dim=1)[0] if config.out_channels // 2 == config.in_channels else output
+
+    def _scheduler(self, published: Any) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = published.config
+        if isinstance(published, FlowMatchEulerDiscreteScheduler):
+            return published
+        if not config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"model.path: the {type(published).__name__} of this SanaPipeline is not of a flow (use_flow_sigmas)"
+            )
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
+
+
+class ZImage(_Transformer):
+    """Z-Image: one stream of image patches and text states of Qwen3, of as many tokens as the prompt has.
+
+    Its network is asked with 1 - t and answers with minus the velocity. The pipeline's own guidance_scale is one less
+    than `sampler.guidance_scale`, for which 1 is without guidance.
+    """
+
+    pipeline_class = "ZImagePipeline"
+
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+        return {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), "mu": self._shift()}
+
+    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        length = self.options.max_sequence_length or 512
+        rows = {}
+        for name, texts in (("", prompts), ("negative_", [self.options.negative_prompt] * len(prompts))):
+            # The pipeline writes its chat template into the list it is given.
+            found = self.frozen.pipeline._encode_prompt(list(texts), self.device, max_sequence_length=length)
+            states = found[0].new_zeros(len(found), length, found[0].shape[1])
+            for row, own in zip(states, found, strict=True):
+                row[: len(own)] = own
+            rows[f"{name}prompt_embeds"] = states
+            lengths = torch.tensor([len(own) for own in found], device=states.device)
+            rows[f"{name}prompt_mask"] = torch.arange(length, device=states.device) < lengths[:, None]
+        return rows
+
+    def _forward(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        texts = [own[mask > 0] for own, mask in zip(rows["prompt_embeds"], rows["prompt_mask"], strict=True)]
+        frames = list(latents.unsqueeze(2).unbind(0))
+        output = self.denoiser(frames, (1000 - timesteps.float()) / 1000, texts, return_dict=False)[0]
+        return -torch.stack(list(output)).squeeze(2)
+
+    def _patch(self) -> int:
+        return 2
+
+
+_ALL = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, ZImage)
+FAMILIES = {family.pipeline_class: family for family in _ALL}

@@ -129,7 +129,8 @@ class DiffusersPolicy(nn.Module):
         """float32 [B, C, H, W] of uint8 images [height, width, 3]: the mean of the VAE's Gaussian."""
         vae = self.frozen.pipeline.vae.to(self.device)
         pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = vae.encode(pixels).latent_dist.mode()
+        encoded = vae.encode(pixels)  # a deep-compression autoencoder has no distribution
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         std, scaling, mean = self._units(latents)
         return (latents - mean) * scaling / std
 
@@ -244,7 +245,7 @@ class DiffusersPolicy(nn.Module):
         """Height and width in pixels, checked."""
         pipeline = self.frozen.pipeline
         multiple = pipeline.vae_scale_factor * self._patch()
-        own = getattr(pipeline, "default_sample_size", None) or self.denoiser.config.sample_size
+        own = getattr(pipeline, "default_sample_size", None) or self.denoiser.config.get("sample_size") or 128
         default = own * pipeline.vae_scale_factor
         size = (self.options.height or default, self.options.width or default)
         for name, pixels in zip(("height", "width"), size, strict=True):

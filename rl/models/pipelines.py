@@ -29,6 +29,8 @@ SCHEDULERS = {
     "StableDiffusionXLPipeline": _BETAS,
     "StableDiffusion3Pipeline": _FLOW,
     "FluxPipeline": _FLOW,
+    "SanaPipeline": ("DPMSolverMultistepScheduler", *_FLOW),
+    "ZImagePipeline": _FLOW,
 }
 
 

@@ -14,6 +14,7 @@ from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import Conditioning, GuidedPolicy, ImagePolicy, LearnedNoise
+from rollouts.samplers.first_jump import DataGaussian, levels
 from rollouts.samplers.gaussian import diagonal_log_density, gaussian_step, make_steps, predicted_x0
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, branch_seed, normal
@@ -51,6 +52,11 @@ class LatentEngine(SharedModelEngine):
                 f"sampler.guidance_cosine drops the unconditional half of guidance, which {type(model).__name__} does "
                 "not show: set it to null"
             )
+        self.data = None
+        if options.first_jump is not None:
+            if isinstance(model, LearnedNoise):
+                raise ValueError("sampler.first_jump begins without the learned noise: set it to null")
+            self.data = DataGaussian.load(options.first_jump, tuple(model.latent_shape))
         self.branch_points = tuple(branch_points)
         self.stats = EngineStats()
 
@@ -137,13 +143,21 @@ class LatentEngine(SharedModelEngine):
 
     def _start(self, seed: torch.Tensor, given: Conditioning) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The initial latents [N, ...], and their log-density [N] where the policy decides about them."""
-        noise = self.noise(seed, 0)
         if not isinstance(self.model, LearnedNoise):
-            return noise.mul_(self.steps.initial_std).to(self.dtype), None
+            return self.start(seed), None
         assert self.steps.initial_std == 1, "the samplers of this package start from unit noise"
         mean, std = self.model.initial_noise(given)
-        latent = (mean.double() + std.double() * noise).to(self.dtype)
+        latent = (mean.double() + std.double() * self.noise(seed, 0)).to(self.dtype)
         return latent, diagonal_log_density(latent, mean, std)
+
+    def start(self, seed: torch.Tensor) -> torch.Tensor:
+        """Initial latents [N, ...] that no policy decides about: noise, or where `sampler.first_jump` ends."""
+        noise = self.noise(seed, 0)
+        if self.data is None:
+            return noise.mul_(self.steps.initial_std).to(self.dtype)
+        flow = self.options.kind.startswith("flow") or not hasattr(self.model.scheduler, "alphas_cumprod")
+        signal, level = levels(self.model.scheduler, self.steps.timestep, flow)
+        return self.data.jump(noise, signal[0], level[0]).to(self.dtype)
 
     def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Conditioning of every prompt; equal ones go through the text encoder once."""

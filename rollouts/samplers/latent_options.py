@@ -22,6 +22,11 @@ class LatentSamplerOptions(BaseModel):
     timesteps: tuple[float, ...] | None = Field(
         None, description="Timesteps of the steps, descending, in place of the scheduler's spacing; null: its own."
     )
+    first_jump: str | None = Field(
+        None,
+        description="File of the data's mean and covariance (`DataGaussian.save`): the sampler begins at the first of "
+        "sampler.timesteps with the latents that a Gaussian score gives there. Null: with noise.",
+    )
     sde_window: tuple[int, int] | None = Field(
         None,
         description="[first, length] of the steps that draw noise; others follow the ODE, no decisions. Null: all.",
@@ -66,6 +71,8 @@ class LatentSamplerOptions(BaseModel):
                 )
             if list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
                 raise ValueError(f"sampler.timesteps {list(times)} must descend and not be negative")
+        if self.first_jump is not None and times is None:
+            raise ValueError("sampler.first_jump needs sampler.timesteps, whose first is where the jump ends: set it")
         if self.guidance_cosine is not None and self.guidance_scale == 1:
             raise ValueError("sampler.guidance_cosine does nothing without guidance: set sampler.guidance_scale")
         if self.sde_window is not None:

@@ -16,6 +16,7 @@ import torch
 from rollouts.engines.latent import LatentEngine
 from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import LearnedNoise
+from rollouts.samplers.first_jump import levels
 from rollouts.samplers.gaussian import gaussian_step, log_density, predicted_x0
 from rollouts.search.protocol import Budget
 
@@ -74,10 +75,13 @@ class LatentSampler:
             raise ValueError("a search guides every step: set sampler.guidance_cosine to null")
         if engine.steps.mean_previous is not None:
             raise ValueError("sampler.kind dpm_solver looks back: a search needs ddim, ddpm or a flow kind of sampler")
+        if engine.options.first_jump is not None:
+            raise ValueError("a search chooses and changes standard noise: set sampler.first_jump to null")
         self.engine, self.budget = engine, Budget()
         self.given = engine.encode(list(prompts))
         self.evaluations = engine.model.num_evaluations(engine.options.guidance_scale)
-        self.signal, self.noise_level = _levels(engine)
+        flow = engine.options.kind.startswith("flow")
+        self.signal, self.noise_level = levels(engine.model.scheduler, engine.steps.timestep, flow)
 
     # --- states ---------------------------------------------------------------------------------------------------
 
@@ -257,18 +261,6 @@ class LatentSampler:
 
     def _put(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.engine.device)
-
-
-def _levels(engine: LatentEngine) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of data and noise in the latent before every step and after the last, float64 [T+1] each."""
-    scheduler, times = engine.model.scheduler, engine.steps.timestep
-    if engine.options.kind.startswith("flow"):
-        noise = np.append(times / scheduler.config.num_train_timesteps, 0.0)
-        return 1 - noise, noise
-    alphas = scheduler.alphas_cumprod.double().numpy()
-    final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    a = np.append(alphas[times.astype(np.int64)], final)
-    return np.sqrt(a), np.sqrt(1 - a)
 
 
 def _numpy(dtype: torch.dtype) -> type:
