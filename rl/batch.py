@@ -39,6 +39,7 @@ class DecisionBatch:
         trajectory: int64 [N], index of its trajectory in this micro-batch, or None.
         step: int64 [N], its denoising step, or None.
         kl, negative: [N], with gradient, see `rl.estimators.base.Scores`.
+        reward: [N], no gradient, of its trajectory; None unless the recipe asks for it (`Recipe.needs_reward`).
     """
 
     logprob: torch.Tensor
@@ -51,6 +52,7 @@ class DecisionBatch:
     step: torch.Tensor | None = None
     kl: torch.Tensor | None = None
     negative: torch.Tensor | None = None
+    reward: torch.Tensor | None = None
 
     def check(self) -> None:
         for name, value in vars(self).items():

@@ -89,6 +89,7 @@ RECIPES = Table(
         "ebpo": "rl.recipes.ebpo:EBPO",
         "egspo": "rl.recipes.egspo:EGSPO",
         "rspo": "rl.recipes.rspo:RSPO",
+        "lightningrl": "rl.recipes.lightningrl:LightningRL",
         "trafl": "rl.recipes.trafl:TraFL",
         "vrpo": "rl.recipes.vrpo:VRPO",
         "opd": "rl.recipes.opd:OPD",

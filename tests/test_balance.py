@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -200,3 +201,37 @@ def test_a_step_of_egspo_is_credited_with_what_came_after_it(make_model) -> None
     assert recipe.advantage(verdicts).isnan().tolist() == [[False, True], [True, False]]
     rows = recipe.rows(trajectories, model, steps=[np.array([True, False])] * 2)
     assert rows.trajectory.tolist() == [0, 0, 1, 1]
+
+
+def test_lightningrl_adds_reward_and_speed_after_each_is_z_scored() -> None:
+    """Worked out: z-scores of 1, 0, 1 and of 2, 4, 1 tokens a forward; 0.44, -0.08, -0.36 are z-scored once more."""
+    recipe = parse_recipe({"name": "lightningrl"})
+    reward = torch.tensor([1.0, 0.0, 1.0, math.nan, 0.0, 0.5, 1.0, 0.0], dtype=F64)
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    # Nothing is right in the second group, and the third's speeds are all but equal.
+    verdicts = Verdicts(reward, group, None, [2.0, 4.0, 1.0, 99.0, 1.0, 5.0, 3.0, 3.005])
+    found = recipe.advantage(verdicts)
+    assert found[:3].tolist() == pytest.approx([1.3246, -0.2346, -1.0900], abs=2e-3) and found[3:].isnan().all()
+    slow = parse_recipe({"name": "lightningrl", "speed_weight": 0.0, "min_speed_range": 0.001}).advantage(verdicts)
+    assert slow[6] == -slow[7] and slow[0] == slow[2] > 0 > slow[1] and slow[3:6].isnan().all()
+    nothing = replace(verdicts, reward=torch.zeros_like(reward))
+    assert recipe.advantage(nothing).isnan().all()
+
+
+def test_lightningrl_holds_to_right_answers() -> None:
+    """On policy the slope of a right decision is -(A + 0.1), that of a wrong one -A."""
+    recipe = parse_recipe({"name": "lightningrl", "kl_to": "none", "kl_coef": 0.0})
+    batch = batch_of([0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [0.0, 0.0, 0.0])
+    batch.reward = torch.tensor([1.0, 0.0, 0.9], dtype=F64)
+    output = recipe.loss(batch)
+    (slope,) = torch.autograd.grad(output.loss.sum(), batch.logprob)
+    torch.testing.assert_close(slope, torch.tensor([-2.1, 1.0, -0.5], dtype=F64))
+    assert output.metrics["nll_right"].tolist() == pytest.approx((-batch.reward.floor() * batch.logprob).tolist())
+
+
+def test_lightningrl_counts_the_forwards_of_the_decoder() -> None:
+    (trajectory, *_) = every_rollout(TabularModel(2, 2))
+    recipe = parse_recipe({"name": "lightningrl"})
+    assert recipe.summary(trajectory) == 1.0
+    trajectory.decoder["forwards"] = 4
+    assert recipe.summary(trajectory) == 0.5

@@ -307,11 +307,13 @@ def test_left_to_right_is_refused_in_another_order(tmp_path: Path) -> None:
     check_run(load_config(arguments[1], right))
 
 
-@pytest.mark.parametrize("name", [*MASKED, *TRACED[1:], "trafl", "egspo"])
+@pytest.mark.parametrize("name", [*MASKED, *TRACED[1:], "trafl", "egspo", "lightningrl"])
 def test_a_recipe_runs(tmp_path: Path, name: str) -> None:
     """Two passes over the rollouts of two steps, in micro-batches, through the real loop."""
     extra = ["sampler.selector=left_most", "sampler.num_inference_steps=16"] if name == "justgrpo" else []
-    extra += {"trafl": ["filters.drop_zero_variance=false"], "egspo": ["sampler.record_x0=true"]}.get(name, [])
+    flat = "filters.drop_zero_variance=false"
+    lightning = [flat, "algorithm.right=0", "algorithm.min_speed_range=0"]
+    extra += {"trafl": [flat], "egspo": ["sampler.record_x0=true"], "lightningrl": lightning}.get(name, [])
     arguments = tiny_config(
         tmp_path, f"algorithm.name={name}", "algorithm.entropy_coef=0", "train.steps=2", "train.micro_batch_size=4",
         "eval.num_prompts=2", "eval.viewer_items=0", *extra,
@@ -363,7 +365,7 @@ def test_a_lone_rollout_is_trained_with_a_value_and_refused_without_a_baseline(t
     assert lone.advantage(replace(alone, group=torch.tensor([0, 0, 0]))).nan_to_num().tolist() == [-1.5, 0.0, 1.5]
     assert {name for name in RECIPES.known if not parse_recipe({"name": name}).needs_group} == {
         "alignprop", "b2_diffurl", "class_tokens", "ctrl", "d_opsd", "ddpo", "diffusion_opd", "dpok", "dppo", "drakes",
-        "opd", "trafl",
+        "opd", "rediff", "trafl",
     }  # fmt: skip
     assert parse_recipe({"name": "b2_diffurl", "history": 0}).needs_group
     arguments = tiny_config(tmp_path, "train.group_size=1", "train.steps=2", "eval.viewer_items=0")

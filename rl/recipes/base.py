@@ -125,6 +125,8 @@ class Recipe(AnyRecipe):
     redraw: ClassVar[bool] = False
     # See `rl.losses.policy_gradient.clipped_policy_loss`.
     linear_gain: ClassVar[bool] = False
+    # The loss sees each decision's reward (`DecisionBatch.reward`).
+    needs_reward: ClassVar[bool] = False
 
     baseline: Literal["mean", "leave_one_out"] = Field("mean", description="Baseline of the group advantage.")
     scale: Literal["none", "std", "reward_std", "batch_std"] = Field(

@@ -30,7 +30,8 @@ class MicroBatch:
         rows: the decisions; they score themselves.
         weight: float64 [U], share of each decision in the loss of the update (`rl/losses/aggregate.py`).
         advantage: float64 [U].
-        reward: float64 [U], what each decision was given at its step; None without a critic.
+        reward: float64 [U], what each decision was given at its step, for a critic; its trajectory's, for a recipe that
+            needs it; else None.
         old_logprob: float64 [U] under the weights before the first update; None where the ratio needs none.
         ref_logprob: float64 [U] under the frozen reference; None without one.
         old_value, returns: float64 [U] of the critic before the first update; None without a critic.
@@ -97,6 +98,7 @@ class MicroBatch:
             step=self.rows.step,
             kl=scores.kl,
             negative=scores.negative,
+            reward=self.reward,
         )
         decisions.check()
         return decisions
@@ -194,6 +196,8 @@ class Cutter:
             else:
                 reward = outcome_rewards(self.recipe.outcome(advantage, rollouts.reward[indices]), owner, step)
             reward = reward.to(device, torch.float64)
+        elif self.recipe.needs_reward:
+            reward = rollouts.reward[indices][owner].to(device, torch.float64)
         return MicroBatch(rows.to(device), weight.to(device), of_decision.to(device, torch.float64), reward)
 
     def spare(self, rollouts: ScoredRollouts) -> MicroBatch:
