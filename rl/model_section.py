@@ -139,8 +139,8 @@ class ModelConfig(Section):
     family: str | None = Field(
         None,
         description="Layout of the model in path: llada, dream, sdar, llada_moe, llada2, sdar_moe, llama, qwen2, "
-        "qwen3, mistral, gemma, gpt_neox, diffusion_gemma, file.py:Class or pkg.module:Class; null goes by its "
-        "config.json.",
+        "qwen3, mistral, gemma, gpt_neox, llava, llava_hub, diffusion_gemma, file.py:Class or pkg.module:Class; null "
+        "goes by its config.json.",
     )
     convert: ConvertOptions = ConvertOptions()
     context: ContextOptions = ContextOptions()

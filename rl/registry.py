@@ -159,6 +159,8 @@ FAMILIES = Table(
         "qwen3": "rl.models.families.causal:Qwen3",
         "mistral": "rl.models.families.causal:Mistral",
         "gemma": "rl.models.families.causal:Gemma",
+        "llava": "rl.models.families.llava:Llava",
+        "llava_hub": "rl.models.families.llava:LlavaHub",
         "gpt_neox": "rl.models.families.causal:GPTNeoX",
     },
 )

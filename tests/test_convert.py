@@ -296,3 +296,20 @@ def test_mistakes_are_named_in_one_line(
 
 def load_mask(folder: Path) -> int:
     return int(json.loads((folder / "start" / "config.json").read_text())["mask_token_id"])
+
+
+def test_one_model_is_fitted_and_sampled_at_many_block_lengths(tmp_path: Path) -> None:
+    """BlockGen's mixture, on a new model: every update draws a block length, and rollouts take any of them."""
+    mixture = "{steps: 6, batch_size: 4, num_texts: 8, data: task, targets: hard"
+    runs.train_here(
+        runs.tiny_config(
+            tmp_path, "model.attention=block_causal", "model.block_length=4",
+            f"convert={mixture}, block_lengths: [{{until: 1, lengths: [1, 2, 4]}}]}}", "sampler.block_length=2",
+            "sampler.num_inference_steps=16", "eval.num_inference_steps=[16]", "sft.steps=0", "train.steps=1",
+            "train.max_logprob_gap=1e-4", "eval.num_prompts=2", "eval.viewer_items=0",
+        )
+    )  # fmt: skip
+    lengths = [line["convert/block_length"] for line in runs.lines(tmp_path / "run", "convert")]
+    assert len(lengths) == 6 and len(set(lengths)) > 1 and set(lengths) <= {1, 2, 4}
+    (step,) = runs.lines(tmp_path / "run", "train")
+    assert step["policy/logprob_gap_max"] < 1e-4

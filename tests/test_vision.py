@@ -16,7 +16,8 @@ from rl.estimators.draws import everything_hidden
 from rl.estimators.masked_copies import copy_rows
 from rl.estimators.trace_rows import packed_rows, remask_rows, trace_rows
 from rl.modalities.text_plan import TextPlan
-from rl.model_section import ModelConfig, VisionOptions
+from rl.model_section import ConvertOptions, ModelConfig, VisionOptions
+from rl.models.families.llava import Llava
 from rl.models.folder import prompt_images
 from rl.models.load import load_policy, save_policy
 from rl.models.vision import add_vision
@@ -131,7 +132,9 @@ def test_places_take_the_projected_states_of_the_tower(make_model, tower: dict[s
     ids = torch.tensor([[5, *image_ids(first, 4), 6, *image_ids(second, 4)], [*range(10)]])
     embeds = model.vision.embed(ids, model.get_input_embeddings())
     for image, start in ((first, 1), (second, 6)):
-        pixels = torch.from_numpy(image).double().movedim(2, 0)[None] / 127.5 - 1
+        mean, std = (torch.tensor(model.config.vision[name]).double() for name in ("mean", "std"))
+        assert float(mean[0]) == pytest.approx(0.48145466 if "model_type" in tower else 0.5)
+        pixels = ((torch.from_numpy(image).double() / 255 - mean) / std).movedim(2, 0)[None]
         if model.vision.channels == 1:
             grey = np.asarray(Image.fromarray(image).convert("L"))
             pixels = torch.from_numpy(grey.copy()).double()[None, None] / 127.5 - 1
@@ -273,6 +276,84 @@ def test_a_tower_that_cannot_be_built_is_refused(vision: dict[str, Any], message
         prompt_images(ModelConfig(backbone=TINY, vision=vision))
 
 
+# --- an autoregressive model with a tower -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a tiny random LLaVA and the tokenizer of the task read_number."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer = char_tokenizer("0123456789no.i")
+    text = {**TINY, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    text = LlamaConfig(**{key: value for key, value in text.items() if key != "model_type"})
+    vision = CLIPVisionConfig(image_size=24, patch_size=12, **{**SIZES, "num_hidden_layers": 2})
+    torch.manual_seed(0)
+    image = tokenizer.convert_tokens_to_ids("i")
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=image))
+    folder = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+CONVERT = {"block_length": 4, "mask_token": "<mask>"}
+
+
+@torch.no_grad()
+def test_a_converted_llava_is_transformers_own_at_block_length_one(llava: Path, tmp_path: Path, run: Any) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    theirs = LlavaForConditionalGeneration.from_pretrained(llava)
+    tokenizer = char_tokenizer("0123456789no.i")
+    ours = load_policy(ModelConfig(path=str(llava), convert={**CONVERT, "block_length": 1}), tokenizer, 0)
+    image = picture(1, 24, 24)
+    assert prompt_images(ModelConfig(path=str(llava)), json.loads((llava / "config.json").read_text())) == (
+        "<image>",
+        4,
+    )
+    words, i = [1, 2, 5], tokenizer.convert_tokens_to_ids("i")
+    ids = torch.tensor([[3, *image_ids(image, 4), *words]])
+    pixels = ours.vision.normalised([image])
+    expected = theirs(input_ids=torch.tensor([[3, i, i, i, i, *words]]), pixel_values=pixels).logits
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()[None]
+    found = ours.lm_head(ours.hidden_states(ids, visible=causal))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # Back in its own layout transformers reads it.
+    save_policy(ours, tokenizer, tmp_path / "saved")
+    code, _, err = run("export", str(tmp_path / "saved"), str(tmp_path / "out"), "--layout", "llava")
+    assert code == 0, err
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters(), strict=True))
+
+
+def test_a_llava_is_converted_on_answers_about_images(llava: Path, tmp_path: Path) -> None:
+    overrides = [
+        *RUN[:1], *RUN[4:], "model.backbone={}", f"model.path={llava}", f"model.convert={json.dumps(CONVERT)}",
+        "convert={steps: 2, data: task, num_texts: 4, batch_size: 2, block_lengths: [{until: 0.5, lengths: [1]}]}",
+        "train.steps=0", "sft.steps=0", "eval.num_prompts=2", "eval.viewer_items=0",
+    ]  # fmt: skip
+    train_here(tiny_config(tmp_path, *overrides, reward=LETTERS))
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (line["loss/total"] for line in metrics if line["stage"] == "convert")
+    # In blocks of one the policy is the teacher, and that sees the pixels too.
+    assert abs(first) < 1e-5 < 1e-3 < second
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full', the llava layout is read"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\], and one layer is read"),
+        ({"text_config": {"model_type": "opt"}}, "text_config has model_type 'opt', and what is read is gemma"),
+    ],
+)
+def test_a_llava_of_another_kind_is_refused(llava: Path, changed: dict[str, Any], message: str) -> None:
+    described = {**json.loads((llava / "config.json").read_text()), **changed}
+    with pytest.raises(ValueError, match=message):
+        Llava().fields(described, convert=ConvertOptions(**CONVERT), mask_token_id=1)
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 RUN = (
@@ -302,9 +383,9 @@ def test_chance_is_what_shuffled_pictures_leave() -> None:
     own, shuffled = (ReadNumberTask(images, noise=0).heldout_examples(40) for images in ("own", "shuffled"))
     ink = [np.count_nonzero(np.array(row["image"]) > 128) for row in own]
     strokes = {"0": 12, "1": 8, "2": 11, "3": 11, "4": 9, "5": 11, "6": 12, "7": 7, "8": 13, "9": 12}
-    assert ink == [4 * sum(strokes[digit] for digit in row["answer"]) for row in own]
+    assert ink == [2 * sum(strokes[digit] for digit in row["answer"]) for row in own]
     other = [np.count_nonzero(np.array(row["image"]) > 128) for row in shuffled]
-    right = [n == 4 * sum(strokes[digit] for digit in row["answer"]) for n, row in zip(other, shuffled, strict=True)]
+    right = [n == 2 * sum(strokes[digit] for digit in row["answer"]) for n, row in zip(other, shuffled, strict=True)]
     assert sum(right) < 12
     train = {row["answer"] for row in ReadNumberTask().train_examples(0, 0, 400)}
     assert train.isdisjoint(row["answer"] for row in own)

@@ -13,7 +13,8 @@ from rewards.causal_lm import plain_folder, resolve
 from rl.model_section import ModelConfig, VisionOptions
 from rl.models.families import family_of
 from rl.models.families.causal import CausalFamily, causal_family
-from rl.tasks.prompt_images import MAX_PLACES, PromptImages
+from rl.models.vision_settings import vision_settings
+from rl.tasks.prompt_images import PromptImages
 from rollouts.engines.base import EngineError
 from rollouts.engines.server.http_json import JsonServer
 from rollouts.engines.server.options import ServerOptions
@@ -91,34 +92,6 @@ def new_vision(options: VisionOptions) -> dict[str, Any]:
     return vision_settings(tower, field) | mean | {"placeholder": options.placeholder or "<image>"}
 
 
-def vision_settings(tower: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """The settings of a tower by its transformers config, with the pixels' mean and scale that SigLIP has.
-
-    Raises:
-        ValueError: it is no model of transformers that cuts an image into patches.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = str(tower.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{field}: model_type {kind!r} is no model of transformers: take siglip_vision_model or another"
-        )
-    config = CONFIG_MAPPING[kind](**tower)
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        raise ValueError(f"{field}: {kind} does not say image_size and patch_size as whole numbers: take another tower")
-    count = (size // patch) ** 2
-    if size < patch or count > MAX_PLACES:
-        raise ValueError(
-            f"{field}: {count} patches of {patch} in an image of {size}, and 1 to {MAX_PLACES} can be used"
-        )
-    if config.num_channels not in (1, 3):
-        raise ValueError(f"{field}.num_channels is {config.num_channels}: images have 1 or 3")
-    half = [0.5] * config.num_channels
-    return {"tower": config.to_dict(), "num_tokens": count, "layer": -1, "mean": half, "std": half}
-
-
 def pixel_statistics(path: str) -> dict[str, list[float]]:
     """The mean and scale of pixels in a folder's preprocessor_config.json; empty without one."""
     file = local_folder(path) / "preprocessor_config.json"
@@ -136,8 +109,11 @@ def vision_described(model: ModelConfig, described: Mapping[str, Any] | None) ->
     Raises:
         ValueError: see `new_vision`.
     """
-    if described is not None and described.get("vision"):
-        return dict(described["vision"])
+    if described is not None:
+        family = family_of(described, model.family)
+        found = described.get("vision") if family is None else family.vision(described)
+        if found:
+            return dict(found)
     return new_vision(model.vision) if model.vision.new else None
 
 

@@ -21,17 +21,18 @@ Shown = Literal["own", "shuffled", "none"]
 
 
 class ReadNumberTask(DrawnTask):
-    """Prompt `<image>` with a picture of a number, 100 to 999, answer `347`. Judged by `math_answer`.
+    """Prompt `<image>no.` with a picture of a number, 100 to 999, answer `347`. Judged by `math_answer`.
 
-    Digits are 6 x 10 pixels, somewhere in 24 x 24 pixels of grey noise. Which numbers are trained on depends on the
-    number alone: held-out numbers were never seen, at no place.
+    The picture is 24 x 24 pixels of grey noise, three bands of three cells of 8 x 8. The middle band has the number, a
+    digit of 6 x 5 pixels in each cell, at one of 4 places there. Which numbers are trained on depends on the number
+    alone: held-out numbers were never seen.
     """
 
     reward = "math_answer"
     grid = None
-    alphabet = "0123456789"
+    alphabet = "0123456789no."
 
-    def __init__(self, images: Shown = "own", noise: int = 100):
+    def __init__(self, images: Shown = "own", noise: int = 50):
         """
         Args:
             images: "own" shows a row's own number, "shuffled" another one's, "none" noise alone: an accuracy that does
@@ -58,16 +59,16 @@ class ReadNumberTask(DrawnTask):
 
     def _shown(self, problem: str, rng: random.Random) -> Example:
         number = str(rng.randrange(100, 1000)) if self.images == "shuffled" else problem
-        return {"prompt": "<image>", "image": self._picture(number, rng), "answer": problem}
+        return {"prompt": "<image>no.", "image": self._picture(number, rng), "answer": problem}
 
     def _picture(self, number: str, rng: random.Random) -> list[list[int]]:
         """Pixels [24, 24], 0 to 255: lists, so that a row is plain JSON."""
         pixels = np.full((24, 24), 55)
-        left, top = rng.randrange(3), rng.randrange(15)
+        top, left = 9 + rng.randrange(2), rng.randrange(2)
         for place, digit in enumerate("" if self.images == "none" else number):
             ink = np.array([[cell == "#" for cell in row] for row in _GLYPHS[int(digit)].split("/")])
-            at = (slice(top, top + 10), slice(left + 8 * place, left + 8 * place + 6))
-            pixels[at] += 145 * ink.repeat(2, 0).repeat(2, 1)
+            at = (slice(top, top + 5), slice(left + 8 * place, left + 8 * place + 6))
+            pixels[at] += 145 * ink.repeat(2, 1)
         noise = np.random.default_rng(rng.getrandbits(63)).integers(-self.noise, self.noise + 1, pixels.shape)
         return (pixels + noise).clip(0, 255).tolist()
 

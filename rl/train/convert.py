@@ -7,8 +7,10 @@ is hidden and what is fitted: `rl/estimators/conversion.py`.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,8 @@ def _teacher(run: Run) -> Any:
     Raises:
         ValueError: there is none, or it has another vocabulary.
     """
+    if getattr(run.model, "vision", None) is not None:
+        return _Twin(run)
     path = run.config.convert.teacher or run.config.model.path
     if path is None:
         raise ValueError("convert.teacher is required: a new model (model.backbone) was no autoregressive model before")
@@ -84,6 +88,39 @@ def _teacher(run: Run) -> Any:
             f"{option} {path!r} has another vocabulary than the model{what}: name the model it was made of"
         )
     return teacher.to(run.device)
+
+
+class _Twin:
+    """The autoregressive model with a vision tower that the policy was made of: a copy of the policy's weights.
+
+    With the shifted readout and causal context, block length 1 is that model (`rl/models/families/causal.py`).
+    """
+
+    def __init__(self, run: Run):
+        """
+        Raises:
+            ValueError: the policy is no such model, or an option needs another one.
+        """
+        config, model = run.config.convert, run.model
+        if config.data == "samples" or config.teacher is not None:
+            name = "data samples" if config.data == "samples" else f"teacher {config.teacher}"
+            raise ValueError(
+                f"convert.{name} is for models of text alone: set convert.data to task or a file, teacher to null"
+            )
+        if not (getattr(model, "context_causal", False) and model.logit_shift):
+            raise ValueError(
+                "convert.targets soft of a model with a vision tower needs model.convert's readout shifted and context "
+                "causal: set them, or convert.targets to hard"
+            )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.get_output_embeddings = self.model.get_output_embeddings
+
+    def base_model(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        width = input_ids.shape[1]
+        causal = (
+            torch.ones(width, width, dtype=torch.bool, device=input_ids.device).tril().expand(len(input_ids), -1, -1)
+        )
+        return SimpleNamespace(last_hidden_state=self.model.hidden_states(input_ids, visible=causal))
 
 
 def _texts(run: Run, teacher: Any) -> list[Text]:

@@ -99,6 +99,10 @@ class Family:
             return {name.replace("backbone.", "model.", 1): Part()}
         return {name: Part()}
 
+    def vision(self, described: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The settings of a vision tower (`rl.models.vision.Vision`) from a published config.json; None without one."""
+        return None
+
     def fields(self, described: Mapping[str, Any], block_length: int | None = None) -> dict[str, Any]:
         """Arguments of our `DiffusionLMConfig` from a published config.json.
 
