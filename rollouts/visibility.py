@@ -56,17 +56,18 @@ def _padded(places: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def full_visibility(lengths: torch.Tensor, width: int) -> torch.Tensor | None:
+def full_visibility(lengths: torch.Tensor, width: int, shortest: int | None = None) -> torch.Tensor | None:
     """Full attention over right-padded rows.
 
     Args:
         lengths: int64 [B], valid positions of each row.
         width: padded length K.
+        shortest: the smallest length, where the host knows it: nothing waits for the device then.
 
     Returns:
         bool [B, 1, K] (broadcasts over queries), or None when nothing is padded.
     """
-    if bool((lengths == width).all()):
+    if (shortest if shortest is not None else int(lengths.min())) == width:
         return None
     return (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None, :]
 

@@ -35,7 +35,7 @@ from rollouts.samplers.distribution import guided_logits
 from rollouts.samplers.guide import Reader, guided
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.parts import step_quota
-from rollouts.samplers.step import StepState, denoise_step
+from rollouts.samplers.step import StepState, denoise_step, places_of
 from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import block_causal_visibility, full_visibility
 
@@ -238,7 +238,8 @@ class InProcessEngine(SharedModelEngine):
         candidates = masked & (index < length[:, None]) if options.record_x0 else eligible
         if options.reviser == "edit":
             candidates = candidates | filled
-        row, position = candidates.nonzero(as_tuple=True)
+        known = None if options.record_x0 or filled is not None else int(slots.left[group].sum())
+        row, position = places = places_of(candidates, known)
         hidden, begin = self._hidden(tokens, cache, slots, group, start, length)
         at = (row, position - self.model.logit_shift - begin[row])
         logits = self.model.token_logits(hidden[at])
@@ -250,7 +251,7 @@ class InProcessEngine(SharedModelEngine):
             steps = steps.minimum(total)
         quota = step_quota(options.quota, total, left, steps, block_step, end - start)
         before = None if running is None else running[where]
-        state = StepState(tokens, candidates, eligible, quota, seed, step, steps, block_step, filled, before)
+        state = StepState(tokens, candidates, eligible, quota, seed, step, steps, block_step, filled, before, places)
         reach = None if self.constraint is None else self.constraint.reach(tokens, prompt)
         proposal = None
         if self.guide is not None:
@@ -318,9 +319,9 @@ class InProcessEngine(SharedModelEngine):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [N, Q, D] of the queries this step needs, and the position [N] of each row's first."""
         fresh, block = bool(slots.fresh[group[0]]), self.options.block_length
-        width = int(slots.length[group].max())
+        width, shortest = int(slots.length[group].max()), int(slots.length[group].min())
         if cache is None:
-            hidden = self.model.hidden_states(tokens[:, :width], visible=full_visibility(length, width))
+            hidden = self.model.hidden_states(tokens[:, :width], visible=full_visibility(length, width, shortest))
             self._count(tokens[:, :width])
             return hidden, torch.zeros_like(start)
         if self.block_causal:
@@ -342,7 +343,7 @@ class InProcessEngine(SharedModelEngine):
                 num_queries = int((last - slots.start)[group].max()) + self.model.logit_shift
             num_keys = width
             positions = begin[:, None] + torch.arange(num_queries, device=self.device)
-            seen = full_visibility(length, width)
+            seen = full_visibility(length, width, shortest)
             visible = torch.ones_like(positions[:, :1, None], dtype=torch.bool) if seen is None else seen
             visible = visible.expand(-1, 1, num_keys)
         inside = positions < length[:, None]

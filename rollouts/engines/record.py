@@ -45,15 +45,17 @@ class Record:
         Returns:
             row [E] and token [E] of the revealed positions. They are on the host: one transfer carries everything.
         """
-        kept = result.reveal.nonzero().squeeze(1)
-        # Floats travel as their bits, so that one tensor holds all columns.
+        # Floats travel as their bits, so that one tensor holds all columns; what is revealed is picked on the host.
         floats = [x.double().view(torch.int64) for x in (result.logprob, result.confidence)]
         is_noise = torch.zeros_like(result.row) if result.is_noise is None else result.is_noise.long()
-        columns = torch.stack([result.row, result.position, result.token, *floats, is_noise])[:, kept].cpu().numpy()
+        reveal = result.reveal.long()
+        columns = torch.stack([result.row, result.position, result.token, *floats, is_noise, reveal]).cpu().numpy()
+        kept = columns[-1] > 0
+        columns = columns[:-1, kept]
         row, token = columns[0], columns[2]
         sets = np.full_like(row, -1)
         if result.allowed is not None:
-            packed = np.packbits(result.allowed[kept].cpu().numpy(), axis=1)
+            packed = np.packbits(result.allowed.cpu().numpy()[kept], axis=1)
             sets[:] = [self._sets.setdefault(own.tobytes(), len(self._sets)) for own in packed]
         self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:3], sets[None], columns[3:]]))
         if result.remask is not None:

@@ -62,7 +62,7 @@ def first_of_equal_rows(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         int64 [U], one row index per distinct row, and int64 [B], which of these each row equals.
     """
-    _, inverse = torch.unique(key, dim=0, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(key), device=key.device)
+    distinct, inverse = torch.unique(key, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(key), device=key.device)
     first = first.scatter_reduce(0, inverse, torch.arange(len(key), device=key.device), "amin")
     return first, inverse

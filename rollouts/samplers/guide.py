@@ -62,7 +62,7 @@ class Guide:
             count = self._agreed(state, self._draws(state, logits, options, 1)[0], prompt, end)
             return replace(state, quota=count), options.model_copy(update={"selector": "left_most"}), None
         drawn, logprob = self._draws(state, logits, options, self.options.candidates)
-        row, _ = state.candidates.nonzero(as_tuple=True)
+        row, _ = state.where()
         taken = self._weighed(state, drawn, logprob, prompt, end)[row]
         chosen = drawn.gather(0, taken[None])[0]
         return state, options, torch.full_like(logits, -torch.inf).scatter(1, chosen[:, None], 0.0)
@@ -71,7 +71,7 @@ class Guide:
         self, state: StepState, logits: torch.Tensor, options: SamplerOptions, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens int64 [K, N] and their log-probs [K, N]; the first draw is the one that `denoise_step` makes."""
-        row, position = state.candidates.nonzero(as_tuple=True)
+        row, position = state.where()
         if options.temperature == 0:
             token = logits.argmax(-1)[None]
             return token, torch.zeros_like(token, dtype=torch.float64)
@@ -97,7 +97,7 @@ class Guide:
     ) -> torch.Tensor:
         """int64 [B]: which of the K fillings each row takes."""
         size, own = len(state.canvas), logprob.cpu().numpy()
-        row = state.candidates.nonzero(as_tuple=True)[0].cpu().numpy()
+        row = state.where()[0].cpu().numpy()
         weight = np.zeros((len(drawn), size))
         for at, (masks, _, reading, over) in enumerate(self._read(state, drawn, prompt, end, 0)):
             k, r = divmod(at, size)
@@ -113,7 +113,7 @@ class Guide:
         self, state: StepState, drawn: torch.Tensor, prompt: torch.Tensor, end: torch.Tensor, top: int
     ) -> list[tuple[np.ndarray, torch.Tensor, Any, int]]:
         """For each filling of each row, fillings first: places of the masks, answer, reading, tokens that count."""
-        row, position = state.candidates.nonzero(as_tuple=True)
+        row, position = state.where()
         filled = torch.stack([state.canvas.index_put((row, position), token) for token in drawn]).cpu().numpy()
         first, last, row_of, place = (x.cpu().numpy() for x in (prompt, end, row, position))
         rows = [(k, r) for k in range(len(drawn)) for r in range(len(first))]

@@ -30,6 +30,7 @@ class StepState:
         num_steps, block_step: int64 [B], steps of the block and how many were taken, for what depends on time.
         filled: bool [B, L], tokens that a reviser may take back; never a prompt's. None without a reviser.
         running: float64 [B, L], running confidences, for reviser rcr.
+        places: int64 [N] each, row and position of the candidates in row-major order, where they are known.
     """
 
     canvas: torch.Tensor
@@ -42,6 +43,20 @@ class StepState:
     block_step: torch.Tensor | None = None
     filled: torch.Tensor | None = None
     running: torch.Tensor | None = None
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def where(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position [N] of the candidates, in row-major order."""
+        return places_of(self.candidates) if self.places is None else self.places
+
+
+def places_of(mask: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and position of what is true in bool [B, L]. Who knows how many there are does not wait for the device."""
+    if count is None:
+        row, position = mask.nonzero(as_tuple=True)
+    else:
+        row, position = mask.nonzero_static(size=count).unbind(1)
+    return row, position
 
 
 @dataclass
@@ -97,7 +112,7 @@ def denoise_step(
     """
     if options.window is not None:
         state = replace(state, eligible=state.eligible & (state.eligible.long().cumsum(-1) <= options.window))
-    row, position = state.candidates.nonzero(as_tuple=True)
+    row, position = state.where()
     seed = state.seed[row] if state.seed.dim() == 1 else state.seed[row, position]
     step = state.step[row]
     u = None if options.temperature == 0 else noise.uniform(seed, step, position, noise.TOKEN_STREAM)
