@@ -200,7 +200,7 @@ class Sana(_Transformer):
         config = self.frozen.pipeline.scheduler.config
         if config.get("flow_shift") is None:
             return {"num_inference_steps": num_inference_steps}
-        return {"sigmas": np.linspace(1.0, 1 / config.num_train_timesteps, num_inference_steps + 1)[:-1]}
+        return {"sigmas": np.linspace(1 - 1 / config.num_train_timesteps, 0.0, num_inference_steps + 1)[:-1]}
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         pipeline = self.frozen.pipeline
