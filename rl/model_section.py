@@ -35,6 +35,10 @@ class LoraOptions(Section):
         "language model's head, and the attention projections of an image model. Stacked experts are named: "
         "experts.gate_up_proj, experts.down_proj.",
     )
+    dora: bool = Field(
+        False,
+        description="Image pipelines: the size of every output of a layer is trained apart from its adapter (DoRA).",
+    )
     dropout: float = Field(0.0, description="Must be 0: the policy that is trained has to be the one that sampled.")
 
     @field_validator("dropout")
@@ -48,8 +52,9 @@ class LoraOptions(Section):
 
     @model_validator(mode="after")
     def _used(self) -> LoraOptions:
-        if not self.rank and (self.alpha is not None or self.targets is not None):
-            name = "targets" if self.alpha is None else "alpha"
+        set_without = [n for n in ("alpha", "targets", "dora") if getattr(self, n)]
+        if not self.rank and set_without:
+            name = set_without[0]
             raise ValueError(f"model.lora.{name} does nothing without adapters: set model.lora.rank or leave it out")
         return self
 

@@ -243,6 +243,34 @@ def test_a_saved_policy_is_read_back_with_equal_outputs(
         assert_close(outputs(plain), expected, 1e-6)
 
 
+def test_dora_trains_magnitudes_beside_its_adapters(folders: dict[str, str], tmp_path: Path) -> None:
+    plain, policy = load(folders, "sd3"), load(folders, "sd3", LoraOptions(rank=2, dora=True))
+    latents, times = draw(policy), torch.tensor([701.0, 301.0])
+
+    def outputs(model: DiffusersPolicy) -> torch.Tensor:
+        with torch.no_grad():
+            return model.predict(latents, times, model.encode(PROMPTS), 4.5)
+
+    assert_close(outputs(policy), outputs(plain))  # a magnitude starts as the norm of its weights
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    magnitudes = [name for name in names if "magnitude" in name]
+    assert len(magnitudes) * 3 == len(names) and all("lora_" in name for name in names)
+    shake(policy)
+    moved = outputs(policy)
+    assert (moved - outputs(plain)).abs().max() > 0.01
+    with policy.reference():
+        assert torch.equal(outputs(policy), outputs(plain))
+    policy.save_pretrained(tmp_path / "dora")
+    policy.save_merged(tmp_path / "merged")
+    size = PipelineConfig(height=SIZE, width=SIZE + 8, **LENGTHS["sd3"])
+    assert torch.equal(outputs(load_diffusers_policy(str(tmp_path / "dora"), size)), moved)
+    assert_close(outputs(load_diffusers_policy(str(tmp_path / "merged"), size)), moved)
+    with pytest.raises(ValueError, match=r"model.lora.dora is false, and the adapters in .* say otherwise"):
+        load_diffusers_policy(str(tmp_path / "dora"), size, LoraOptions(rank=2))
+    with pytest.raises(ValueError, match=r"model\.lora\.dora does nothing without adapters"):
+        LoraOptions(dora=True)
+
+
 def test_a_copy_shares_the_text_encoders_and_trains_its_own_adapters(folders: dict[str, str]) -> None:
     policy = load(folders, "sd", LoraOptions(rank=2))
     other = copy.deepcopy(policy)

@@ -67,7 +67,10 @@ def _load_lora(path: str, index: dict[str, Any], options: PipelineConfig, lora: 
     rank, alpha, targets = (index["lora"][name] for name in ("rank", "alpha", "target_modules"))
     if lora.rank not in (0, rank):
         raise ValueError(f"model.lora.rank is {lora.rank}, the adapters in {path!r} have rank {rank}")
-    policy = load_diffusers_policy(index["base"], options, LoraOptions(rank=rank, alpha=alpha, targets=targets))
+    own = LoraOptions(rank=rank, alpha=alpha, targets=targets, dora=index["lora"].get("dora", False))
+    if lora.rank and lora.dora != own.dora:
+        raise ValueError(f"model.lora.dora is {str(lora.dora).lower()}, and the adapters in {path!r} say otherwise")
+    policy = load_diffusers_policy(index["base"], options, own)
     prefix = f"{policy.denoiser_name}."
     state = {name.removeprefix(prefix): values for name, values in load_file(weights).items()}
     wrong = sorted(policy.lora_state().keys() ^ state.keys())

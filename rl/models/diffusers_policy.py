@@ -198,7 +198,8 @@ class DiffusersPolicy(nn.Module):
         )
         config = self.denoiser.peft_config["default"]
         targets = sorted(config.target_modules)
-        index = {"base": self.source, "lora": {"rank": config.r, "alpha": config.lora_alpha, "target_modules": targets}}
+        lora = {"rank": config.r, "alpha": config.lora_alpha, "target_modules": targets, "dora": config.use_dora}
+        index = {"base": self.source, "lora": lora}
         (folder / LORA_INDEX).write_text(json.dumps(index, indent=2))
 
     def save_merged(self, path: str | os.PathLike[str]) -> None:
@@ -282,4 +283,5 @@ def lora_config(options: LoraOptions, layers: Sequence[str]) -> Any:
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         init_lora_weights="gaussian",
         target_modules=options.targets or list(layers),
+        use_dora=options.dora,
     )

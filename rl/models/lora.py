@@ -43,6 +43,8 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
+    if options.dora:
+        raise ValueError("model.lora.dora is for image pipelines: set it to false")
     below = policy.body
     linear = {
         name: type(m)
