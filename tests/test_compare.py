@@ -42,6 +42,9 @@ def test_the_table_by_hand() -> None:
     accuracies = "0.300 ± 0.248 | +0.100 ± 0.000 | 0.600 ± 0.000 | -0.050 ± 0.000"
     assert row == f"| mine | 3 | {accuracies} | 3 | 2,000 | 96 | 6 | 10 |"
     assert interval([0.25]) == "0.250"
+    other = [run | {"before": {"4": 0.5, "8": 0.6}} for run in runs]
+    starts = [line.split(" |")[0] for line in markdown({"mine": runs, "again": runs, "other": other}).splitlines()]
+    assert starts[2:] == ["| warm start", "| warm start of other", "| mine", "| again", "| other"]
     runs[0] |= {"baseline": {"12": 0.5}, "baseline_interval": {"12": [0.4, 0.6]}}
     other = markdown({"mine": runs}).splitlines()[3]
     assert other == "| autoregressive |  | 0.500 [0.400, 0.600] |  | 0.500 [0.400, 0.600] |  |" + "  |" * 5
@@ -188,11 +191,16 @@ def test_the_stages_of_a_seed_follow_each_other_and_runs_begin_from_the_last(
     monkeypatch.setattr(comparing, "markdown", lambda summaries: "")
     monkeypatch.setattr(comparing, "equal_budgets", lambda folders: "")
     monkeypatch.setattr(budgets, "plot_budgets", lambda folders, metric, path: path)
-    plan = ComparisonPlan(str(config), {"wd1": ["algorithm={name: wd1}"]}, (7,), tmp_path / "out")
-    compare(plan)
+    # The second is about another model, which is made for it.
+    variants = {"wd1": ["algorithm={name: wd1}"], "two": ["model.convert={block_length: 2}", "sampler.block_length=8"]}
+    compare(ComparisonPlan(str(config), variants, (7,), tmp_path / "out"))
     seen = [(name, c.model.path, c.model.convert.block_length, c.convert.steps, c.sft.steps) for name, c in begun]
-    converted, warm = (str(tmp_path / "out" / name / "model") for name in ("converted-7", "warm-7"))
-    assert seen == [("convert", "ar", 4, 5, 3), ("sft", converted, None, 0, 3), ("train", warm, None, 0, 0)]
+    expected = []
+    for which, block in (("7", 4), ("two-7", 2)):
+        converted, warm = (str(tmp_path / "out" / f"{name}-{which}" / "model") for name in ("converted", "warm"))
+        made = [("convert", "ar", block, 5, 3), ("sft", converted, None, 0, 3), ("train", warm, None, 0, 0)]
+        expected.append(made)
+    assert seen == [*expected[0][:2], *expected[1][:2], expected[0][2], expected[1][2]]
 
 
 @pytest.mark.parametrize(

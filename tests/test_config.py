@@ -23,7 +23,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What the header of a config says it runs on; its checkpoint is not here.
 MACHINES = {"llada_8b_d1": 8, "llada_8b_mdpo": 8, "sd15_b2": 1, "sd35_flow_grpo": 8}
 MACHINES |= {"trado_4b_math_tracerl": 8, "trado_8b_math_tracerl": 32}
-MACHINES |= {"llada21_mini_math_tracerl": 16, "sdar_30b_math_tracerl": 8}
+MACHINES |= {"llada21_mini_math_tracerl": 16, "sdar_30b_math_tracerl": 8, "diffusion_gemma_math_tracerl": 8}
 # What their header says to make first is not here: a package's model, oracles that `denoise-rl align` trains.
 MADE_FIRST = {"antibody_drakes": "runs/sapiens_vh", "dna_drakes": "runs/dna_oracles/optimised.safetensors"}
 

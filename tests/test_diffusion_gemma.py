@@ -351,6 +351,17 @@ def test_it_is_trained_saved_and_read_by_transformers(folder: Path, tmp_path: Pa
     torch.testing.assert_close(logits[..., kept], other[..., kept], rtol=0, atol=2e-4)
 
 
+def test_zero_3_on_two_ranks_is_one_rank(folder: Path, tmp_path: Path) -> None:
+    """Rollouts stop early, so that ranks have chains of other lengths: no rank waits for another."""
+    settings = ["sft.steps=0", "train.epochs=1", "sampler.stop_entropy=0.5"]
+    runs.train_here(run_of(tmp_path / "one", folder, *settings))
+    both = run_of(tmp_path / "two", folder, *settings, f"train.deepspeed={runs.ZERO[3]}")
+    result = runs.ranks(2, *runs.many([both]))
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (runs.weights(at / "run") for at in (tmp_path / "one", tmp_path / "two"))
+    assert runs.largest_difference(one, two) < 1e-5
+
+
 def test_trls_template_is_a_template_like_any_other() -> None:
     trl = pytest.importorskip("trl.chat_template_utils")
     template = getattr(trl, "diffusion_gemma_training_chat_template", None)

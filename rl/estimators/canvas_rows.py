@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl import distributed
 from rl.estimators.documents import Reads, canvas_document
 from rl.estimators.masking import stratified
 from rl.estimators.rows import TokenRows, assemble
@@ -60,13 +61,17 @@ class CanvasRows(TokenRows):
         size = model.canvas_length
         signal = torch.zeros(len(self.depth), size, model.hidden_size, dtype=model.dtype, device=self.depth.device)
         start = (self.document == 0).sum(1) - size
-        for depth in range(1, int(self.depth.max()) + 1):
+        steps = int(self.depth.max())
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            # Every forward gathers weights of ZeRO 3 from all ranks: they make as many.
+            steps = int(distributed.reduce_number(float(steps), "max", start.device))
+        for depth in range(1, steps + 1):
             rows = (self.depth == depth).nonzero().squeeze(1)
-            before = rows - 1
+            before = rows - 1 if len(rows) else torch.zeros_like(start[:1])
             place = start[before, None] + torch.arange(size, device=start.device)
             hidden = self._forward(model, before, signal)
             logits = model.token_logits(hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1])))
-            signal[rows] = model.signal(logits / self.heat[before, None, None].to(logits.dtype))
+            signal[rows] = model.signal(logits / self.heat[before, None, None].to(logits.dtype))[: len(rows)]
         return signal
 
     def _forward(self, model: Any, rows: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:

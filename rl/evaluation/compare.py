@@ -23,6 +23,9 @@ from rl.registry import parse_recipe
 from rl.track.intervals import t_half_width
 from rl.train.plan import check_modality, plan_lines
 
+# Overrides with which a variant is about another model, and has warm starts of its own.
+_MODELS = ("model.backbone", "model.noise", "model.attention", "model.block_length", "model.context_causal=",
+           "model.logit_shift=", "model.convert", "model.path=")  # fmt: skip
 COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")
 
 
@@ -34,7 +37,8 @@ class ComparisonPlan:
 
     Attributes:
         variants: name -> overrides of the config.
-        common: overrides of every variant and of the warm starts.
+        common: overrides of every variant and of the warm starts. A variant about another model (its
+            noise, its backbone) has warm starts of its own.
         warm_start: a model folder for every seed instead of stages per seed.
         jobs: runs at a time.
     """
@@ -76,12 +80,14 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     for overrides in comparison.variants.values():
         plan_lines(load_config(comparison.config, [*comparison.common, *overrides]))
     config = load_config(comparison.config, comparison.common)
+    own = {n: n if any(o.startswith(_MODELS) for o in words) else "" for n, words in comparison.variants.items()}
     with ThreadPoolExecutor(comparison.jobs) as pool:
-        starts = pool.map(lambda seed: _warm_start(comparison, config, seed), comparison.seeds)
-        models = dict(zip(comparison.seeds, starts, strict=True))
+        wanted = [(start, seed) for start in dict.fromkeys(own.values()) for seed in comparison.seeds]
+        starts = pool.map(lambda which: _warm_start(comparison, config, which[1], which[0]), wanted)
+        models = dict(zip(wanted, starts, strict=True))
         # The seeds of a variant follow each other: a comparison that is stopped has whole rows.
         runs = [(name, seed) for name in comparison.variants for seed in comparison.seeds]
-        list(pool.map(lambda run: _run(comparison, run[0], run[1], models[run[1]]), runs))
+        list(pool.map(lambda run: _run(comparison, run[0], run[1], models[own[run[0]], run[1]]), runs))
     folders = {
         name: [comparison.output / f"{name}-{seed}" for seed in comparison.seeds] for name in comparison.variants
     }
@@ -111,18 +117,24 @@ def _command(comparison: ComparisonPlan, name: str, overrides: Sequence[str], lo
         raise ValueError(f"{log.stem} of the comparison failed with exit code {code}: see {log}")
 
 
-def _warm_start(comparison: ComparisonPlan, config: Config, seed: int) -> list[str]:
-    """Make the model of a seed where it is missing; returns the overrides of the runs that begin from it."""
+def _warm_start(comparison: ComparisonPlan, config: Config, seed: int, variant: str = "") -> list[str]:
+    """Make the model of a seed where it is missing; returns the overrides of the runs that begin from it.
+
+    Args:
+        variant: the one whose model it is; empty for that of all others.
+    """
     if comparison.warm_start is not None:
         return [f"model.path={comparison.warm_start}", "model.convert={}", "convert.steps=0"]
     start: list[str] = []
-    for stage, name in (("convert", f"converted-{seed}"), ("sft", f"warm-{seed}")):
+    which, changes = f"{variant}-{seed}" if variant else seed, comparison.variants.get(variant, [])
+    for stage, name in (("convert", f"converted-{which}"), ("sft", f"warm-{which}")):
         if not getattr(config, stage).steps:
             continue
         folder = comparison.output / name
         if not (folder / "model").is_dir():
             where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
-            _command(comparison, stage, [*comparison.common, *start, *where], comparison.output / f"{name}.log")
+            words = [*comparison.common, *changes, *start, *where]
+            _command(comparison, stage, words, comparison.output / f"{name}.log")
         start = [f"model.path={folder / 'model'}", "model.convert={}", "convert.steps=0"]
     return start
 
@@ -131,26 +143,32 @@ def _run(comparison: ComparisonPlan, name: str, seed: int, start: Sequence[str])
     folder = comparison.output / f"{name}-{seed}"
     if (folder / "summary.json").exists():
         return
-    where = [*start, "sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
+    where = ["sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
     if (name, seed) != (next(iter(comparison.variants)), comparison.seeds[0]):
         # The first run judges it for all.
         where.append("eval.baseline=null")
-    overrides = [*comparison.common, *where, *comparison.variants[name]]
+    overrides = [*comparison.common, *where, *comparison.variants[name], *start]
     _command(comparison, "train", overrides, comparison.output / f"{name}-{seed}.log")
 
 
 def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Accuracy by step count and its change from the seed's own warm start, and what it cost.
 
-    Means over seeds with a 95 % t interval. Warm starts differ more than recipes do, and all recipes share them, so
-    the interval of a change is the one to compare.
+    Means over seeds with a 95 % t interval. Warm starts differ more than recipes do, and variants of one model share
+    them, so the interval of a change is the one to compare.
     """
     first = next(iter(summaries.values()))
     steps = list(first[0]["after"])
     columns = [column for s in steps for column in (f"{s} steps", "change")]
     head = ["variant", "seeds", *columns, *[cost.replace("_", " ") for cost in COSTS]]
-    before = [cell for s in steps for cell in (interval([run["before"][s] for run in first]), "")]
-    rows = [head, ["---"] * len(head), ["warm start", str(len(first)), *before, *[""] * len(COSTS)]]
+    rows = [head, ["---"] * len(head)]
+    starts: list[list[str]] = []
+    for name, runs in summaries.items():
+        before = [cell for s in steps for cell in (interval([run["before"][s] for run in runs]), "")]
+        if before not in starts:
+            what = f"warm start of {name}" if starts else "warm start"
+            rows.append([what, str(len(runs)), *before, *[""] * len(COSTS)])
+            starts.append(before)
     # One model, and one forward a token: the same in every column.
     for tokens, value in first[0].get("baseline", {}).items():
         low, high = first[0]["baseline_interval"][tokens]

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.logprob import logprob_and_entropy
 from rl.modalities.memory import ModelMemory, num_parameters, saved_bytes
 from rl.models import routing
+from rl.models.canvas_lm import CanvasLM, CleanText
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rl.models.families.diffusion_gemma import DiffusionGemma
 from rl.models.folder import backbone_of, local_config, shape_of, vision_described
 from rl.models.lora import add_adapters
 from rl.models.vision import Vision
@@ -49,7 +51,7 @@ class Activations:
 
 
 def activations(
-    build: Callable[[int], DiffusionLM], num_layers: int, shape: BatchShape, head_chunk: int | None = None
+    build: Callable[[int], DiffusionLM | CanvasLM], num_layers: int, shape: BatchShape, head_chunk: int | None = None
 ) -> Activations:
     """Count what a micro-batch keeps, on models of one and of two layers; layers are alike.
 
@@ -60,7 +62,7 @@ def activations(
     # With chunks the head is counted for one of them; of the others, the states that it reads are kept.
     at_head = min(shape.decisions, head_chunk or shape.decisions)
 
-    def kept(layers: int) -> tuple[int, DiffusionLM]:
+    def kept(layers: int) -> tuple[int, DiffusionLM | CanvasLM]:
         model = build(layers)
         device = next(model.parameters()).device
         ids = torch.zeros(shape.rows, shape.width, dtype=torch.int64, device=device)
@@ -70,7 +72,10 @@ def activations(
         place = torch.zeros(at_head, dtype=torch.int64, device=device)
 
         def score() -> object:
-            hidden = model.hidden_states(ids, visible=visible, position_ids=torch.zeros_like(ids))
+            if isinstance(model, CanvasLM):
+                hidden = model.denoise(ids[:, -model.canvas_length :], _clean_text(model, ids))
+            else:
+                hidden = model.hidden_states(ids, visible=visible, position_ids=torch.zeros_like(ids))
             return logprob_and_entropy(model.token_logits(hidden[place, place]), place, 1.0)
 
         return saved_bytes(score, model), model
@@ -80,7 +85,7 @@ def activations(
     size = next(model.parameters()).element_size()
     # Built once for all layers, and again in the kernel's own form.
     mask = shape.rows * shape.width**2 * (1 + size) if shape.masked else 0
-    width, vocab = model.lm_head.in_features, model.lm_head.out_features
+    width, vocab = model.hidden_size, model.vocab_size
     return Activations(
         num_layers=num_layers,
         layer=two - one,
@@ -89,6 +94,16 @@ def activations(
         # The logits' gradient, in float32 and in the model's precision.
         head_backward=at_head * vocab * (4 + size),
     )
+
+
+def _clean_text(model: CanvasLM, ids: torch.Tensor) -> CleanText:
+    """What stands before the canvases [R, W], as it is copied for every row; what its encoder keeps is not counted."""
+    cache, before = DynamicCache(), ids.shape[1] - model.canvas_length
+    for index, layer in enumerate(model.body.layers):
+        size = (len(ids), layer.self_attn.k_proj.out_features // layer.self_attn.head_dim, before)
+        states = torch.empty(*size, layer.self_attn.head_dim, dtype=model.dtype, device=ids.device)
+        cache.update(states, torch.empty_like(states), index)
+    return CleanText(cache, torch.zeros_like(ids[:, 0]))
 
 
 @dataclass
@@ -116,6 +131,9 @@ def batch_shape(config: Config, prompt_length: int) -> BatchShape:
     per_trajectory = rows.num_rows / len(trajectories)
     width = -(-rows.num_tokens // rows.num_rows)
     tokens = len(rows.row) if hasattr(rows, "row") else rows.num_rows * config.sampler.gen_length
+    if model.canvas_length:
+        # A step may decide its whole canvas.
+        tokens = rows.num_rows * model.canvas_length
     return BatchShape(
         rows=int(np.ceil(per_trajectory * count)),
         width=width,
@@ -133,10 +151,24 @@ class _Undecided:
     def __init__(self, config: Config, max_length: int):
         self.attention, self.block_length = config.model.attention, config.model.block_length
         self.logit_shift, self.max_length = config.model.logit_shift, max_length
-        self.noise, self.vocab_size = config.model.noise, self.mask_token_id + 1
+        self.canvas_length = config.model.backbone.get("canvas_length")
+        self.noise = "uniform" if self.canvas_length else config.model.noise
+        self.vocab_size = self.mask_token_id + 1
 
     def hidden_states(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros(*input_ids.shape, 1)
+
+    def encode(self, *_: Any) -> _Undecided:
+        return self
+
+    def select(self, rows: torch.Tensor) -> _Undecided:
+        return self
+
+    def denoise(self, canvas: torch.Tensor, *_: Any) -> torch.Tensor:
+        return self.hidden_states(canvas)
+
+    def signal(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
 
     def token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*hidden.shape[:-1], self.vocab_size)
@@ -163,7 +195,14 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
     sizes = dict(config.model.backbone)
     dtype = torch.bfloat16 if half else torch.float32
 
-    def build(layers: int) -> DiffusionLM:
+    def build(layers: int) -> DiffusionLM | CanvasLM:
+        model: Any
+        if sizes["model_type"] == DiffusionGemma.model_type:
+            model = _canvas_model(sizes, layers)
+            if config.model.lora.rank:
+                with torch.device("meta"):
+                    add_adapters(model, config.model.lora, "", 0)
+            return model.to(dtype)  # type: ignore[no-any-return]
         backbone = AutoConfig.for_model(**sizes)
         if layers < backbone.num_hidden_layers and getattr(backbone, "first_k_dense_replace", 0):
             # The layers that activations are counted on are all of the kind that most are.
@@ -171,7 +210,7 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
         backbone.num_hidden_layers = layers
         described = {**backbone.to_dict(), "layer_types": None}
         with torch.device("meta"):
-            model: Any = DiffusionLM(
+            model = DiffusionLM(
                 DiffusionLMConfig(
                     backbone=described,
                     mask_token_id=0,
@@ -185,7 +224,7 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
                 routing.freeze(model)
         return model.to(dtype)
 
-    backbone = AutoConfig.for_model(**sizes)
+    backbone = AutoConfig.for_model(**sizes).get_text_config()
     layers = backbone.num_hidden_layers
     total, trained = num_parameters(build(layers))
     if tower is not None:
@@ -212,6 +251,18 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
     )
 
 
+def _canvas_model(described: dict[str, Any], layers: int) -> CanvasLM:
+    """DiffusionGemma on the meta device with its last layers, of which the last one sees the whole clean text."""
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    config: Any = DiffusionGemmaConfig(**described)
+    kinds = config.text_config.layer_types[-layers:]
+    text = {**described["text_config"], "num_hidden_layers": layers, "layer_types": kinds}
+    with torch.device("meta"):
+        model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig(**{**described, "text_config": text}))
+        return CanvasLM(model, None)
+
+
 def _as_loaded(config: Config) -> tuple[Config, str]:
     """The config whose `model` section describes the model that will be trained, and where its sizes come from.
 
@@ -227,13 +278,15 @@ def _as_loaded(config: Config) -> tuple[Config, str]:
             described = json.loads(file.read_text())
             _, _, block = shape_of(described, config.model, None)
             known = {
-                "backbone": backbone_of(described, config.model.family),
+                # Of DiffusionGemma the canvas belongs to it.
+                "backbone": described if "canvas_length" in described else backbone_of(described, config.model.family),
                 "attention": "full" if block is None else "block_causal",
                 "block_length": block,
                 "noise": described.get("noise", "absorbing"),
             }
         config = config.model_copy(update={"model": config.model.model_copy(update=known)})
-    if "model_type" not in config.model.backbone or "vocab_size" not in config.model.backbone:
+    backbone = config.model.backbone
+    if "model_type" not in backbone or "vocab_size" not in backbone.get("text_config", backbone):
         raise ValueError(
             "model.backbone must give model_type, vocab_size and the model's dimensions for --plan; with a hub name in "
             "model.path they describe the checkpoint and build nothing"
@@ -245,11 +298,22 @@ def _rollout_bytes(config: Config, backbone: Any, size: int, ranks: int, prompt_
     """Key-value store of the requests decoded together, and the sampler's logits of a denoising step."""
     train, sampler = config.train, config.sampler
     together = min(config.rollout.max_batch_size, -(-train.prompts_per_step * train.group_size // ranks))
-    cached = config.model.attention == "block_causal" or config.rollout.cache != "none"
-    heads = getattr(backbone, "num_key_value_heads", None) or backbone.num_attention_heads
-    head = getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
-    states = 2 * backbone.num_hidden_layers * heads * head * size
+    canvas = config.model.backbone.get("canvas_length")
+    cached = config.model.attention == "block_causal" or config.rollout.cache != "none" or canvas is not None
+    layers = range(backbone.num_hidden_layers)
+    if canvas:
+        # Layers differ.
+        width = sum(
+            backbone.per_layer_config[i].num_key_value_heads * backbone.per_layer_config[i].head_dim for i in layers
+        )
+    else:
+        heads = getattr(backbone, "num_key_value_heads", None) or backbone.num_attention_heads
+        head = getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+        width = len(layers) * heads * head
+    states = 2 * width * size
     length = prompt_length + sampler.gen_length
-    masked = together * (sampler.gen_length if sampler.record_x0 else sampler.block_length or sampler.gen_length)
+    masked = together * (
+        sampler.gen_length if sampler.record_x0 else sampler.block_length or canvas or sampler.gen_length
+    )
     # Logits in the model's precision and in float32, tempered, as log-probs, and their cumulative sum in float64.
     return cached * together * (length + 1) * states, masked * backbone.vocab_size * (size + 4 + 4 + 4 + 8 + 8)

@@ -242,7 +242,8 @@ def _check_noise(config: Config) -> None:
 
     model, recipe = config.model, config.algorithm
     file = local_config(model.path) if model.path is not None else None
-    described: dict[str, Any] = {"noise": model.noise} if model.path is None else {}
+    # What only loading will tell is taken from what the config says of the model, for the memory plan.
+    described: dict[str, Any] = {"noise": model.noise} if model.path is None else dict(model.backbone)
     # A file that is no JSON is refused with the model's tokenizer.
     with contextlib.suppress(json.JSONDecodeError):
         described = json.loads(file.read_text()) if file else described
@@ -251,7 +252,8 @@ def _check_noise(config: Config) -> None:
     canvas_length: int | None = described.get("canvas_length")
     noise = described.get("noise")
     if noise != "uniform":
-        config.sampler.check_absorbing()
+        if described:
+            config.sampler.check_absorbing()
         return
     config.sampler.check_uniform(canvas_length)
     with_changes(config.sampler, config.eval.sampler).check_uniform(canvas_length)

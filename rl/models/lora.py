@@ -53,9 +53,9 @@ def add_adapters(policy: Any, options: LoraOptions, base: str, seed: int) -> Non
         if isinstance(m, nn.Linear | Conv1D) and ".router." not in name
     }
     # Experts are no layers but stacked tensors, which get an adapter only where they are named.
-    stacked = [
-        t for t in options.targets or () if any(n.endswith(f".{t}") for n, p in below.named_parameters() if p.ndim == 3)
-    ]
+    experts = [name for name, p in below.named_parameters() if p.ndim == 3]
+    stacked = [t for t in options.targets or () if any(n.endswith(f".{t}") for n in experts)]
+    stacked = [t for t in stacked if not any(n.endswith(f".{t}") for n in linear)]
     layers = [target for target in options.targets or () if target not in stacked]
     if not linear:
         raise ValueError(f"model.lora.rank is {options.rank}: the backbone {type(below).__name__} has no linear layers")
