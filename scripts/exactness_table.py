@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rewards.causal_lm import CausalReader
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.registry import RECIPES, parse_recipe
 from rollouts.constraints.automaton import edges_of, from_edges
@@ -32,6 +34,7 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "`sdar_static`, blocks": ({"preset": "sdar_static", "block_length": 4}, {}, True),
     "`verify` (S2D2), blocks": ({"verify": True, "block_length": 4}, {}, True),
     "`constraint`": ({"constraint": {"regex": "."}}, {}, False),
+    "`guide`, agree": ({"guide": {"model": "random", "top": 4, "relative": 0.1}}, {}, False),
     "`cfg_scale`": ({"cfg_scale": 0.5}, {}, False),
     "`record_x0`": ({"preset": "llada_random", "record_x0": True}, {}, False),
     "`rcr`, remasking": ({"preset": "rcr"}, {}, False),
@@ -61,6 +64,12 @@ def sampled(model: Any, options: dict[str, Any], settings: dict[str, Any]) -> An
                 edges_of(follows), VOCAB - 1, range(VOCAB - 1), VOCAB, None, torch.zeros(0).numpy()
             )
         }
+    if sampler.guide is not None:
+        torch.manual_seed(1)
+        causal = GPT2Config(
+            n_positions=32, n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB, bos_token_id=None, eos_token_id=None
+        )
+        settings = {"guide": CausalReader(GPT2LMHeadModel(causal).eval())}
     requests = [Request([1 + n, 2], seed) for n in range(2) for seed in range(2)]
     return token_engine(model, sampler, **settings).generate(requests)
 
