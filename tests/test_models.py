@@ -212,9 +212,12 @@ def test_other_peoples_models_are_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     assert "cannot be loaded" in refusal(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "opt", "vocab_size": 8}))
-    assert "model_type 'opt': known are diffusion_lm, llada, Dream, sdar, llada2_moe, sdar_moe, llama," in refusal(
-        folder
+    message = refusal(folder)
+    assert (
+        "model_type 'opt': known are diffusion_lm, llada, Dream, sdar, llada2_moe, sdar_moe, diffusion_gemma, "
+        in message
     )
+    assert ", gemma, llava, gpt_neox, and masked LMs of transformers" in message
 
 
 def test_no_model_at_all_is_refused(tokenizer, tmp_path: Path) -> None:

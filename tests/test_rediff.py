@@ -35,10 +35,9 @@ def test_the_expert_takes_the_nearest_solution_or_none() -> None:
     puzzles = ["0" * 16 + "=", GRID[:4] + "0" * 12, "11" + "0" * 14, "0" * 16, "what"]
     texts = corrected(puzzles, [draft, GRID, draft, "123", draft])
     assert texts == [GRID, GRID, None, None, None]
-    # Of all 288 grids the one with most cells in common.
-    far = "1" * 16
-    (best,) = corrected(["0" * 16], [far])
-    assert best is not None and best.count("1") == 4
+    # Of all 288 grids the one with most cells in common, wherever it stands among them.
+    for grid in all_grids()[::60]:
+        assert corrected(["0" * 16], [grid[:15] + "0"]) == [grid]
 
 
 @pytest.mark.parametrize(
