@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rl.cli import main
+from rl.cli import _parser, main
 from rl.config import load_config
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
@@ -104,6 +104,39 @@ def test_a_guide_runs_from_top_to_bottom(
                 assert main(tiny(line)) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
                 ran += 1
     assert ran
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Page and words of every `denoise-rl` command that stands indented on a page; what follows a pipe is left out."""
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^    (denoise-rl (?![A-Z]).*)$", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)[1:]
+            cut = next((place for place, word in enumerate(words) if word in ("|", ">", "&&", "&")), None)
+            yield page.name, words[:cut]
+
+
+def test_every_command_of_a_page_is_one_that_there_is() -> None:
+    """Those of the guides run; of all others flags must be the command's, and options those of the shipped config."""
+    known = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    seen, wrong = 0, []
+    for page, words in commands():
+        try:
+            parsed, extra = _parser().parse_known_args(words)
+        except ValueError as error:
+            wrong.append(f"{page}: {' '.join(words)}: {error}")
+            continue
+        flags = [word for word in extra if word.startswith("--") and "." not in word.split("=")[0]]
+        wrong += [f"{page}: {word} of {words[0]}" for word in flags]
+        config = str(getattr(parsed, "config", None) or "").removeprefix("configs/").removesuffix(".yaml")
+        options = [word for word in [*getattr(parsed, "overrides", []), *extra] if "..." not in word]
+        if config in known and not flags:
+            try:
+                load_config(str(ROOT / "configs" / f"{config}.yaml"), options)
+            except ValueError as error:
+                wrong.append(f"{page}: {' '.join(words)}: {error}")
+            seen += 1
+    assert not wrong and seen > 20, "\n".join(wrong)
 
 
 def test_every_page_is_in_the_table_of_pages_and_in_the_menu_of_the_site() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rewards.image import data_url
 from rl.track import plots
 from rl.track.frames import MAX_CELLS, build_view, frame_budget
+from rl.track.image_grid import quality_rows
 from rl.track.jsonl import MetricsWriter, read_metrics
 from rl.track.plots import (
     DARK,
@@ -321,6 +322,12 @@ def test_curves_draw_what_was_logged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name at least one"):
         plot_runs([])
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_measures_of_a_task_are_listed_under_their_names() -> None:
+    """Which way is better is known of images alone."""
+    summary = {"before_quality": {"4": {"num_words": 5.0}}, "after_quality": {"4": {"num_words": 7.5}}}
+    assert quality_rows(summary) == [("4", [("num words", "5.000", "7.500", "")])]
 
 
 def test_a_running_mean_by_hand() -> None:

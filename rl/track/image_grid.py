@@ -64,14 +64,18 @@ def prompt_rows(items: Sequence[Mapping[str, Any]]) -> list[PromptRow]:
 
 
 def quality_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
-    """Per number of denoising steps: (what, before, after, "better", "worse" or "") of every measure there is."""
+    """Per number of denoising steps: (what, before, after, "better", "worse" or "") of every measure there is.
+
+    A task's own measures, whose better direction nobody has said, stand last and under their names.
+    """
     before, after = summary.get("before_quality") or {}, summary.get("after_quality") or {}
     tables = []
     for steps in sorted({*before, *after}, key=int):
         first, last = before.get(steps) or {}, after.get(steps) or {}
+        measures = QUALITY | {name: (name.replace("_", " "), "") for name in {**first, **last} if name not in QUALITY}
         lines = [
             (label, _number(first.get(name)), _number(last.get(name)), _change(first.get(name), last.get(name), good))
-            for name, (label, good) in QUALITY.items()
+            for name, (label, good) in measures.items()
             if name in first or name in last
         ]
         tables.append((steps, lines))
