@@ -17,11 +17,13 @@ from rl.advantages import best_and_worst
 from rl.batch import DecisionBatch
 from rl.estimators.base import Verdicts
 from rl.losses.preference import preference_loss
+from rl.models.class_policy import new_policy
 from rl.recipes.vrpo import VRPO
 from rl.registry import parse_recipe
 from rl.tasks.preferences import read_pairs
 from rl.train.pairs import open_source
 from rollouts.engines.in_process import InProcessEngine, Request
+from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import SamplerOptions
 from tests.runs import lines, tiny_config, train_here
 from tests.slopes import slopes
@@ -184,6 +186,18 @@ def test_a_pair_of_images_that_is_none_is_one_line(tmp_path: Path, row: dict[str
     run: Any = SimpleNamespace(config=asked, modality=SimpleNamespace(name="images"), model=model)
     with pytest.raises(ValueError, match=message):
         open_source(run)
+
+
+def test_a_picture_and_its_latents_are_the_same_pair(tmp_path: Path) -> None:
+    asked = SimpleNamespace(preference_file=image_pairs(tmp_path))
+    config = SimpleNamespace(algorithm=asked, sampler=LatentSamplerOptions())
+    model = new_policy({"sample_size": 8, "width": 8, "num_blocks": 1}, {}, list("0123"), 0)
+    run: Any = SimpleNamespace(config=config, modality=SimpleNamespace(name="images"), model=model)
+    source: Any = open_source(run)
+    for picture, stored in zip(*(source._trajectories(source.pairs[row], 0) for row in (0, 3)), strict=True):
+        picture.validate()
+        np.testing.assert_allclose(picture.latents, stored.latents, rtol=0, atol=1e-6)
+        assert (int(picture.conditioning["label"]), int(stored.conditioning["label"])) == (0, 3)
 
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
