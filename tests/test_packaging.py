@@ -104,6 +104,27 @@ def test_the_wheel_installs_and_is_used_from_an_empty_folder(
 
 
 @pytest.mark.release
+def test_it_installs_from_git(tmp_path: Path) -> None:
+    """`pip install git+...`: what a repository holds is enough, configs included."""
+    source, site = image_sources(tmp_path / "src"), tmp_path / "site"
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=source, check=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(site),
+    ]
+    subprocess.run([*pip, f"git+file://{source}"], check=True, cwd=tmp_path, timeout=200)
+    assert (site / "rl" / "configs" / "quickstart.yaml").is_file() and (site / "bin" / "denoise-rl").is_file()
+
+
+@pytest.mark.release
 def test_a_new_user_trains_evaluates_and_chats_without_a_clone(python: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = ["--config", "quickstart.yaml"], "runs/quickstart"
     small = "sft.steps=3 sft.batch_size=8 train.steps=2 train.prompts_per_step=4 train.group_size=2 eval.every=1"
