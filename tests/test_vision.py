@@ -15,6 +15,7 @@ from rl.config import load_config
 from rl.estimators.draws import everything_hidden
 from rl.estimators.masked_copies import copy_rows
 from rl.estimators.trace_rows import packed_rows, remask_rows, trace_rows
+from rl.modalities.text_memory import text_memory
 from rl.modalities.text_plan import TextPlan
 from rl.model_section import ConvertOptions, ModelConfig, VisionOptions
 from rl.models.families.llava import Llava
@@ -441,3 +442,13 @@ def test_the_prompt_masks_of_a_recipe_leave_images_alone(make_model) -> None:
         prompt, at = ids[: trajectory.prompt_length], trajectory.prompt_ids >= FIRST_IMAGE_ID
         np.testing.assert_array_equal(prompt[at], trajectory.prompt_ids[at])
         assert (prompt[~at] == model.mask_token_id).all()
+
+
+def test_the_memory_plan_counts_tower_and_projector() -> None:
+    overrides = ["model.backbone.vocab_size=17", "model.vision.train_tower=false", "train.prompts_per_step=2"]
+    config = load_config("read_number", overrides)
+    model = load_policy(config.model, char_tokenizer("0123456789no."), 0)
+    plan = text_memory(config, ranks=1, prompt_length=12, half=False)
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.vision.named_children()}
+    whole = sum(p.numel() for p in model.parameters())
+    assert (plan.total, plan.trained) == (whole, whole - sizes["tower"]) and sizes["projector"] > 0
