@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# Endings of the files of a model folder: only a folder of such is replaced by another model.
+# Only a folder that has one of these files, and none of another ending than a model's, is replaced by another model.
+_MODEL = ("config.json", "model_index.json", "*.safetensors")
 _OF_MODELS = {".safetensors", ".json", ".md", ".txt", ".model", ".jinja", ".yaml", ".bin", ".pt"}
 
 
@@ -57,7 +58,9 @@ def write_folder(path: str | Path, make: Callable[[Path], object]) -> Path:
     path = Path(path)
     if path.is_file():
         raise ValueError(f"{path} is a file: name a folder for the model")
-    other = next((found for found in path.rglob("*") if found.is_file() and found.suffix not in _OF_MODELS), None)
+    files = [found for found in path.rglob("*") if found.is_file()]
+    is_model = any(any(path.glob(name)) for name in _MODEL)
+    other = next((found for found in files if not is_model or found.suffix not in _OF_MODELS), None)
     if other is not None:
         raise ValueError(f"{path} holds {other.relative_to(path)}, which a model would replace: name a new folder")
     partial = path.with_name(path.name + ".partial")

@@ -3,7 +3,7 @@
     python scripts/demo.py --prompts 6
 
 All answer the same held-out prompts of the task `words`, greedily. Then the answers are played back as they came
-about, one forward of each model at a time: the autoregressive one writes a token a forward, the others four. The
+about, one forward of each model at a time: the autoregressive one writes a token a forward, the others two. The
 diffusion models are the adapters in demo/smollm on SmolLM2-135M-Instruct; demo/README.md says how they were made.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--adapters", default="demo/smollm", help="folder with the adapters converted and after_rl")
     parser.add_argument("--config", default="smollm_words")
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=6, help="denoising steps of an answer of 24 tokens")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps of an answer of 24 tokens")
     parser.add_argument("--seconds", type=float, default=0.4, help="pause after each forward of the playback")
     args, overrides = parser.parse_known_args()
     folders = [Path(args.adapters) / name for name in ("converted", "after_rl")]

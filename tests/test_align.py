@@ -103,7 +103,7 @@ def test_a_model_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
     def whole(path: Path) -> None:
         path.mkdir()
-        (path / "weights").write_text("1")
+        (path / "config.json").write_text("1")
 
     with pytest.raises(OSError, match="disk full"):
         write_folder(folder, half)
@@ -112,9 +112,18 @@ def test_a_model_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_folder(folder, half)
     # What the unfinished one left behind is gone with the next that is written.
-    assert [path.name for path in folder.iterdir()] == ["weights"]
+    assert (folder / "config.json").read_text() == "1"
     write_folder(folder, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["data.json", "README.md"], ["config.json", "model.py"]])
+def test_a_folder_that_is_no_model_is_not_replaced_by_one(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="which a model would replace: name a new folder"):
+        write_folder(tmp_path, lambda partial: partial.mkdir())
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)
 
 
 def test_intervals_by_hand() -> None:

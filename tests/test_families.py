@@ -502,7 +502,10 @@ def test_a_family_of_an_installed_package_is_found_by_model_type(
         "from rl.models.families.dream import Dream\n\nclass Mine(Dream):\n    model_type = 'mine'\n"
     )
     folder = write(tmp_path / "mine", "dream", model_type="mine")
-    assert "known are diffusion_lm, llada, Dream, sdar, llada2_moe, sdar_moe, llama, qwen2," in refusal(folder)
+    assert (
+        "known are diffusion_lm, llada, Dream, sdar, llada2_moe, sdar_moe, diffusion_gemma, llama, qwen2,"
+        in refusal(folder)
+    )
     monkeypatch.syspath_prepend(str(package))
     assert torch.equal(load(folder).lm_head.weight, tensors("dream")["lm_head.weight"])
     assert main(["export", str(folder), str(tmp_path / "out"), "--layout", "mine"]) == 0

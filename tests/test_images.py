@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from rewards.digits import DigitClassifier, DigitJudge, digits
 from rl.cli import main
+from rl.config import load_config
 from rl.estimators.denoising import noised
 from rl.evaluation.compare import ComparisonPlan, _warm_start
 from rl.models.class_policy import ClassPolicy, new_policy
@@ -107,7 +108,7 @@ def test_a_finished_supervised_stage_is_not_repeated(tmp_path: Path) -> None:
     assert main(["sft", *arguments]) == 0
     assert ClassPolicy.from_pretrained(tmp_path / "out" / "warm-0" / "model").classes == list("0123456789")
     assert not list((tmp_path / "out" / "warm-0").glob("*.partial"))
-    _warm_start(ComparisonPlan(arguments[1], {}, (0,), tmp_path / "out"), 0)
+    _warm_start(ComparisonPlan(arguments[1], {}, (0,), tmp_path / "out"), load_config(arguments[1]), 0)
     assert not (tmp_path / "out" / "warm-0.log").exists()
 
 
@@ -188,7 +189,6 @@ def test_resume_repeats_the_run_with_its_history(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_run_is_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
-    from rl.config import load_config
     from rl.train.plan import check_run
 
     arguments = image_config(tmp_path)
