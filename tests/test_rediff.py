@@ -77,8 +77,18 @@ def test_right_drafts_and_those_without_a_correction_are_told_apart(make_model) 
     assert found[0].places.tolist() == [0] and found[0].tokens.tolist() == [7]
 
 
+def read(model: Any, canvas: torch.Tensor, place: int) -> torch.Tensor:
+    """Logits [V] at a place of a canvas [1, L] whose last block is being revised."""
+    if not getattr(model, "context_causal", False):
+        return model(canvas)[0, place]
+    # The blocks before it see what is to their left, as finished ones do.
+    visible = torch.ones(1, canvas.shape[1], canvas.shape[1], dtype=torch.bool).tril()
+    visible[:, -model.block_length :] = True
+    return model.token_logits(model.hidden_states(canvas, visible=visible))[0, place]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted", "qwen3-block4"])
+@pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted", "qwen3-block4", "qwen3-block4-shifted-causal"])
 def test_corrections_are_read_in_the_finished_draft(make_model, family: str) -> None:
     model = make_model(family)
     own = drafts(model)
@@ -93,7 +103,7 @@ def test_corrections_are_read_in_the_finished_draft(make_model, family: str) -> 
             # The block of the place is the last that is there: it sees itself whole, and what came before.
             size = model.block_length
             end = None if size is None else (place // size + 1) * size
-            logits.append(model(canvas[:, :end])[0, place - model.logit_shift])
+            logits.append(read(model, canvas[:, :end], place - model.logit_shift))
         chosen = torch.stack(logits).log_softmax(-1)[torch.arange(len(at)), torch.from_numpy(tokens)]
         expected.append(chosen)
         assert (canvas[0, at] != torch.from_numpy(tokens)).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.load import load_task
 from rl.tasks.prompt_images import FIRST_IMAGE_ID, PromptImages, image_ids, key_and_place, pixels_of, read_pixels
 from rl.tasks.read_number import ReadNumberTask
+from rl.train.convert import _Twin
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
@@ -320,6 +322,12 @@ def test_a_converted_llava_is_transformers_own_at_block_length_one(llava: Path, 
     causal = torch.ones(8, 8, dtype=torch.bool).tril()[None]
     found = ours.lm_head(ours.hidden_states(ids, visible=causal))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # The teacher of a conversion to longer blocks is that model too.
+    options = {**CONVERT, "context": "causal", "readout": "shifted"}
+    longer = load_policy(ModelConfig(path=str(llava), convert=options), tokenizer, 0)
+    teacher = _Twin(SimpleNamespace(config=load_config(None, ["convert.data=task"]), model=longer))
+    taught = teacher.get_output_embeddings()(teacher.base_model(ids, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(taught, expected, rtol=0, atol=1e-5)
     # Back in its own layout transformers reads it.
     save_policy(ours, tokenizer, tmp_path / "saved")
     code, _, err = run("export", str(tmp_path / "saved"), str(tmp_path / "out"), "--layout", "llava")

@@ -54,7 +54,7 @@ class ReDiff(Recipe):
         found, right = corrections_of(rollouts.trajectories, texts, run.tokenizer)
         self._corrections = {rollouts.trajectories[index].seed: correction for index, correction in found.items()}
         for index in set(range(len(texts))) - set(found):
-            rollouts.keep[index] = rollouts.counted[index] = False
+            rollouts.counted[index] = False
         uncorrected = len(texts) - len(found) - right
         rollouts.filtered |= {"filters/right": float(right), "filters/uncorrected": float(uncorrected)}
 
