@@ -77,6 +77,17 @@ class Config(Section):
         """Step counts to evaluate at: of an autoregressive model one, a step for every token."""
         return [self.sampler.gen_length] if self.model.autoregressive else self.eval.num_inference_steps
 
+    def main_metric(self, measure: str) -> str:
+        """The evaluation that stands for a run: at the sampler's step count where it is evaluated, else at the first.
+
+        Example: `accuracy@4`.
+
+        Args:
+            measure: as summary.json has it, `accuracy` or `mean NAME`.
+        """
+        counts, own = self.evaluation_steps(), getattr(self.sampler, "num_inference_steps", None)
+        return f"{measure.removeprefix('mean ')}@{own if own in counts else counts[0]}"
+
     @model_validator(mode="after")
     def _autoregressive_fits(self) -> Config:
         if (self.model.autoregressive or self.eval.baseline) and modality_of(self.task.name).name != "text":

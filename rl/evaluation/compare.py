@@ -100,10 +100,8 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     results.write_text(json.dumps({"seeds": list(comparison.seeds), "runs": summaries}, indent=1))
     from rl.track.budgets import plot_budgets
 
-    counts, own = config.eval.num_inference_steps, config.sampler.num_inference_steps
-    measure = next(iter(summaries.values()))[0].get("measure", "accuracy").removeprefix("mean ")
-    metric = f"eval/{measure}@{own if own in counts else counts[0]}"
-    return table, results, plot_budgets(folders, metric, comparison.output / "budgets.png")
+    metric = config.main_metric(next(iter(summaries.values()))[0].get("measure", "accuracy"))
+    return table, results, plot_budgets(folders, f"eval/{metric}", comparison.output / "budgets.png")
 
 
 def _command(comparison: ComparisonPlan, name: str, overrides: Sequence[str], log: Path) -> None:

@@ -111,10 +111,8 @@ class Run:
                 lock = opening.pop_all()
             services = open_services(config.run.services, config.run.output_dir, config=config.model_dump(mode="json"))
         if getattr(args, "metric_for_best_model", "") is None:
-            counts, own = config.evaluation_steps(), getattr(config.sampler, "num_inference_steps", None)
-            measure = judge.names["measure"].removeprefix("mean ")
             args = copy.copy(args)
-            args.metric_for_best_model = f"eval_{measure}@{own if own in counts else counts[0]}"
+            args.metric_for_best_model = f"eval_{config.main_metric(judge.names['measure'])}"
             args.greater_is_better = True
         told = Callbacks(callbacks, services, args)
         metrics = MetricsWriter(config.run.output_dir, 0 if writes else 1, told)
