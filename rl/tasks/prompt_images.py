@@ -95,7 +95,7 @@ def image_ids(image: Any, num_tokens: int, where: str = "image") -> list[int]:
         ValueError: it cannot be read.
     """
     pixels = read_pixels(image, where)
-    digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
+    digest = _digest(pixels)
     key = int.from_bytes(digest[:8], "big") >> 15
     if key in _seen and _seen[key][0] != digest:
         raise ValueError(f"{where}: two images have one key ({key}), which cannot be told apart: leave one out")
@@ -105,6 +105,10 @@ def image_ids(image: Any, num_tokens: int, where: str = "image") -> list[int]:
         _seen.popitem(last=False)
     first = FIRST_IMAGE_ID + (key << _PLACE_BITS)
     return list(range(first, first + num_tokens))
+
+
+def _digest(pixels: np.ndarray) -> bytes:
+    return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
 
 
 def key_and_place(ids: Any) -> tuple[Any, Any]:
@@ -122,7 +126,7 @@ def pixels_of(key: int) -> np.ndarray:
         raise ValueError("a trajectory has an image in its prompt that this run has not read: sample it here")
     digest, image = _seen[key]
     pixels = read_pixels(image, "image")
-    if isinstance(image, str) and hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest() != digest:
+    if isinstance(image, str) and _digest(pixels) != digest:
         raise ValueError(f"image {image!r} has changed since its prompt was made: leave files alone during a run")
     return pixels
 
