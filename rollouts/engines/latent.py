@@ -155,8 +155,7 @@ class LatentEngine(SharedModelEngine):
         noise = self.noise(seed, 0)
         if self.data is None:
             return noise.mul_(self.steps.initial_std).to(self.dtype)
-        flow = self.options.kind.startswith("flow") or not hasattr(self.model.scheduler, "alphas_cumprod")
-        signal, level = levels(self.model.scheduler, self.steps.timestep, flow)
+        signal, level = levels(self.model.scheduler, self.steps.timestep)
         return self.data.jump(noise, signal[0], level[0]).to(self.dtype)
 
     def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -81,14 +81,13 @@ class DataGaussian:
         return signal * torch.from_numpy(self.mean).to(flat) + moved.view(noise.shape)
 
 
-def levels(scheduler: Any, times: np.ndarray, flow: bool) -> tuple[np.ndarray, np.ndarray]:
+def levels(scheduler: Any, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Factors of data and noise in the latent before every step and after the last, float64 [T+1] each.
 
     Args:
         times: [T], of `GaussianSteps.timestep`.
-        flow: whether the schedule is that of a flow.
     """
-    if flow:
+    if not hasattr(scheduler, "alphas_cumprod"):  # that of a flow
         noise = np.append(times / scheduler.config.num_train_timesteps, 0.0)
         return 1 - noise, noise
     alphas = scheduler.alphas_cumprod.double().numpy()

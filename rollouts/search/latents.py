@@ -80,8 +80,7 @@ class LatentSampler:
         self.engine, self.budget = engine, Budget()
         self.given = engine.encode(list(prompts))
         self.evaluations = engine.model.num_evaluations(engine.options.guidance_scale)
-        flow = engine.options.kind.startswith("flow")
-        self.signal, self.noise_level = levels(engine.model.scheduler, engine.steps.timestep, flow)
+        self.signal, self.noise_level = levels(engine.model.scheduler, engine.steps.timestep)
 
     # --- states ---------------------------------------------------------------------------------------------------
 
