@@ -96,23 +96,20 @@ def _nearest(clues: str, draft: str) -> str | None:
     return max(found, key=lambda grid: sum(map(operator.eq, grid, draft)), default=None)
 
 
+def share_unit(a: int, b: int, size: int) -> bool:
+    """Whether two cells of a grid of `size` rows are in one row, column or box."""
+    box = math.isqrt(size)
+    (row, column), (other_row, other_column) = divmod(a, size), divmod(b, size)
+    boxes = (row // box, column // box), (other_row // box, other_column // box)
+    return row == other_row or column == other_column or boxes[0] == boxes[1]
+
+
 def solutions(grid: str) -> Iterator[str]:
     """Every way to fill the zeros of a grid, row by row, by the rules; nothing for a grid that breaks one."""
     size = math.isqrt(len(grid))
-    box = math.isqrt(size)
     options = {}
     for cell, digit in enumerate(grid):
-        row, column = divmod(cell, size)
-        seen = {
-            grid[other]
-            for other in range(len(grid))
-            if other != cell
-            and (
-                other // size == row
-                or other % size == column
-                or (other // size // box, other % size // box) == (row // box, column // box)
-            )
-        }
+        seen = {grid[other] for other in range(len(grid)) if other != cell and share_unit(cell, other, size)}
         if digit == "0":
             options[cell] = [str(d) for d in range(1, size + 1) if str(d) not in seen]
         elif digit in seen:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.score import Score
-from rewards.sudoku import sudoku
+from rewards.sudoku import share_unit, sudoku
 
 
 def sudoku_steps(
@@ -58,12 +58,7 @@ def wrong_cells(clue: str, answer: str, when: Sequence[int]) -> list[int]:
     for cell, digit in enumerate(answer[:16]):
         known = {other: clue[other] for other in range(16) if clue[other] != "0"}
         known |= {other: answer[other] for other in range(len(answer[:16])) if when[other] <= when[cell]}
-        near = (other for other in known if other != cell and _same_unit(cell, other))
+        near = (other for other in known if other != cell and share_unit(cell, other, 4))
         if clue[cell] not in ("0", digit) or any(known[other] == digit for other in near):
             wrong.append(cell)
     return wrong
-
-
-def _same_unit(a: int, b: int) -> bool:
-    (row, column), (other_row, other_column) = divmod(a, 4), divmod(b, 4)
-    return row == other_row or column == other_column or (row // 2, column // 2) == (other_row // 2, other_column // 2)
