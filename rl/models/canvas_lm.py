@@ -12,7 +12,6 @@ tempered prediction of the step before. It depends on that step's canvas and sig
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, cast
@@ -22,12 +21,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from rl.models import routing
-from rl.models.token_denoiser import TokenDenoiser
+from rl.models.token_denoiser import SETTINGS, WrappedDenoiser
 from rollouts.engines.shared import first_of_equal_rows
 from rollouts.samplers.distribution import Ranges
-
-# Under this key the settings below are kept in the model's own config.json.
-_SETTINGS = "denoise_rl"
 
 
 @dataclass
@@ -50,7 +46,7 @@ class CleanText:
         return CleanText(chosen, self.start[rows])
 
 
-class CanvasLM(TokenDenoiser):
+class CanvasLM(WrappedDenoiser):
     """A `rollouts.model_protocol.DenoisingModel` of uniform noise whose response is a row of canvases.
 
     Attributes:
@@ -77,8 +73,7 @@ class CanvasLM(TokenDenoiser):
         text = self.config.text_config
         # An id behind the vocabulary: trajectories name one, and no canvas here holds it.
         mask = text.vocab_size if mask_token_id is None else int(mask_token_id)
-        self.settings = {"mask_token_id": mask, "excluded_token_ids": [list(r) for r in excluded_token_ids]}
-        setattr(self.config, _SETTINGS, self.settings)
+        self.keep({"mask_token_id": mask, "excluded_token_ids": [list(r) for r in excluded_token_ids]})
         self.share()
         for layer in self.body.layers:
             layer.router.top_k, layer.router.num_experts = text.top_k_experts, text.num_experts
@@ -94,10 +89,6 @@ class CanvasLM(TokenDenoiser):
     hidden_size = property(attrgetter("config.text_config.hidden_size"))
     vocab_size = property(attrgetter("config.text_config.vocab_size"))
     max_length = property(attrgetter("config.text_config.max_position_embeddings"))
-    dtype = property(attrgetter("model.dtype"))
-    device = property(attrgetter("model.device"))
-    mask_token_id = property(lambda self: self.settings["mask_token_id"])
-    excluded_token_ids = property(lambda self: self.settings["excluded_token_ids"])
 
     def share(self) -> None:
         """Make the encoder's modules the decoder's; asked again after adapters came in or went."""
@@ -116,14 +107,6 @@ class CanvasLM(TokenDenoiser):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.lm_head
-
-    def exclude(self, ranges: Ranges) -> None:
-        """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
-        self.settings["excluded_token_ids"] = [list(r) for r in ranges]
-
-    def adopt(self, described: Mapping[str, Any]) -> None:
-        """Take over the settings in the config.json of a saved policy."""
-        self.settings.update(described[_SETTINGS])
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., V] in at least float32, softly capped."""
@@ -244,7 +227,7 @@ def load_canvas_lm(path: str, tokenizer: Any) -> CanvasLM:
         sorted(report["unexpected_keys"]),
         sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]),
     )
-    settings = getattr(model.config, _SETTINGS, None)
+    settings = getattr(model.config, SETTINGS, None)
     if settings is None:
         settings = {"mask_token_id": None if tokenizer is None else tokenizer.mask_token_id}
     return CanvasLM(model, **settings)

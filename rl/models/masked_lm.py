@@ -16,17 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rl.models.token_denoiser import TokenDenoiser
+from rl.models.token_denoiser import SETTINGS, WrappedDenoiser
 from rollouts.samplers.distribution import Ranges
 
 # Parts that published checkpoints carry for tasks other than masked prediction.
 _OTHER_TASKS = ("pooler", "seq_relationship", "contact_head", "discriminator_predictions")
 
-# Under this key the settings below are kept in the model's own config.json.
-_SETTINGS = "denoise_rl"
 
-
-class MaskedLM(TokenDenoiser):
+class MaskedLM(WrappedDenoiser):
     """A `rollouts.model_protocol.DenoisingModel` with full attention and no shift around an `AutoModelForMaskedLM`."""
 
     attention = "full"
@@ -56,14 +53,13 @@ class MaskedLM(TokenDenoiser):
         self.model = model
         self.eval()
         self.config = model.config
-        settings: dict[str, Any] = {
+        settings = {
             "mask_token_id": int(mask_token_id),
             "begin_token_ids": [int(i) for i in begin_token_ids],
             "end_token_ids": [int(i) for i in end_token_ids],
             "excluded_token_ids": [list(r) for r in excluded_token_ids],
         }
-        setattr(self.config, _SETTINGS, settings)
-        self.settings = settings
+        self.keep(settings)
         vocab_size = self.config.vocab_size
         for i in (mask_token_id, *begin_token_ids, *end_token_ids):
             if not 0 <= i < vocab_size:
@@ -110,10 +106,6 @@ class MaskedLM(TokenDenoiser):
     body = property(attrgetter("model.base_model"))
     hidden_size = property(attrgetter("config.hidden_size"))
     vocab_size = property(attrgetter("config.vocab_size"))
-    dtype = property(attrgetter("model.dtype"))
-    device = property(attrgetter("model.device"))
-    mask_token_id = property(lambda self: self.settings["mask_token_id"])
-    excluded_token_ids = property(lambda self: self.settings["excluded_token_ids"])
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         return _head(self.model)(hidden)
@@ -129,14 +121,6 @@ class MaskedLM(TokenDenoiser):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()
-
-    def exclude(self, ranges: Ranges) -> None:
-        """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
-        self.settings["excluded_token_ids"] = [list(r) for r in ranges]
-
-    def adopt(self, described: Mapping[str, Any]) -> None:
-        """Take over the settings in the config.json of a saved policy."""
-        self.settings.update(described[_SETTINGS])
 
     def hidden_states(
         self,
@@ -283,7 +267,7 @@ def load_masked_lm(path: str, tokenizer: Any, wrap: bool = True) -> MaskedLM:
         sorted(name for name in report["unexpected_keys"] if not _is_spare(name)),
         sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]),
     )
-    settings = getattr(model.config, _SETTINGS, None)
+    settings = getattr(model.config, SETTINGS, None)
     if settings is None:
         if tokenizer is None or tokenizer.mask_token_id is None:
             raise ValueError(f"{where}: the tokenizer has no mask token: set model.tokenizer to one that has")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from rl.models.rotary import ExactRotary
-from rollouts.samplers.distribution import exclude_
+from rollouts.samplers.distribution import Ranges, exclude_
 from rollouts.visibility import block_causal_visibility
+
+# Under this key the settings of a `WrappedDenoiser` are kept in the model's own config.json.
+SETTINGS = "denoise_rl"
 
 
 class TokenDenoiser(ExactRotary):
@@ -56,3 +61,33 @@ class TokenDenoiser(ExactRotary):
             visible = block_causal_visibility(positions, input_ids.shape[1], self.block_length, clean)
             visible = visible.expand(input_ids.shape[0], -1, -1)
         return self.token_logits(self.hidden_states(input_ids, visible=visible, position_ids=position_ids))
+
+
+class WrappedDenoiser(TokenDenoiser):
+    """A model of transformers as it is, in `model`, whose config.json keeps ours.
+
+    Attributes:
+        settings: JSON, with `mask_token_id` and `excluded_token_ids`.
+    """
+
+    model: Any
+    config: Any
+    settings: dict[str, Any]
+
+    dtype = property(attrgetter("model.dtype"))
+    device = property(attrgetter("model.device"))
+    mask_token_id = property(lambda self: self.settings["mask_token_id"])
+    excluded_token_ids = property(lambda self: self.settings["excluded_token_ids"])
+
+    def keep(self, settings: dict[str, Any]) -> None:
+        """Put settings into the model's config, to be saved with it."""
+        self.settings = settings
+        setattr(self.config, SETTINGS, settings)
+
+    def exclude(self, ranges: Ranges) -> None:
+        """Never predict these ids, besides the mask token; see `rl/models/vocabulary.py`."""
+        self.settings["excluded_token_ids"] = [list(r) for r in ranges]
+
+    def adopt(self, described: Mapping[str, Any]) -> None:
+        """Take over the settings in the config.json of a saved policy."""
+        self.settings.update(described[SETTINGS])
