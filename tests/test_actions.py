@@ -58,8 +58,9 @@ def fair_expert(observation: np.ndarray) -> int:
     return 1 + int(observation[0]) % 2
 
 
-def modality(task: ControlTask, **options: Any) -> Actions:
-    config: Any = SimpleNamespace(sampler=ActionOptions(**options))
+def modality(task: ControlTask, together: int = 256, **options: Any) -> Actions:
+    rollout = SimpleNamespace(max_batch_size=together)
+    config: Any = SimpleNamespace(sampler=ActionOptions(**options), rollout=rollout)
     return Actions(config, task)
 
 
@@ -170,6 +171,12 @@ def test_an_episode_does_not_depend_on_what_shares_its_batch(tmp_path: Path) -> 
     alone = actions.engine(model, actions.options(), torch.device("cpu")).generate([SampleRequest("4", 104)])[0]
     # The rows of a batch share a product of matrices, whose last bit depends on its size.
     np.testing.assert_allclose(together[4].chunks, alone.chunks, rtol=0, atol=1e-5)
+    few = modality(task, 4, chunk_length=2).engine(model, actions.options(), torch.device("cpu"))
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for one, other in zip(together, few.generate([SampleRequest(str(i), 100 + i) for i in range(6)]), strict=True):
+        np.testing.assert_allclose(one.chunks, other.chunks, rtol=0, atol=1e-5)
+    assert sizes[0] == max(sizes) == 4 and sizes[-1] == 2
     assert not np.allclose(together[3].chunks[0, 0], together[4].chunks[0, 0])
     assert not np.allclose(alone.chunks[0, 0], alone.chunks[1, 0]), "each chunk has its own noise"
     actions.save_trajectories(tmp_path / "kept.npz", together)

@@ -779,7 +779,7 @@ def test_chunks_of_actions_are_scored_as_they_were_sampled(bins: int) -> None:
     pytest.importorskip("gymnasium")
     task, options = ControlTask(), ActionOptions(num_inference_steps=3, max_actions=20, bins=bins)
     torch.manual_seed(0)
-    actions = Actions(SimpleNamespace(sampler=options), task)
+    actions = Actions(SimpleNamespace(sampler=options, rollout=SimpleNamespace(max_batch_size=3)), task)
     model = actions.new_model()
     episodes = actions.engine(model, options, torch.device("cpu")).generate(
         [SampleRequest(str(i), i) for i in range(4)]
@@ -795,7 +795,7 @@ def test_chunks_of_actions_are_scored_as_they_were_sampled(bins: int) -> None:
 def test_steps_of_graphs_are_scored_as_they_were_sampled(noise: str) -> None:
     task, options = MoleculesTask(), GraphOptions(num_inference_steps=6, noise=noise)
     torch.manual_seed(0)
-    graphs = Graphs(SimpleNamespace(sampler=options), task)
+    graphs = Graphs(SimpleNamespace(sampler=options, rollout=SimpleNamespace(max_batch_size=3)), task)
     model = graphs.new_model()
     asked = [SampleRequest("molecule", seed) for seed in range(5)]
     trajectories = graphs.engine(model, options, torch.device("cpu")).generate(asked)

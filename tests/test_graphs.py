@@ -80,16 +80,18 @@ def test_the_step_is_bayes_rule_on_the_noise(model: GraphModel) -> None:
     assert float(kept(torch.tensor(0.0))) == 1 and float(kept(torch.tensor(1.0))) == 0
 
 
-def sampled(model: GraphModel, count: int, steps: int = T) -> Any:
-    engine = Graphs(*facade(steps)).engine(model, GraphOptions(num_inference_steps=steps), torch.device("cpu"))
+def sampled(model: GraphModel, count: int, steps: int = T, together: int = 20_000) -> Any:
+    graphs = Graphs(*facade(steps, together=together))
+    engine = graphs.engine(model, GraphOptions(num_inference_steps=steps), torch.device("cpu"))
     return engine.generate([SampleRequest("graph", seed) for seed in range(count)])
 
 
-def facade(steps: int = T, task: Any = None, noise: str = "uniform") -> tuple[Any, Any]:
+def facade(steps: int = T, task: Any = None, noise: str = "uniform", together: int = 256) -> tuple[Any, Any]:
     task = task or SimpleNamespace(
         num_nodes=3, nodes=("a", "b"), edges=("none", "edge"), prompts=("graph",), directed=False
     )
-    return SimpleNamespace(sampler=GraphOptions(num_inference_steps=steps, noise=noise)), task
+    options = GraphOptions(num_inference_steps=steps, noise=noise)
+    return SimpleNamespace(sampler=options, rollout=SimpleNamespace(max_batch_size=together)), task
 
 
 def test_the_law_of_finished_graphs_is_that_of_dynamic_programming(model: GraphModel) -> None:
@@ -208,8 +210,11 @@ def test_no_place_becomes_what_it_cannot_be() -> None:
 
 
 def test_a_rollout_does_not_depend_on_what_shares_its_batch(model: GraphModel) -> None:
-    together, alone = sampled(model, 40), sampled(model, 8)
-    assert all(np.array_equal(one.states, other.states) for one, other in zip(together, alone, strict=False))
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    together, alone = sampled(model, 40), sampled(model, 40, together=15)
+    assert sizes == [40] * T + [15] * T + [15] * T + [10] * T
+    assert all(np.array_equal(one.states, other.states) for one, other in zip(together, alone, strict=True))
     assert len({t.states.tobytes() for t in together}) > 20
 
 

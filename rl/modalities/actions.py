@@ -95,14 +95,24 @@ class Play:
 class ActionEngine(SharedModelEngine):
     """A chunk's noise depends on the seed, the chunk and the denoising step alone, whatever shares the batch."""
 
-    def __init__(self, model: ActionModel, options: ActionOptions, device: torch.device, task: Any):
+    def __init__(
+        self, model: ActionModel, options: ActionOptions, device: torch.device, task: Any, max_batch_size: int = 256
+    ):
         self.model, self.options, self.device, self.task = model, options, device, task
-        self.space = task.space(options.bins)
+        self.space, self.max_batch_size = task.space(options.bins), max_batch_size
         self.stats = EngineStats()
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[Episode]:
         started, self.stats = time.perf_counter(), EngineStats()
+        found: list[Episode] = []
+        for start in range(0, len(requests), self.max_batch_size):
+            found += self._together(requests[start : start + self.max_batch_size], policy_version)
+        self.stats.seconds = time.perf_counter() - started
+        return found
+
+    def _together(self, requests: Sequence[SampleRequest], version: int) -> list[Episode]:
+        """Episodes side by side, in an environment each."""
         envs = self.task.environments(len(requests))
         plays = [Play(env) for env in envs]
         for play, request in zip(plays, requests, strict=True):
@@ -116,8 +126,7 @@ class ActionEngine(SharedModelEngine):
                 plays[i].act([self.space.to_env(action) for action in states[row, -1]], self.options.max_actions)
             number += 1
         self.task.give_back([play.env for play in plays if not play.error])
-        self.stats.seconds = time.perf_counter() - started
-        return [self._episode(play, policy_version) for play in plays]
+        return [self._episode(play, version) for play in plays]
 
     def _chunks(self, seen: np.ndarray, seeds: list[int], number: int) -> tuple[np.ndarray, np.ndarray]:
         """States [B, T + 1, H, A] and log-probs [B, T] of the chunk that answers what is seen [B, O]."""
@@ -222,7 +231,7 @@ class Actions(ActionsPlan):
         return ActionModel(options.chunk_length, space.size, space.scale, space.choices)
 
     def engine(self, model: Any, options: Any, device: torch.device) -> ActionEngine:
-        return ActionEngine(model, options, device, self.task)
+        return ActionEngine(model, options, device, self.task, self.config.rollout.max_batch_size)
 
     def completions(self, trajectories: Sequence[Episode]) -> list[dict[str, Any] | None]:
         """{"return": -213.5, "actions": 100}; None for an episode whose environment raised."""

@@ -50,13 +50,28 @@ class GraphTrajectory:
 class GraphEngine(SharedModelEngine):
     """A rollout's draws depend on its seed, its step and its place alone, whatever shares the batch."""
 
-    def __init__(self, model: GraphModel, options: GraphOptions, device: torch.device, prompts: Sequence[str]):
+    def __init__(
+        self,
+        model: GraphModel,
+        options: GraphOptions,
+        device: torch.device,
+        prompts: Sequence[str],
+        max_batch_size: int = 256,
+    ):
         self.model, self.options, self.device, self.prompts = model, options, device, list(prompts)
-        self.stats = EngineStats()
+        self.max_batch_size, self.stats = max_batch_size, EngineStats()
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[GraphTrajectory]:
-        started, steps, count = time.perf_counter(), self.options.num_inference_steps, len(requests)
+        started, self.stats = time.perf_counter(), EngineStats()
+        found: list[GraphTrajectory] = []
+        for start in range(0, len(requests), self.max_batch_size):
+            found += self._together(requests[start : start + self.max_batch_size], policy_version)
+        self.stats.seconds = time.perf_counter() - started
+        return found
+
+    def _together(self, requests: Sequence[SampleRequest], version: int) -> list[GraphTrajectory]:
+        steps, count = self.options.num_inference_steps, len(requests)
         seed = torch.tensor([request.seed for request in requests], dtype=torch.int64, device=self.device)
         asked = torch.tensor([self.prompts.index(request.prompt) for request in requests], device=self.device)
         place = torch.arange(len(self.model.limit), device=self.device)
@@ -69,10 +84,10 @@ class GraphEngine(SharedModelEngine):
             kinds = self.model.denoise(states[-1], torch.full_like(asked, left), steps, asked)
             states.append(drawn(kinds, draws(steps - left + 1)))
             logprobs.append(chosen(kinds, states[-1]).log().sum(-1))
-        self.stats = EngineStats(steps, count * steps, count * steps, count * steps * len(place), count * len(place))
-        self.stats.seconds = time.perf_counter() - started
+        rows, places = count * steps, count * len(place)
+        self.stats.add(EngineStats(steps, rows, rows, steps * places, places))
         every, logprob = torch.stack(states, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy()
-        return [GraphTrajectory(every[i], logprob[i], int(asked[i]), policy_version) for i in range(count)]
+        return [GraphTrajectory(every[i], logprob[i], int(asked[i]), version) for i in range(count)]
 
 
 def chosen(kinds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -149,7 +164,7 @@ class Graphs(GraphsPlan):
         return share.repeat_interleave(torch.tensor([nodes, nodes * (nodes - 1) // 2]), dim=0)
 
     def engine(self, model: Any, options: Any, device: torch.device) -> GraphEngine:
-        return GraphEngine(model, options, device, self.task.prompts)
+        return GraphEngine(model, options, device, self.task.prompts, self.config.rollout.max_batch_size)
 
     def completions(self, trajectories: Sequence[GraphTrajectory]) -> list[dict[str, Any]]:
         """{"nodes": ["C", "C", "O"], "edges": [[0, 1, "single"], ...]}, pairs without an edge left out."""
