@@ -15,8 +15,8 @@ import torch
 
 from rl.estimators.relaxed import free_canvas
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
-from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
+from rollouts.samplers.relaxed_options import RelaxedOptions
 
 
 class SavedBytes:

@@ -754,7 +754,7 @@ def test_remasked_and_edited_tokens_are_scored_in_their_own_states(make_model, f
             (packed_rows if rows is layouts[-1] and block else remask_rows)(trajectories, shrink=2)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
+@pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, {"corrector": 2, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize("family", FULL)
 def test_uniform_models_score_what_they_sampled(make_model, family: str, distribution: dict[str, Any]) -> None:
     """Every step draws every token again, whether it changes or not; prompts and numbers of steps differ in a batch."""
@@ -763,7 +763,7 @@ def test_uniform_models_score_what_they_sampled(make_model, family: str, distrib
     requests = [Request([1, 2, 3, 4][: 1 + i % 4], seed=i, num_inference_steps=(1, 3, 4)[i % 3]) for i in range(12)]
     engine = UniformEngine(model, SamplerOptions(gen_length=6, **distribution), eos_token_id=0, max_batch_size=5)
     trajectories = engine.generate(requests)
-    assert sum(t.is_reveal.sum() for t in trajectories) == 6 * 4 * 8
+    assert sum(t.is_reveal.sum() for t in trajectories) == 6 * 4 * 8 + distribution.get("corrector", 0) * 4 * 5
     for rows in (remask_rows(trajectories, 1, model.logit_shift), trace_rows(trajectories, model, pack_to=50)):
         with torch.no_grad():
             logprob = rows.score(model).logprob

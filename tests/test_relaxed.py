@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from rl.estimators.relaxed import SoftCanvas, free_canvas
-from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import Segment, relaxed_rollout
+from rollouts.samplers.relaxed_options import RelaxedOptions
 from tests.tabular import PROMPT, TabularModel, path_objective
 
 

@@ -93,7 +93,18 @@ def test_temperature_and_filters_act_on_the_clean_prediction() -> None:
 # --- the law of a rollout --------------------------------------------------------------------------------------------
 
 
-def exact_law(model: Any, num_steps: int, num_free: int) -> torch.Tensor:
+def redraws(conditional: torch.Tensor, states: Any, count: int) -> torch.Tensor:
+    """[S, S]: a random set of `count` positions gets tokens from their laws [S, position, token], each on its own."""
+    kernel = torch.zeros(len(states), len(states), dtype=torch.float64)
+    chosen = list(itertools.combinations(range(conditional.shape[1]), count))
+    for (i, state), (j, other), places in itertools.product(enumerate(states), enumerate(states), chosen):
+        if all(place in places or state[place] == other[place] for place in range(len(state))):
+            reached = torch.stack([conditional[i, place, other[place]] for place in places]).prod()
+            kernel[i, j] = kernel[i, j] + reached / len(chosen)
+    return kernel
+
+
+def exact_law(model: Any, num_steps: int, num_free: int, corrector: int = 0) -> torch.Tensor:
     """[3 ** num_free]: the law of the final answer over three tokens, by dynamic programming with D3PM's matrices."""
     states = list(itertools.product(range(3), repeat=num_free))
     law = torch.full((len(states),), 1.0 / len(states), dtype=torch.float64)
@@ -108,14 +119,20 @@ def exact_law(model: Any, num_steps: int, num_free: int) -> torch.Tensor:
                 joint = (joint[:, None] * d3pm(clean[index, place], token, *level)).flatten()
             rows.append(joint)
         law = law @ torch.stack(rows)
+        if corrector and step < num_steps - 1:
+            law = law @ redraws(level[1] * clean + (1 - level[1]) / 3, states, corrector)
     return law
 
 
-@pytest.mark.parametrize("family", ["gpt2-full", "gpt2-full-shifted"])
-def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str) -> None:
-    model = make_uniform(family, vocab_size=4, seed=3)
-    law, count = exact_law(model, 3, 2).detach().numpy(), 3000
-    engine = UniformEngine(model, SamplerOptions(gen_length=2, num_inference_steps=3), max_batch_size=count)
+@pytest.mark.parametrize(("family", "corrector"), [("gpt2-full", 0), ("gpt2-full-shifted", 0), ("gpt2-full", 2)])
+def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str, corrector: int) -> None:
+    model = make_uniform(family, vocab_size=4, **({"seed": 8, "scale": 1.0} if corrector else {"seed": 3}))
+    law, count = exact_law(model, 3, 2, corrector).detach().numpy(), 3000
+    if corrector:
+        # The law without one would not pass.
+        assert (count * (law - exact_law(model, 3, 2).detach().numpy()) ** 2 / law).sum() > 50
+    options = SamplerOptions(gen_length=2, num_inference_steps=3, corrector=corrector)
+    engine = UniformEngine(model, options, max_batch_size=count)
     answers = [t.response_ids() for t in engine.generate([Request(PROMPT, seed) for seed in range(count)])]
     observed = np.bincount([3 * a + b for a, b in answers], minlength=9)
     expected = count * law
@@ -124,36 +141,43 @@ def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str) -> Non
     assert chi_square < 8 + 5 * np.sqrt(2 * 8)
 
 
-def every_rollout(model: Any, num_steps: int, num_free: int) -> list[TokenTrajectory]:
-    states = list(itertools.product(range(3), repeat=num_free))
-    place = np.arange(len(PROMPT), len(PROMPT) + num_free)
+def every_rollout(model: Any, num_steps: int, num_free: int, corrector: int = 0) -> list[TokenTrajectory]:
+    """All rollouts; a corrector redraws one position, each as likely as the others."""
+    places = tuple(range(len(PROMPT), len(PROMPT) + num_free))
+    whole = [(places, state) for state in itertools.product(range(3), repeat=num_free)]
+    redrawn = [((place,), (token,)) for place in places for token in range(3)]
+    forwards = [whole] + ([redrawn, whole] if corrector else [whole]) * (num_steps - 1)
     rollouts = []
-    for path in itertools.product(states, repeat=num_steps + 1):
-        size = num_free * (num_steps + 1)
+    for path in itertools.product(whole, *forwards):
+        sizes = [len(edited) for edited, _ in path]
+        size = sum(sizes)
         trajectory = TokenTrajectory(
-            prompt_ids=np.array(PROMPT), length=len(PROMPT) + num_free, mask_token_id=3, num_steps=num_steps,
-            step=np.repeat(np.arange(-1, num_steps), num_free), position=np.tile(place, num_steps + 1),
-            token=np.concatenate(path), logprob=np.zeros(size), confidence=np.zeros(size), stop_length=num_free,
-            sampler={"temperature": 1.0, "noise": "uniform"},
+            prompt_ids=np.array(PROMPT), length=len(PROMPT) + num_free, mask_token_id=3, num_steps=len(forwards),
+            step=np.repeat(np.arange(-1, len(forwards)), sizes), position=np.concatenate([at for at, _ in path]),
+            token=np.concatenate([to for _, to in path]), logprob=np.zeros(size), confidence=np.zeros(size),
+            stop_length=num_free,
+            sampler={"temperature": 1.0, "noise": "uniform"} | ({"corrector": corrector} if corrector else {}),
         )  # fmt: skip
         trajectory.validate()
         rollouts.append(trajectory)
     return rollouts
 
 
-def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(make_uniform: Any) -> None:
-    """All 729 rollouts of two steps and two tokens, with the real estimator and loss."""
+@pytest.mark.parametrize("corrector", [0, 1])
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(make_uniform: Any, corrector: int) -> None:
+    """All 729 rollouts of two steps and two tokens (4374 with a corrector), with the real estimator and loss."""
     model = make_uniform(vocab_size=4, seed=3, scale=1.0)
     reward = torch.from_numpy(np.random.default_rng(7).normal(size=9))
-    law = exact_law(model, 2, 2)
+    law = exact_law(model, 2, 2, corrector)
     exact = gradient((law * reward).sum(), model)
-    rollouts = every_rollout(model, 2, 2)
+    rollouts = every_rollout(model, 2, 2, corrector)
     recipe = TraceRL(old_logprob="on_policy")
     rows = recipe.rows(rollouts, model).distinct()
     assert rows.num_rows == 9
     scores = rows.score(model)
     per_rollout = torch.zeros(len(rollouts), dtype=torch.float64).index_add(0, rows.trajectory, scores.logprob)
-    probability = (per_rollout.exp() / 9).detach()
+    # The first canvas is noise, and so is which of two positions is redrawn.
+    probability = (per_rollout.exp() / (18 if corrector else 9)).detach()
     assert float(probability.sum()) == pytest.approx(1.0, abs=1e-10)
     final = torch.tensor([3 * t.response_ids()[0] + t.response_ids()[1] for t in rollouts])
     torch.testing.assert_close(torch.zeros(9).double().index_add(0, final, probability), law.detach())
@@ -187,6 +211,46 @@ def test_a_rollout_depends_on_its_seed_alone(make_uniform: Any, tmp_path: Any) -
     # The first canvas is noise of its own for every request, and holds no mask.
     first = {tuple(t.canvas_at(0)[t.prompt_length :]) for t in together}
     assert len(first) == 5 and model.mask_token_id not in set().union(*first)
+
+
+def test_a_corrector_keeps_the_law_of_a_level() -> None:
+    """A law of two dependent tokens, noised to level 0.4, and the right prediction of each given the other one."""
+    states = list(itertools.product(range(3), repeat=2))
+    joint = torch.rand(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) ** 3
+    joint, level = joint / joint.sum(), torch.full((18,), 0.4, dtype=torch.float64)
+    noised = noise_matrix(0.4, 3).T @ joint @ noise_matrix(0.4, 3)
+    # What the noisy token at the other place says about the clean one here.
+    first, second = (joint @ noise_matrix(0.4, 3)).T, noise_matrix(0.4, 3).T @ joint
+    clean = torch.stack([torch.stack([first[b], second[a]]) for a, b in states])
+    clean = clean / clean.sum(-1, keepdim=True)
+    token = torch.tensor(states).flatten()
+    law = transition_logprobs(clean.log().view(18, 3), token, 0 * level, level).exp().view(9, 2, 3)
+    kernel = redraws(law, states, 1)
+    torch.testing.assert_close(kernel.sum(-1), torch.ones(9, dtype=torch.float64))
+    torch.testing.assert_close(noised.flatten() @ kernel, noised.flatten(), rtol=0, atol=1e-14)
+    # Both at once are drawn as if they were independent: then the law is no longer kept.
+    assert (noised.flatten() @ redraws(law, states, 2) - noised.flatten()).abs().max() > 1e-2
+    # A step without a corrector, to the same level, keeps nothing.
+    again = transition_logprobs(clean.log().view(18, 3), token, 0.5 * level, level).exp().view(9, 2, 3)
+    assert (noised.flatten() @ redraws(again, states, 1) - noised.flatten()).abs().max() > 1e-3
+
+
+def test_which_positions_a_corrector_redraws(make_uniform: Any) -> None:
+    model, count = make_uniform(), 600
+    options = SamplerOptions(gen_length=4, num_inference_steps=3, corrector=2)
+    engine = UniformEngine(model, options, max_batch_size=250)
+    trajectories = engine.generate([Request([1, 2][: 1 + i % 2], i, 1 + i % 3) for i in range(count)])
+    redrawn = np.zeros(4)
+    for i, trajectory in enumerate(trajectories):
+        assert trajectory.num_steps == 2 * (1 + i % 3) - 1
+        for step in range(trajectory.num_steps):
+            places = trajectory.position[trajectory.step == step] - trajectory.prompt_length
+            assert len(set(places.tolist())) == len(places) == (2 if step % 2 else 4)
+            redrawn[places] += step % 2
+    # 200 rollouts have one corrector and 200 two; each position is redrawn by half of them.
+    assert redrawn.sum() == 2 * 600 and abs(redrawn - 300).max() < 5 * np.sqrt(150)
+    alone = UniformEngine(model, options, max_batch_size=1).generate([Request([1, 2], 5, 3)])[0]
+    np.testing.assert_array_equal(alone.token, trajectories[5].token)
 
 
 # --- the entropy bound -----------------------------------------------------------------------------------------------
@@ -326,6 +390,9 @@ def test_noised_answers(make_uniform: Any) -> None:
         ("rollout.cache=dual", r"rollout\.cache needs masks that are revealed"),
         ("model.attention=block_causal model.block_length=4", r"model\.attention needs masks that are revealed"),
         ("algorithm.shrink=2 algorithm.old_logprob=recompute", r"algorithm\.shrink needs masks that are revealed"),
+        ("sampler.corrector=17", r"sampler\.corrector is 17, above sampler\.gen_length 16"),
+        ("sampler.corrector=1 sampler.preset=entropy_bound", r"sampler\.corrector goes over ancestral steps"),
+        ("sampler.corrector=1 model.noise=absorbing", r"sampler\.corrector 1 is for uniform noise"),
     ],
 )  # fmt: skip
 def test_what_needs_masks_is_refused(override: str, message: str, tmp_path: Any) -> None:

@@ -102,7 +102,8 @@ def remask_rows(
     if trajectories[0].sampler.get("noise") != "uniform":
         return rows
     # Every step of such a trajectory has decisions, so steps were not renumbered.
-    before, after = signal_levels(rows.step, torch.tensor([t.num_steps for t in trajectories])[rows.trajectory])
+    num_steps = torch.tensor([t.num_steps for t in trajectories])[rows.trajectory]
+    before, after = signal_levels(rows.step, num_steps, bool(trajectories[0].sampler.get("corrector")))
     return ReplacedRows(**vars(rows), before=before, after=after)
 
 

@@ -12,8 +12,8 @@ from rl.estimators.relaxed import free_canvas
 from rl.modalities.gradient import Forward, GradientSegment
 from rl.tasks.base import Example, reward_columns
 from rl.tasks.chat import token_ids
-from rollouts.samplers.options import RelaxedOptions
 from rollouts.samplers.relaxed import relaxed_rollout
+from rollouts.samplers.relaxed_options import RelaxedOptions
 
 
 class SoftTextReward:

@@ -110,6 +110,8 @@ class TextPlan(Modality):
                         raise ValueError(f"{name} has {steps}: {error}") from None
         # A step count that divides is taken as it is: blocks x steps of a block.
         drawn = train.mixed_steps or [sampler.num_inference_steps]
+        if sampler.corrector:
+            drawn = [2 * steps - 1 for steps in drawn]
         return sum(drawn) / len(drawn), sampler.cfg_scale != 0
 
     @classmethod

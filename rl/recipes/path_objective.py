@@ -21,7 +21,7 @@ from rl.batch import DecisionBatch, LossOutput, Tensor
 from rl.config import Config
 from rl.estimators.base import Verdicts
 from rl.recipes.base import Recipe
-from rollouts.samplers.options import RelaxedOptions
+from rollouts.samplers.relaxed_options import RelaxedOptions
 
 _GROUPS = ("baseline", "scale", "clip_low", "clip_high", "log_ratio_clamp", "old_logprob")
 # Options that an estimator has no use for.

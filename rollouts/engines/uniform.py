@@ -15,7 +15,7 @@ from rollouts.engines.slots import Plan
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.step import StepResult
-from rollouts.samplers.uniform import ancestral_step, entropy_bound_step, random_tokens
+from rollouts.samplers.uniform import ancestral_step, corrected_positions, entropy_bound_step, random_tokens
 from rollouts.trajectory import TokenTrajectory
 from rollouts.visibility import full_visibility
 
@@ -44,6 +44,9 @@ class UniformEngine(InProcessEngine):
 
     def _decode(self, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], record: Record) -> None:
         index, prompt, steps, seed, canvas, length, row, position = self._start(plans, prompts, record)
+        if self.options.corrector:
+            # A forward corrects what a step has drawn, unless it was the last.
+            steps = 2 * steps - 1
         record.num_steps[index] = steps.cpu().numpy()
         for step in range(int(steps[0])):
             active = int((steps > step).sum())
@@ -53,19 +56,22 @@ class UniformEngine(InProcessEngine):
             tokens = canvas[:active, :width]
             hidden = self.model.hidden_states(tokens, visible=full_visibility(length[:active], width))
             self._count(tokens)
-            logits = self.model.token_logits(hidden[row, position - self.model.logit_shift])
+            at, place = row, position
+            if self.options.corrector and step % 2:
+                now = torch.full_like(row, step)
+                chosen = corrected_positions(row, position, seed[row], now, self.options.corrector)
+                at, place = row[chosen], position[chosen]
+            logits = self.model.token_logits(hidden[at, place - self.model.logit_shift])
             if self.options.selector == "entropy_bound":
                 free, now = torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(steps[:active], step)
                 free[row, position] = True
                 last = now + 1 == steps[:active]
                 result = entropy_bound_step(logits, tokens, free, seed[:active], now, last, self.options, self.model)
             else:
-                now = torch.full_like(row, step)
-                result = ancestral_step(
-                    logits, row, position, tokens[row, position], seed[row], now, steps[row], self.options
-                )
+                now = torch.full_like(at, step)
+                result = ancestral_step(logits, at, place, tokens[at, place], seed[at], now, steps[at], self.options)
             record.add(result, index, np.full(len(plans), step), self.mask_token_id)
-            canvas[row, position] = result.token
+            canvas[at, place] = result.token
             self._stepped(canvas)
         self.stats.generated_tokens += int((length - prompt).sum())
 

@@ -172,6 +172,12 @@ class SamplerOptions(BaseModel):
         description="Selector entropy_bound under uniform noise: whether a canvas's last step draws its tokens, which "
         "training needs, or takes the most likely.",
     )
+    corrector: int = Field(
+        0,
+        ge=0,
+        description="Uniform noise: positions that a corrector redraws after every step but the last, with one forward "
+        "more (predictor-corrector); 0 is none.",
+    )
     reviser: Literal["none", "rcr", "remdm", "edit"] = Field(
         "none",
         description="Take revealed tokens back: running-confidence remasking, ReMDM's random remasking, or LLaDA2.1's "
@@ -296,6 +302,10 @@ class SamplerOptions(BaseModel):
             canvas_length: of a model that denoises canvases.
         """
         names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", *PARTS}
+        if self.corrector and self.selector == "entropy_bound":
+            raise ValueError("sampler.corrector goes over ancestral steps: unset it, or sampler.preset entropy_bound")
+        if self.corrector > self.gen_length:
+            raise ValueError(f"sampler.corrector is {self.corrector}, above sampler.gen_length {self.gen_length}")
         if self.selector == "entropy_bound":
             names -= {"preset", "selector", "score", "score_from", "entropy_bound"}
         elif canvas_length:
@@ -323,8 +333,11 @@ class SamplerOptions(BaseModel):
 
     def check_absorbing(self) -> None:
         """Raise ValueError for an option of uniform noise alone."""
-        if self.last_step != "draw":
-            raise ValueError("sampler.last_step argmax is for uniform noise, the model's is absorbing: leave it out")
+        for name in ("last_step", "corrector"):
+            if getattr(self, name) != SamplerOptions.model_fields[name].default:
+                raise ValueError(
+                    f"sampler.{name} {getattr(self, name)} is for uniform noise, the model's is absorbing: leave it out"
+                )
         self._check_canvas(None)
 
     def distribution(self) -> dict[str, Any]:
@@ -332,7 +345,8 @@ class SamplerOptions(BaseModel):
         settings: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         constraint = {} if self.constraint is None else {"constraint": self.constraint.model_dump(exclude_none=True)}
         falls = {} if self.final_temperature is None else {"final_temperature": self.final_temperature}
-        return settings | falls | ({"cfg_scale": self.cfg_scale} if self.cfg_scale else {}) | constraint
+        kept = {name: getattr(self, name) for name in ("cfg_scale", "corrector") if getattr(self, name)}
+        return settings | falls | kept | constraint
 
     def decoder(self) -> dict[str, Any]:
         """The preset's name and every part: the rule that chose positions, as a trajectory records it."""
@@ -362,23 +376,3 @@ def with_changes(options: SamplerOptions, changes: dict[str, Any]) -> SamplerOpt
     """Resolved options with some changed; a preset among them replaces every part that is not given beside it."""
     parts = preset_parts(changes["preset"]) if changes.get("preset") is not None else {}
     return SamplerOptions.model_validate({**options.model_dump(), **parts, **changes})
-
-
-class RelaxedOptions(BaseModel):
-    """Sampling with a gradient (`rollouts/samplers/relaxed.py`)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    relaxed_steps: int = Field(10, ge=1, description="Last steps that the reward's gradient passes through.")
-    temperature: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the relaxed steps.")
-    final_temperature: float | None = Field(
-        None, gt=0, description="Temperature of the last relaxed step, reached geometrically; null keeps it constant."
-    )
-    kl_weight: Literal["path", "released"] = Field(
-        "path", description="The KL of the two samplers' paths, or the weighting of the released DRAKES code."
-    )
-    carry_over: Literal["exact", "released"] = Field(
-        "exact", description="How undecided mass is kept: as the schedule has it, or as the released code does."
-    )
-    straight_through: bool = Field(True, description="Make the finished sample one-hot in the forward pass.")
-    checkpoint: bool = Field(False, description="Recompute relaxed steps in the backward pass instead of keeping them.")

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw
-from rollouts.samplers.options import RelaxedOptions
+from rollouts.samplers.relaxed_options import RelaxedOptions
 
 # Tokens of the free positions, hard int64 [N] or soft [N, V] -> log p of the token at each of them, [N, V].
 Denoiser = Callable[[torch.Tensor], torch.Tensor]

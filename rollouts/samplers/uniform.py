@@ -13,6 +13,11 @@ the clean token.
 It makes f a leave-one-out prediction: what the other tokens say about this one, whatever stands there now. The usual
 denoising prediction, which knows x too, is p(y | x) for b = 1, the level without noise. D3PM's sum over clean tokens,
 drawn from that denoising prediction, is the same p for every b (`tests/test_uniform.py`).
+
+A corrector goes over what a step has drawn (predictor-corrector of Gourevitch et al. 2026, arXiv 2605.22765, by its
+code `src/correctors/gibbs_corrector.py`, selection "random"): with one forward more, some positions get a token from
+their law given all others at level b, b f(y) + (1 - b) / n. That is the law above for a = 0, so a Gibbs step is a
+transition that has forgotten x. Where f is right, redrawing one position changes no law of the canvas at level b.
 """
 
 from __future__ import annotations
@@ -36,9 +41,33 @@ def noise_tokens(model: Any) -> torch.Tensor:
     return can_be_predicted(reach).nonzero().flatten()
 
 
-def signal_levels(step: torch.Tensor, num_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64: the levels before and after a step. Example: step 1 of 4 goes from 0.25 to 0.5."""
-    return step.double() / num_steps, (step + 1).double() / num_steps
+def signal_levels(
+    step: torch.Tensor, num_steps: torch.Tensor, corrected: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64: the levels before and after a step. Example: step 1 of 4 goes from 0.25 to 0.5.
+
+    Args:
+        step: 0 to `num_steps` - 1, the forwards of a rollout.
+        corrected: every second forward is the corrector's, which goes from 0 to the level that is reached. Example:
+            five forwards are steps to 1/3, 2/3 and 1, and forward 1 corrects at 1/3.
+    """
+    if not corrected:
+        return step.double() / num_steps, (step + 1).double() / num_steps
+    done, num_steps = step // 2, (num_steps + 1) // 2
+    return torch.where(step % 2 == 0, done.double() / num_steps, 0.0), (done + 1).double() / num_steps
+
+
+def corrected_positions(
+    row: torch.Tensor, position: torch.Tensor, seed: torch.Tensor, step: torch.Tensor, count: int
+) -> torch.Tensor:
+    """bool [N]: the positions that a corrector redraws, `count` of every row (all, where it has fewer), at random.
+
+    Args:
+        row, position: int64 [N], ordered by row; seed, step: int64 [N], of the row.
+    """
+    order = (row + noise.uniform(seed, step, position, noise.ORDER_STREAM)).argsort()
+    rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    return torch.zeros_like(row, dtype=torch.bool).index_put((order,), rank < count)
 
 
 def step_temperature(
@@ -160,9 +189,10 @@ def ancestral_step(
 
     Args:
         logits: [N, V].
-        row, position, token, seed, step, num_steps: int64 [N]; where it stands, what stands there, its request's.
+        row, position, token, seed, step, num_steps: int64 [N]; where it stands, what stands there, its request's
+            (`signal_levels`).
     """
-    before, after = signal_levels(step, num_steps)
+    before, after = signal_levels(step, num_steps, options.corrector > 0)
     law = transition_logprobs(logits, token, before, after, options.temperature, options.top_p, options.top_k)
     drawn = draw(law, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
     logprob, confidence = (x.gather(-1, drawn[:, None])[:, 0].double() for x in (law, torch.log_softmax(logits, -1)))
