@@ -64,6 +64,8 @@ NAMES = {
     "overlong": "rewards.length:overlong",
     "pickscore": "rewards.clip_score:PickScore",
     "pseudo_likelihood": "rewards.pseudo_likelihood:PseudoLikelihood",
+    "qed": "rewards.molecules:Qed",
+    "rdkit_valid": "rewards.molecules:RdkitValid",
     "reasoning_gym": "rewards.gym_task:ReasoningGymReward",
     "residue_content": "rewards.protein:ResidueContent",
     "reward_model": "rewards.reward_model:RewardModel",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rewards.load import load_reward
 from rl.cli import main
 from rl.config import load_config
 from rl.estimators.base import Verdicts
@@ -253,6 +255,41 @@ def test_valid_molecules_by_hand(nodes: str, edges: list[Any], expected: bool) -
     assert valid(graph) is expected and valid_molecule([graph]) == [float(expected)]
 
 
+def test_rdkit_and_the_valences_agree_on_every_graph_of_three_atoms() -> None:
+    """4,096 graphs, but for 24: RDKit reads N=N#N and its like, a nitrogen of five bonds, as two charged atoms.
+
+    QED is that of the same molecule written as SMILES, and 0 where there is no molecule.
+    """
+    chem = pytest.importorskip("rdkit.Chem")
+    from rdkit.Chem import QED
+
+    task, pairs = MoleculesTask(num_nodes=3), list(itertools.combinations(range(3), 2))
+    graphs = [
+        {"nodes": list(nodes), "edges": [[*p, k] for p, k in zip(pairs, kinds, strict=True) if k != "none"]}
+        for nodes in itertools.product(task.nodes, repeat=3)
+        for kinds in itertools.product(task.edges, repeat=3)
+    ]
+    theirs = load_reward("rdkit_valid")(prompts=[], completions=graphs)
+    pairs_ = zip(graphs, valid_molecule(graphs), theirs, strict=True)
+    differ = [(graph, one, other) for graph, one, other in pairs_ if one != other]
+    assert sum(theirs) == 472 and len(differ) == 24
+    for graph, one, other in differ:
+        assert (one, other) == (0.0, 1.0) and {kind for *_, kind in graph["edges"]} == {"double", "triple"}
+        [middle] = set(graph["edges"][0][:2]) & set(graph["edges"][1][:2])
+        assert graph["nodes"][middle] == "N"
+    ethanol = {"nodes": ["O", "C", "C"], "edges": [[0, 1, "single"], [1, 2, "single"]]}
+    parts = {"nodes": ["O", "C", "C"], "edges": [[0, 1, "single"]]}
+    found = load_reward("qed")(prompts=[], completions=[ethanol, parts])
+    assert found == [pytest.approx(QED.qed(chem.MolFromSmiles("CCO"))), 0.0] and 0.3 < found[0] < 0.5
+
+
+@pytest.mark.parametrize("name", ["qed", "rdkit_valid"])
+def test_a_missing_rdkit_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ValueError, match=rf"reward '{name}' needs RDKit: pip install 'denoise-rl\[molecules\]'"):
+        load_reward(name)
+
+
 def test_a_form_is_of_the_graph_and_not_of_its_numbering() -> None:
     task = MoleculesTask(num_nodes=5, graphs=200)
     rng = np.random.default_rng(0)
@@ -273,6 +310,10 @@ def test_a_form_is_of_the_graph_and_not_of_its_numbering() -> None:
     small_task: Any = SimpleNamespace(form=task.form, known_forms=lambda: {task.form(star)})
     measured = Graphs(*facade(task=small_task)).measure([], graphs, [1, 1, 1, 0])
     assert measured == {"uniqueness": pytest.approx(2 / 3), "novelty": 0.5}
+    # A task that can tell is asked, whatever the reward is: the fourth graph is none, though it is rewarded.
+    small_task.valid = valid
+    measured = Graphs(*facade(task=small_task)).measure([], graphs, [0, 0, 0, 1])
+    assert measured == {"validity": 0.75, "uniqueness": pytest.approx(2 / 3), "novelty": 0.5}
 
 
 @pytest.mark.parametrize(

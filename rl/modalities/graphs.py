@@ -210,14 +210,21 @@ class Graphs(GraphsPlan):
     def measure(
         self, rows: Sequence[Example], completions: Sequence[Any], rewards: Sequence[float]
     ) -> dict[str, float]:
-        """Shares of the valid graphs (reward 1) that differ from one another, and that the task's data do not hold.
+        """Shares of the valid graphs that differ from one another, and that the task's data do not hold.
 
         The task may have `form(graph)`, equal for graphs that are one but for the numbering of their nodes, and
-        `known_forms()`, those of its data.
+        `known_forms()`, those of its data. It may say by `valid(graph)` which graphs are valid; the share of these is
+        reported then. By default those are of reward 1.
         """
-        valid = [graph for graph, reward in zip(completions, rewards, strict=True) if reward >= 1]
+        judged = hasattr(self.task, "valid")
+        valid = [
+            graph
+            for graph, reward in zip(completions, rewards, strict=True)
+            if (self.task.valid(graph) if judged else reward >= 1)
+        ]
+        measured = {"validity": len(valid) / len(completions)} if judged and len(completions) else {}
         if not hasattr(self.task, "form") or not valid:
-            return {}
+            return measured
         forms = {self.task.form(graph) for graph in valid}
         novel = forms - self.task.known_forms()
-        return {"uniqueness": len(forms) / len(valid), "novelty": len(novel) / len(forms)}
+        return measured | {"uniqueness": len(forms) / len(valid), "novelty": len(novel) / len(forms)}

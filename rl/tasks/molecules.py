@@ -71,6 +71,9 @@ class MoleculesTask:
                 kinds[pair] = rng.choices(self.edges, [10, 3, 1, 0.3])[0]
         return graph | {"edges": [[*pair, kinds[pair]] for pair in pairs if kinds.get(pair, "none") != "none"]}
 
+    def valid(self, graph: dict[str, Any]) -> bool:
+        return valid(graph)
+
     def form(self, graph: dict[str, Any]) -> str:
         """Equal for graphs that are one but for the numbering: colours of nodes, refined by those of their neighbours.
 
