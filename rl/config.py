@@ -20,7 +20,6 @@ from rl.registry import parse_recipe, recipe_class
 from rl.sections import (
     AlignConfig,
     CheckpointConfig,
-    ConvertConfig,
     EvalConfig,
     FilterConfig,
     GoalConfig,
@@ -28,11 +27,11 @@ from rl.sections import (
     RolloutConfig,
     RunConfig,
     Section,
-    SftConfig,
     TaskConfig,
     TrainConfig,
 )
 from rl.shipped import find_config
+from rl.stage_sections import ConvertConfig, SftConfig
 from rl.tasks.load import modality_of
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.options import preset_parts

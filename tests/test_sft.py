@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rl.cli import main
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows
+from rl.stage_sections import LevelsConfig
+from tests.runs import tiny_config
 
 MASK = 11
 LENGTHS = [7, 12, 9, 5]
@@ -112,11 +116,12 @@ def test_masks_come_from_the_generator_alone() -> None:
 
 
 @pytest.mark.parametrize("block_length", [None, 4])
-def test_the_mask_of_a_sequence_does_not_depend_on_the_cut(block_length: int | None) -> None:
-    _, whole, weight = draw(block_length)
+@pytest.mark.parametrize("levels", [None, (2, 1)])
+def test_the_mask_of_a_sequence_does_not_depend_on_the_cut(block_length: int | None, levels: Any) -> None:
+    _, whole, weight = draw(block_length, levels=levels)
     start = 0
     for part in (slice(0, 1), slice(1, 3), slice(3, 4)):
-        _, rows, own_weight = draw(block_length, part=part)
+        _, rows, own_weight = draw(block_length, part=part, levels=levels)
         width = rows.input_ids.shape[1]
         assert torch.equal(rows.input_ids, whole.input_ids[part, :width])
         assert (whole.document[part, width:] == -1).all()
@@ -290,6 +295,72 @@ def test_semi_autoregressive_masks_by_hand() -> None:
         # One of three blocks stands for all: weights are 3/t, at least 3.
         assert (weight[rows.row == row] >= 3).all()
     assert {0, 1, 2} == set(chosen)
+
+
+# --- SDAR-VL's curriculum of levels -----------------------------------------------------------------------------------
+
+
+WORDS = "sft.levels={mean: [0.5, 0.8], concentration: [2, 50]}"
+CURRICULUM = LevelsConfig(mean=(0.5, 0.8), concentration=(2, 50))
+
+
+def test_the_curriculum_of_levels_by_hand() -> None:
+    # Means 0.5, 0.65 and 0.8; concentrations 2, 26 and 50. Beta(1, 1) is uniform.
+    expected = [(1, 1), (16.9, 9.1), (40, 10)]
+    assert [CURRICULUM.at(share) for share in (0, 0.5, 1)] == [pytest.approx(pair) for pair in expected]
+
+
+@pytest.mark.parametrize("block_length", [None, 2000])
+def test_levels_have_the_mean_and_the_spread_of_their_distribution(block_length: int | None) -> None:
+    """400 levels of Beta(40, 10): mean 0.8, variance 0.8 * 0.2 / 51."""
+    count, length = (400, 2000) if block_length is None else (100, 8000)
+    tokens = sequences([length] * count)
+    rows, weight = random_mask_rows(tokens, [0] * count, MASK, np.random.default_rng(1), block_length, levels=(40, 10))
+    block = rows.block[rows.row, rows.column] if block_length else torch.zeros_like(rows.row)
+    number = (rows.row * 4 + block).unique(return_inverse=True, return_counts=True)
+    levels, shares = np.unique(1 / weight.numpy()), number[2].numpy() / (block_length or length)
+    assert len(levels) == len(shares) == 400
+    assert abs(levels.mean() - 0.8) < 4 * (0.8 * 0.2 / 51 / 400) ** 0.5
+    assert abs(levels.var() / (0.8 * 0.2 / 51) - 1) < 0.25
+    # Of every block the share of its own level is masked, and weighted with its inverse.
+    own = 1 / weight.numpy()[np.unique(number[1].numpy(), return_index=True)[1]]
+    assert np.abs(shares - own).max() < 5 * 0.5 / (block_length or length) ** 0.5
+
+
+def test_a_level_of_nothing_masks_nothing() -> None:
+    rows, weight = random_mask_rows(sequences([50] * 50), [0] * 50, MASK, np.random.default_rng(0), levels=(1e-4, 1))
+    assert torch.isfinite(weight).all() and len(rows.target) < 50
+
+
+def test_the_stage_goes_from_the_first_level_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*arguments: Any, levels: Any, **options: Any) -> Any:
+        seen.append(levels)
+        return random_mask_rows(*arguments, levels=levels, **options)
+
+    monkeypatch.setattr("rl.modalities.text.random_mask_rows", spy)
+    assert main(["sft", *tiny_config(tmp_path, "sft.steps=3", WORDS)]) == 0
+    assert seen == [pytest.approx(CURRICULUM.at(share)) for share in (0, 0.5, 1)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sft.levels={mean: [0, 0.8], concentration: [2, 50]}"], "a mean lies between 0 and 1"),
+        (["sft.levels={mean: [0.5, 0.8], concentration: [2, .nan]}"], "a concentration is above 0"),
+        (["sft.levels={mean: [0.5, 0.8]}"], "sft.levels.concentration' is required"),
+        ([WORDS, "sft.trajectories=FILE"], "sft.levels is about masks of answers"),
+        ([WORDS, "model.noise=uniform"], "sft.levels needs masks"),
+    ],
+)
+def test_levels_that_mean_nothing_are_refused(tmp_path: Path, run: Any, overrides: list[str], message: str) -> None:
+    (tmp_path / "traces").write_text("")
+    overrides = [word.replace("FILE", str(tmp_path / "traces")) for word in overrides]
+    code, _, err = run("check", *tiny_config(tmp_path, *overrides))
+    assert code == 2 and message in err, err
+    code, _, err = run("check", "--config", "digits_b2", WORDS)
+    assert code == 2 and "sft.levels is for text" in err, err
 
 
 # --- effective mask ratio, and errors to be revised -------------------------------------------------------------------

@@ -27,6 +27,7 @@ def random_mask_rows(
     part: slice = slice(None),
     context_causal: bool = False,
     effective: bool = False,
+    levels: tuple[float, float] | None = None,
     errors: float = 0.0,
     error_tokens: np.ndarray | None = None,
 ) -> tuple[TokenRows, torch.Tensor]:
@@ -48,6 +49,8 @@ def random_mask_rows(
         logit_shift, context_causal: as of the model.
         effective: weights 1/s in place of 1/t, with the share s of the block's (or sequence's) answer tokens that is
             masked indeed (SDAR-VL, Cheng et al. 2025, arXiv 2512.14068: effective mask ratio scaling).
+        levels: alpha and beta of the Beta distribution of the levels (SDAR-VL, section 3.3), independent draws. The
+            weights 1/t then no longer make the bound. None is uniform and stratified.
         errors: share of the visible answer tokens that random ones of `error_tokens` int64 [n] replace; they are read
             too, with weight 1 (ReDiff, arXiv 2510.19871). A draw may be the token itself.
 
@@ -65,11 +68,11 @@ def random_mask_rows(
     start, end = np.asarray(prompt_lengths)[:, None], np.array([[len(sequence)] for sequence in sequences])
     positions = np.arange(int(end.max()))
     answer = (positions >= start) & (positions < end)
-    if block_length is None:
-        level = stratified(count, rng)[:, None]
-    else:
-        num_blocks = len(positions) // block_length
-        level = np.repeat(stratified(count * num_blocks, rng).reshape(count, num_blocks), block_length, axis=1)
+    num_blocks = 1 if block_length is None else len(positions) // block_length
+    size = count * num_blocks
+    # A Beta draw may be 0 in floating point; such a level masks nothing.
+    draws = stratified(size, rng) if levels is None else rng.beta(*levels, size).clip(np.finfo(float).tiny)
+    level = np.repeat(draws.reshape(count, num_blocks), block_length or 1, axis=1)
     masked = hidden = answer & (rng.random(answer.shape) < level)
     weight = np.broadcast_to(1.0 / level, answer.shape)
     if effective:

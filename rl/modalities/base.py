@@ -102,6 +102,8 @@ class Modality:
             raise ValueError(f"sft.trajectories {about_it}: set it to null")
         if config.sft.errors:
             raise ValueError(f"sft.errors {about_it}: set it to 0")
+        if config.sft.levels is not None:
+            raise ValueError(f"sft.levels {about_it}: set it to null")
         if config.convert.steps:
             raise ValueError(f"convert.steps {about_it}: set it to 0")
         if config.sft.masking != "random":
@@ -255,7 +257,7 @@ class Modality:
         Args:
             rows: the whole batch; noise is drawn for all of it, so that it does not depend on the cut.
             part: the rows to return.
-            seed: the only source of randomness.
+            seed: of the run, and the update from 0: the only source of randomness.
         """
         raise ValueError(f"sft.steps: {self.name} have no supervised stage, set it to 0")
 

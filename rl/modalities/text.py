@@ -230,7 +230,7 @@ class TextModality(TextPlan):
         self, model: Any, rows: Sequence[Example], part: slice, seed: Sequence[int]
     ) -> tuple[TokenRows, torch.Tensor]:
         """Masked or noised answers; the weights sum to the mean loss per response token (`sft.loss_weight`)."""
-        config = self.config
+        config, levels = self.config, self.config.sft.levels
         sequences, prompt_lengths, answers = self._encode(model, rows)
         rng, share = np.random.default_rng(list(seed)), 1.0 / (len(rows) * config.sampler.gen_length)
         if getattr(model, "canvas_length", None):
@@ -252,6 +252,7 @@ class TextModality(TextPlan):
             semi_ar=config.sampler.block_length if config.sft.masking == "semi_ar" else None,
             part=part,
             effective=config.sft.loss_weight == "effective",
+            levels=None if levels is None else levels.at(seed[-1] / max(config.sft.steps - 1, 1)),
             errors=config.sft.errors,
             error_tokens=noise_tokens(model).numpy() if config.sft.errors else None,
             **readout(model),

@@ -45,10 +45,9 @@ class TextPlan(Modality):
             raise ValueError("sft.masking semi_ar needs sampler.block_length: set the block to mask")
         if config.sft.trajectories is not None and not Path(config.sft.trajectories).is_file():
             raise ValueError(f"sft.trajectories {config.sft.trajectories!r} is not a file")
-        if config.sft.errors and config.sft.trajectories is not None:
-            raise ValueError(
-                "sft.errors puts errors into answers, and sft.trajectories imitates recorded ones: set one"
-            )
+        if config.sft.trajectories is not None and (config.sft.errors or config.sft.levels):
+            what = "errors puts errors into" if config.sft.errors else "levels is about masks of"
+            raise ValueError(f"sft.{what} answers, and sft.trajectories imitates recorded ones: set one")
         if config.train.block_schedule and model.path is None and model.attention != "block_causal":
             raise ValueError("train.block_schedule needs model.attention block_causal")
         if model.path is not None:
@@ -270,6 +269,7 @@ def _check_noise(config: Config) -> None:
     refused = {
         "model.attention": model.attention != "full",
         "sft.errors": config.sft.errors > 0,
+        "sft.levels": config.sft.levels is not None,
         "eval.backslide": config.eval.backslide,
         "rollout.engine": config.rollout.engine == "server",
         "rollout.cache": config.rollout.cache != "none",

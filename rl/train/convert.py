@@ -21,7 +21,7 @@ from rl import distributed
 from rl.estimators.conversion import Text, conversion_rows, soft_rows
 from rl.estimators.rows import TokenRows
 from rl.files import write_whole
-from rl.sections import ConvertConfig
+from rl.stage_sections import ConvertConfig
 from rl.tasks.chat import answer_text, token_ids
 from rl.tasks.records import read_records
 from rl.train.run import Run
