@@ -121,6 +121,21 @@ def _load_model(path: str | os.PathLike[str], dtype: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def empty_causal_lm(path: str | os.PathLike[str]) -> Any:
+    """The model on torch's default device with weights that mean nothing, for its sizes.
+
+    Raises:
+        ValueError: what describes it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place, more = _arguments(path)
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, **more))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unloadable("causal language model", path, error) from error
+
+
 def load_causal_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer that lies beside the model, with its chat template.
 

@@ -21,9 +21,8 @@ from rl.files import write_whole
 from rl.inputs import Reward, Rows, as_lines, reward_part, rows_of, several
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
-from rl.models.reader import open_guide
+from rl.models.reader import beside_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.models.vocabulary import compiled_constraint
 from rl.registry import parse_recipe
 from rl.tasks.chat import prompt_text, token_ids
 from rl.train.rollouts import request_seed
@@ -86,22 +85,14 @@ def sample(
         for index, prompt in enumerate(ids)
         for number in range(num_samples)
     ]
-    constraint = None
-    if options.constraint is not None:
-        if tokenizer is None:
-            raise ValueError("tokenizer is required for a constraint with a loaded policy: give it")
-        constraint = compiled_constraint(options.constraint, tokenizer, getattr(model, "excluded_token_ids", ()))
     device = next(model.parameters()).device
-    if options.guide is not None and tokenizer is None:
-        raise ValueError("tokenizer is required for a guide with a loaded policy: give it")
     engine = token_engine(
         SharedForwards(model),
         options,
         eos_token_id=getattr(tokenizer, "eos_token_id", None),
         max_batch_size=max_batch_size,
         device=device,
-        constraint=constraint,
-        guide=open_guide(options, tokenizer, model, device),
+        **beside_policy(options, tokenizer, model, device),
     )
     return engine.generate(requests)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from transformers import GPT2Config
 
 from rl.config import load_config
 from rl.estimators.logprob import logprob_and_entropy
-from rl.modalities.text_memory import BatchShape, activations, batch_shape
+from rl.modalities.text_memory import BatchShape, activations, batch_shape, text_memory
 from rl.model_section import LoraOptions
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.lora import add_adapters
@@ -134,6 +135,21 @@ def test_lines_and_limit() -> None:
         memory_lines(load_config(None, config()), 2, 8, limit_gib=0.01)
     with pytest.raises(ValueError, match=r"model\.backbone must give model_type, vocab_size"):
         memory_lines(load_config(None, config("model.backbone={model_type: gpt2}")), 2, 8)
+
+
+def test_a_guide_is_held_and_reads(tmp_path) -> None:
+    """A GPT-2 of 8 positions, 4 wide, one layer: 4 (10 + 8) + 8 + (3 x 4 x 4 + 12) + 20 + 84 + 76 + 2 x 4 numbers."""
+    GPT2Config(vocab_size=10, n_positions=8, n_embd=4, n_layer=1, n_head=1).save_pretrained(tmp_path)
+    numbers = 4 * (10 + 8) + 2 * 8 + (3 * 4 * 4 + 12) + (4 * 4 + 4) + (4 * 16 + 16) + (16 * 4 + 4) + 2 * 4
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        guide = f"sampler.guide={{model: {tmp_path}, dtype: {dtype}, batch_size: 3}}"
+        found = text_memory(load_config(None, config(guide)), 1, 8, True)
+        assert found.held == {"sampler.guide": numbers * size}
+        # 16 tokens of each of 3 answers; one answer's logits in float32, and its log-probs.
+        assert found.sampling["logits of sampler.guide"] == 16 * 10 * (3 * size + 8)
+    assert any(line == "memory: sampler.guide 0.00" for line in memory_lines(load_config(None, config(guide)), 1, 8))
+    served = text_memory(load_config(None, config("sampler.guide={model: 'http://localhost:1'}")), 1, 8, True)
+    assert served == text_memory(load_config(None, config()), 1, 8, True)
 
 
 def test_command() -> None:

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rl.batch import DecisionBatch
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
+from rl.models.vocabulary import compiled_constraint
 from rl.registry import parse_recipe
+from rl.tasks.char_tokenizer import char_tokenizer
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
@@ -94,6 +96,11 @@ DECODERS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2-full", {"preset": "dream_origin"}),
     ("qwen3-block4", {"block_length": 4}),
     ("qwen3-block4", {"preset": "sdar_dynamic", "block_length": 4}),
+    ("gpt2-full", {"preset": "rcr", "block_length": 8}),
+    ("gpt2-full", {"preset": "rcr", "block_length": 8, "revise_scope": "all_previous"}),
+    ("gpt2-full", {"preset": "remdm"}),
+    ("gpt2-full", {"preset": "llada2_1_quality", "block_length": 8}),
+    ("qwen3-block4", {"preset": "llada2_1_quality", "block_length": 4}),
 ]
 
 
@@ -127,3 +134,18 @@ def test_scoring_and_loss_wait_a_few_times_whatever_their_size(make_model: Any, 
             weighted_sum(recipe.loss(batch).loss, one).backward()
         counts.append(len(waits.seen))
     assert counts[0] == counts[1] <= 5
+
+
+@pytest.mark.parametrize("steps", [16, 4])
+def test_a_constraint_waits_whatever_the_number_of_requests(make_model: Any, waits: Waits, steps: int) -> None:
+    """For equal sets of states, a contradiction, and what a step reveals; then once a place that is drawn anew."""
+    tokenizer = char_tokenizer("abcdefghijk", ends=False)
+    graph = {one: [tokenizer.decode([(i + n) % 11]) for n in (1, 2, 5)] for i, one in enumerate("abcdefghijk")}
+    options = SamplerOptions(gen_length=16, num_inference_steps=steps, constraint={"graph": graph})
+    constraint = compiled_constraint(options.constraint, tokenizer, [])
+    for count in (3, 12):
+        engine = InProcessEngine(make_model("gpt2-full"), options, constraint=constraint)
+        waits.seen.clear()
+        with waits:
+            engine.generate(requests(count))
+        assert len(waits.seen) <= (5 + (1 + 16 if steps < 16 else 0)) * engine.stats.forwards

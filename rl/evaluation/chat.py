@@ -18,9 +18,8 @@ from rl.distributed import pick_device
 from rl.errors import about
 from rl.models.causal import load_autoregressive
 from rl.models.load import load_policy
-from rl.models.reader import open_guide
+from rl.models.reader import beside_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.models.vocabulary import compiled_constraint
 from rl.run_folder import model_folder
 from rl.tasks.chat import prompt_text, token_ids
 from rl.tasks.load import modality_of
@@ -120,10 +119,7 @@ class Chat:
             if noise_of(model) == "uniform":
                 engine = WatchedCanvasEngine if getattr(model, "canvas_length", None) else WatchedUniformEngine
             settings["approximate_cache"] = config.rollout.cache
-            if config.sampler.constraint is not None:
-                excluded = model.excluded_token_ids
-                settings["constraint"] = compiled_constraint(config.sampler.constraint, self.tokenizer, excluded)
-            settings["guide"] = open_guide(config.sampler, self.tokenizer, model, device)
+            settings |= beside_policy(config.sampler, self.tokenizer, model, device)
         self.engine = engine(model.to(device).eval(), config.sampler, **settings)
         self.mask, self.pieces = model.mask_token_id, Pieces(self.tokenizer)
 

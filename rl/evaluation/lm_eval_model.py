@@ -28,8 +28,8 @@ from rl.distributed import pick_device
 from rl.evaluation.likelihood import Likelihood, log_likelihoods
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy
+from rl.models.reader import beside_policy
 from rl.models.tokenizers import load_tokenizer
-from rl.models.vocabulary import compiled_constraint
 from rollouts.engines.base import Request
 from rollouts.engines.tokens import token_engine
 from rollouts.samplers.options import ConstraintOptions, SamplerOptions, with_changes
@@ -106,9 +106,8 @@ class DenoiseLM(TemplateLM):
         if isinstance(constraint, str):
             constraint = json.loads(Path(constraint).read_text(encoding="utf-8"))
         self.constraint = None if constraint is None else ConstraintOptions.model_validate(constraint)
-        self.automaton = None
-        if self.constraint is not None:
-            self.automaton = compiled_constraint(self.constraint, self.tokenizer, self.model.excluded_token_ids)
+        asked = SamplerOptions(constraint=self.constraint)
+        self.beside = beside_policy(asked, self.tokenizer, self.model, self._device)
         self.likelihoods: list[Likelihood] = []
         self.truncated: Counter[str] = Counter()
 
@@ -281,7 +280,7 @@ class DenoiseLM(TemplateLM):
             eos_token_id=self.tokenizer.eos_token_id,
             max_batch_size=self.batch_size,
             device=self._device,
-            constraint=None if options.constraint is None else self.automaton,
+            **(self.beside if options.constraint is not None else {}),
         )
         trajectories = engine.generate([Request(ids, self.seed + index) for index, ids in enumerate(prompts)])
         return [trajectory.response_ids().tolist() for trajectory in trajectories]

@@ -19,6 +19,7 @@ class ModelMemory:
         activations: what the backward pass of a micro-batch needs.
         micro_batch: what that micro-batch is, for the plan's line about it.
         sampling: name -> bytes that only sampling needs.
+        held: name -> bytes of frozen models beside the policy, which stay where they are.
         what: what `total` counts.
         without: what the plan leaves out.
         cure: what to change when it is too much.
@@ -29,6 +30,7 @@ class ModelMemory:
     activations: float
     micro_batch: str
     sampling: Mapping[str, float] = field(default_factory=dict)
+    held: Mapping[str, float] = field(default_factory=dict)
     what: str = "parameters"
     without: str = ""
     cure: str = "lower train.micro_batch_size"

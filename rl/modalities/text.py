@@ -18,20 +18,17 @@ from rl.estimators.uniform_rows import random_noise_rows
 from rl.modalities.text_plan import TextPlan, open_tokenizer, review, vision_of
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
-from rl.models.reader import open_guide
-from rl.models.vocabulary import compiled_constraint
+from rl.models.reader import beside_policy
 from rl.tasks.base import Example, Task
 from rl.tasks.chat import answer_text, prompt_text, token_ids
 from rl.tasks.prompt_images import encode_prompts
-from rollouts.constraints.automaton import TokenAutomaton
 from rollouts.engines.base import Engine
 from rollouts.engines.causal import CausalEngine, ServedCausalEngine, causal_options
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.engines.tokens import token_engine
 from rollouts.model_protocol import noise_of
-from rollouts.samplers.guide import Reader
-from rollouts.samplers.options import GuideOptions, SamplerOptions, with_changes
+from rollouts.samplers.options import SamplerOptions, with_changes
 from rollouts.samplers.uniform import noise_tokens
 from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
@@ -49,9 +46,8 @@ class TextModality(TextPlan):
         super().__init__(config, task)
         self.tokenizer, self.grid = tokenizer, task.grid
         self.rollout_block: int | None = None
-        self._automata: dict[str, TokenAutomaton] = {}
         self.vision = vision_of(config)
-        self._guides: dict[GuideOptions, Any] = {}
+        self._beside: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def open(cls, config: Config, task: Task) -> TextModality:
@@ -77,6 +73,9 @@ class TextModality(TextPlan):
             if model.server is not None:
                 return ServedCausalEngine(model.server, model, options, eos_token_id=eos, max_batch_size=size)
             return CausalEngine(model, options, eos_token_id=eos, max_batch_size=size, device=device)
+        beside = options.model_dump_json(include={"constraint", "guide"})
+        if beside not in self._beside:
+            self._beside[beside] = beside_policy(options, self.tokenizer, model, device)
         return token_engine(
             SharedForwards(model),
             self._with_block(options),
@@ -84,26 +83,8 @@ class TextModality(TextPlan):
             max_batch_size=self.config.rollout.max_batch_size,
             device=device,
             approximate_cache=self.config.rollout.cache,
-            constraint=self._automaton(options, model),
-            guide=self._guide(options, model, device),
+            **self._beside[beside],
         )
-
-    def _guide(self, options: SamplerOptions, model: Any, device: torch.device) -> Reader | None:
-        """The model of `options.guide`, which is loaded once."""
-        if options.guide is None:
-            return None
-        if options.guide not in self._guides:
-            self._guides[options.guide] = open_guide(options, self.tokenizer, model, device)
-        return self._guides[options.guide]
-
-    def _automaton(self, options: SamplerOptions, model: Any) -> TokenAutomaton | None:
-        """The compiled `options.constraint`; compiling a large one takes seconds, so it is kept."""
-        if options.constraint is None:
-            return None
-        key = options.constraint.model_dump_json()
-        if key not in self._automata:
-            self._automata[key] = compiled_constraint(options.constraint, self.tokenizer, model.excluded_token_ids)
-        return self._automata[key]
 
     def options(self) -> SamplerOptions:
         return self._with_block(self.config.sampler)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, DynamicCache
 
+from rewards.causal_lm import empty_causal_lm
 from rl.config import Config
 from rl.errors import about
 from rl.estimators.logprob import logprob_and_entropy
@@ -24,7 +25,7 @@ from rl.models import routing
 from rl.models.canvas_lm import CanvasLM, CleanText
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rl.models.families.diffusion_gemma import DiffusionGemma
-from rl.models.folder import backbone_of, local_config, shape_of, vision_described
+from rl.models.folder import backbone_of, is_url, local_config, shape_of, vision_described
 from rl.models.lora import add_adapters
 from rl.models.vision import Vision
 from rollouts.engines.base import Request
@@ -179,7 +180,7 @@ class _Undecided:
 def _rollouts(config: Config, prompt_length: int, count: int) -> tuple[Any, list[TokenTrajectory]]:
     model: Any = _Undecided(config, prompt_length + 2 * config.sampler.gen_length)
     # No end token: a response of the full length is the one that memory has to hold.
-    # Neither a constraint nor a guide makes a rollout larger.
+    # Neither a constraint nor a guide makes a rollout longer.
     options = config.sampler.model_copy(update={"constraint": None, "guide": None})
     engine = token_engine(model, options, eos_token_id=None, approximate_cache=config.rollout.cache)
     return model, engine.generate([Request([0] * prompt_length, seed=i) for i in range(count)])
@@ -236,6 +237,7 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
             trained += num_parameters(vision if config.model.vision.train_tower else vision.projector)[0]
         source += ", the activations of the vision tower not counted"
     shape = batch_shape(config, prompt_length)
+    guide, read = _guide_bytes(config)
     recompute = config.model.gradient_checkpointing
     cache, logits = _rollout_bytes(config, backbone, 2 if half else 4, ranks, prompt_length)
     return ModelMemory(
@@ -244,7 +246,8 @@ def text_memory(config: Config, ranks: int, prompt_length: int, half: bool) -> M
         activations(build, layers, shape, config.model.head_chunk).peak(recompute),
         f"{shape.rows} row(s) of {shape.width} tokens with {shape.decisions} decisions, prompts of {prompt_length}, "
         f"{'re' if recompute else 'not re'}computed",
-        sampling={"rollout cache": cache, "logits": logits},
+        sampling={"rollout cache": cache, "logits": logits} | ({"logits of sampler.guide": read} if read else {}),
+        held={"sampler.guide": guide} if guide else {},
         what=f"parameters by {source}",
         cure="take more ranks, a higher ZeRO stage or offloading (train.deepspeed), model.gradient_checkpointing, or a "
         "smaller train.micro_batch_size or rollout.max_batch_size",
@@ -292,6 +295,19 @@ def _as_loaded(config: Config) -> tuple[Config, str]:
             "model.path they describe the checkpoint and build nothing"
         )
     return config, str(file) if file is not None else "model.backbone"
+
+
+def _guide_bytes(config: Config) -> tuple[float, float]:
+    """The weights of a guide in this process, and its logits of the answers that it reads in one forward."""
+    guide = config.sampler.guide
+    if guide is None or is_url(guide.model):
+        return 0.0, 0.0
+    with torch.device("meta"):
+        model = empty_causal_lm(guide.model)
+    size = 2 if guide.dtype == "bfloat16" else 4
+    # In its own precision; those of one answer in float32 too, and as log-probs.
+    tokens = size * guide.batch_size + 4 + 4
+    return num_parameters(model)[0] * size, config.sampler.gen_length * model.config.vocab_size * tokens
 
 
 def _rollout_bytes(config: Config, backbone: Any, size: int, ranks: int, prompt_length: int) -> tuple[float, float]:

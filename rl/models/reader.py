@@ -1,4 +1,6 @@
-"""What reads answers from left to right for a recipe or a decoder: a causal model here, or a vLLM server's."""
+"""What a recipe or a decoder has beside the policy: a causal model that reads answers, here or on a vLLM server, and a
+compiled constraint.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import torch
 from rewards.causal_lm import CausalReader, load_causal_lm, load_causal_tokenizer
 from rewards.served_reader import ServedReader
 from rl.models.folder import is_url, served_model
+from rl.models.vocabulary import compiled_constraint
 from rollouts.engines.server.options import ServerOptions
+from rollouts.samplers.options import SamplerOptions
 
 
 def open_reader(
@@ -46,19 +50,26 @@ def open_reader(
     return reader
 
 
-def open_guide(
-    options: Any, tokenizer: Any, model: Any, device: torch.device | str
-) -> CausalReader | ServedReader | None:
-    """What reads for `sampler.guide` of a decoder's options; None where there is none.
+def beside_policy(options: SamplerOptions, tokenizer: Any, model: Any, device: torch.device | str) -> dict[str, Any]:
+    """An engine's settings `constraint` and `guide`: what `sampler.constraint` and `sampler.guide` stand for, or None.
+
+    Compiling a large constraint and loading a guide take seconds: keep what comes back.
 
     Raises:
-        ValueError: see `open_reader`.
+        ValueError: there is no tokenizer; see `compiled_constraint` and `open_reader`.
     """
-    guide = options.guide
-    if guide is None:
-        return None
-    return open_reader(
-        guide.model, tokenizer, model.mask_token_id, device, option="sampler.guide.model",
-        top_option="sampler.guide.top", dtype=guide.dtype, batch_size=guide.batch_size,
-        top=guide.top if guide.rule == "agree" else 0,
-    )  # fmt: skip
+    for name in ("constraint", "guide"):
+        if tokenizer is None and getattr(options, name) is not None:
+            raise ValueError(f"tokenizer is required for a {name} with a loaded policy: give it")
+    constraint, guide = options.constraint, options.guide
+    excluded = getattr(model, "excluded_token_ids", ())
+    return {
+        "constraint": None if constraint is None else compiled_constraint(constraint, tokenizer, excluded),
+        "guide": None
+        if guide is None
+        else open_reader(
+            guide.model, tokenizer, model.mask_token_id, device, option="sampler.guide.model",
+            top_option="sampler.guide.top", dtype=guide.dtype, batch_size=guide.batch_size,
+            top=guide.top if guide.rule == "agree" else 0,
+        ),
+    }  # fmt: skip

@@ -93,7 +93,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
         learners["value model"] = model_states(own, trained, deepspeed, ranks)
     # Everybody samples with a whole copy, whatever the stage.
     copies = (2 if half else 4) * (total + trained * reference)
-    states = sum(learner.device for learner in learners.values()) + copies
+    states = sum(learner.device for learner in learners.values()) + copies + sum(model.held.values())
     learning, sampling = states + model.activations, states + sum(model.sampling.values())
     part = "" if trained == total else f"{trained / 1e6:.3g} M of them trained, "
     needed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in model.sampling.items())
@@ -101,6 +101,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
         f"memory: {total / 1e9:.3g} B {model.what}, {part}{ranks} rank(s), {config.train.deepspeed}, per rank in GiB",
         *(f"memory: {learner_line(name, learner)}" for name, learner in learners.items()),
         f"memory: copy that samples{' and frozen reference' if reference else ''} {copies / GIB:.2f}",
+        *(f"memory: {name} {size / GIB:.2f}" for name, size in model.held.items()),
         f"memory: learning: activations {model.activations / GIB:.2f} ({model.micro_batch})",
         *([f"memory: sampling: {needed}"] if needed else []),
         f"memory: peak {max(learning, sampling) / GIB:.1f} while {'learning' if learning > sampling else 'sampling'}"

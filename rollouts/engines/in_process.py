@@ -220,6 +220,8 @@ class InProcessEngine(SharedModelEngine):
     ) -> None:
         """One denoising forward and decision for the requests in the slots `group`."""
         options = self.options
+        # No token is -1: where there is no end token, none is found.
+        eos = -1 if self.eos_token_id is None else self.eos_token_id
         names = ("length", "start", "end", "num_masked", "left", "steps", "block_step", "step", "seed", "prompt")
         # One transfer for all numbers of the group.
         numbers = torch.from_numpy(np.stack([group, *(getattr(slots, name)[group] for name in names)])).to(self.device)
@@ -236,10 +238,10 @@ class InProcessEngine(SharedModelEngine):
             inside = (index >= first[:, None]) & (index < end[:, None])
             eligible, filled = masked & inside, ~masked & inside
         candidates = masked & (index < length[:, None]) if options.record_x0 else eligible
+        known = slots.left[group]
         if options.reviser == "edit":
-            candidates = candidates | filled
-        known = None if options.record_x0 or filled is not None else int(slots.left[group].sum())
-        row, position = places = places_of(candidates, known)
+            candidates, known = candidates | filled, slots.end[group] - np.maximum(slots.start, slots.prompt)[group]
+        row, position = places = places_of(candidates, None if options.record_x0 else int(known.sum()))
         hidden, begin = self._hidden(tokens, cache, slots, group, start, length)
         at = (row, position - self.model.logit_shift - begin[row])
         logits = self.model.token_logits(hidden[at])
@@ -267,35 +269,33 @@ class InProcessEngine(SharedModelEngine):
         canvas[where[result.row], result.position] = shown
         if result.remask is not None:
             canvas[where] = canvas[where].masked_fill(result.remask, self.mask_token_id)
-        edited, token = record.add(result, request, slots.step[group], self.mask_token_id)
+        counts = None
+        if filled is not None:
+            now = canvas[where]
+            changed = result.reveal & ~masked[result.row, result.position]
+            edits = torch.zeros_like(start).index_add(0, result.row, changed.long())
+            counts = torch.stack([*(((now == one) & inside).sum(1) for one in (self.mask_token_id, eos)), edits])
+        edited, token, counted = record.add(result, request, slots.step[group], self.mask_token_id, counts)
         record.num_steps[request] = slots.step[group] + 1
         # A block-causal model never saw what lies behind the terminal block.
         record.length[request] = slots.end[group] if self.block_causal else slots.length[group]
         self.stats.generated_tokens += len(token)
-        if options.reviser == "none":
+        if filled is None:
             revealed = np.bincount(edited, minlength=len(group))
-            ends = np.zeros(len(token), dtype=bool) if self.eos_token_id is None else token == self.eos_token_id
-            ended = np.bincount(edited[ends], minlength=len(group)) > 0
+            ended = np.bincount(edited[token == eos], minlength=len(group)) > 0
             slots.after_step(group, revealed, ended, options.block_length)
         else:
-            changed = result.reveal & ~masked[result.row, result.position]
-            edits = torch.bincount(result.row[changed], minlength=len(group))
-            self._after_revision(canvas[where], inside, edits, slots, group)
+            self._after_revision(counted, slots, group)
 
-    def _after_revision(
-        self, canvas: torch.Tensor, inside: torch.Tensor, edits: torch.Tensor, slots: Slots, group: np.ndarray
-    ) -> None:
-        """Count a step that may have taken tokens back: what is left and where it ended is read off the canvas.
+    def _after_revision(self, counts: np.ndarray, slots: Slots, group: np.ndarray) -> None:
+        """Count a step that may have taken tokens back.
 
         Args:
-            canvas: int64 [N, L], after the step.
-            inside: bool [N, L], the positions that the step could change.
-            edits: int64 [N], tokens replaced by other tokens.
+            counts: int64 [3, N]: masks and end tokens among the positions that the step could change, after it, and
+                tokens that it replaced by other tokens.
         """
         options = self.options
-        left = ((canvas == self.mask_token_id) & inside).sum(1)
-        ended = torch.zeros_like(left) if self.eos_token_id is None else ((canvas == self.eos_token_id) & inside).sum(1)
-        left_now, ends, edited = torch.stack([left, ended, edits]).cpu().numpy()
+        left_now, ends, edited = counts
         busy = np.zeros(len(group), dtype=bool)
         if options.reviser == "remdm":
             busy = slots.block_step[group] + 1 < slots.steps[group]

@@ -18,6 +18,15 @@ class NonFiniteError(RuntimeError):
     """A model that gives NaN decodes to something all the same; nobody should score it."""
 
 
+def on_host(*tensors: torch.Tensor | None) -> list[np.ndarray]:
+    """The tensors as arrays, in one transfer; nothing for None."""
+    given = [torch.zeros(0, dtype=torch.uint8) if tensor is None else tensor.contiguous() for tensor in tensors]
+    parts = [tensor.to(given[0].device).flatten().view(torch.uint8) for tensor in given]
+    flat = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts]))
+    kinds = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in given]
+    return [part.view(kind).reshape(tensor.shape) for part, kind, tensor in zip(flat, kinds, given, strict=False)]
+
+
 class Record:
     """Edits of all requests in the order they were made, as one array per forward."""
 
@@ -35,36 +44,44 @@ class Record:
         self._x0: list[dict[str, list[np.ndarray]]] = [{name: [] for name in X0_FIELDS} for _ in range(num_requests)]
 
     def add(
-        self, result: StepResult, request: np.ndarray, step: np.ndarray, mask_token_id: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        result: StepResult,
+        request: np.ndarray,
+        step: np.ndarray,
+        mask_token_id: int,
+        counts: torch.Tensor | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Keep what a step revealed and took back.
 
         Args:
             request, step: int64 [N], of each row of the step.
+            counts: int64, numbers that the caller wants on the host.
 
         Returns:
-            row [E] and token [E] of the revealed positions. They are on the host: one transfer carries everything.
+            row [E] and token [E] of the revealed positions, and the counts. They are on the host: one transfer carries
+            everything.
         """
         # Floats travel as their bits, so that one tensor holds all columns; what is revealed is picked on the host.
         floats = [x.double().view(torch.int64) for x in (result.logprob, result.confidence)]
         is_noise = torch.zeros_like(result.row) if result.is_noise is None else result.is_noise.long()
         reveal = result.reveal.long()
-        columns = torch.stack([result.row, result.position, result.token, *floats, is_noise, reveal]).cpu().numpy()
+        found = torch.stack([result.row, result.position, result.token, *floats, is_noise, reveal])
+        columns, counted, remask, allowed = on_host(found, counts, result.remask, result.allowed)
         kept = columns[-1] > 0
         columns = columns[:-1, kept]
         row, token = columns[0], columns[2]
         sets = np.full_like(row, -1)
         if result.allowed is not None:
-            packed = np.packbits(result.allowed.cpu().numpy()[kept], axis=1)
+            packed = np.packbits(allowed[kept], axis=1)
             sets[:] = [self._sets.setdefault(own.tobytes(), len(self._sets)) for own in packed]
         self._parts.append(np.concatenate([request[row][None], step[row][None], columns[1:3], sets[None], columns[3:]]))
         if result.remask is not None:
-            back, position = result.remask.nonzero().cpu().numpy().T
+            back, position = remask.nonzero()
             # Log-prob and confidence are 0, whose bits are 0: taking a token back is no draw.
             nothing = np.zeros((3, len(back)), dtype=np.int64)
             masks = np.full((1, len(back)), mask_token_id)
             self._parts.append(np.concatenate([[request[back], step[back], position], masks, nothing[:1] - 1, nothing]))
-        return row, token
+        return row, token, counted
 
     def place(self, request: int, position: np.ndarray, token: np.ndarray) -> None:
         """Keep tokens int64 [E] that stand on a canvas before its first step: no decision, so of log-prob 0."""
