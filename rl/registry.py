@@ -105,6 +105,8 @@ RECIPES = Table(
         "rediff": "rl.recipes.rediff:ReDiff",
         "cj_grpo": "rl.recipes.cj_grpo:CJGRPO",
         "justgrpo": "rl.recipes.justgrpo:JustGRPO",
+        "udm_grpo": "rl.recipes.udm_grpo:UDMGRPO",
+        "dflow_grpo": "rl.recipes.dflow_grpo:DFlowGRPO",
     },
 )
 

@@ -95,7 +95,7 @@ def table() -> str:
     models = {block: tiny(block) for block in (False, True)}
     # Recipes of reward gradients score no recorded decision, and `opd` needs a teacher of its own.
     text = {name: parse_recipe({"name": name}) for name in RECIPES.known if RECIPES.resolve(name).modality == "text"}
-    names = [name for name, recipe in text.items() if not recipe.reward_gradient and name != "opd"]
+    names = [n for n, r in text.items() if not r.reward_gradient and n != "opd" and "absorbing" in r.noises]
     cells: dict[str, list[str]] = {name: [] for name in names}
     for options, settings, block in DECODERS.values():
         trajectories = sampled(models[block], options, settings)

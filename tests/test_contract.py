@@ -754,7 +754,10 @@ def test_remasked_and_edited_tokens_are_scored_in_their_own_states(make_model, f
             (packed_rows if rows is layouts[-1] and block else remask_rows)(trajectories, shrink=2)
 
 
-@pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, {"corrector": 2, "temperature": 0.7}], ids=str)
+CORRECTED = [{"corrector": 2, "temperature": 0.7}, {"transition": "euler", "top_k": 3}]
+
+
+@pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, *CORRECTED], ids=str)
 @pytest.mark.parametrize("family", FULL)
 def test_uniform_models_score_what_they_sampled(make_model, family: str, distribution: dict[str, Any]) -> None:
     """Every step draws every token again, whether it changes or not; prompts and numbers of steps differ in a batch."""

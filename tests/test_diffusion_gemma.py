@@ -410,6 +410,10 @@ def test_configs_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, text:
         (["sampler.gen_length=6"], r"sampler\.gen_length \(6\) must be a multiple of the model's canvas of 4"),
         (["sampler.last_step=argmax"], r"sampler\.last_step argmax decides tokens without a log-prob"),
         (["algorithm={name: espo}"], r"'espo' scores masks"),
+        (
+            ["algorithm={name: udm_grpo}"],
+            r"'udm_grpo' scores uniform noise, .* in canvases: .* tracerl, cj_grpo$",
+        ),
         ([f"model.backbone={json.dumps(runs.GPT2)}", "model.path=null"], r"sampler\.final_temperature is for models"),
     ],
 )

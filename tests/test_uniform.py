@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,23 @@ def redraws(conditional: torch.Tensor, states: Any, count: int) -> torch.Tensor:
     return kernel
 
 
-def exact_law(model: Any, num_steps: int, num_free: int, corrector: int = 0) -> torch.Tensor:
-    """[3 ** num_free]: the law of the final answer over three tokens, by dynamic programming with D3PM's matrices."""
+def euler(leave_one_out: torch.Tensor, token: int, step: int, num_steps: int) -> torch.Tensor:
+    """[n]: sum over clean tokens of (denoising prediction) x (jump at rate 1 / (1 - t), the last surely)."""
+    denoiser = d3pm(leave_one_out, token, step / num_steps, 1.0)
+    stay = 0.0 if step == num_steps - 1 else math.exp(-(1 / num_steps) / (1 - step / num_steps))
+    law = [sum(denoiser[c] * ((1 - stay) * (y == c) + stay * (y == token)) for c in range(len(denoiser)) if c != token)
+           + denoiser[token] * (y == token) for y in range(len(denoiser))]  # fmt: skip
+    return torch.stack(law)
+
+
+def exact_law(
+    model: Any, num_steps: int, num_free: int, corrector: int = 0, transition: str = "posterior", last: bool = True
+) -> torch.Tensor:
+    """[3 ** num_free]: the law of the final answer over three tokens, by dynamic programming with D3PM's matrices.
+
+    Args:
+        last: whether the last step has a gradient.
+    """
     states = list(itertools.product(range(3), repeat=num_free))
     law = torch.full((len(states),), 1.0 / len(states), dtype=torch.float64)
     canvas = torch.tensor([[*PROMPT, *state] for state in states])
@@ -116,22 +132,28 @@ def exact_law(model: Any, num_steps: int, num_free: int, corrector: int = 0) -> 
         for index, state in enumerate(states):
             joint = torch.ones(1, dtype=torch.float64)
             for place, token in enumerate(state):
-                joint = (joint[:, None] * d3pm(clean[index, place], token, *level)).flatten()
+                own = clean[index, place]
+                drawn = euler(own, token, step, num_steps) if transition == "euler" else d3pm(own, token, *level)
+                joint = (joint[:, None] * drawn).flatten()
             rows.append(joint)
-        law = law @ torch.stack(rows)
+        kernel = torch.stack(rows)
+        law = law @ (kernel if last or step < num_steps - 1 else kernel.detach())
         if corrector and step < num_steps - 1:
             law = law @ redraws(level[1] * clean + (1 - level[1]) / 3, states, corrector)
     return law
 
 
-@pytest.mark.parametrize(("family", "corrector"), [("gpt2-full", 0), ("gpt2-full-shifted", 0), ("gpt2-full", 2)])
-def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str, corrector: int) -> None:
-    model = make_uniform(family, vocab_size=4, **({"seed": 8, "scale": 1.0} if corrector else {"seed": 3}))
-    law, count = exact_law(model, 3, 2, corrector).detach().numpy(), 3000
-    if corrector:
-        # The law without one would not pass.
-        assert (count * (law - exact_law(model, 3, 2).detach().numpy()) ** 2 / law).sum() > 50
-    options = SamplerOptions(gen_length=2, num_inference_steps=3, corrector=corrector)
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("gpt2-full", {}), ("gpt2-full-shifted", {}), ("gpt2-full", {"corrector": 2, "transition": "euler"})],
+)
+def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str, more: dict[str, Any]) -> None:
+    model = make_uniform(family, vocab_size=4, **({"seed": 8, "scale": 1.0} if more else {"seed": 3}))
+    law, count = exact_law(model, 3, 2, **more).detach().numpy(), 3000
+    if more:
+        # The law without them would not pass: the bound below is 28.
+        assert (count * (law - exact_law(model, 3, 2).detach().numpy()) ** 2 / law).sum() > 40
+    options = SamplerOptions(gen_length=2, num_inference_steps=3, **more)
     engine = UniformEngine(model, options, max_batch_size=count)
     answers = [t.response_ids() for t in engine.generate([Request(PROMPT, seed) for seed in range(count)])]
     observed = np.bincount([3 * a + b for a, b in answers], minlength=9)
@@ -141,8 +163,9 @@ def test_the_engine_samples_the_exact_law(make_uniform: Any, family: str, correc
     assert chi_square < 8 + 5 * np.sqrt(2 * 8)
 
 
-def every_rollout(model: Any, num_steps: int, num_free: int, corrector: int = 0) -> list[TokenTrajectory]:
+def every_rollout(num_steps: int, num_free: int, corrector: int = 0, **sampler: Any) -> list[TokenTrajectory]:
     """All rollouts; a corrector redraws one position, each as likely as the others."""
+    sampler |= {"corrector": corrector} if corrector else {}
     places = tuple(range(len(PROMPT), len(PROMPT) + num_free))
     whole = [(places, state) for state in itertools.product(range(3), repeat=num_free)]
     redrawn = [((place,), (token,)) for place in places for token in range(3)]
@@ -155,29 +178,28 @@ def every_rollout(model: Any, num_steps: int, num_free: int, corrector: int = 0)
             prompt_ids=np.array(PROMPT), length=len(PROMPT) + num_free, mask_token_id=3, num_steps=len(forwards),
             step=np.repeat(np.arange(-1, len(forwards)), sizes), position=np.concatenate([at for at, _ in path]),
             token=np.concatenate([to for _, to in path]), logprob=np.zeros(size), confidence=np.zeros(size),
-            stop_length=num_free,
-            sampler={"temperature": 1.0, "noise": "uniform"} | ({"corrector": corrector} if corrector else {}),
+            stop_length=num_free, sampler={"temperature": 1.0, "noise": "uniform", **sampler},
         )  # fmt: skip
         trajectory.validate()
         rollouts.append(trajectory)
     return rollouts
 
 
-@pytest.mark.parametrize("corrector", [0, 1])
-def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(make_uniform: Any, corrector: int) -> None:
+@pytest.mark.parametrize("more", [{}, {"corrector": 1}, {"transition": "euler"}])
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(make_uniform: Any, more: dict[str, Any]) -> None:
     """All 729 rollouts of two steps and two tokens (4374 with a corrector), with the real estimator and loss."""
     model = make_uniform(vocab_size=4, seed=3, scale=1.0)
     reward = torch.from_numpy(np.random.default_rng(7).normal(size=9))
-    law = exact_law(model, 2, 2, corrector)
+    law = exact_law(model, 2, 2, **more)
     exact = gradient((law * reward).sum(), model)
-    rollouts = every_rollout(model, 2, 2, corrector)
+    rollouts = every_rollout(2, 2, **more)
     recipe = TraceRL(old_logprob="on_policy")
     rows = recipe.rows(rollouts, model).distinct()
     assert rows.num_rows == 9
     scores = rows.score(model)
     per_rollout = torch.zeros(len(rollouts), dtype=torch.float64).index_add(0, rows.trajectory, scores.logprob)
     # The first canvas is noise, and so is which of two positions is redrawn.
-    probability = (per_rollout.exp() / (18 if corrector else 9)).detach()
+    probability = (per_rollout.exp() / (18 if "corrector" in more else 9)).detach()
     assert float(probability.sum()) == pytest.approx(1.0, abs=1e-10)
     final = torch.tensor([3 * t.response_ids()[0] + t.response_ids()[1] for t in rollouts])
     torch.testing.assert_close(torch.zeros(9).double().index_add(0, final, probability), law.detach())
@@ -391,7 +413,9 @@ def test_noised_answers(make_uniform: Any) -> None:
         ("model.attention=block_causal model.block_length=4", r"model\.attention needs masks that are revealed"),
         ("algorithm.shrink=2 algorithm.old_logprob=recompute", r"algorithm\.shrink needs masks that are revealed"),
         ("sampler.corrector=17", r"sampler\.corrector is 17, above sampler\.gen_length 16"),
-        ("sampler.corrector=1 sampler.preset=entropy_bound", r"sampler\.corrector goes over ancestral steps"),
+        ("sampler.corrector=1 sampler.preset=entropy_bound", r"sampler\.corrector is for ancestral steps"),
+        ("sampler.transition=euler sampler.preset=entropy_bound", r"sampler\.transition is for ancestral steps"),
+        ("sampler.transition=euler model.noise=absorbing", r"sampler\.transition euler is for uniform noise"),
         ("sampler.corrector=1 model.noise=absorbing", r"sampler\.corrector 1 is for uniform noise"),
     ],
 )  # fmt: skip

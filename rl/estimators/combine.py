@@ -70,6 +70,17 @@ def whole_trajectories(rows: TokenRows, count: int) -> CombinedRows:
     )
 
 
+def step_means(rows: TokenRows) -> CombinedRows:
+    """One decision per trajectory and step: the mean log-prob of what is read there, the sampler's likewise."""
+    found, part = torch.unique(torch.stack([rows.trajectory, rows.step], dim=1), dim=0, return_inverse=True)
+    weight, total = 1.0 / part.bincount()[part].double(), None
+    if rows.sampler_logprob is not None:
+        total = torch.zeros(len(found), dtype=torch.float64).index_add(0, part, weight * rows.sampler_logprob)
+    return CombinedRows(
+        rows=rows, part=part, weight=weight, trajectory=found[:, 0], step=found[:, 1], sampler_logprob=total
+    )
+
+
 @dataclass(kw_only=True)
 class SandwichRows(CombinedRows):
     """Two decisions per answer: first the lower bounds of all answers (step 0), then the upper ones (step 1).

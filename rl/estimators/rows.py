@@ -114,7 +114,7 @@ class TokenRows(Rows):
     def some(self, kept: torch.Tensor | slice) -> Self:
         """The same rows with some of the decisions: bool [N], or a slice."""
         flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
-        own = {name: getattr(self, name, None) for name in (*flat, "allowed_at", "before", "after")}
+        own = {name: getattr(self, name, None) for name in (*flat, "allowed_at", "before", "after", "stay")}
         return replace(self, **{name: values[kept] for name, values in own.items() if values is not None})
 
     def _from_states(self, model: DenoisingModel, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

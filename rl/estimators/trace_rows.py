@@ -41,7 +41,7 @@ from rl.estimators.documents import Reads, block_document, canvas_document, whol
 from rl.estimators.rows import TokenRows, assemble, readout
 from rl.estimators.uniform_rows import ReplacedRows
 from rollouts.model_protocol import DenoisingModel
-from rollouts.samplers.uniform import signal_levels
+from rollouts.samplers.uniform import step_law
 from rollouts.trajectory import TokenTrajectory
 
 
@@ -102,9 +102,9 @@ def remask_rows(
     if trajectories[0].sampler.get("noise") != "uniform":
         return rows
     # Every step of such a trajectory has decisions, so steps were not renumbered.
-    num_steps = torch.tensor([t.num_steps for t in trajectories])[rows.trajectory]
-    before, after = signal_levels(rows.step, num_steps, bool(trajectories[0].sampler.get("corrector")))
-    return ReplacedRows(**vars(rows), before=before, after=after)
+    sampler, num_steps = trajectories[0].sampler, torch.tensor([t.num_steps for t in trajectories])
+    law = step_law(rows.step, num_steps[rows.trajectory], "corrector" in sampler, "transition" in sampler)
+    return ReplacedRows(**vars(rows), **law._asdict())
 
 
 def packed_rows(

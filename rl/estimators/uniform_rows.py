@@ -8,7 +8,7 @@ the class DUO_BASE in Duo's code has it in another form). Both have their optimu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ from rl.estimators.masking import stratified
 from rl.estimators.rows import TokenRows, assemble
 from rollouts.model_protocol import DenoisingModel
 from rollouts.samplers.distribution import can_be_predicted
-from rollouts.samplers.uniform import noised_logprobs, transition_logprobs
+from rollouts.samplers.uniform import noise_tokens, noised_logprobs, transition_logprobs
+from rollouts.trajectory import TokenTrajectory
 
 # Lowest signal level: at 0 the bound is 0 / 0.
 LOWEST = 1e-3
@@ -31,11 +32,12 @@ class ReplacedRows(TokenRows):
     """A decision replaces the token that stands at its place, maybe by itself.
 
     Attributes:
-        before, after: float64 [N], the signal levels before and after that step.
+        before, after, stay: float64 [N], the law of that step (`rollouts.samplers.uniform.StepLaw`).
     """
 
     before: torch.Tensor
     after: torch.Tensor
+    stay: torch.Tensor | None = None
 
     @property
     def token(self) -> torch.Tensor:
@@ -43,9 +45,8 @@ class ReplacedRows(TokenRows):
         return self.input_ids[self.row, self.column]
 
     def drawn(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        law = transition_logprobs(
-            logits, self.token, self.before, self.after, self.temperature, self.top_p, self.top_k, self.target
-        )
+        filters = (self.temperature, self.top_p, self.top_k)
+        law = transition_logprobs(logits, self.token, self.before, self.after, *filters, self.target, self.stay)
         # Not entr(p): its gradient is infinite where p underflows.
         return law.gather(-1, self.target[:, None]).squeeze(-1), -(law.exp() * law).sum(-1)
 
@@ -84,6 +85,36 @@ def rate_divergence(
     )
     terms = truth.exp() * (truth - model) - truth.exp() + model.exp()
     return (terms * allowed).sum(-1) / (level[:, 0] * allowed.sum(-1))
+
+
+def noised_answer_rows(
+    trajectories: Sequence[TokenTrajectory],
+    model: DenoisingModel,
+    levels: Callable[[TokenTrajectory, np.random.Generator], np.ndarray],
+    iteration: int = 0,
+) -> ReplacedRows:
+    """Finished answers, noised again: every clean token is a decision, given a noised canvas (UDM-GRPO).
+
+    Its log-prob is that of the denoising prediction, the transition to level 1. Noise is a function of a trajectory's
+    seed and of `iteration`.
+
+    Args:
+        levels: signal levels float64 [K] of a trajectory's noised copies.
+        iteration: pass over the rollouts; each draws anew.
+    """
+    tokens, documents, reads, before = noise_tokens(model).numpy(), [], [], []
+    for index, trajectory in enumerate(trajectories):
+        final, rng = trajectory.final_canvas(), np.random.default_rng([trajectory.seed, iteration])
+        column = np.arange(trajectory.prompt_length, trajectory.length)
+        for step, level in enumerate(levels(trajectory, rng)):
+            noisy, lost = final.copy(), rng.random(len(column)) >= level
+            noisy[column] = np.where(lost, rng.choice(tokens, len(column)), final[column])
+            documents.append(canvas_document(noisy))
+            reads.append(Reads(index, column, final[column], step))
+            before.append(np.full(len(column), level))
+    rows = assemble(documents, reads, trajectories, logit_shift=model.logit_shift)
+    level_of = torch.from_numpy(np.concatenate(before))
+    return ReplacedRows(**vars(rows), before=level_of, after=torch.ones_like(level_of))
 
 
 def random_noise_rows(

@@ -15,7 +15,7 @@ from rl.estimators.canvas_rows import random_canvas_rows
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows, readout
 from rl.estimators.uniform_rows import random_noise_rows
-from rl.modalities.text_plan import TextPlan, open_tokenizer, review, vision_of
+from rl.modalities.text_plan import TextPlan, check_recipe, open_tokenizer, review, vision_of
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
 from rl.models.reader import beside_policy
@@ -62,6 +62,7 @@ class TextModality(TextPlan):
 
     def review(self, model: Any) -> None:
         block = model.block_length if model.attention == "block_causal" else None
+        check_recipe(self.config, "canvas" if getattr(model, "canvas_length", None) else noise_of(model))
         review(self.config, self.task, self.tokenizer, model.mask_token_id, model.max_length, block, self.vision)
 
     def save_model(self, model: Any, path: str | Path) -> None:

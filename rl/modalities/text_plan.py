@@ -251,7 +251,9 @@ def _check_noise(config: Config) -> None:
     if isinstance(family_of(described, model.family), DiffusionGemma):
         described = DiffusionGemma().fields(described)
     canvas_length: int | None = described.get("canvas_length")
-    noise = described.get("noise")
+    noise = described.get("noise", "absorbing" if described else None)
+    if noise is not None:
+        check_recipe(config, "canvas" if canvas_length else noise)
     if noise != "uniform":
         if described:
             config.sampler.check_absorbing()
@@ -260,12 +262,6 @@ def _check_noise(config: Config) -> None:
     with_changes(config.sampler, config.eval.sampler).check_uniform(canvas_length)
     if config.train.steps and config.sampler.last_step != "draw":
         raise ValueError("sampler.last_step argmax decides tokens without a log-prob: train with draw")
-    if config.train.steps and noise not in recipe.noises:
-        able = [name for name in RECIPES.known if noise in getattr(RECIPES.resolve(name), "noises", ())]
-        raise ValueError(
-            f"algorithm.name {recipe.name!r} scores masks, and the model's noise is uniform: choose one of "
-            f"{', '.join(able)}"
-        )
     refused = {
         "model.attention": model.attention != "full",
         "sft.errors": config.sft.errors > 0,
@@ -278,6 +274,21 @@ def _check_noise(config: Config) -> None:
     for key, wrong in refused.items():
         if wrong:
             raise ValueError(f"{key} needs masks that are revealed, and the model's noise is uniform: leave it out")
+
+
+def check_recipe(config: Config, noise: str) -> None:
+    """Raise ValueError where the recipe does not train models of this kind of noise (`AnyRecipe.noises`)."""
+    recipe = config.algorithm
+    if not config.train.steps or noise in recipe.noises:
+        return
+    classes = {name: RECIPES.resolve(name) for name in RECIPES.known}
+    able = [name for name, own in classes.items() if own.modality == "text" and noise in own.noises]
+    scores = "masks" if recipe.noises == ("absorbing",) else f"{recipe.noises[0]} noise"
+    found = "uniform, in canvases" if noise == "canvas" else noise
+    raise ValueError(
+        f"algorithm.name {recipe.name!r} scores {scores}, and the model's noise is {found}: choose one of "
+        f"{', '.join(able)}"
+    )
 
 
 def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:

@@ -29,7 +29,8 @@ class AnyRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
     # What a recipe trains (`rl.registry.MODALITIES`).
     modality: ClassVar[str] = "text"
-    # The kinds of noise of text models that it trains (`rollouts.model_protocol.noise_of`).
+    # The kinds of noise of text models that it trains (`rollouts.model_protocol.noise_of`); "canvas" is uniform noise
+    # in one canvas after the other (DiffusionGemma).
     noises: ClassVar[tuple[str, ...]] = ("absorbing",)
     # Score the x0 prediction of every step (`Verdicts.steps`).
     needs_step_rewards: ClassVar[bool] = False

@@ -20,7 +20,7 @@ from rl.recipes.traced import TracedRecipe
 
 
 class CJGRPO(TracedRecipe, defaults={"scale": "std", "aggregation": "trajectory_step_mean"}):
-    noises = ("absorbing", "uniform")
+    noises = ("absorbing", "uniform", "canvas")
     renamed: ClassVar[dict[str, str]] = {
         "step_mean": "aggregation (true is trajectory_step_mean, false trajectory_mean)"
     }

@@ -33,7 +33,7 @@ from rl.recipes.traced import TracedRecipe
 
 
 class TraceRL(TracedRecipe):
-    noises = ("absorbing", "uniform")
+    noises = ("absorbing", "uniform", "canvas")
 
     shrink: int = Field(1, ge=1, description="Neighbouring steps that share one scored state; 1 is exact.")
     pack_to: int | None = Field(

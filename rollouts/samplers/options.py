@@ -172,6 +172,10 @@ class SamplerOptions(BaseModel):
         description="Selector entropy_bound under uniform noise: whether a canvas's last step draws its tokens, which "
         "training needs, or takes the most likely.",
     )
+    transition: Literal["posterior", "euler"] = Field(
+        "posterior",
+        description="Uniform noise: what a step draws tokens from, the posterior, or an Euler step of the flow.",
+    )
     corrector: int = Field(
         0,
         ge=0,
@@ -302,8 +306,9 @@ class SamplerOptions(BaseModel):
             canvas_length: of a model that denoises canvases.
         """
         names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", *PARTS}
-        if self.corrector and self.selector == "entropy_bound":
-            raise ValueError("sampler.corrector goes over ancestral steps: unset it, or sampler.preset entropy_bound")
+        for name, plain in (("corrector", 0), ("transition", "posterior")):
+            if self.selector == "entropy_bound" and getattr(self, name) != plain:
+                raise ValueError(f"sampler.{name} is for ancestral steps: unset it, or sampler.preset entropy_bound")
         if self.corrector > self.gen_length:
             raise ValueError(f"sampler.corrector is {self.corrector}, above sampler.gen_length {self.gen_length}")
         if self.selector == "entropy_bound":
@@ -333,7 +338,7 @@ class SamplerOptions(BaseModel):
 
     def check_absorbing(self) -> None:
         """Raise ValueError for an option of uniform noise alone."""
-        for name in ("last_step", "corrector"):
+        for name in ("last_step", "corrector", "transition"):
             if getattr(self, name) != SamplerOptions.model_fields[name].default:
                 raise ValueError(
                     f"sampler.{name} {getattr(self, name)} is for uniform noise, the model's is absorbing: leave it out"
@@ -346,6 +351,7 @@ class SamplerOptions(BaseModel):
         constraint = {} if self.constraint is None else {"constraint": self.constraint.model_dump(exclude_none=True)}
         falls = {} if self.final_temperature is None else {"final_temperature": self.final_temperature}
         kept = {name: getattr(self, name) for name in ("cfg_scale", "corrector") if getattr(self, name)}
+        kept |= {} if self.transition == "posterior" else {"transition": self.transition}
         return settings | falls | kept | constraint
 
     def decoder(self) -> dict[str, Any]:

@@ -18,11 +18,16 @@ A corrector goes over what a step has drawn (predictor-corrector of Gourevitch e
 code `src/correctors/gibbs_corrector.py`, selection "random"): with one forward more, some positions get a token from
 their law given all others at level b, b f(y) + (1 - b) / n. That is the law above for a = 0, so a Gibbs step is a
 transition that has forgotten x. Where f is right, redrawing one position changes no law of the canvas at level b.
+
+`transition: euler` takes, in the place of the posterior, an Euler step of the flow that goes from noise to data along
+the mixture path (`MixtureDiscreteEulerSolver` of the flow_matching library). A clean token is drawn from the denoising
+prediction d, and the position jumps to it at the rate 1 / (1 - a): in a step from a to b with probability 1 - s, where
+s = exp(-(b - a) / (1 - a)), and in the last step surely. So its law is p(y | x) = (1 - s) d(y | x) + s 1[x = y].
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,20 +46,36 @@ def noise_tokens(model: Any) -> torch.Tensor:
     return can_be_predicted(reach).nonzero().flatten()
 
 
-def signal_levels(
-    step: torch.Tensor, num_steps: torch.Tensor, corrected: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64: the levels before and after a step. Example: step 1 of 4 goes from 0.25 to 0.5.
+class StepLaw(NamedTuple):
+    """What the tokens of a step are drawn from, float64 [N] each (`transition_logprobs`).
+
+    Attributes:
+        before, after: the signal levels a and b of the transition.
+        stay: probability with which a token stays undrawn; None for 0.
+    """
+
+    before: torch.Tensor
+    after: torch.Tensor
+    stay: torch.Tensor | None = None
+
+
+def step_law(step: torch.Tensor, num_steps: torch.Tensor, corrected: bool = False, euler: bool = False) -> StepLaw:
+    """The law of a step. Example: step 1 of 4 goes from 0.25 to 0.5.
 
     Args:
         step: 0 to `num_steps` - 1, the forwards of a rollout.
         corrected: every second forward is the corrector's, which goes from 0 to the level that is reached. Example:
             five forwards are steps to 1/3, 2/3 and 1, and forward 1 corrects at 1/3.
+        euler: tokens jump to level 1. Example: in step 1 of 4 each stays with probability exp(-1/3) without a draw.
     """
-    if not corrected:
-        return step.double() / num_steps, (step + 1).double() / num_steps
-    done, num_steps = step // 2, (num_steps + 1) // 2
-    return torch.where(step % 2 == 0, done.double() / num_steps, 0.0), (done + 1).double() / num_steps
+    corrects, done, count = torch.zeros_like(step, dtype=torch.bool), step, num_steps
+    if corrected:
+        corrects, done, count = step % 2 == 1, step // 2, (num_steps + 1) // 2
+    before, after = torch.where(corrects, 0.0, done.double() / count), (done + 1).double() / count
+    if not euler:
+        return StepLaw(before, after)
+    stay = torch.where(corrects | (done + 1 == count), 0.0, (-1 / (count - done).double()).exp())
+    return StepLaw(before, torch.where(corrects, after, 1.0), stay)
 
 
 def corrected_positions(
@@ -96,6 +117,7 @@ def transition_logprobs(
     top_p: float = 1.0,
     top_k: int = 0,
     target: torch.Tensor | None = None,
+    stay: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log p(y | x) of every token y; temperature and filters act on f.
 
@@ -106,6 +128,7 @@ def transition_logprobs(
         temperature: 0 gives all of f to the most likely token.
         target: int64 [N], what a learner scores: stays in the support of f at level 1, whatever the filters say. At
             lower levels noise reaches every token.
+        stay: [N], probability that x stays and nothing is drawn, None for 0.
 
     Returns:
         [N, V], in the dtype of the logits; very low and not -inf outside the support.
@@ -115,11 +138,17 @@ def transition_logprobs(
     if temperature == 0:
         clean = torch.full_like(logits, _LOG_ZERO).scatter(-1, best[:, None], 0.0)
     else:
-        keep = None if target is None else torch.where(after[:, 0] < 1, best, target)
+        reached = after[:, 0] < 1 if stay is None else (after[:, 0] < 1) | ((stay > 0) & (target == token))
+        keep = None if target is None else torch.where(reached, best, target)
         clean = sampling_logprobs(logits, temperature, top_p, top_k, keep).clamp(min=_LOG_ZERO)
     allowed, kept = can_be_predicted(logits), before / after
-    stay = (kept / (1 - kept) * allowed.sum(-1, keepdim=True)).log1p()
-    return torch.log_softmax(noised_logprobs(clean, allowed, after).scatter_add(-1, token[:, None], stay), dim=-1)
+    favour = (kept / (1 - kept) * allowed.sum(-1, keepdim=True)).log1p()
+    law = torch.log_softmax(noised_logprobs(clean, allowed, after).scatter_add(-1, token[:, None], favour), dim=-1)
+    if stay is None:
+        return law
+    stay = stay.to(logits.dtype)[:, None]
+    stays = torch.full_like(law, _LOG_ZERO).scatter(-1, token[:, None], stay.log().clamp(min=_LOG_ZERO))
+    return torch.logaddexp(law + (-stay).log1p(), stays)
 
 
 def noised_logprobs(clean: torch.Tensor, allowed: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -190,10 +219,11 @@ def ancestral_step(
     Args:
         logits: [N, V].
         row, position, token, seed, step, num_steps: int64 [N]; where it stands, what stands there, its request's
-            (`signal_levels`).
+            (`step_law`).
     """
-    before, after = signal_levels(step, num_steps, options.corrector > 0)
-    law = transition_logprobs(logits, token, before, after, options.temperature, options.top_p, options.top_k)
+    before, after, stay = step_law(step, num_steps, options.corrector > 0, options.transition == "euler")
+    filters = (options.temperature, options.top_p, options.top_k)
+    law = transition_logprobs(logits, token, before, after, *filters, stay=stay)
     drawn = draw(law, noise.uniform(seed, step, position, noise.TOKEN_STREAM))
     logprob, confidence = (x.gather(-1, drawn[:, None])[:, 0].double() for x in (law, torch.log_softmax(logits, -1)))
     return StepResult(row, position, drawn, logprob, confidence.exp(), torch.ones_like(row, dtype=torch.bool))
