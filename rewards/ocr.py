@@ -24,6 +24,7 @@ class Ocr:
     Args:
         ignore_case: compare lower case, without spaces.
         height: pixels that an image is enlarged to before it is read; the network scales its input to 48.
+        width: pixels that a line of that height of 48 is padded to; short words are read faster with fewer.
 
     A row's wanted text is its column `text`, or its prompt where there is no such column.
 
@@ -31,14 +32,15 @@ class Ocr:
         ValueError: the package rapidocr-onnxruntime is missing.
     """
 
-    def __init__(self, ignore_case: bool = True, height: int = 96) -> None:
+    def __init__(self, ignore_case: bool = True, height: int = 96, width: int = 320) -> None:
         try:
             from rapidocr_onnxruntime import RapidOCR
         except ImportError:
             raise ValueError(
                 "reward 'ocr' reads with the package rapidocr-onnxruntime: pip install 'denoise-rl[ocr]'"
             ) from None
-        self.reader, self.ignore_case, self.height = RapidOCR(), ignore_case, height
+        self.reader = RapidOCR(rec_img_shape=[3, 48, width])
+        self.ignore_case, self.height = ignore_case, height
         self.__name__ = "ocr"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:

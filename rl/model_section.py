@@ -156,7 +156,7 @@ class ModelConfig(Section):
     backbone: dict[str, Any] = Field(
         {},
         description="transformers config of a new model's backbone, with model_type; for images the built-in "
-        "mlp_denoiser's or a diffusers network's arguments.",
+        "mlp_denoiser's, word_denoiser's or a diffusers network's arguments.",
     )
     scheduler: dict[str, Any] = Field(
         {}, description="Noise schedule of a new image model: name of a diffusers scheduler and its arguments."

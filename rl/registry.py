@@ -124,6 +124,7 @@ TASKS = Table(
         "molecules": "rl.tasks.molecules:MoleculesTask",
         "digits": "rl.tasks.digits:DigitsTask",
         "words": "rl.tasks.words:WordsTask",
+        "words_image": "rl.tasks.words_image:WordsImageTask",
         "extract": "rl.tasks.extract:ExtractTask",
         "needle": "rl.tasks.needle:NeedleTask",
         "read_number": "rl.tasks.read_number:ReadNumberTask",

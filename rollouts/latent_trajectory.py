@@ -20,7 +20,7 @@ from rollouts.npz_file import read_records, write_records
 FORMAT_VERSION = 1
 _KIND = "latent trajectories"
 _ARRAYS = ("latents", "timestep", "coefficients", "mean", "std", "logprob", "seed")
-_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob", "guidance", "failed")
+_ITEMS = ("branch_steps", "clip", "sampler", "policy_version", "initial_logprob", "guidance", "failed", "exact")
 
 
 @dataclass
@@ -53,6 +53,7 @@ class LatentTrajectory:
             from (`LearnedNoise`); None where that is standard noise.
         guidance: [T], the scale of guidance at every step, where a rollout drops its unconditional half on the way
             (`sampler.guidance_cosine`); None where it is the sampler's at all of them.
+        exact: False where a cache of the denoiser changed outputs (`sampler.cache`): a replay then differs.
         failed: a latent was not finite. Latents, means and log-probs then are all 0, and the sample is no image.
     """
 
@@ -71,6 +72,7 @@ class LatentTrajectory:
     initial_logprob: float | None = None
     guidance: list[float] | None = None
     failed: bool = False
+    exact: bool = True
 
     @property
     def num_steps(self) -> int:

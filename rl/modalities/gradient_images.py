@@ -67,6 +67,8 @@ class GradientImages:
         steps = len(self.engine.steps)
         if self.engine.steps.mean_previous is not None:
             raise ValueError("sampler.kind dpm_solver looks back: a reward gradient needs ddim, ddpm or a flow kind")
+        if self.engine.options.cache is not None:
+            raise ValueError("sampler.cache is approximate, and a reward gradient is not: set it to null")
         if self.engine.options.guidance_cosine is not None:
             raise ValueError("sampler.guidance_cosine is a switch, which a reward gradient cannot pass: set it to null")
         if gradient_steps > steps:

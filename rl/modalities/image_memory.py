@@ -66,7 +66,8 @@ def activation_bytes(model: Any, rows: int) -> int:
     elif config.get("cross_attention_dim"):
         given = {"encoder_hidden_states": torch.zeros(rows, CLIP_TOKENS, config.cross_attention_dim, device=device)}
     elif config.get("num_class_embeds"):
-        given = {"class_labels": torch.zeros(rows, dtype=torch.int64, device=device)}
+        places = (config.num_letters,) if config.get("num_letters") else ()
+        given = {"class_labels": torch.zeros(rows, *places, dtype=torch.int64, device=device)}
     else:
         raise ValueError(
             "--plan knows class-conditional networks, UNet2DConditionModel, SD3Transformer2DModel: backbone is none"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rl.errors import about
 from rl.modalities.base import Modality
-from rl.models.pipelines import check_folder
+from rl.models.pipelines import check_cache, check_folder
 from rollouts.samplers.latent_options import LatentSamplerOptions
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ class ImagesPlan(Modality):
         super().check(config, task, rows)
         if config.model.path is not None:
             with about(f"model.path {config.model.path!r}"):
-                check_folder(config.model.path, config.sampler.kind)
+                check_folder(config.model.path, config.sampler.kind, config.sampler.cache)
+        else:
+            check_cache(config.model.backbone.get("model_type", "mlp_denoiser"), config.sampler.cache)
 
     @classmethod
     def forwards(cls, config: Config) -> tuple[float, bool]:

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from rl.models.pipelines import CLASS_NAME, INDEX
+from rl.models.pipelines import CACHED, CLASS_NAME, INDEX
 from rollouts.model_protocol import Conditioning
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 class ClassPolicy(nn.Module):
-    """An `ImagePolicy` whose prompts are class names.
+    """An `ImagePolicy` whose prompts are class names, or words spelled with them where the network has `num_letters`.
 
     Attributes:
-        classes: names in the order of their labels; the label after the last is the null label of guidance.
+        classes: names in the order of their labels; the label after the last is the null label of guidance. It also
+            fills up words that are shorter than the network's places.
     """
 
     def __init__(self, unet: nn.Module, scheduler: Any, classes: Sequence[str]):
@@ -54,6 +55,15 @@ class ClassPolicy(nn.Module):
     null_prompt = ""
 
     @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Values of `sampler.cache` `name` that the network can have."""
+        return CACHED.get(type(self.unet).__name__, ())
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
         return self.latent_shape[1:]
@@ -66,11 +76,22 @@ class ClassPolicy(nn.Module):
         return {"num_inference_steps": num_inference_steps}
 
     def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Labels of class names; "" is the null label.
+        """`label`: int64 [B] of class names, or [B, num_letters] of words; "" is the null label everywhere.
+
+        Example with the letters "act", 4 places and null label 3: "cat" -> [1, 0, 2, 3].
 
         Raises:
-            ValueError: a prompt is not one of the classes.
+            ValueError: a prompt is not one of the classes, or not spelled with them.
         """
+        config: Any = self.unet.config
+        places = config.get("num_letters")
+        if places is not None:
+            for prompt in prompts:
+                if len(prompt) > places or not set(prompt) <= set(self.classes):
+                    letters = "".join(self.classes)
+                    raise ValueError(f"prompt {prompt!r} is no word of at most {places} of the letters {letters}")
+            rows = [[self.classes.index(c) for c in prompt] for prompt in prompts]
+            return {"label": torch.tensor([row + [self.null_label] * (places - len(row)) for row in rows])}
         known = {name: label for label, name in enumerate(self.classes)} | {self.null_prompt: self.null_label}
         for prompt in prompts:
             if prompt not in known:
@@ -148,7 +169,8 @@ def new_policy(
     """A policy with weights drawn from `seed`.
 
     Args:
-        backbone: `model_type` (mlp_denoiser, or a diffusers class such as UNet2DModel) and arguments of that network.
+        backbone: `model_type` (mlp_denoiser, word_denoiser, or a diffusers class such as UNet2DModel) and arguments of
+            that network.
         scheduler: `name` of a diffusers scheduler and its arguments; DDIM on a linear schedule by default, with an
             offset of 1 so that its last step keeps a density.
 
@@ -173,6 +195,10 @@ def network_class(name: str) -> Any:
         from rl.models.mlp_denoiser import MlpDenoiser
 
         return MlpDenoiser
+    if name in ("word_denoiser", "WordDenoiser"):
+        from rl.models.word_denoiser import WordDenoiser
+
+        return WordDenoiser
     return _diffusers_class(name)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rl.model_section import LoraOptions, PipelineConfig
-from rl.models.pipelines import LORA_INDEX
+from rl.models.pipelines import CACHED, LORA_INDEX
 from rollouts.model_protocol import Conditioning
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -145,6 +145,11 @@ class DiffusersPolicy(nn.Module):
         return 1.0, config.scaling_factor, config.get("shift_factor") or 0.0
 
     image_channels = 3
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Values of `sampler.cache` `name` that this denoiser can have."""
+        return CACHED[self.pipeline_class]
 
     @property
     def image_size(self) -> tuple[int, int]:

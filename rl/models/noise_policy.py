@@ -51,6 +51,14 @@ class NoisePolicy(nn.Module):
     def prediction_type(self) -> str:
         return self.shared.model.prediction_type
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.shared.model.denoiser
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        return self.shared.model.caches
+
     def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
         return self.shared.model.schedule_options(num_inference_steps)
 

@@ -33,6 +33,31 @@ SCHEDULERS = {
     "ZImagePipeline": _FLOW,
 }
 
+# Class of a pipeline, or of the built-in model's network -> the names of `sampler.cache` that its denoiser can have.
+# The others fail in diffusers, find nothing to hook, or would split a batch wrongly (`tests/test_latent_cache.py`).
+CACHED: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("pab", "taylor_seer", "faster_cache"),
+    "StableDiffusionXLPipeline": ("pab", "taylor_seer"),
+    "StableDiffusion3Pipeline": ("mag_cache", "pab", "taylor_seer", "faster_cache"),
+    "FluxPipeline": ("first_block", "mag_cache", "pab", "taylor_seer", "faster_cache"),
+    "SanaPipeline": ("pab", "taylor_seer", "faster_cache"),
+    "ZImagePipeline": ("pab", "taylor_seer"),
+    "UNet2DModel": ("pab",),
+    "WordDenoiser": ("first_block", "mag_cache", "pab", "taylor_seer"),
+}
+
+
+def check_cache(owner: str, cache: Mapping[str, Any] | None) -> None:
+    """Refuse a `sampler.cache` that a pipeline class, or a network of the built-in model, cannot have.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    owner = {"word_denoiser": "WordDenoiser"}.get(owner, owner)
+    if cache is not None and cache["name"] not in CACHED.get(owner, ()):
+        known = ", ".join(CACHED.get(owner, ())) or "none"
+        raise ValueError(f"sampler.cache {cache['name']} is not for a {owner}, which can have {known}")
+
 
 def check_pipeline(path: str, index: Mapping[str, Any], kind: str | None = None) -> None:
     """Refuse a pipeline by the content of its model_index.json.
@@ -58,8 +83,9 @@ def check_pipeline(path: str, index: Mapping[str, Any], kind: str | None = None)
         raise ValueError(f"sampler.kind {kind!r} is not for a {name}: set it to {needed}")
 
 
-def check_folder(path: str, kind: str) -> None:
-    """`check_pipeline` of a pipeline's folder, or of adapters or learned noise for one; the loader sees to other names.
+def check_folder(path: str, kind: str, cache: Mapping[str, Any] | None = None) -> None:
+    """`check_pipeline` and `check_cache` of a folder: a pipeline, adapters or learned noise for one, or the built-in
+    model. The loader sees to other names.
 
     Raises:
         ValueError: see `check_pipeline`.
@@ -67,8 +93,10 @@ def check_folder(path: str, kind: str) -> None:
     folder = Path(path)
     for name in (NOISE_INDEX, LORA_INDEX):
         if (folder / name).is_file():
-            return check_folder(json.loads((folder / name).read_text())["base"], kind)
+            return check_folder(json.loads((folder / name).read_text())["base"], kind, cache)
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text())
-        if index.get("_class_name") != CLASS_NAME:
+        built_in = index.get("_class_name") == CLASS_NAME
+        if not built_in:
             check_pipeline(path, index, kind)
+        check_cache(index["unet"][1] if built_in else index["_class_name"], cache)

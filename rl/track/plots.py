@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REWARD, ENTROPY, GAP = "reward/mean", "policy/entropy", "policy/logprob_gap"
+GAP_MAX = "policy/logprob_gap_max"
 # An evaluation logs one of them (`rl.train.judge.Judge.by_rewards`).
 HELDOUT = {"eval/accuracy@": "accuracy", "eval/reward@": "mean reward"}
 

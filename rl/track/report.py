@@ -17,7 +17,7 @@ from rl.track.hacking import has_panel, parting_line, plot_hacking
 from rl.track.image_grid import is_image_viewer, prompt_rows, quality_rows
 from rl.track.jsonl import FILE_NAME as METRICS
 from rl.track.jsonl import NON_FINITE, read_lines, read_metrics
-from rl.track.plots import DARK, LIGHT, Theme, plot_learning_curve
+from rl.track.plots import DARK, GAP_MAX, LIGHT, Theme, plot_learning_curve
 from rl.track.samples import facts, texts, worst_and_best
 from rl.track.verdict import (
     IMPROVED,
@@ -152,6 +152,11 @@ def _warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     last = {name: value for record in records for name, value in record.items() if name.endswith("_failures")}
     for name, value in last.items():
         found.append(f"Failed calls to {name[len('warnings/') : -len('_failures')]}: {value:,.0f}.")
+    gaps = [record["rollout/image_gap"] for record in records if record.get("rollout/image_gap") is not None]
+    if gaps:
+        words = f"The cache of the rollouts moved pixels by {max(gaps):.4f} on average where it did most"
+        odds = [record[GAP_MAX] for record in records if record.get(GAP_MAX) is not None]
+        found.append(words + (f", and a decision's log-prob by {max(odds):.4f} at most." if odds else "."))
     return found
 
 

@@ -352,6 +352,8 @@ def rollout_metrics(rollouts: ScoredRollouts, device: torch.device) -> dict[str,
         everywhere = [s for part in distributed.gather_objects(rollouts.step_reward) for s in part]
         steps = padded(everywhere)
         slid = {f"rollout/backslide_{name}": value for name, value in vars(backslide_of(everywhere)).items()}
+    if work["image_probes"]:
+        slid["rollout/image_gap"] = work["image_gap"] / work["image_probes"]
     return {
         **slid,
         **join_metrics(distributed.gather_objects((rollouts.reward_metrics, len(rollouts.completions)))),

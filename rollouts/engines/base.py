@@ -45,6 +45,8 @@ class EngineStats:
         repushes: servers that had lost the weights and got them again.
         workers_lost: workers that were replaced, since the call before.
         requests_reassigned: requests that were given to another worker.
+        image_gap, image_probes: rollouts that were sampled a second time without `sampler.cache`, and the sum of the
+            mean absolute differences of their pixels, which lie in [0, 1].
         seconds: wall-clock of the call.
     """
 
@@ -57,6 +59,8 @@ class EngineStats:
     repushes: int = 0
     workers_lost: int = 0
     requests_reassigned: int = 0
+    image_gap: float = 0.0
+    image_probes: int = 0
     seconds: float = 0.0
 
     def add(self, other: EngineStats) -> None:

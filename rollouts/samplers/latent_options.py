@@ -6,6 +6,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Name of a cache -> its config and the function that hooks it up, in `diffusers.hooks`.
+CACHES = {
+    "first_block": ("FirstBlockCacheConfig", "apply_first_block_cache"),
+    "mag_cache": ("MagCacheConfig", "apply_mag_cache"),
+    "pab": ("PyramidAttentionBroadcastConfig", "apply_pyramid_attention_broadcast"),
+    "taylor_seer": ("TaylorSeerCacheConfig", "apply_taylorseer_cache"),
+    "faster_cache": ("FasterCacheConfig", "apply_faster_cache"),
+}
+
 
 class LatentSamplerOptions(BaseModel):
     """A sampler of continuous diffusion: a step rule on the noise schedule the model came with."""
@@ -42,6 +51,11 @@ class LatentSamplerOptions(BaseModel):
         description="Cosine of guidance's halves beyond which a rollout goes on without the unconditional one, also "
         "where it is trained (adaptive guidance); null: never.",
     )
+    cache: dict[str, Any] | None = Field(
+        None,
+        description="A cache of diffusers, which makes rollouts approximate: `name` (first_block, mag_cache, pab, "
+        "taylor_seer or faster_cache) and fields of its config. Null: none.",
+    )
     min_std: float = Field(
         1e-3, ge=0, description="Steps with a smaller standard deviation have no usable density (DDIM's last step)."
     )
@@ -75,6 +89,11 @@ class LatentSamplerOptions(BaseModel):
             raise ValueError("sampler.first_jump needs sampler.timesteps, whose first is where the jump ends: set it")
         if self.guidance_cosine is not None and self.guidance_scale == 1:
             raise ValueError("sampler.guidance_cosine does nothing without guidance: set sampler.guidance_scale")
+        if self.cache is not None:
+            if self.cache.get("name") not in CACHES:
+                raise ValueError(f"sampler.cache needs a name, one of {', '.join(CACHES)}: got {self.cache}")
+            if self.guidance_cosine is not None:
+                raise ValueError("sampler.cache needs one batch for all steps: set sampler.guidance_cosine to null")
         if self.sde_window is not None:
             first, length = self.sde_window
             if first < 0 or length < 1 or first + length > steps:

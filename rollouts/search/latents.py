@@ -73,6 +73,8 @@ class LatentSampler:
             )
         if engine.options.guidance_cosine is not None:
             raise ValueError("a search guides every step: set sampler.guidance_cosine to null")
+        if engine.options.cache is not None:
+            raise ValueError("a search stops and resumes, and a cache cannot: set sampler.cache to null")
         if engine.steps.mean_previous is not None:
             raise ValueError("sampler.kind dpm_solver looks back: a search needs ddim, ddpm or a flow kind of sampler")
         if engine.options.first_jump is not None:
