@@ -40,7 +40,7 @@ class AnswerNats:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """[B] of prompts and completions, text or messages."""
-        asked = [(self._prompt(p), text_of(c)) for p, c in zip(prompts, completions, strict=True)]
+        asked = [(self.prompt(p), text_of(c)) for p, c in zip(prompts, completions, strict=True)]
         fresh = [pair for pair in dict.fromkeys(asked) if pair not in self._known]
         if len(self._known) + len(fresh) > _REMEMBERED:
             self._known.clear()
@@ -52,7 +52,8 @@ class AnswerNats:
             self._known |= {pair: -float(reading.logprob.mean()) for pair, reading in zip(fresh, readings, strict=True)}
         return [self._known[pair] for pair in asked]
 
-    def _prompt(self, prompt: Any) -> str:
+    def prompt(self, prompt: Any) -> str:
+        """As the model reads it."""
         if self.tokenizer.chat_template is None:
             return text_of(prompt)
         messages = as_messages(prompt, "user")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,28 @@ def test_the_last_block_ends_with_end_tokens_or_stays_masked_behind_a_cut_answer
     rows, weight = conversion_rows(texts(), model, 0, np.random.default_rng(0), 4, 8, elbo=True)
     # Every block adds as much as it has tokens: 8 answer positions in all.
     assert float(weight.sum()) == pytest.approx(1)
+
+
+def test_an_image_of_tokens_is_seen_as_in_dida() -> None:
+    """Emu3.5, section 4.3.1: of [text | image | noisy image], clean tokens see what is left of them; noisy tokens see
+    the clean tokens before their image, and all noisy tokens of it.
+    """
+    _, model = pair("llama", block_length=4, context_causal=True)
+    image = Text(np.array([1, 2, 3, 4, 8, 9, 10, 8]), 4, False)
+    draws = (conversion_rows([image], model, None, np.random.default_rng(i), 4, 4, ar_weight=1.0)[0] for i in range(99))
+    rows = next(rows for rows in draws if len(rows.target) == 8)
+    assert rows.input_ids.tolist() == [[*image.ids.tolist(), *[MASK] * 4]]
+    base = rows.score(model).logprob
+    seen = []
+    for column in range(12):
+        changed = rows.input_ids.clone()
+        changed[0, column] = 5
+        seen.append(replace(rows, input_ids=changed).score(model).logprob != base)
+    saw = torch.stack(seen, dim=1)
+    noisy, clean = saw[:4], saw[4:]
+    assert (noisy == torch.tensor([*[True] * 4, *[False] * 4, *[True] * 4])).all()
+    # Read in place, as this model does, a clean token at p sees the columns 0 .. p.
+    assert (clean == (torch.arange(12) <= torch.arange(4, 8)[:, None])).all()
 
 
 def test_a_full_attention_model_sees_the_noisy_canvas_alone() -> None:

@@ -57,6 +57,24 @@ def test_corrections_of_as_many_tokens_count(
     assert (found.places.tolist(), found.tokens.tolist()) == (places, tokens)
 
 
+@pytest.mark.parametrize(
+    ("draft", "text", "places", "tokens"),
+    [
+        ([5, 6, 7], [5, 8, 7], [0, 1, 2], [5, 8, 7]),
+        ([5, 6], [5, 6], [0, 1], [5, 6]),
+        # 9 is put in: what stands on both sides of it has a place in the draft.
+        ([5, 6, 7, 1, 2], [5, 8, 7, 9, 1, 2], [0, 1, 2, 3, 4], [5, 8, 7, 1, 2]),
+        # Two tokens for one: nobody can say which of them stands in its place.
+        ([1, 2, 3], [1, 4, 5, 3], [0, 2], [1, 3]),
+    ],
+)
+def test_all_tokens_of_a_correction_are_those_with_a_place(
+    draft: list[int], text: list[int], places: list[int], tokens: list[int]
+) -> None:
+    found = correction_of(draft, text, every=True)
+    assert (found.places.tolist(), found.tokens.tolist()) == (places, tokens)
+
+
 def drafts(model: Any, count: int = 3) -> list[Any]:
     options = SamplerOptions(gen_length=8, num_inference_steps=4, block_length=model.block_length)
     return InProcessEngine(model, options, eos_token_id=None).generate(
@@ -72,9 +90,14 @@ def test_right_drafts_and_those_without_a_correction_are_told_apart(make_model) 
         trajectory.stop_length = 3
     assert tokenizer.eos_token_id == 11
     # The end token of a draft belongs to its correction.
-    found, right = corrections_of(own, ["72", "12", None], tokenizer)
-    assert list(found) == [0] and right == 1
+    found, right, uncorrected = corrections_of(own, ["72", "12", None], tokenizer)
+    assert list(found) == [0] and (right, uncorrected) == (1, 1)
     assert found[0].places.tolist() == [0] and found[0].tokens.tolist() == [7]
+    # A draft is read whole, and so is one that is right; one whose mistake has no place is not.
+    own[2].token[own[2].position.argsort()[:3]] = [1, 2, 11]
+    found, right, uncorrected = corrections_of(own, ["72", "12", "152"], tokenizer, every=True)
+    assert {i: c.tokens.tolist() for i, c in found.items()} == {0: [7, 2, 11], 1: [1, 2, 11]}
+    assert (right, uncorrected) == (1, 1)
 
 
 def read(model: Any, canvas: torch.Tensor, place: int) -> torch.Tensor:
@@ -124,8 +147,9 @@ def few(prompts, completions, **columns):
 """
 
 
-def test_a_run_imitates_corrections_and_counts_the_rest(tmp_path: Path) -> None:
-    algorithm = f"algorithm={{name: rediff, expert: '{tmp_path}/experts.py:known'}}"
+@pytest.mark.parametrize(("fit", "drafts"), [("wrong", 4), ("all", 8)])
+def test_a_run_imitates_corrections_and_counts_the_rest(tmp_path: Path, fit: str, drafts: int) -> None:
+    algorithm = f"algorithm={{name: rediff, expert: '{tmp_path}/experts.py:known', fit: {fit}}}"
     config = tiny_config(
         tmp_path, algorithm, "filters.drop_zero_variance=false", "sft.errors=0.2", "model.never_generate=[special]",
         "train.steps=2", "train.prompts_per_step=6", "train.micro_batch_size=4", "eval.viewer_items=0",
@@ -135,8 +159,9 @@ def test_a_run_imitates_corrections_and_counts_the_rest(tmp_path: Path) -> None:
     steps = lines(tmp_path / "run", "train")
     assert [(line["filters/right"], line["filters/uncorrected"]) for line in steps] == [(4, 4), (4, 4)]
     assert all(line["policy/revision_nll"] > 0 and line["loss/total"] > 0 for line in steps)
-    # Both passes over a step read the corrected tokens of four drafts.
-    assert all(0 < line["policy/decisions"] <= 2 * 4 * 16 for line in steps)
+    # Both passes over a step read the wrong tokens of four drafts, or all 16 of those and of the four right ones.
+    counts = [line["policy/decisions"] for line in steps]
+    assert all(0 < n <= 2 * 4 * 16 for n in counts) if fit == "wrong" else counts == [2 * drafts * 16] * 2
     assert (tmp_path / "asked").read_text() == "24"
 
 

@@ -1,12 +1,17 @@
 """ReDiff: an expert corrects the policy's own drafts, and the policy learns to revise them.
 
 Ji et al. 2025, "From Denoising to Refining" (arXiv 2510.19871). A supervised stage on synthetic errors comes first
-(`sft.errors`). Here the policy writes a draft, an expert corrects it, and the loss is -log p(correction | draft) at the
-corrected tokens, which stay visible (`rl/estimators/revision.py`). `sampler.reviser: edit` then makes use of it. Right
-drafts and those without a correction are left out and counted. Choice: the mean over all corrected tokens of the step.
+(`sft.errors`). Here the policy writes a draft, an expert corrects it, and the loss is -log p(correction | draft), with
+the draft's tokens visible (`rl/estimators/revision.py`). `sampler.reviser: edit` then makes use of it. Drafts without a
+correction are left out and counted. Choice: the mean over all fitted tokens of the step.
 
-Departs: drafts are fresh at every step (published: made once); synthetic errors are random tokens (published: also
-captions with wrong facts); the rest of the draft stands as it was finished.
+The published code fits a draft's wrong tokens alone (`fit: wrong`, which leaves right drafts out), and ordinary samples
+of the same batches teach it to keep visible tokens that are right and to fill masks. There are no such samples here,
+and fitting wrong tokens alone teaches that every token is wrong (docs/experiments/rediff.md). `fit: all` fits right
+tokens of the draft as well.
+
+Departs further: drafts are fresh at every step (published: made once); synthetic errors are random tokens (published:
+also captions with wrong facts); the rest of the draft stands as it was finished.
 """
 
 from __future__ import annotations
@@ -28,6 +33,11 @@ class ReDiff(Recipe):
         "answer",
         description="Who corrects: answer (the row's own), sudoku, or file.py:function or pkg.module:function of "
         "(prompts, completions, **columns) that returns corrected texts, None for no correction.",
+    )
+    fit: Literal["wrong", "all"] = Field(
+        "all",
+        description="Tokens of a corrected draft that are fitted: all that have a place, in right drafts too, or wrong "
+        "ones alone.",
     )
     _corrections: dict[int, Any] = PrivateAttr(default_factory=dict)
 
@@ -51,11 +61,11 @@ class ReDiff(Recipe):
         from rl.tasks.experts import expert_texts
 
         texts = expert_texts(self.expert, rollouts.examples, rollouts.completions)
-        found, right = corrections_of(rollouts.trajectories, texts, run.tokenizer)
+        every = self.fit == "all"
+        found, right, uncorrected = corrections_of(rollouts.trajectories, texts, run.tokenizer, every)
         self._corrections = {rollouts.trajectories[index].seed: correction for index, correction in found.items()}
         for index in set(range(len(texts))) - set(found):
             rollouts.counted[index] = False
-        uncorrected = len(texts) - len(found) - right
         rollouts.filtered |= {"filters/right": float(right), "filters/uncorrected": float(uncorrected)}
 
     def advantage(self, verdicts: Verdicts) -> Tensor:
