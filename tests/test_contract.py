@@ -22,6 +22,7 @@ from rl.modalities.actions import Actions, action_rows
 from rl.modalities.actions_plan import ActionOptions
 from rl.modalities.graphs import Graphs, graph_rows
 from rl.modalities.graphs_plan import GraphOptions
+from rl.tasks.cells import CellsTask
 from rl.tasks.control import ControlTask
 from rl.tasks.molecules import MoleculesTask
 from rollouts.engines.base import SampleRequest
@@ -794,13 +795,15 @@ def test_chunks_of_actions_are_scored_as_they_were_sampled(bins: int) -> None:
     np.testing.assert_allclose(logprob, np.concatenate([e.logprob for e in episodes]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("noise", ["marginal", "uniform"])
-def test_steps_of_graphs_are_scored_as_they_were_sampled(noise: str) -> None:
-    task, options = MoleculesTask(), GraphOptions(num_inference_steps=6, noise=noise)
+@pytest.mark.parametrize(
+    ("task", "noise"), [(MoleculesTask(), "marginal"), (MoleculesTask(), "uniform"), (CellsTask(), "uniform")]
+)
+def test_steps_of_graphs_are_scored_as_they_were_sampled(task: Any, noise: Any) -> None:
+    options = GraphOptions(num_inference_steps=6, noise=noise)
     torch.manual_seed(0)
     graphs = Graphs(SimpleNamespace(sampler=options, rollout=SimpleNamespace(max_batch_size=3)), task)
     model = graphs.new_model()
-    asked = [SampleRequest("molecule", seed) for seed in range(5)]
+    asked = [SampleRequest(task.prompts[0], seed) for seed in range(5)]
     trajectories = graphs.engine(model, options, torch.device("cpu")).generate(asked)
     rows = graph_rows(trajectories, eager=False)
     with torch.no_grad():

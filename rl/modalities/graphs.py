@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from rewards.load import load_reward
 from rl.estimators.base import Scores
 from rl.estimators.latent_rows import LatentRows
 from rl.modalities.graphs_plan import GraphOptions, GraphsPlan, encode
@@ -177,6 +178,24 @@ class Graphs(GraphsPlan):
             }
             for t in trajectories
         ]
+
+    def search_sampler(self, engine: GraphEngine, rows: Sequence[Example]) -> Any:
+        from rl.modalities.graph_search import GraphSampler
+
+        return GraphSampler(engine, [row["prompt"] for row in rows])
+
+    def soft_reward(self, run: Any) -> Callable[[torch.Tensor, Sequence[Example]], torch.Tensor]:
+        """The weighted sum of rewards that have `on_graphs(kinds [B, S, K])` -> [B], with gradient.
+
+        Raises:
+            ValueError: a reward has no gradient.
+        """
+        parts = [part for part in self.config.reward.trained(self.task.reward) if part.weight]
+        rewards = [(load_reward(part.name, part.params), part.weight) for part in parts]
+        for (reward, _), part in zip(rewards, parts, strict=True):
+            if not hasattr(reward, "on_graphs"):
+                raise ValueError(f"reward {part.name!r} has no gradient to graphs: give it on_graphs (docs/graphs.md)")
+        return lambda kinds, rows: torch.stack([weight * reward.on_graphs(kinds) for reward, weight in rewards]).sum(0)  # type: ignore[attr-defined]
 
     def _state(self, row: Example) -> list[int]:
         if "graph" not in row:

@@ -69,7 +69,10 @@ class GraphModel(nn.Module):
             t: int64 [B], 1 to T.
             steps: T.
         """
-        clean = self(state, t / steps, prompt).double().softmax(-1)
+        return self.posterior(self(state, t / steps, prompt).double().softmax(-1), state, t, steps)
+
+    def posterior(self, clean: torch.Tensor, state: torch.Tensor, t: torch.Tensor, steps: int) -> torch.Tensor:
+        """[B, S, K] as `denoise` gives it, where the clean kinds have the probabilities `clean` [B, S, K]."""
         now, before = (kept(t / steps)[:, None, None] for t in (t, t - 1))
         here = nn.functional.one_hot(state, clean.shape[-1]).double()
         noise = (here * self.limit).sum(-1, keepdim=True)  # m(state)
