@@ -13,9 +13,9 @@ import torch
 
 from rl.config import load_config
 from rl.modalities.base import open_modality
+from rl.modalities.graph_engine import GraphTrajectory
 from rl.modalities.graph_law import finished_law
 from rl.modalities.graph_search import tilted
-from rl.modalities.graphs import GraphTrajectory
 from rl.tasks.cells import CellPredictor, accuracy
 from rl.tasks.load import load_task
 

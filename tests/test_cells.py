@@ -18,9 +18,10 @@ import torch
 from rl.cli import main
 from rl.config import load_config
 from rl.estimators.base import Verdicts
+from rl.modalities.graph_engine import GraphEngine
 from rl.modalities.graph_law import finished_law
 from rl.modalities.graph_search import GraphSampler, tilted
-from rl.modalities.graphs import GraphEngine, Graphs, graph_rows
+from rl.modalities.graphs import Graphs, graph_rows
 from rl.modalities.graphs_plan import GraphOptions
 from rl.models.graph_policy import GraphModel, kept
 from rl.recipes.gdpo import DGPO

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl.modalities.graphs import GraphEngine, GraphTrajectory, chosen
+from rl.modalities.graph_engine import GraphEngine, GraphTrajectory, chosen
 from rl.models.graph_policy import drawn, kept
 from rollouts.samplers.noise import CHOICE_STREAM, TOKEN_STREAM, uniform
 from rollouts.search.protocol import Budget
