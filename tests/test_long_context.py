@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from rl.cli import main
 from rl.config import load_config
 from rl.estimators.trace_rows import trace_rows
+from rl.evaluation.accuracy import Accuracy, task_measures
+from rl.evaluation.command import _result_lines
 from rl.model_section import ContextOptions, LoraOptions, ModelConfig
 from rl.models.context import base_factor
 from rl.models.load import load_policy, save_policy
@@ -137,5 +140,14 @@ def test_needles_stand_where_they_should() -> None:
     assert measured == {"answered": 1.0, "length_100": 1.0, "length_300": 0.0} | {
         f"depth_{depth}": 0.5 for depth in (0, 50, 100)
     }
+    # `denoise-rl eval` prints them under the accuracy.
+    result = Accuracy(4, "accuracy", 0.5, 0.3, 0.7, 12, 0, 48.0, 1.0, reported={"answered": 1.0})
+    made: Any = [SimpleNamespace(completion=text) for text in texts]
+    run: Any = SimpleNamespace(task=task)
+    lines = _result_lines({4: result}, "tokens", {4: task_measures(run, rows, result, made)})
+    assert lines[1].split("  ")[-5:] == [
+        "depth_0 0.500", "depth_100 0.500", "depth_50 0.500", "length_100 1.000", "length_300 0.000"
+    ]  # fmt: skip
+    assert task_measures(SimpleNamespace(task=object()), rows, result, made) == {}  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"task\.params\.depths must be percents"):
         NeedleTask(depths=[101])

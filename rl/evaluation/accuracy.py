@@ -91,6 +91,16 @@ def evaluate(
     return results, completions
 
 
+def task_measures(
+    run: Run, examples: Sequence[Example], result: Accuracy, completions: Sequence[Generation]
+) -> dict[str, float]:
+    """What the task measures of its answers beside the verdict, such as shares by length; empty for most tasks."""
+    if not hasattr(run.task, "measure"):
+        return {}
+    measured: dict[str, float] = run.task.measure(examples, [made.completion for made in completions], result.reported)
+    return measured
+
+
 def _means(reported: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Name -> mean over those that have it."""
     names = dict.fromkeys(name for one in reported for name in one)

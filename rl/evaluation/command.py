@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rl.config import Config, load_config
 from rl.errors import about
-from rl.evaluation.accuracy import Accuracy, evaluate
+from rl.evaluation.accuracy import Accuracy, evaluate, task_measures
 from rl.evaluation.benchmark import EvalPlan, default_folder, run_benchmark
 from rl.evaluation.export_samples import check_format, export_samples
 from rl.evaluation.figures import Figures, table
@@ -53,20 +53,22 @@ def _counted(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--output {args.output}: folder {Path(args.output).parent} does not exist, make it first")
     baseline = config.eval.baseline
     results: dict[int, Accuracy] = {}
+    measured: dict[int, dict[str, float]] = {}
     others: dict[int, Accuracy] = {}
     with Run.open(config.of_baseline() if config.model.path is None else config, write=False) as run:
         with about(f"--data {args.data}" if args.data else "task.params"):
             task = run.task
             examples = task.file_examples(args.data) if args.data else task.heldout_examples(config.eval.num_prompts)
         if config.model.path is not None:
-            results, _ = evaluate(run, examples, config.evaluation_steps())
+            results, made = evaluate(run, examples, config.evaluation_steps())
+            measured = {steps: task_measures(run, examples, results[steps], made[steps]) for steps in results}
         if baseline is not None:
             other = run if config.model.path is None else run.of_baseline()
             others, _ = evaluate(other, examples, other.config.evaluation_steps())
     names = run.judge.names
-    lines = [f"{names['measure']}, judged by {names['judge']}", *_result_lines(results, run.modality.unit)]
+    lines = [f"{names['measure']}, judged by {names['judge']}", *_result_lines(results, run.modality.unit, measured)]
     if baseline is not None:
-        lines += [f"autoregressive, {baseline}", *_result_lines(others, run.modality.unit)]
+        lines += [f"autoregressive, {baseline}", *_result_lines(others, run.modality.unit, {})]
     if args.output:
         payload = {
             "task": config.task.name,
@@ -74,7 +76,7 @@ def _counted(args: argparse.Namespace) -> list[str]:
             "data": args.data,
             "judge": names["judge"],
             "sampler": config.sampler.model_dump(),
-            "results": {str(steps): result.as_json() for steps, result in results.items()},
+            "results": {s: result.as_json() | {"measured": measured[s]} for s, result in results.items()},
         }
         if baseline is not None:
             found = {str(steps): result.as_json() for steps, result in others.items()}
@@ -83,7 +85,7 @@ def _counted(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _result_lines(results: dict[int, Accuracy], unit: str) -> list[str]:
+def _result_lines(results: dict[int, Accuracy], unit: str, measured: dict[int, dict[str, float]]) -> list[str]:
     lines = []
     for steps, result in results.items():
         lines.append(
@@ -93,6 +95,8 @@ def _result_lines(results: dict[int, Accuracy], unit: str) -> list[str]:
         )
         if result.backslide is not None:
             lines.append(f"            {result.backslide.line()}")
+        if shares := measured.get(steps):
+            lines.append("            " + "  ".join(f"{name} {value:.3f}" for name, value in sorted(shares.items())))
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.failures import WINDOW, RewardFailureError
 from rl import distributed
-from rl.evaluation.accuracy import as_metrics, evaluate
+from rl.evaluation.accuracy import as_metrics, evaluate, task_measures
 from rl.evaluation.generations import Generation
 from rl.files import write_json, write_whole, writing
 from rl.run_folder import find_checkpoint
@@ -256,8 +256,7 @@ def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str,
         rewards = [math.nan if answer.reward is None else answer.reward for answer in made]
         texts = [answer.completion for answer in made]
         quality[str(steps)] = run.modality.measure(rows, texts, rewards)
-        if hasattr(run.task, "measure"):
-            quality[str(steps)] |= run.task.measure(rows, texts, results[steps].reported)
+        quality[str(steps)] |= task_measures(run, rows, results[steps], made)
     metrics = {f"eval/{key}@{steps}": value for steps, values in quality.items() for key, value in values.items()}
     metrics |= as_metrics(results)
     stage = "baseline" if name == "baseline" else "eval"
