@@ -62,6 +62,16 @@ class SftConfig(Section):
         None, description="Beta distribution of a block's masking level (SDAR-VL's curriculum); null is uniform."
     )
     errors: float = Field(0.0, ge=0, lt=1, description="Share of visible answer tokens made random ones (ReDiff).")
+    consistency: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of a masked token's target that is the model's own prediction where more of the answer is "
+        "revealed (CDLM).",
+    )
+    merge_steps: int = Field(
+        1, ge=1, description="Recorded steps of sft.trajectories that are imitated in one: a decoder of fewer steps."
+    )
     drop_condition: float = Field(
         0.1, ge=0, le=1, description="Share of images shown without their prompt, which guidance needs."
     )

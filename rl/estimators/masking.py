@@ -14,6 +14,7 @@ import torch
 
 from rl.estimators.documents import Reads, noisy_document
 from rl.estimators.rows import TokenRows, assemble
+from rl.estimators.taught import BridgedRows
 
 
 def random_mask_rows(
@@ -30,6 +31,7 @@ def random_mask_rows(
     levels: tuple[float, float] | None = None,
     errors: float = 0.0,
     error_tokens: np.ndarray | None = None,
+    consistency: float = 0.0,
 ) -> tuple[TokenRows, torch.Tensor]:
     """Mask the answers at random.
 
@@ -53,6 +55,8 @@ def random_mask_rows(
             weights 1/t then no longer make the bound. None is uniform and stratified.
         errors: share of the visible answer tokens that random ones of `error_tokens` int64 [n] replace; they are read
             too, with weight 1 (ReDiff, arXiv 2510.19871). A draw may be the token itself.
+        consistency: share of the model's own prediction in the targets, see `BridgedRows`. Of a block (or sequence)
+            with level t every mask stays with probability s/t, one uniform draw.
 
     Returns:
         rows whose decisions are the masked tokens, and w float64 [N], which makes the weighted sum over decisions an
@@ -62,6 +66,8 @@ def random_mask_rows(
         raise ValueError("sft.masking semi_ar is for full attention: block-causal models train on every block")
     if effective and semi_ar is not None:
         raise ValueError("sft.loss_weight effective is for masking random: set sft.loss_weight to elbo")
+    if consistency and (semi_ar is not None or errors):
+        raise ValueError("sft.consistency is for masking random without sft.errors: set it to 0")
     if block_length is not None and any(len(sequence) % block_length for sequence in sequences):
         raise ValueError(f"sequences must be multiples of the block length {block_length}")
     count = len(sequences)
@@ -94,7 +100,11 @@ def random_mask_rows(
         wrong = answer & ~hidden & (rng.random(answer.shape) < errors)
         random = rng.choice(error_tokens, answer.shape)
         weight = np.where(wrong, 1.0, weight)
-    documents, reads, weights = [], [], []
+    still = np.zeros_like(answer)
+    if consistency:
+        ratio = np.repeat(rng.random((count, num_blocks)), block_length or 1, axis=1)
+        still = masked & (rng.random(answer.shape) < ratio)
+    documents, shown, opens, reads, weights = [], [], [], [], []
     for index, i in enumerate(range(count)[part]):
         sequence, column = sequences[i], np.flatnonzero(masked[i] | wrong[i])
         noisy = np.where(hidden[i, : len(sequence)], mask_token_id, sequence)
@@ -102,9 +112,17 @@ def random_mask_rows(
             noisy = np.where(wrong[i, : len(sequence)], random[i, : len(sequence)], noisy)
         document, shift = noisy_document(sequence, noisy, block_length)
         documents.append(document)
+        if consistency:
+            seen = np.where(still[i, : len(sequence)], mask_token_id, sequence)
+            shown.append(noisy_document(sequence, seen, block_length)[0])
+            opens.append(still[i, column])
         reads.append(Reads(index, column + shift, sequence[column], 0))
         weights.append(weight[i, column])
     rows = assemble(documents, reads, logit_shift=logit_shift, context_causal=context_causal)
+    if consistency:
+        more = assemble(shown, reads, logit_shift=logit_shift, context_causal=context_causal)
+        open_ = torch.from_numpy(np.concatenate(opens))
+        rows = BridgedRows(**vars(rows), shown=more, open=open_, share=consistency)
     return rows, torch.from_numpy(np.concatenate(weights))
 
 

@@ -124,6 +124,38 @@ class ShownRows(TaughtRows):
         return self.targets
 
 
+@dataclass(kw_only=True)
+class BridgedRows(TokenRows):
+    """The teacher is the model itself, which sees more of the answer: some of the masks are revealed.
+
+    The consistency of Consistent Diffusion Language Models (Amin et al. 2026, arXiv 2605.00161): x_s is drawn from
+    q(x_s | x_t, x_0), s < t, and the prediction at x_t is fitted to that at x_s, which gets no gradient. Where x_s
+    shows the token, that is the token. Masked Consistency Distillation (Chen et al. 2026, arXiv 2602.00792) draws one
+    Gaussian noise per position for all times; a pair of masks then has the very same law (tests/test_sft.py).
+
+    The mean of the prediction at x_s over x_s is that at x_t for the true posterior: the least loss is where it is
+    without, and a step still draws its tokens independently of each other. We read abstracts and notes, not the
+    papers: that the target is a mixture with the token itself, and its share, are choices of ours.
+
+    Attributes:
+        shown: the same decisions at x_s.
+        open: bool [N], masked at x_s too.
+        share: of the target, the prediction at x_s.
+    """
+
+    shown: TokenRows
+    open: torch.Tensor
+    share: float
+
+    def score(self, model: DenoisingModel, hidden: torch.Tensor | None = None) -> Scores:
+        with torch.no_grad():
+            own = self.share * self.open.double()
+            teacher = self.shown.logits(model).double().softmax(-1) * own[:, None]
+            teacher.scatter_add_(1, self.target[:, None], 1 - own[:, None])
+        logits = self.logits(model, hidden)
+        return Scores(*self.drawn(logits), kl=divergence("cross_entropy", logits, teacher.log()))
+
+
 def shown_rows(rows: TokenRows, suffixes: Sequence[np.ndarray], kind: str, top: int | None) -> ShownRows:
     """Rows of canvases under full attention, with a teacher that sees a suffix behind each.
 

@@ -237,6 +237,7 @@ class TextModality(TextPlan):
             levels=None if levels is None else levels.at(seed[-1] / max(config.sft.steps - 1, 1)),
             errors=config.sft.errors,
             error_tokens=noise_tokens(model).numpy() if config.sft.errors else None,
+            consistency=config.sft.consistency,
             **readout(model),
         )
         if config.sft.loss_weight == "uniform":

@@ -48,6 +48,13 @@ class TextPlan(Modality):
         if config.sft.trajectories is not None and (config.sft.errors or config.sft.levels):
             what = "errors puts errors into" if config.sft.errors else "levels is about masks of"
             raise ValueError(f"sft.{what} answers, and sft.trajectories imitates recorded ones: set one")
+        if config.sft.merge_steps > 1 and config.sft.trajectories is None:
+            raise ValueError("sft.merge_steps merges the steps of recorded trajectories: set sft.trajectories")
+        if config.sft.consistency and (config.sft.trajectories or config.sft.errors or config.sft.masking != "random"):
+            raise ValueError(
+                "sft.consistency reveals masks of answers: it goes with sft.masking random, and without "
+                "sft.trajectories and sft.errors"
+            )
         if config.train.block_schedule and model.path is None and model.attention != "block_causal":
             raise ValueError("train.block_schedule needs model.attention block_causal")
         if model.path is not None:
@@ -265,6 +272,7 @@ def _check_noise(config: Config) -> None:
     refused = {
         "model.attention": model.attention != "full",
         "sft.errors": config.sft.errors > 0,
+        "sft.consistency": config.sft.consistency > 0,
         "sft.levels": config.sft.levels is not None,
         "eval.backslide": config.eval.backslide,
         "rollout.engine": config.rollout.engine == "server",

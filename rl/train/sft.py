@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rl import distributed
+from rl.errors import in_words
 from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
@@ -61,7 +62,8 @@ class Fit:
         """Rows, and the weight [U] of each decision's -logprob, or of its kl where the rows have one."""
         if self.traces:
             # The mean over the revealed tokens of the batch.
-            rows = trace_rows(micro.batch[micro.part], self.run.model)
+            with in_words({"algorithm.shrink": "sft.merge_steps"}):
+                rows = trace_rows(micro.batch[micro.part], self.run.model, shrink=self.config.merge_steps)
             decisions = sum(int(trajectory.is_reveal.sum()) for trajectory in micro.batch)
             return rows, torch.full((len(rows.step),), 1.0 / decisions, dtype=torch.float64)
         # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
