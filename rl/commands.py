@@ -112,6 +112,8 @@ def rollout(args: argparse.Namespace) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {folder} exists: name a new or empty folder")
     if args.search is not None:
+        if args.train or args.min_reward is not None:
+            raise ValueError("--train and --min-reward are for rollouts without --search: leave them out")
         return _search(args, config, folder)
     if args.search_params is not None:
         raise ValueError("--search-params belongs to --search NAME")
@@ -120,16 +122,23 @@ def rollout(args: argparse.Namespace) -> None:
 
     with Run.open(config, write=False) as run:
         _needs_model(config)
-        rows = run.task.heldout_examples(args.num_prompts)
+        task, number = run.task, args.num_prompts
+        rows = task.train_examples(config.run.seed, 0, number) if args.train else task.heldout_examples(number)
         scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
+        pairs = zip(scored.trajectories, scored.reward.tolist(), strict=True)
+        kept = [t for t, reward in pairs if args.min_reward is None or reward >= args.min_reward]
+        if not kept:
+            raise ValueError(
+                f"--min-reward {args.min_reward:g}: no rollout has it, the largest is {scored.reward.max():g}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        run.modality.save_trajectories(folder / "trajectories.npz", scored.trajectories)
+        run.modality.save_trajectories(folder / "trajectories.npz", kept)
         with (folder / "rollouts.jsonl").open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality))
     mean, count, unit = float(scored.reward.nanmean()), len(scored.trajectories), run.modality.unit
     speed = (scored.stats.generated_tokens if unit == "tokens" else count) / max(scored.stats.seconds, 1e-9)
     print(
-        f"{count} rollouts, mean reward {mean:.3f} ({run.judge.names['reward']}), "
+        f"{count} rollouts, {len(kept)} saved, mean reward {mean:.3f} ({run.judge.names['reward']}), "
         f"{scored.stats.sequence_forwards} sequence forwards, {speed:,.{0 if speed >= 10 else 2}f} {unit}/s -> {folder}"
     )
 

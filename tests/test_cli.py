@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from rl.cli import main
+from rl.config import load_config
+from rl.tasks.load import load_task
+from rollouts.trajectory import load_trajectories
 from tests import runs
 
 QUICK = ["--config", str(runs.ROOT / "configs" / "quickstart.yaml")]
@@ -289,8 +292,6 @@ def test_check_says_that_a_config_is_fine(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_rollouts_can_be_saved_and_read(model: Path, tmp_path: Path) -> None:
-    from rollouts.trajectory import load_trajectories
-
     out = tmp_path / "rollouts"
     arguments = ["rollout", *QUICK, f"model.path={model}", "--num-prompts", "2", "--group-size", "3"]
     assert main([*arguments, "--output", str(out)]) == 0
@@ -299,6 +300,24 @@ def test_rollouts_can_be_saved_and_read(model: Path, tmp_path: Path) -> None:
     assert len(lines) == len(trajectories) == 6
     assert len({line["prompt"] for line in lines}) == 2
     assert all(line["reward"] in (0.0, 1.0) for line in lines)
+
+
+def test_rollouts_of_training_prompts_and_of_what_is_good_enough(
+    model: Path, tmp_path: Path, complaint: Complaint
+) -> None:
+    out, reward = tmp_path / "rollouts", tmp_path / "reward.py"
+    reward.write_text("def first(prompts, completions, **_):\n    return [float(c[:1] in '12') for c in completions]\n")
+    arguments = ["rollout", *QUICK, f"model.path={model}", "--num-prompts", "8", "--train"]
+    arguments.append(f"reward.functions=[{{name: '{reward}:first'}}]")
+    assert main([*arguments, "--min-reward", "1", "--output", str(out)]) == 0
+    lines = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    config = load_config(QUICK[1], [])
+    asked = load_task(config.task.name, config.task.params).train_examples(config.run.seed, 0, 8)
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in asked]
+    kept = load_trajectories(out / "trajectories.npz")
+    assert 0 < len(kept) < 8 and len(kept) == sum(line["reward"] for line in lines)
+    assert "no rollout has it" in complaint(*arguments, "--min-reward", "2", "--output", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_score_and_new_reward_work_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
