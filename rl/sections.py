@@ -259,8 +259,13 @@ class RolloutConfig(Section):
     max_importance_weight: float | None = Field(
         2.0,
         gt=0,
-        description="Bound on the weight that corrects asynchronous rollouts for their older policy, where the "
-        "recipe's own ratio does not (old_logprob recompute and on_policy); null does not correct.",
+        description="Bound on the weight that corrects asynchronous or quantized rollouts for the policy that sampled, "
+        "where the recipe's own ratio does not (old_logprob recompute and on_policy); null does not correct.",
+    )
+    quantize: Literal["none", "int8"] = Field(
+        "none",
+        description="int8 samples with a copy whose linear layers have 8-bit weights; log-probs then differ from the "
+        "learner's (logprob_gap), which max_importance_weight corrects.",
     )
     cache: Literal["none", "prefix", "dual"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."

@@ -93,6 +93,8 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
         learners["value model"] = model_states(own, trained, deepspeed, ranks)
     # Everybody samples with a whole copy, whatever the stage.
     copies = (2 if half else 4) * (total + trained * reference)
+    if config.rollout.quantize == "int8":
+        model.held = {**model.held, "copy of 8 bits": total}
     states = sum(learner.device for learner in learners.values()) + copies + sum(model.held.values())
     learning, sampling = states + model.activations, states + sum(model.sampling.values())
     part = "" if trained == total else f"{trained / 1e6:.3g} M of them trained, "

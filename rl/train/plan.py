@@ -161,6 +161,11 @@ def check_engine(config: Config) -> None:
         ValueError: one line naming the field and the fix.
     """
     rollout = config.rollout
+    if rollout.quantize != "none" and rollout.engine != "in_process":
+        raise ValueError(
+            f"rollout.quantize {rollout.quantize} is for rollout.engine in_process: set it to none, or let the servers "
+            "quantize"
+        )
     known = {"in_process": IN_PROCESS, "ray": RAY_WORKERS}
     # A server says what it can do when it is asked.
     if rollout.engine in known:

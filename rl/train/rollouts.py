@@ -13,6 +13,7 @@ import torch
 
 from rl import distributed
 from rl.advantages import zero_variance_groups
+from rl.models.copies import Int8Copy
 from rl.sections import MAX_GROUP
 from rl.tasks.base import Example
 from rl.tasks.chat import shown_prompt
@@ -219,6 +220,7 @@ class RolloutSource:
         self.ahead: Ahead | None = None
         self.push_seconds = 0.0
         self._pushed: int | None = None
+        self._low: Int8Copy | None = None
 
     @classmethod
     def open(cls, run: Run) -> RolloutSource:
@@ -296,7 +298,7 @@ class RolloutSource:
         run, engine, recipe = self.run, self.remote, self.run.config.algorithm
         options = recipe.sampler_options(run.modality.options(), step)
         if engine is None:
-            engine = run.engine(run.model, options)
+            engine = run.engine(self._sampling(policy_version), options)
         else:
             engine.options = options
             if self._pushed != policy_version:
@@ -308,6 +310,17 @@ class RolloutSource:
                 self.push_seconds += time.perf_counter() - started
         engine.branch_points = tuple(recipe.branch_points(step))
         return engine
+
+    def _sampling(self, policy_version: int) -> Any:
+        """The model that samples in this process: the run's, or its copy with 8-bit weights."""
+        if self.run.config.rollout.quantize == "none":
+            return self.run.model
+        if self._low is None:
+            self._low = Int8Copy(self.run.model)
+        elif self._pushed != policy_version:
+            self._low.refresh()
+        self._pushed = policy_version
+        return self._low.model
 
     def _asked(self, step: int, turn: int = 0) -> tuple[list[Example], list[Any]]:
         """This rank's examples of an RL step and the requests for them; refills are turns 1, 2, ..."""

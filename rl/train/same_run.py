@@ -39,8 +39,9 @@ def check_same_run(config: Config) -> None:
         return
     before = load_config(run / "config.yaml")
     sampling = ("model", "task", "sampler", "rollout")
+    corrected = config.rollout.asynchronous or config.rollout.quantize != "none"
     # Of the engine only what the numbers depend on: where rollouts are sampled may change.
-    rollout = {"asynchronous", "cache"} | ({"max_importance_weight"} if config.rollout.asynchronous else set())
+    rollout = {"asynchronous", "cache", "quantize"} | ({"max_importance_weight"} if corrected else set())
     for section in (*sampling, "reward", "convert", "sft", "train", "filters", "algorithm"):
         old, now = (getattr(settings, section).model_dump() for settings in (before, config))
         free = set(now) - rollout if section == "rollout" else {"max_seconds", "steps"}

@@ -102,15 +102,17 @@ class PolicyUpdater(Updater):
         if self.train.block_schedule and run.model.attention != "block_causal":
             raise ValueError("train.block_schedule needs a block-causal model: this one attends fully")
         self.memory = recipe.memory()
-        # A ratio to the sampler's own log-probs needs no correction for older weights, whatever the lag.
-        corrects = config.rollout.asynchronous and recipe.old_logprob != "sampler"
+        # A ratio to the sampler's own log-probs needs no correction for other weights, whatever the lag.
+        other = config.rollout.asynchronous or config.rollout.quantize != "none"
+        corrects = other and recipe.old_logprob != "sampler"
         self.max_weight = config.rollout.max_importance_weight if corrects else None
         if self.max_weight is not None:
             smallest = run.modality.smallest_trajectory(run.model)
             if recipe.rows([smallest], run.model).sampler_logprob is None:
                 raise ValueError(
-                    "rollout.asynchronous corrects for older weights by the log-probs that the sampler recorded, and "
-                    "this recipe scores other states: set rollout.max_importance_weight to null to go without"
+                    "rollout.asynchronous and rollout.quantize correct for the weights that sampled by the log-probs "
+                    "that the sampler recorded, and this recipe scores other states: set rollout.max_importance_weight "
+                    "to null to go without"
                 )
 
     def step(self, step: int) -> StepOutcome:
