@@ -12,6 +12,7 @@ import torch
 from rewards.sudoku import corrected, solutions
 from rl.estimators.revision import correction_of, corrections_of, revision_rows
 from rl.tasks.char_tokenizer import char_tokenizer
+from rl.tasks.experts import expert_texts
 from rl.tasks.sudoku import all_grids
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
@@ -144,6 +145,15 @@ def known(prompts, completions, answer, **columns):
 
 def few(prompts, completions, **columns):
     return completions[1:]
+
+def number(prompts, completions, **columns):
+    return [None, 3] * (len(prompts) // 2)
+
+def text(prompts, completions, **columns):
+    return "1" * len(prompts)
+
+def nothing(prompts, completions, **columns):
+    pass
 """
 
 
@@ -178,6 +188,13 @@ def test_a_bad_expert_is_refused(tmp_path: Path, run: Any) -> None:
         ]
         code, _, err = run(command, *tiny_config(tmp_path, *overrides))
         assert code == 2 and message in err, err
+    for name, what in [
+        ("text", "str, not a list of texts"),
+        ("nothing", "NoneType, not a list of texts"),
+        ("number", "int for draft 1, not a text or None"),
+    ]:
+        with pytest.raises(ValueError, match=f"gave a {what}"):
+            expert_texts(f"{tmp_path}/experts.py:{name}", [{"prompt": "1", "id": "a"}] * 2, ["2"] * 2)
     code, _, err = run(
         "check", *tiny_config(tmp_path, "sft.errors=0.1", "sft.loss_weight=effective", "sft.masking=semi_ar")
     )

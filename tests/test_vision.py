@@ -104,6 +104,7 @@ def test_a_grey_image_is_read_like_its_rgb_twin(tmp_path: Path) -> None:
         ("nowhere.png", "images.0.: the image 'nowhere.png' cannot be read: there is no such file"),
         (b"no picture", "images.0.: the image of 10 bytes cannot be read: it is no image"),
         ([[0, 300]], "images.0.: the pixels of an image lie in 0 to 255, and one is 300"),
+        ([[-1, 2]], "images.0.: the pixels of an image lie in 0 to 255, and one is -1"),
         ([0.5, 0.5], "images.0.: an image is a path, bytes, or whole numbers"),
         ([[0], [0, 1]], "images.0.: an image is a path, bytes, or whole numbers"),
     ],
@@ -271,6 +272,8 @@ def test_a_tower_whose_width_does_not_fit_is_named(tmp_path: Path) -> None:
         ({"tower": {"model_type": "gpt2"}}, "model.vision.tower: gpt2 does not say image_size and patch_size"),
         ({"tower": {**TOWER, "patch_size": 16}}, "model.vision.tower: 0 patches of 16 in an image of 8"),
         ({"tower": {**TOWER, "num_channels": 4}}, "num_channels is 4: images have 1 or 3"),
+        ({"tower": {**TOWER, "num_attention_heads": 3}}, "hidden_size [0-9]+ is no multiple of num_attention_heads 3"),
+        ({"path": "/no/where"}, "model.vision.path '/no/where': "),
         ({"placeholder": "<image>"}, "model.vision is for a model with a vision tower"),
     ],
 )
@@ -419,6 +422,7 @@ def jsonl(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
         ({"prompt": "<image>", "images": ["no.png"]}, r"row 2: images\[0\]: the image 'no.png' cannot be read"),
         ({"prompt": "<image><image>"}, "row 2: the prompt has 2 <image> and the row 1 images"),
         ({"prompt": "1"}, "row 2: the prompt has 0 <image> and the row 1 images"),
+        ({"image": "a.png"}, "row 2: the row has images in two columns, image and images"),
     ],
 )
 def test_check_names_the_row_of_a_bad_image(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.causal_lm import plain_folder, resolve
+from rl.errors import about
 from rl.model_section import ModelConfig, VisionOptions
 from rl.models.families import family_of
 from rl.models.families.causal import CausalFamily, causal_family
@@ -82,10 +83,11 @@ def new_vision(options: VisionOptions) -> dict[str, Any]:
         ValueError: there is no such tower.
     """
     if options.path is not None:
-        described = read_config(options.path)
+        field = f"model.vision.path {options.path!r}"
+        with about(field):
+            described, mean = read_config(options.path), pixel_statistics(options.path)
         # CLIP and SigLIP have a text tower beside it.
         tower = described.get("vision_config", described)
-        field, mean = f"model.vision.path {options.path!r}", pixel_statistics(options.path)
     else:
         tower, field, mean = options.tower, "model.vision.tower", {}
         check_network(tower, field)

@@ -35,6 +35,9 @@ def vision_settings(tower: Mapping[str, Any], field: str) -> dict[str, Any]:
         )
     if config.num_channels not in (1, 3):
         raise ValueError(f"{field}.num_channels is {config.num_channels}: images have 1 or 3")
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+        raise ValueError(f"{field}: hidden_size {width} is no multiple of num_attention_heads {heads}")
     half = [0.5] * config.num_channels
     mean, std = _CLIP if kind.startswith("clip") and config.num_channels == 3 else (half, half)
     return {"tower": config.to_dict(), "num_tokens": count, "layer": -1, "mean": mean, "std": std}

@@ -34,12 +34,19 @@ def expert_texts(name: str, examples: Sequence[Example], completions: Sequence[s
     """What each completion should be, None where the expert does not know.
 
     Raises:
-        ValueError: the expert gives another number of texts.
+        ValueError: the expert gives something else, or another number of texts.
     """
     prompts = [example["prompt"] for example in examples]
-    texts = list(expert_of(name)(prompts, list(completions), **reward_columns(examples)))
+    texts = expert_of(name)(prompts, list(completions), **reward_columns(examples))
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise ValueError(f"algorithm.expert {name!r} gave a {type(texts).__name__}, not a list of texts")
+    for row, text in enumerate(texts):
+        if not (text is None or isinstance(text, str)):
+            raise ValueError(
+                f"algorithm.expert {name!r} gave a {type(text).__name__} for draft {row}, not a text or None"
+            )
     if len(texts) != len(completions):
         raise ValueError(
             f"algorithm.expert {name!r} gave {len(texts)} texts for {len(completions)} drafts, not as many"
         )
-    return texts
+    return list(texts)

@@ -80,10 +80,16 @@ def encode_prompts(
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row: its column `images`, a list, or `image`, one of them."""
-    images = row.get("images")
+    """The images of a row: its column `images`, a list, or `image`, one of them.
+
+    Raises:
+        ValueError: the row has both.
+    """
+    images, image = row.get("images"), row.get("image")
     if images is None:
-        return [] if row.get("image") is None else [row["image"]]
+        return [] if image is None else [image]
+    if image is not None:
+        raise ValueError("the row has images in two columns, image and images: leave one out")
     # An array of two or three axes, and anything that is no list, is one image.
     return list(images) if isinstance(images, list | tuple) else [images]
 
@@ -163,5 +169,6 @@ def read_pixels(image: Any, where: str) -> np.ndarray:
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size or pixels.dtype.kind not in "iu":
         raise ValueError(f"{where}: an image is a path, bytes, or whole numbers [H, W], [H, W, 1] or [H, W, 3]")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise ValueError(f"{where}: the pixels of an image lie in 0 to 255, and one is {pixels.max()}")
+        worst = min(pixels.min(), 0) or pixels.max()
+        raise ValueError(f"{where}: the pixels of an image lie in 0 to 255, and one is {worst}")
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), dtype=np.uint8)
