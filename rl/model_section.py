@@ -17,7 +17,8 @@ class PipelineConfig(Section):
     max_sequence_length: int | None = Field(
         None,
         ge=1,
-        description="Tokens of T5 in SD3 and FLUX, of the text encoder in Sana and Z-Image; null: the pipeline's.",
+        description="Tokens of T5 in SD3 and FLUX.1, of the text encoder in FLUX.2, Qwen-Image, Sana and Z-Image; "
+        "null: the pipeline's.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the weights; the VAE stays in float32, since it overflows in half precision."

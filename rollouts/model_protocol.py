@@ -163,6 +163,10 @@ class GuidedPolicy(Protocol):
         """The predictions without and with the prompt, [B, C, H, W] each, in one forward."""
         ...
 
+    def join(self, without: torch.Tensor, given: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """The guided prediction from both: u + w (c - u), or what the model's pipeline makes of them."""
+        ...
+
 
 @runtime_checkable
 class LearnedNoise(Protocol):

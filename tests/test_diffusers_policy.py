@@ -15,7 +15,7 @@ import torch
 
 from rl.estimators.gaussian_step import gaussian_rows
 from rl.model_section import LoraOptions, PipelineConfig
-from rl.models.diffusers_families import FAMILIES as KNOWN
+from rl.models.diffusers_load import FAMILIES as KNOWN
 from rl.models.diffusers_load import load_diffusers_policy
 from rl.models.diffusers_policy import DiffusersPolicy
 from rl.models.pipelines import SCHEDULERS, check_folder
@@ -28,6 +28,9 @@ from tests.tiny_pipelines import FAMILIES, SIZE, save_pipeline
 PROMPTS = ["a cat on a bike", "two dogs"]
 GUIDANCE = {"sd": 5.0, "sdxl": 5.0, "sd3": 4.5, "flux": 3.5, "flux-schnell": 1.0, "sana": 4.5, "z-image": 4.0}
 LENGTHS = {"sd3": {"max_sequence_length": 12}, "flux": {"max_sequence_length": 12}}
+GUIDANCE |= {"flux2": 4.0, "qwen": 4.0}
+# Qwen-Image's own words stand before a prompt; FLUX.2's pipeline has no negative prompt.
+LENGTHS |= {"flux2": {"max_sequence_length": 12}, "qwen": {"max_sequence_length": 256}}
 LENGTHS["flux-schnell"] = LENGTHS["sana"] = LENGTHS["z-image"] = LENGTHS["flux"]
 
 
@@ -69,11 +72,11 @@ def recorded(folder: str, family: str, guidance: float, steps: int = 3, negative
 
     pipeline.scheduler.step = watched
     images = pipeline(
-        PROMPTS,
+        prompt=PROMPTS,
         height=size_of(family)[0],
         width=size_of(family)[1],
         num_inference_steps=steps,
-        guidance_scale=guidance - (family == "z-image"),
+        **{"true_cfg_scale" if family == "qwen" else "guidance_scale": guidance - (family == "z-image")},
         output_type="np",
         generator=torch.Generator().manual_seed(0),
         **({} if family.startswith("flux") else {"negative_prompt": [negative] * 2}),
@@ -81,9 +84,14 @@ def recorded(folder: str, family: str, guidance: float, steps: int = 3, negative
         **LENGTHS.get(family, {}),
     ).images
     for call in calls:
-        if family.startswith("flux"):
+        if family == "flux2":
             for place in (0, 2, 3):
-                call[place] = pipeline._unpack_latents(call[place], SIZE, SIZE + 8, pipeline.vae_scale_factor)
+                call[place] = call[place].transpose(1, 2).unflatten(2, (SIZE // 4, -1))
+        elif family.startswith("flux") or family == "qwen":
+            for place in (0, 2, 3):
+                call[place] = pipeline._unpack_latents(call[place], SIZE, SIZE + 8, pipeline.vae_scale_factor).reshape(
+                    2, 4, SIZE // 2, -1
+                )
     return calls, images
 
 
@@ -94,9 +102,10 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predictions_and_images_are_the_pipelines_own(folders: dict[str, str], family: str) -> None:
-    policy = load(folders, family, negative_prompt="blurry")
+    policy = load(folders, family, negative_prompt="" if family == "flux2" else "blurry")
     assert isinstance(policy, ImagePolicy)
-    assert policy.latent_shape == (4, size_of(family)[0] // 2, size_of(family)[1] // 2)
+    side, channels = (4, 16) if family == "flux2" else (2, 4)
+    assert policy.latent_shape == (channels, size_of(family)[0] // side, size_of(family)[1] // side)
     guidances = {GUIDANCE[family], 1.0}
     for guidance in guidances:
         calls, images = recorded(folders[family], family, guidance)
@@ -293,6 +302,26 @@ def test_rewards_on_pixels_reach_the_adapters_through_the_decoder(folders: dict[
     assert len(gradients) == sum(p.requires_grad for p in policy.parameters()) and min(gradients) > 0
 
 
+@pytest.mark.parametrize("family", ["flux2", "qwen"])
+def test_pictures_come_back_from_the_other_autoencoders(folders: dict[str, str], family: str) -> None:
+    """Latents are those that the pipeline would decode: statistics undone, and the autoencoder's mode found again."""
+    policy = load(folders, family)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE + 8, 3), dtype=np.uint8)
+    vae, pipeline = policy.frozen.pipeline.vae, policy.frozen.pipeline
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        found = policy.latents_of(list(pictures))
+        if family == "flux2":
+            torch.testing.assert_close(found, pipeline._encode_vae_image(pixels, None))
+            expected = vae.decode(vae.encode(pixels).latent_dist.mode(), return_dict=False)[0]
+        else:
+            mode = vae.encode(pixels[:, :, None]).latent_dist.mode()
+            expected = vae.decode(mode, return_dict=False)[0][:, :, 0]
+            mean, std = (torch.tensor(x).view(1, 4, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+            torch.testing.assert_close(found * std + mean, mode[:, :, 0])
+        torch.testing.assert_close(policy.decode(found), (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_pictures_are_encoded_as_the_pipelines_do(folders: dict[str, str], family: str) -> None:
     policy = load(folders, family)
@@ -400,6 +429,10 @@ def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: di
         ValueError, match=r"sampler.guidance_scale is 2.0: this FLUX model has no guidance, set it to 1"
     ):
         policy.predict(draw(policy), torch.tensor([501.0, 1.0]), policy.encode(PROMPTS), 2.0)
+    klein = load(folders, "flux2")
+    klein.frozen.pipeline.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match=r"sampler.guidance_scale is 2.0: this FLUX.2 model is distilled, set it to 1"):
+        klein.predict(draw(klein), torch.tensor([501.0, 1.0]), klein.encode(PROMPTS), 2.0)
     with pytest.raises(ValueError, match="takes text prompts, the task gave 7"):
         policy.encode(["a cat", 7])
     with pytest.raises(ValueError, match=r"model.lora.rank is 0"), policy.reference():
@@ -410,7 +443,7 @@ FLOW_SDE = {"kind": "flow_sde"}
 SAMPLERS = {
     "sd": {"kind": "ddim"},
     "sdxl": {"kind": "ddim"},
-    **dict.fromkeys(("sd3", "flux", "sana", "z-image"), FLOW_SDE),
+    **dict.fromkeys(("sd3", "flux", "flux2", "qwen", "sana", "z-image"), FLOW_SDE),
 }
 
 
@@ -436,8 +469,9 @@ def test_the_learner_scores_what_the_engine_sampled_and_one_step_makes_it_likeli
     assert rows.num_rows == sum(ran) == len(rows.step) * (1 if family == "flux" else 2)
     counting.remove()
     assert (logprob - rows.sampler_logprob).abs().max() < 1e-4
-    parameters = [p for p in policy.parameters() if p.requires_grad]
     logprob[0].backward()
+    # What the last block of Qwen-Image makes of its text goes nowhere.
+    parameters = [p for p in policy.parameters() if p.grad is not None]
     with torch.no_grad():
         scale = 1e-3 / torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
         for parameter in parameters:

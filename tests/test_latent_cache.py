@@ -45,11 +45,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 PROMPTS = ("a cat", "a dog", "a cat")
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux", "sana", "z-image"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux", "flux2", "qwen", "sana", "z-image"])
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
     save_pipeline(folder, request.param)
-    return load_diffusers_policy(str(folder), PipelineConfig(height=16, width=16, max_sequence_length=12))
+    return load_diffusers_policy(
+        str(folder), PipelineConfig(height=16, width=16, max_sequence_length=256 if request.param == "qwen" else 12)
+    )
 
 
 def options(policy: Any, cache: dict[str, Any] | None, **changes: Any) -> LatentSamplerOptions:

@@ -11,7 +11,7 @@ import transformers
 
 from tests.tiny_vision import clip_text_config, clip_tokenizer, roughen
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux-schnell", "sana", "z-image")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux-schnell", "flux2", "qwen", "sana", "z-image")
 SIZE = 16  # pixels; the VAE halves them
 
 
@@ -19,7 +19,8 @@ def save_pipeline(folder: Path, family: str, seed: int = 0, **scheduler: Any) ->
     """Write a pipeline of a family to `folder` and return it."""
     torch.manual_seed(seed)
     makers = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux-schnell": _schnell, "sana": _sana}
-    pipeline = {**makers, "z-image": _z_image}[family](**scheduler)
+    makers |= {"flux2": _flux2, "qwen": _qwen, "z-image": _z_image}
+    pipeline = makers[family](**scheduler)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             roughen(part, seed + len(name))
@@ -207,5 +208,72 @@ def _z_image(**scheduler: Any) -> Any:
         vae=_vae(4, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=transformers.Qwen3Model(text),
         tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def _flux2(**scheduler: Any) -> Any:
+    """klein; its text states are those of layers 9, 18 and 27."""
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"num_hidden_layers": 27, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
+    text = transformers.Qwen3Config(vocab_size=160, hidden_size=8, intermediate_size=8, **sizes)
+    tokenizer = _t5_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=[4, 8], norm_num_groups=2, latent_channels=4, sample_size=SIZE, patch_size=(2, 2), **blocks
+    )
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **scheduler}),
+        vae=vae,
+        text_encoder=transformers.Qwen3ForCausalLM(text),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def _qwen(**scheduler: Any) -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6}
+    words = {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 16, "rope_parameters": rope, **heads}
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **scheduler}),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.5, 2.0, 1.0],
+        ),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(
+            transformers.Qwen2_5_VLConfig(text_config=words, vision_config=sight)
+        ),
+        tokenizer=_t5_tokenizer(),
         transformer=transformer,
     )

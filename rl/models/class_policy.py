@@ -105,7 +105,10 @@ class ClassPolicy(nn.Module):
         timesteps = timesteps.to(latents.dtype)
         if guidance_scale == 1:
             return self.unet(latents, timesteps, class_labels=label).sample
-        without, given = self.halves(latents, timesteps, conditioning)
+        return self.join(*self.halves(latents, timesteps, conditioning), guidance_scale)
+
+    def join(self, without: torch.Tensor, given: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """See `GuidedPolicy`."""
         return without + guidance_scale * (given - without)
 
     def halves(

@@ -1,4 +1,4 @@
-"""Families of diffusers pipelines: SD 1.x and 2.x, SDXL, SD3, FLUX.1, Sana and Z-Image."""
+"""Families of diffusers pipelines: SD 1.x and 2.x, SDXL, SD3, FLUX.1, Sana, Z-Image; `diffusers_qwen.py` has more."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StableDiffusionXL(StableDiffusion):
         )[0]
 
 
-class _Transformer(DiffusersPolicy):
+class Transformer(DiffusersPolicy):
     """Flow matching on a transformer of image patches and text tokens."""
 
     denoiser_name = "transformer"
@@ -86,7 +86,7 @@ class _Transformer(DiffusersPolicy):
         return {} if length is None else {"max_sequence_length": length}
 
 
-class StableDiffusion3(_Transformer):
+class StableDiffusion3(Transformer):
     """SD3 and SD3.5: two CLIP encoders and T5."""
 
     pipeline_class = "StableDiffusion3Pipeline"
@@ -115,7 +115,7 @@ class StableDiffusion3(_Transformer):
         )[0]
 
 
-class Flux(_Transformer):
+class Flux(Transformer):
     """FLUX.1: CLIP's pooled embedding and T5's states; latents are packed into 2x2 patches inside `predict`.
 
     A guidance-distilled model (dev) is told `guidance_scale` and runs once per step, whatever the scale; one that is
@@ -145,12 +145,10 @@ class Flux(_Transformer):
             )
         dtype = self.denoiser.dtype
         states = conditioning["prompt_embeds"].to(dtype)
-        batch, channels, height, width = latents.shape
-        patches = latents.to(dtype).reshape(batch, channels, height // 2, 2, width // 2, 2)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
+        batch, _, height, width = latents.shape
         guidance = latents.new_full((batch,), guidance_scale, dtype=torch.float32) if distilled else None
         output = self.denoiser(
-            hidden_states=patches,
+            hidden_states=packed(latents.to(dtype)),
             # diffusers scales the times of this model to [0, 1] before and back to [0, 1000] inside.
             timestep=timesteps.to(dtype) / 1000,
             guidance=guidance,
@@ -160,8 +158,7 @@ class Flux(_Transformer):
             img_ids=self._places(height // 2, width // 2, states),
             return_dict=False,
         )[0]
-        output = output.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return output.reshape(latents.shape).to(latents.dtype)
+        return unpacked(output, latents.shape).to(latents.dtype)
 
     def num_evaluations(self, guidance_scale: float) -> int:
         return 1
@@ -187,7 +184,7 @@ class Flux(_Transformer):
         return places.reshape(-1, 3)
 
 
-class Sana(_Transformer):
+class Sana(Transformer):
     """Sana: linear attention on the latents of a deep-compression autoencoder, text states of Gemma with a mask.
 
     Prompts get the pipeline's own instruction before them. Its file describes DPM-Solver++ on a flow, which has no
@@ -235,7 +232,7 @@ class Sana(_Transformer):
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
 
 
-class ZImage(_Transformer):
+class ZImage(Transformer):
     """Z-Image: one stream of image patches and text states of Qwen3, of as many tokens as the prompt has.
 
     Its network is asked with 1 - t and answers with minus the velocity. The pipeline's own guidance_scale is one less
@@ -271,5 +268,15 @@ class ZImage(_Transformer):
         return 2
 
 
-_ALL = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Sana, ZImage)
-FAMILIES = {family.pipeline_class: family for family in _ALL}
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> [B, H/2 W/2, 4C], one token for each patch of 2x2."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
+
+
+def unpacked(tokens: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`packed` undone; `shape` [B, C, H, W] of the latents."""
+    batch, channels, height, width = shape
+    patches = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)

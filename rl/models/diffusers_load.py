@@ -13,9 +13,13 @@ import torch
 
 from rewards.weights import first_line
 from rl.model_section import LoraOptions, PipelineConfig
-from rl.models.diffusers_families import FAMILIES
+from rl.models.diffusers_families import Flux, Sana, StableDiffusion, StableDiffusion3, StableDiffusionXL, ZImage
 from rl.models.diffusers_policy import WEIGHTS, DiffusersPolicy
+from rl.models.diffusers_qwen import Flux2Klein, QwenImage
 from rl.models.pipelines import LORA_INDEX, check_pipeline
+
+_ALL = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2Klein, QwenImage, Sana, ZImage)
+FAMILIES: dict[str, type[DiffusersPolicy]] = {family.pipeline_class: family for family in _ALL}
 
 
 def load_diffusers_policy(

@@ -98,7 +98,10 @@ class DiffusersPolicy(nn.Module):
         if guidance_scale == 1:
             _, positive = self._rows(conditioning)
             return self._forward(latents.to(self.denoiser.dtype), timesteps, positive).to(latents.dtype)
-        without, given = self.halves(latents, timesteps, conditioning)
+        return self.join(*self.halves(latents, timesteps, conditioning), guidance_scale)
+
+    def join(self, without: torch.Tensor, given: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """See `GuidedPolicy`."""
         return without + guidance_scale * (given - without)
 
     def halves(
@@ -128,11 +131,14 @@ class DiffusersPolicy(nn.Module):
     def latents_of(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """float32 [B, C, H, W] of uint8 images [height, width, 3]: the mean of the VAE's Gaussian."""
         vae = self.frozen.pipeline.vae.to(self.device)
-        pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        encoded = vae.encode(pixels)  # a deep-compression autoencoder has no distribution
+        encoded = vae.encode(self._pixels(images))  # a deep-compression autoencoder has no distribution
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         std, scaling, mean = self._units(latents)
         return (latents - mean) * scaling / std
+
+    def _pixels(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """[B, 3, height, width] in [-1, 1]."""
+        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _units(self, like: torch.Tensor) -> tuple[torch.Tensor | float, float, torch.Tensor | float]:
         """Those of the VAE: latents of the denoiser times the first, over the second, plus the third."""

@@ -23,12 +23,14 @@ _BETAS = tuple(
 )
 _FLOW = ("FlowMatchEulerDiscreteScheduler",)
 
-# Class of a pipeline -> schedulers that its steps can be made from; `rl.models.diffusers_families` has the classes.
+# Class of a pipeline -> schedulers that its steps can be made from; `rl.models.diffusers_load` has the classes.
 SCHEDULERS = {
     "StableDiffusionPipeline": _BETAS,
     "StableDiffusionXLPipeline": _BETAS,
     "StableDiffusion3Pipeline": _FLOW,
     "FluxPipeline": _FLOW,
+    "Flux2KleinPipeline": _FLOW,
+    "QwenImagePipeline": _FLOW,
     "SanaPipeline": ("DPMSolverMultistepScheduler", *_FLOW),
     "ZImagePipeline": _FLOW,
 }
@@ -40,6 +42,8 @@ CACHED: dict[str, tuple[str, ...]] = {
     "StableDiffusionXLPipeline": ("pab", "taylor_seer"),
     "StableDiffusion3Pipeline": ("mag_cache", "pab", "taylor_seer", "faster_cache"),
     "FluxPipeline": ("first_block", "mag_cache", "pab", "taylor_seer", "faster_cache"),
+    "Flux2KleinPipeline": ("mag_cache", "pab", "taylor_seer"),
+    "QwenImagePipeline": ("first_block", "mag_cache", "pab", "taylor_seer"),
     "SanaPipeline": ("pab", "taylor_seer", "faster_cache"),
     "ZImagePipeline": ("pab", "taylor_seer"),
     "UNet2DModel": ("pab",),

@@ -230,7 +230,7 @@ class LatentEngine(SharedModelEngine):
                     without, given = self.model.halves(latent[part], timestep, rows)  # type: ignore[attr-defined]
                     cosine = torch.cosine_similarity(without.double().flatten(1), given.double().flatten(1))
                     after[part] = torch.where(cosine > self.options.guidance_cosine, 1.0, scale[part])
-                    output[part] = without + self.options.guidance_scale * (given - without)
+                    output[part] = self.model.join(without, given, self.options.guidance_scale)  # type: ignore[attr-defined]
                 else:
                     output[part] = self.model.predict(latent[part], timestep, rows, 1.0)
                 self._count(len(part) * (2 if guided else 1), latent)
