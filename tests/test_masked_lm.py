@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 8},
     "esm": {**ESM, "position_embedding_type": "rotary"},
     "esm-absolute": {**ESM, "position_embedding_type": "absolute"},
+    "esmc": {"mask_token_id": MASK, "bos_token_id": CLS, "eos_token_id": SEP},
     "modernbert": {"bos_token_id": CLS, "eos_token_id": SEP, "cls_token_id": CLS, "sep_token_id": SEP},
     "roberta": {},
 }
@@ -271,6 +273,44 @@ def test_weights_in_memory_make_a_policy() -> None:
         MaskedLM.from_weights(config, tied, **settings)
 
 
+def dplm_folder(folder: Path, seed: int = 0) -> Any:
+    """A tiny model as DPLM's hub folders are: ESM-2's tensors, an own head, an own class name, a .bin file."""
+    tokenizer = char_tokenizer("LAGV=")
+    config = AutoConfig.for_model("esm", **SIZES | ARCHITECTURES["esm"], tie_word_embeddings=False)
+    config.vocab_size, config.mask_token_id = len(tokenizer), tokenizer.mask_token_id
+    torch.manual_seed(seed)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    described = json.loads((folder / "config.json").read_text())
+    # The published config says nothing of the head.
+    del described["tie_word_embeddings"]
+    (folder / "config.json").write_text(
+        json.dumps(described | {"architectures": ["EsmForDPLM"], "dplm_type": "dplm_esm"})
+    )
+    (folder / "model.safetensors").unlink()
+    spare = {"esm.contact_head.regression.weight": torch.ones(1, 4), "esm.contact_head.regression.bias": torch.ones(1)}
+    torch.save({**model.state_dict(), **spare}, folder / "pytorch_model.bin")
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_folder_of_dplm_loads_with_its_own_head(tmp_path: Path) -> None:
+    theirs, tokenizer = dplm_folder(tmp_path), char_tokenizer("LAGV=")
+    model = load_policy(ModelConfig(path=str(tmp_path), wrap=False), tokenizer, seed=0)
+    assert isinstance(model, MaskedLM)
+    ids = torch.tensor([[3, 4, model.mask_token_id, 5]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(model(ids)[..., :3], expected[..., :3], rtol=0, atol=1e-5)
+    assert not torch.equal(theirs.lm_head.decoder.weight, theirs.esm.embeddings.word_embeddings.weight)
+    # A checkpoint of DPLM's own trainer has the same tensors behind a prefix.
+    state = {f"model.net.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    stripped = {name.removeprefix("model.net."): tensor for name, tensor in state.items()}
+    made = MaskedLM.from_weights(theirs.config, stripped, tokenizer.mask_token_id)
+    with torch.no_grad():
+        torch.testing.assert_close(made(ids), model(ids), rtol=0, atol=1e-5)
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -301,3 +341,43 @@ def test_a_masked_lm_is_trained_and_loads_again(tmp_path: Path) -> None:
     loaded = load_policy(ModelConfig(path=str(folder)), None, seed=0)
     specials = {i for start, stop in loaded.excluded_token_ids for i in range(start, stop)}
     assert specials == set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("name", ["dplm", "esmc"])
+def test_a_protein_model_is_sampled_trained_and_exported(name: str, tmp_path: Path) -> None:
+    tokenizer, base = char_tokenizer("01234="), tmp_path / "base"
+    kind = "esm" if name == "dplm" else name
+    sizes = {
+        **SIZES,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
+    extra = ARCHITECTURES[kind] | {"mask_token_id": tokenizer.mask_token_id}
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **sizes | extra))
+    eos = tokenizer.eos_token_id
+    save_policy(MaskedLM(model, tokenizer.mask_token_id, [eos], [eos]), tokenizer, base)
+    arguments = runs.tiny_config(
+        tmp_path,
+        "model.backbone={}",
+        f"model.path={base}",
+        "model.never_generate=[special]",
+        "sft.steps=0",
+        "train.max_logprob_gap=1e-4",
+        "train.steps=1",
+    )
+    runs.train_here(arguments)
+    folder = tmp_path / "run" / "checkpoints" / "step_1" / "hf"
+    trained = load_policy(ModelConfig(path=str(folder)), None, seed=0)
+    save_policy(trained, tokenizer, tmp_path / "again")
+    again = load_policy(ModelConfig(path=str(tmp_path / "again")), None, seed=0)
+    theirs = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[3, 4, trained.mask_token_id, 2, 5]])
+    whole = torch.cat([torch.tensor([[eos]]), ids, torch.tensor([[eos]])], 1)
+    with torch.no_grad():
+        assert torch.equal(trained(ids), again(ids))
+        expected = theirs(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[:, 1:-1, :5]
+        torch.testing.assert_close(trained(ids)[..., :5], expected, rtol=0, atol=1e-5)
+    before = load_file(base / "model.safetensors")
+    assert max(float((before[k] - v).abs().max()) for k, v in load_file(folder / "model.safetensors").items()) > 1e-5

@@ -231,5 +231,6 @@ def check_model_folder(path: str) -> None:
         raise ValueError(f"model.path {path!r} is not a folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path {path!r} is incomplete: config.json is missing")
-    if not any(folder.glob("*.safetensors")):
+    # transformers reads the .bin of older masked LMs; what we read ourselves refuses it (`rl.models.weights`).
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"model.path {path!r} is incomplete: it has no .safetensors weights")
