@@ -185,6 +185,8 @@ SEARCHES = Table(
         "noise_random": "rollouts.search.best_of_n:BestOfN",
         "noise_zero_order": "rollouts.search.noise_search:ZeroOrder",
         "noise_paths": "rollouts.search.noise_search:Paths",
+        "noise_gradient": "rollouts.search.noise_search:Gradient",
+        "failures": "rollouts.search.noise_search:Failures",
     },
 )
 

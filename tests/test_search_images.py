@@ -21,7 +21,7 @@ from rollouts.samplers.gaussian import predicted_x0, step_mean
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.samplers.noise import LATENT_STREAM, normal
 from rollouts.search.latents import LatentSampler, LatentStates
-from rollouts.search.protocol import SearchProblem, fan
+from rollouts.search.protocol import SearchProblem, fan, split
 from tests.image_models import CLASSES, FLOW, rollouts, tiny_policy
 from tests.test_images import image_config
 from tests.test_search import search
@@ -160,6 +160,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "dts": {"num_iterations": 3},
     "guidance": {"scale": 0.5},
     "tds": {"num_particles": 3},
+    "noise_gradient": {"num_rounds": 1},
+    "failures": {"num_rounds": 1, "num_neighbours": 2},
 }
 
 
@@ -252,6 +254,48 @@ def test_tds_samples_the_posterior_of_a_gaussian() -> None:
     # Guidance alone goes towards the reward, and not to the posterior.
     guided = search("guidance", problem, row, seed, {"scale": 1.0})
     assert abs(mean - wanted) > 0.3 and mean + 0.1 < guided.states.latents[:, -1].mean()
+
+
+def test_gradient_search_ends_at_the_likeliest_noise_of_a_gaussian() -> None:
+    """With its further noise fixed a sample is a z + b, so that the best z is that of a quadratic."""
+    problem, _, _ = gaussian_problem(6)
+    sampler: Any = problem.sampler
+    row, seed, scale = np.zeros(8, dtype=np.int64), np.arange(8), 0.6
+    start = sampler.start(row, seed)
+    z = sampler.noise_of(start).reshape(-1)
+
+    def end(noise: np.ndarray) -> np.ndarray:
+        moved = sampler.with_noise(start, noise.reshape(-1, 1, 1, 1))
+        return finished(sampler, moved).latents[:, -1].reshape(-1)
+
+    b = end(np.zeros(8))
+    a = end(np.ones(8)) - b
+    spent = sampler.budget.denoiser_evaluations
+    slope = sampler.noise_gradient(start, problem.gradient).reshape(-1)
+    np.testing.assert_allclose(slope, -a * (a * z + b - WANTED) / WIDTH**2, rtol=1e-6)
+    assert sampler.budget.denoiser_evaluations == spent + 8 * 6
+    best = scale * a * (WANTED - b) / WIDTH**2 / (1 + scale * a**2 / WIDTH**2)
+    spent, judged = sampler.budget.denoiser_evaluations, sampler.budget.reward_evaluations
+    found = search("noise_gradient", problem, row, seed, {"num_rounds": 60, "step_size": 0.2, "scale": scale})
+    assert sampler.budget.denoiser_evaluations - spent == 8 * 6 * (1 + 2 * 60)
+    assert sampler.budget.reward_evaluations - judged == 8 * (1 + 2 * 60)
+    # Those that begin with a lower reward than they end with: they alone keep the end.
+    up = np.abs(a * z + b - WANTED) > np.abs(a * best + b - WANTED)
+    assert up.sum() >= 4
+    np.testing.assert_allclose(sampler.noise_of(found.states).reshape(-1)[up], best[up], atol=1e-4)
+    np.testing.assert_allclose(found.reward, problem.reward(found.states))
+    assert (found.reward >= problem.reward(finished(sampler, start))).all()
+
+
+def test_failures_are_what_zero_order_search_finds_for_the_other_sign() -> None:
+    problem, _, _ = gaussian_problem(6)
+    row, seed, params = np.zeros(5, dtype=np.int64), np.arange(5), {"num_rounds": 3, "num_neighbours": 4}
+    found = search("failures", problem, row, seed, params)
+    worst = search("noise_zero_order", SearchProblem(problem.sampler, lambda s: -problem.reward(s)), row, seed, params)
+    np.testing.assert_array_equal(found.states.latents, worst.states.latents)
+    np.testing.assert_allclose(found.reward, problem.reward(found.states))
+    first = finished(problem.sampler, problem.sampler.start(row, split(seed, 0)))
+    assert (found.reward <= problem.reward(first)).all() and (found.reward < problem.reward(first)).any()
 
 
 def test_the_command_searches_and_samples_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

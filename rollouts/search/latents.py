@@ -128,6 +128,34 @@ class LatentSampler:
         seeds[:, 0] = seed
         return replace(states, latents=latents, seeds=seeds)
 
+    def noise_of(self, states: LatentStates) -> np.ndarray:
+        """[B, ...]: the standard noise that states began with."""
+        return states.latents[:, 0] / self.engine.steps.initial_std
+
+    def with_noise(self, states: LatentStates, noise: np.ndarray) -> LatentStates:
+        """The initial states with this noise [B, ...]; that of later steps stays as it is."""
+        latents = states.latents.copy()
+        latents[:, 0] = noise * self.engine.steps.initial_std
+        return replace(states, latents=latents)
+
+    def noise_gradient(self, states: LatentStates, gradient: Callable[[torch.Tensor, Any], torch.Tensor]) -> np.ndarray:
+        """[B, ...]: d reward / d noise of initial states, through every step under their own further noise."""
+        assert not np.any(states.at), "the noise is that of initial states"
+        steps, seed = self.engine.steps, self._put(states.seed)
+        given = {name: values[torch.from_numpy(states.row)] for name, values in self.given.items()}
+        noise = self._put(self.noise_of(states)).requires_grad_(True)
+        with torch.enable_grad():
+            latent = noise * steps.initial_std
+            for index in range(len(steps)):
+                std = torch.full((len(states),), steps.std[index], dtype=torch.float64, device=latent.device)
+                output = self.engine.predict(latent, index, given)
+                table = self._table(index, len(states))
+                latent, _, _ = gaussian_step(table, std, steps.clip, output, latent, self.engine.noise(seed, index + 1))
+        slope = gradient(latent.detach(), states)
+        (found,) = torch.autograd.grad(latent, noise, slope.to(latent.dtype))
+        self.budget.denoiser_evaluations += len(states) * len(steps) * self.evaluations
+        return found.cpu().numpy()
+
     def renoise(self, states: LatentStates, num_steps: int, seed: np.ndarray) -> LatentStates:
         """Back by `num_steps` steps (at most to the start), by the forward process of the model's schedule.
 

@@ -6,6 +6,12 @@ when that beats the pivot; when none does, the next round starts from a new pivo
 Search over paths denoises several paths to some step, then again and again noises copies of each back, denoises
 them further than that, values where they stand, and keeps the best. For masked diffusion noising back is masking
 revealed positions again.
+
+Gradient search moves the noise itself, along the reward's gradient through every step: ascent on
+scale * reward - |z|^2 / 2, whose maximum is the likeliest noise z under p(z) exp(scale * reward). It needs latents and
+memory for all steps; what is kept is the best sample that was judged.
+
+A search for failures is zero-order search on minus the reward.
 """
 
 from __future__ import annotations
@@ -58,6 +64,46 @@ class ZeroOrder(Search):
                 best = _replaced(problem, best, record, ends.select(np.flatnonzero(record[stuck])))
                 reward[stuck] = np.maximum(reward[stuck], pivot_reward[stuck])
         return SearchResult(best, np.arange(requests), reward, problem.budget)
+
+
+class Failures(ZeroOrder):
+    """The sample of lowest reward that zero-order search finds for every prompt; the same options and cost."""
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request, with its own reward."""
+        turned = SearchProblem(problem.sampler, lambda states: -np.asarray(problem.reward(states), dtype=np.float64))
+        found = super().run(turned, row, seed)
+        return SearchResult(found.states, found.request, -found.reward, found.budget)
+
+
+class Gradient(Search):
+    guided = True
+    num_rounds: int = Field(10, ge=1, description="Steps of gradient ascent after the first sample.")
+    step_size: float = Field(0.1, gt=0, description="Length of a step, times the gradient.")
+    scale: float = Field(1.0, ge=0, description="Factor of the reward against the noise's own log-density.")
+
+    def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:
+        """One sample per request. Cost: (1 + 2 rounds) T denoiser and 1 + 2 rounds reward evaluations.
+
+        Raises:
+            ValueError: the sampler's noise has no gradient, as that of tokens.
+        """
+        sampler = problem.sampler
+        if not hasattr(sampler, "noise_gradient"):
+            raise ValueError("noise_gradient moves continuous noise, which tokens do not have: take noise_zero_order")
+        noise = sampler.start(row, seed)
+        best = problem.finish(noise)
+        reward = problem.judge(best)
+        for _ in range(self.num_rounds):
+            z = sampler.noise_of(noise)
+            slope = sampler.noise_gradient(noise, problem.gradient)
+            noise = sampler.with_noise(noise, z + self.step_size * (self.scale * slope - z))
+            ends = problem.finish(noise)
+            rewards = problem.judge(ends)
+            better = rewards > reward
+            best = _replaced(problem, best, better, ends.select(np.flatnonzero(better)))
+            reward = np.maximum(reward, rewards)
+        return SearchResult(best, np.arange(len(row)), reward, problem.budget)
 
 
 def _replaced(problem: SearchProblem, states, where: np.ndarray, by):  # type: ignore[no-untyped-def]
