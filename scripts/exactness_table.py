@@ -38,6 +38,7 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "`cfg_scale`": ({"cfg_scale": 0.5}, {}, False),
     "`record_x0`": ({"preset": "llada_random", "record_x0": True}, {}, False),
     "`rcr`, remasking": ({"preset": "rcr"}, {}, False),
+    "`arpc`, blocks": ({"reviser": "arpc", "block_length": 4}, {}, True),
     "`llada2_1_quality`, editing": ({"preset": "llada2_1_quality", "threshold": 0.3, "edit_threshold": 0.1}, {}, False),
     "`rollout.cache: dual`": ({"block_length": 4}, {"approximate_cache": "dual"}, False),
 }

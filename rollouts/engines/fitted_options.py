@@ -35,8 +35,9 @@ def fitted_options(
         raise ValueError("sampler.record_x0 needs a full-attention model: a block-causal one predicts no whole canvas")
     if approximate_cache != "none" and options.record_x0:
         raise ValueError("sampler.record_x0 needs forwards of the whole canvas: set rollout.cache to none")
-    if options.verify and not block_causal:
-        raise ValueError("sampler.verify reads a block-causal model at block length 1: this model has no blocks")
+    for name, reads in (("verify", options.verify), ("reviser arpc", options.reviser == "arpc")):
+        if reads and not block_causal:
+            raise ValueError(f"sampler.{name} reads a block-causal model at block length 1: this model has no blocks")
     cached = block_causal or approximate_cache != "none"
     if cached and options.cfg_scale:
         raise ValueError(

@@ -27,6 +27,7 @@ from rollouts.constraints.reach import opened
 from rollouts.engines.base import EngineStats, SharedModelEngine
 from rollouts.engines.base import Request as Request
 from rollouts.engines.block_cache import BlockCache
+from rollouts.engines.causal_reading import corrector
 from rollouts.engines.fitted_options import fitted_options
 from rollouts.engines.record import Record
 from rollouts.engines.slots import Plan, Slots
@@ -78,16 +79,14 @@ class InProcessEngine(SharedModelEngine):
         self.block_causal = model.attention == "block_causal"
         self.context_causal = bool(getattr(model, "context_causal", False))
         options = fitted_options(options, model, approximate_cache, eos_token_id)
-        self.options = options
-        self.eos_token_id = eos_token_id
-        self.max_batch_size = max_batch_size
+        self.options, self.eos_token_id, self.max_batch_size = options, eos_token_id, max_batch_size
         self.device = torch.device(device)
         self.approximate_cache = approximate_cache
         self.constraint = opened(constraint, options, self.mask_token_id, self.device)
         # What every match has is there from the start, and the model fills in the rest around it.
         whole = self.constraint is not None and options.block_length is None
         self._placed = self.constraint.forced() if self.constraint is not None and whole else np.zeros((0, 2), np.int64)
-        self.guide = guided(guide, options, eos_token_id)
+        self.guide = guided(guide, options, eos_token_id) or corrector(model, options, self._count)
         self.stats = EngineStats()
 
     @torch.no_grad()
@@ -378,7 +377,7 @@ class InProcessEngine(SharedModelEngine):
             block_length=self.options.block_length,
             block_origin=0 if self.block_causal else len(prompt_ids),
             sampler=self.options.distribution(),
-            decoder=self.options.decoder(),
+            decoder=self.options.decoder() | ({"forwards": 2 * num_steps} if self.options.reviser == "arpc" else {}),
             policy_version=policy_version,
             exact=self.approximate_cache == "none",
             seed=seed,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from rollouts.engines.base import Request
+from rollouts.engines.causal_reading import read_causally
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import NonFiniteError
 from rollouts.engines.slots import Plan
@@ -104,7 +105,7 @@ class SelfSpeculativeEngine(InProcessEngine):
         step = torch.full_like(row, number)
         drafted = self._drawn(draft, noise.uniform(seed[row], step, position, noise.TOKEN_STREAM))
         filled = tokens.index_put((row, position), drafted)
-        verified = self._verify_logits(filled, row, position)
+        verified = read_causally(self.model, filled, row, position, self._count)
         if options.temperature == 0:
             token = verified.argmax(-1)
             kept = token == drafted
@@ -147,32 +148,6 @@ class SelfSpeculativeEngine(InProcessEngine):
         hidden = self.model.hidden_states(tokens, visible=block_causal_visibility(index, tokens.shape[1], block, clean))
         self._count(tokens)
         return self.model.token_logits(hidden[row, position - self.model.logit_shift])
-
-    def _verify_logits(self, tokens: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """[N, V]: the same positions as blocks of one token predict them, given the tokens before each.
-
-        Without a logit shift a position is read at a mask of its own, which stands in a column behind the canvas, sees
-        the tokens before the position and itself, and is seen by nobody.
-        """
-        width = tokens.shape[1]
-        index = torch.arange(width, device=tokens.device).expand(len(tokens), -1)
-        causal = block_causal_visibility(index, width, 1)
-        if self.model.logit_shift:
-            hidden = self.model.hidden_states(tokens, visible=causal)
-            self._count(tokens)
-            return self.model.token_logits(hidden[row, position - 1])
-        most = int(torch.bincount(row).max())
-        # The masks of a row are consecutive positions; missing ones repeat position 0, and are not read.
-        first = torch.full((len(tokens),), width, device=row.device).scatter_reduce(0, row, position, "amin")
-        asked = (first[:, None] + torch.arange(most, device=row.device)).clamp(max=width - 1)
-        wide = torch.cat([tokens, torch.full_like(asked, self.mask_token_id)], dim=1)
-        visible = torch.zeros(len(tokens), wide.shape[1], wide.shape[1], dtype=torch.bool, device=row.device)
-        visible[:, :width, :width] = causal
-        visible[:, width:, :width] = index[:, None, :] < asked[:, :, None]
-        visible[:, width:, width:] = torch.eye(most, dtype=torch.bool, device=row.device)
-        hidden = self.model.hidden_states(wide, visible=visible, position_ids=torch.cat([index, asked], dim=1))
-        self._count(wide)
-        return self.model.token_logits(hidden[row, width + position - first[row]])
 
     def _arrays(self, prompt: int, edits: np.ndarray, rounds: int) -> dict[str, Any]:
         """The record: one token a step."""

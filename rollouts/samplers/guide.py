@@ -43,6 +43,21 @@ class Reader(Protocol):
         ...
 
 
+def drafts(
+    state: StepState, logits: torch.Tensor, options: SamplerOptions, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens int64 [K, N] and their log-probs [K, N]; the first draw is the one that `denoise_step` makes."""
+    row, position = state.where()
+    if options.temperature == 0:
+        token = logits.argmax(-1)[None]
+        return token, torch.zeros_like(token, dtype=torch.float64)
+    sampling = sampling_logprobs(logits, options.temperature, options.top_p, options.top_k)
+    seeds = [state.seed, *(noise.split(state.seed, torch.full_like(state.seed, k)) for k in range(1, count))]
+    tokens = [draw(sampling, noise.uniform(s[row], state.step[row], position, noise.TOKEN_STREAM)) for s in seeds]
+    drawn = torch.stack(tokens)
+    return drawn, sampling.gather(1, drawn.T).T.double()
+
+
 class Guide:
     """A reader and a rule."""
 
@@ -59,27 +74,13 @@ class Guide:
             prompt, end: int64 [B], where responses begin, and where the current blocks end.
         """
         if self.options.rule == "agree":
-            count = self._agreed(state, self._draws(state, logits, options, 1)[0], prompt, end)
+            count = self._agreed(state, drafts(state, logits, options, 1)[0], prompt, end)
             return replace(state, quota=count), options.model_copy(update={"selector": "left_most"}), None
-        drawn, logprob = self._draws(state, logits, options, self.options.candidates)
+        drawn, logprob = drafts(state, logits, options, self.options.candidates)
         row, _ = state.where()
         taken = self._weighed(state, drawn, logprob, prompt, end)[row]
         chosen = drawn.gather(0, taken[None])[0]
         return state, options, torch.full_like(logits, -torch.inf).scatter(1, chosen[:, None], 0.0)
-
-    def _draws(
-        self, state: StepState, logits: torch.Tensor, options: SamplerOptions, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [K, N] and their log-probs [K, N]; the first draw is the one that `denoise_step` makes."""
-        row, position = state.where()
-        if options.temperature == 0:
-            token = logits.argmax(-1)[None]
-            return token, torch.zeros_like(token, dtype=torch.float64)
-        sampling = sampling_logprobs(logits, options.temperature, options.top_p, options.top_k)
-        seeds = [state.seed, *(noise.split(state.seed, torch.full_like(state.seed, k)) for k in range(1, count))]
-        tokens = [draw(sampling, noise.uniform(s[row], state.step[row], position, noise.TOKEN_STREAM)) for s in seeds]
-        drawn = torch.stack(tokens)
-        return drawn, sampling.gather(1, drawn.T).T.double()
 
     def _agreed(self, state: StepState, drawn: torch.Tensor, prompt: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """int64 [B]: how many of the left-most drafts the guide agrees with, at least 1."""

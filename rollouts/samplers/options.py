@@ -182,10 +182,10 @@ class SamplerOptions(BaseModel):
         description="Uniform noise: positions that a corrector redraws after every step but the last, with one forward "
         "more (predictor-corrector); 0 is none.",
     )
-    reviser: Literal["none", "rcr", "remdm", "edit"] = Field(
+    reviser: Literal["none", "rcr", "arpc", "remdm", "edit"] = Field(
         "none",
-        description="Take revealed tokens back: running-confidence remasking, ReMDM's random remasking, or LLaDA2.1's "
-        "token editing.",
+        description="Take revealed tokens back: running-confidence remasking, BlockGen's corrector by the model's "
+        "reading from left to right, ReMDM's random remasking, or LLaDA2.1's token editing.",
     )
     running_confidence: Literal["max", "last"] = Field(
         "max", description="What rcr ranks a position by: its highest score so far (paper) or its last (code)."
@@ -230,17 +230,21 @@ class SamplerOptions(BaseModel):
             )
         if self.selector in ("entropy_bound", "entropy_sum") and self.score != "neg_entropy":
             raise ValueError(f"sampler.selector {self.selector} bounds entropies: set sampler.score to neg_entropy")
-        if self.order_temperature and (self.selector != "top_n" or self.reviser == "rcr" or self.score == "random"):
+        if self.order_temperature and (
+            self.selector != "top_n" or self.reviser in ("rcr", "arpc") or self.score == "random"
+        ):
             raise ValueError(
                 "sampler.order_temperature draws the quota's positions by their scores: it needs selector top_n, a "
-                "score other than random, and no reviser rcr"
+                "score other than random, and no reviser rcr or arpc"
             )
         if self.eos_confidence < 1 and self.score not in _IN_UNIT_INTERVAL:
             raise ValueError(
                 f"sampler.eos_confidence scales probabilities: set sampler.score to one of {_IN_UNIT_INTERVAL}"
             )
-        if self.reviser == "rcr" and self.selector != "top_n":
-            raise ValueError("sampler.reviser rcr keeps the quota's most confident: set sampler.selector to top_n")
+        if self.reviser in ("rcr", "arpc") and self.selector != "top_n":
+            raise ValueError(
+                f"sampler.reviser {self.reviser} keeps the quota's most confident: set sampler.selector to top_n"
+            )
         if self.window is not None and self.reviser != "none":
             raise ValueError(f"sampler.window counts masks, which sampler.reviser {self.reviser} changes: unset one")
         if self.reviser == "remdm" and self.selector != "bernoulli":

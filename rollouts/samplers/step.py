@@ -29,7 +29,7 @@ class StepState:
         step: int64 [B], denoising steps each request has taken.
         num_steps, block_step: int64 [B], steps of the block and how many were taken, for what depends on time.
         filled: bool [B, L], tokens that a reviser may take back; never a prompt's. None without a reviser.
-        running: float64 [B, L], running confidences, for reviser rcr.
+        running: float64 [B, L], running confidences for reviser rcr, for arpc those that its reading gives.
         places: int64 [N] each, row and position of the candidates in row-major order, where they are known.
     """
 
@@ -134,6 +134,9 @@ def denoise_step(
         assert state.running is not None and state.filled is not None
         result.running = running_confidence(options.running_confidence, state.running, scores, state.eligible)
         chosen, result.remask = remask_least_confident(result.running, state.eligible, state.filled, state.quota)
+    elif options.reviser == "arpc":
+        assert state.running is not None and state.filled is not None
+        chosen, result.remask = remask_least_confident(state.running, state.eligible, state.filled, state.quota)
     elif options.selector == "bernoulli":
         chosen = _bernoulli(state, result, random, options)
     else:
