@@ -128,6 +128,12 @@ def test_marks_of_the_plot_are_the_ends_and_lines_what_is_between(
     assert {name: bar.lines[0].get_ydata().tolist() for name, bar in marks.items()} == {
         "before": [0.2], "mine": [pytest.approx(0.65)], "other": [0.6],
     }  # fmt: skip
+    # A variant with warm starts of its own begins elsewhere.
+    third = write_run(tmp_path / "3", [(0, 0, 0, 0, 0.3), (6, 1200, 60, 12, 0.7)])
+    (third / "summary.json").write_text('{"train_steps": 6}')
+    plot_budgets({"mine": folders, "third": [third]}, "eval/accuracy@4", tmp_path / "out.png")
+    ends = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in figures[1].axes[0].containers}
+    assert ends["before"] == [0.2] and ends["third, before"] == [0.3] and ends["third"] == [0.7]
     (segment,) = marks["mine"].lines[2][0].get_segments()
     # 12.706 x sd of (0.6, 0.7) / sqrt(2).
     assert segment[:, 1].tolist() == pytest.approx([0.65 - 0.6353, 0.65 + 0.6353]) and not marks["other"].lines[2]

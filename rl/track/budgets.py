@@ -50,6 +50,7 @@ def plot_budgets(
     if not found:
         raise ValueError(f"no run has the metric {metric!r}: name one of its eval.num_inference_steps")
     figure, axes = new_figure([list(BUDGETS)], (14, 4.4), [1], theme)
+    begun: list[float] = []
     for budget, panel in axes.items():
         most = max(run[-1][budget] for runs in found.values() for run in runs)
         for index, (style, runs) in enumerate(zip(styles_of(list(found), theme), found.values(), strict=True)):
@@ -62,14 +63,20 @@ def plot_budgets(
                 if len(found) <= _FEW:
                     panel.fill_between(spent, means - half, means + half, color=style.colour, alpha=0.15, linewidth=0)
             tests = [test for run in runs if (test := [point for point in run if point["test"]])]
-            # Every variant begins where the first does. Those of equal costs end at one place: side by side, then.
-            places = [(0, "before", theme.ink)] * (index == 0) + [(-1, style.label, style.colour)]
+            # A variant of the first one's model begins where that does; another has a mark of its own in its colour.
+            start = [test[0][metric] for test in tests]
+            begun = start if index == 0 else begun
+            places = [(0, "before", theme.ink)] * (index == 0)
+            places += [(0, f"{style.label}, before", style.colour)] * (start != begun[: len(start)])
+            # Variants of equal costs end at one place: side by side, then.
+            places += [(-1, style.label, style.colour)]
             for place, label, colour in places if tests else []:
                 values = [test[place][metric] for test in tests]
                 panel.errorbar(
                     fmean(test[place][budget] for test in tests) - place * most * 0.012 * index, fmean(values),
                     yerr=t_half_width(values) if len(values) > 1 else None,
                     fmt=style.marker, color=colour, label=label, markersize=5, elinewidth=1,
+                    markerfacecolor="none" if place == 0 else colour,
                 )  # fmt: skip
     limits = [panel.get_ylim() for panel in axes.values()]
     for budget, panel in axes.items():
