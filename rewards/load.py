@@ -72,6 +72,7 @@ NAMES = {
     "sequence_oracle": "rewards.sequence_oracle:SequenceOracle",
     "similarity": "rewards.similarity:Similarity",
     "sudoku": "rewards.sudoku:sudoku",
+    "tf_binding": "rewards.tf_binding:TfBinding",
     "tokens_per_forward": "rewards.length:tokens_per_forward",
     "vlm_judge": "rewards.vlm_judge:VlmJudge",
 }

