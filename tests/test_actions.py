@@ -332,6 +332,16 @@ def test_spaces_that_do_not_fit_are_named() -> None:
         Space("Own-v0", discrete, 4)
 
 
+def test_a_model_of_other_actions_is_refused_by_name(tmp_path: Path) -> None:
+    config = load_config(CONFIG, [f"model.path={tmp_path}"])
+    pendulum = Actions(config, ControlTask())
+    pendulum.save_model(pendulum.new_model(), tmp_path)
+    with pytest.raises(ValueError, match=r"is no model of task control as it is set: size mismatch for scale") as error:
+        Actions(config, ControlTask(**SHORT)).load_model()
+    assert "\n" not in str(error.value)
+    assert pendulum.load_model().shape == (4, 1)
+
+
 def test_a_missing_gymnasium_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(ValueError, match=r"needs gymnasium: pip install 'denoise-rl\[control\]'"):

@@ -344,6 +344,19 @@ def test_a_graph_that_does_not_fit_is_refused_by_name(graph: dict[str, Any], mes
         encode(graph, MoleculesTask(num_nodes=2))
 
 
+def test_a_model_of_other_graphs_is_refused_by_name(tmp_path: Path) -> None:
+    config = load_config(CONFIG, ["sampler.noise=uniform", f"model.path={tmp_path}"])
+    other = Graphs(config, MoleculesTask(num_nodes=4))
+    other.save_model(other.new_model(), tmp_path)
+    wrong = (
+        rf"^model\.path '{tmp_path}' is no model of task molecules as it is set: size mismatch for limit: .*\[10, 4\]"
+    )
+    with pytest.raises(ValueError, match=wrong) as error:
+        Graphs(config, MoleculesTask(num_nodes=6)).load_model()
+    assert "\n" not in str(error.value)
+    assert other.load_model().num_nodes == 4
+
+
 @pytest.mark.parametrize("recipe", ["gdpo", "graph_ddpo"])
 def test_the_whole_command(recipe: str, tmp_path: Path) -> None:
     small_run = [

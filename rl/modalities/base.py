@@ -158,7 +158,12 @@ class Modality:
         path = path or self.config.model.path
         if path is not None:
             with about(f"model.path {path!r}"):
-                load_model(model, Path(path) / WEIGHTS)
+                try:
+                    load_model(model, Path(path) / WEIGHTS)
+                except RuntimeError as error:
+                    what = " ".join(str(error).split()).partition(": ")[2]
+                    name = self.config.task.name
+                    raise ValueError(f"model.path {path!r} is no model of task {name} as it is set: {what}") from error
         return model.eval()
 
     def save_model(self, model: Any, path: str | Path) -> None:
