@@ -193,7 +193,7 @@ def test_the_stages_of_a_seed_follow_each_other_and_runs_begin_from_the_last(
         (folder / "summary.json").write_text("{}")
 
     monkeypatch.setattr(comparing, "_command", record)
-    monkeypatch.setattr(comparing, "plan_lines", lambda config: [])
+    monkeypatch.setattr(comparing, "check_run", lambda config, new: [])
     monkeypatch.setattr(comparing, "markdown", lambda summaries: "")
     monkeypatch.setattr(comparing, "equal_budgets", lambda folders: "")
     monkeypatch.setattr(budgets, "plot_budgets", lambda folders, metric, path: path)
@@ -217,6 +217,7 @@ def test_the_stages_of_a_seed_follow_each_other_and_runs_begin_from_the_last(
         (["--recipes", "wd1", "train.steps=2"], "overrides of all runs come before --recipes and --variant"),
         (["--recipes", "wd1", "--variant", "wd1", "algorithm={name: wd1}"], "a name that no other variant has"),
         (["--variant", "mine", "train.stepz=3"], "unknown config key 'train.stepz'"),
+        (["--variant", "mine", "algorithm={name: mdpo}"], "algorithm.name mdpo needs sampler.record_x0=true"),
     ],
 )
 def test_a_wrong_comparison_is_refused_before_anything_runs(

@@ -21,7 +21,7 @@ from typing import Any
 from rl.config import Config, load_config
 from rl.registry import parse_recipe
 from rl.track.intervals import t_half_width
-from rl.train.plan import check_modality, plan_lines
+from rl.train.plan import check_modality, check_run
 
 # Overrides with which a variant is about another model, and has warm starts of its own.
 _MODELS = ("model.backbone", "model.noise", "model.attention", "model.block_length", "model.context_causal=",
@@ -77,8 +77,9 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
     Raises:
         ValueError: a variant's config is wrong (before anything runs), or a run failed.
     """
+    given = [] if comparison.warm_start is None else _given(comparison.warm_start)
     for overrides in comparison.variants.values():
-        plan_lines(load_config(comparison.config, [*comparison.common, *overrides]))
+        check_run(load_config(comparison.config, [*comparison.common, *overrides, *given]), new=False)
     config = load_config(comparison.config, comparison.common)
     own = {n: n if any(o.startswith(_MODELS) for o in words) else "" for n, words in comparison.variants.items()}
     with ThreadPoolExecutor(comparison.jobs) as pool:
@@ -122,7 +123,7 @@ def _warm_start(comparison: ComparisonPlan, config: Config, seed: int, variant: 
         variant: the one whose model it is; empty for that of all others.
     """
     if comparison.warm_start is not None:
-        return [f"model.path={comparison.warm_start}", "model.convert={}", "convert.steps=0"]
+        return _given(comparison.warm_start)
     start: list[str] = []
     which, changes = f"{variant}-{seed}" if variant else seed, comparison.variants.get(variant, [])
     for stage, name in (("convert", f"converted-{which}"), ("sft", f"warm-{which}")):
@@ -133,8 +134,13 @@ def _warm_start(comparison: ComparisonPlan, config: Config, seed: int, variant: 
             where = [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=true"]
             words = [*comparison.common, *changes, *start, *where]
             _command(comparison, stage, words, comparison.output / f"{name}.log")
-        start = [f"model.path={folder / 'model'}", "model.convert={}", "convert.steps=0"]
+        start = _given(folder / "model")
     return start
+
+
+def _given(model: str | Path) -> list[str]:
+    """Overrides of a run that begins from a finished diffusion model."""
+    return [f"model.path={model}", "model.convert={}", "convert.steps=0"]
 
 
 def _run(comparison: ComparisonPlan, name: str, seed: int, start: Sequence[str]) -> None:
