@@ -4,8 +4,9 @@
     python docs/examples/value_ceiling.py FOLDER
 
 A canvas is dead when no right grid has its digits: the reward is 0, whatever follows. Before each step this prints the
-share of dead canvases, the mean reward of the others, and how much of the reward's variance within a puzzle the two
-means explain, which is what a critic would have to find out. docs/experiments/value_model.md has the numbers.
+share of dead canvases, the mean reward of the others, and how much of the reward's variance within a puzzle the number
+of right grids that a canvas leaves explains, which is what a critic would have to find out.
+docs/experiments/value_model.md has the numbers.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def explained(outcome: np.ndarray, key: np.ndarray, weight: np.ndarray) -> float
     )
 
 
-def is_dead(trajectory: TokenTrajectory, step: int, clues: str, digit_of: dict[int, str]) -> bool:
-    """Whether no right grid has the givens and the digits decided before `step`."""
+def grids_left(trajectory: TokenTrajectory, step: int, clues: str, digit_of: dict[int, str]) -> int:
+    """How many right grids have the givens and the digits decided before `step`."""
     canvas = trajectory.canvas_at(step)[trajectory.prompt_length :]
     cells = ["0" if token == trajectory.mask_token_id else digit_of.get(int(token), "x") for token in canvas]
-    if any(cell not in ("0", clue) for cell, clue in zip(cells, clues, strict=True) if clue != "0"):
-        return True
     both = [clue if cell == "0" else cell for cell, clue in zip(cells, clues, strict=True)]
-    return "x" in both or next(solutions("".join(both)), None) is None
+    if "x" in both or any(cell != clue for cell, clue in zip(both, clues, strict=True) if clue != "0"):
+        return 0
+    return len(list(solutions("".join(both))))
 
 
 def main(folder: Path) -> None:
@@ -59,16 +60,16 @@ def main(folder: Path) -> None:
     for row, trajectory in zip(rows, trajectories, strict=True):
         centred = row["reward"] - fmean(groups[row["prompt"]])
         for step in range(trajectory.num_steps):
-            dead = is_dead(trajectory, step, row["prompt"][:16], digit_of)
-            table.append((step, dead, row["reward"], centred, int((trajectory.step == step).sum())))
-    step, dead, reward, centred, tokens = np.array(table, dtype=float).T
+            left = grids_left(trajectory, step, row["prompt"][:16], digit_of)
+            table.append((step, left, row["reward"], centred, int((trajectory.step == step).sum())))
+    step, left, reward, centred, tokens = np.array(table, dtype=float).T
     print("before step   dead   reward of the others   explained")
     for number in np.unique(step):
         here = step == number
-        share = explained(centred[here], dead[here], tokens[here])
-        alive = reward[here & (dead == 0)].mean()
-        print(f"{int(number):11}   {dead[here].mean():.3f}   {alive:20.3f}   {share:9.3f}")
-    print(f"over all decisions: {explained(centred, 2 * step + dead, tokens):.3f}")
+        share = explained(centred[here], left[here], tokens[here])
+        alive = reward[here & (left > 0)].mean()
+        print(f"{int(number):11}   {(left[here] == 0).mean():.3f}   {alive:20.3f}   {share:9.3f}")
+    print(f"over all decisions: {explained(centred, 1000 * step + left, tokens):.3f}")
 
 
 if __name__ == "__main__":
