@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--num-prompts", type=int, default=8, help="held-out prompts to sample")
     rollout.add_argument("--group-size", type=int, default=1, help="rollouts, or searches, per prompt")
     rollout.add_argument("--train", action="store_true", help="sample training prompts: rollouts for sft.trajectories")
-    rollout.add_argument("--min-reward", metavar="R", type=float, help="save no trajectory of a smaller reward")
+    rollout.add_argument("--min-reward", metavar="R", type=float, help="save no rollout of a smaller reward")
     rollout.add_argument("--search", metavar="NAME", help="search for high rewards: best_of_n, svdd, ... (docs)")
     rollout.add_argument(
         "--search-params", metavar="YAML", type=_mapping, help="options of the search, {num_samples: 16}"

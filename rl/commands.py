@@ -125,16 +125,15 @@ def rollout(args: argparse.Namespace) -> None:
         task, number = run.task, args.num_prompts
         rows = task.train_examples(config.run.seed, 0, number) if args.train else task.heldout_examples(number)
         scored = rollout(run, run.engine(run.model), rows, args.group_size, seed=config.run.seed)
-        pairs = zip(scored.trajectories, scored.reward.tolist(), strict=True)
-        kept = [t for t, reward in pairs if args.min_reward is None or reward >= args.min_reward]
+        rewards = scored.reward.tolist()
+        kept = [i for i, reward in enumerate(rewards) if args.min_reward is None or reward >= args.min_reward]
         if not kept:
-            raise ValueError(
-                f"--min-reward {args.min_reward:g}: no rollout has it, the largest is {scored.reward.max():g}"
-            )
+            largest = max((reward for reward in rewards if reward == reward), default=float("nan"))
+            raise ValueError(f"--min-reward {args.min_reward:g}: no rollout has it, the largest is {largest:g}")
         folder.mkdir(parents=True, exist_ok=True)
-        run.modality.save_trajectories(folder / "trajectories.npz", kept)
+        run.modality.save_trajectories(folder / "trajectories.npz", [scored.trajectories[i] for i in kept])
         with (folder / "rollouts.jsonl").open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality))
+            file.writelines(json.dumps(line) + "\n" for line in scored.lines(run.modality, kept))
     mean, count, unit = float(scored.reward.nanmean()), len(scored.trajectories), run.modality.unit
     speed = (scored.stats.generated_tokens if unit == "tokens" else count) / max(scored.stats.seconds, 1e-9)
     print(

@@ -309,13 +309,22 @@ def test_rollouts_of_training_prompts_and_of_what_is_good_enough(
     reward.write_text("def first(prompts, completions, **_):\n    return [float(c[:1] in '12') for c in completions]\n")
     arguments = ["rollout", *QUICK, f"model.path={model}", "--num-prompts", "8", "--train"]
     arguments.append(f"reward.functions=[{{name: '{reward}:first'}}]")
+    assert main([*arguments, "--output", str(tmp_path / "all")]) == 0
     assert main([*arguments, "--min-reward", "1", "--output", str(out)]) == 0
-    lines = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    every, lines = (
+        [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "all", out)
+    )
     config = load_config(QUICK[1], [])
     asked = load_task(config.task.name, config.task.params).train_examples(config.run.seed, 0, 8)
-    assert [line["prompt"] for line in lines] == [row["prompt"] for row in asked]
+    assert [line["prompt"] for line in every] == [row["prompt"] for row in asked]
+    # Lines and trajectories stay beside each other.
+    assert lines == [line for line in every if line["reward"] == 1] and 0 < len(lines) < 8
     kept = load_trajectories(out / "trajectories.npz")
-    assert 0 < len(kept) < 8 and len(kept) == sum(line["reward"] for line in lines)
+    prompts = [list(t.prompt_ids) for t in load_trajectories(tmp_path / "all" / "trajectories.npz")]
+    assert [list(t.prompt_ids) for t in kept] == [
+        p for p, line in zip(prompts, every, strict=True) if line["reward"] == 1
+    ]
     assert "no rollout has it" in complaint(*arguments, "--min-reward", "2", "--output", str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
