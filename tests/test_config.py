@@ -39,7 +39,13 @@ if importlib.util.find_spec("analognasbench") is None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_checks_and_plans(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path.stem in (needed := {"pendulum_dppo": "gymnasium", "extract_schema": "outlines_core"}):
+    if path.stem in (
+        needed := {
+            "pendulum_dppo": "gymnasium",
+            "extract_schema": "outlines_core",
+            "words_image": "rapidocr_onnxruntime",
+        }
+    ):
         pytest.importorskip(needed[path.stem])
     monkeypatch.chdir(tmp_path if path.stem in MADE_FIRST else ROOT)
     config = load_config(path, [f"run.output_dir={tmp_path / 'run'}"])

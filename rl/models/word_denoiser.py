@@ -44,7 +44,8 @@ class WordDenoiser(ModelMixin, ConfigMixin):
         self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.letters = nn.Embedding(num_letters * num_class_embeds, self.num_patches * width)
-        self.place = nn.Parameter(torch.randn(self.num_patches, width))
+        nn.init.normal_(self.letters.weight, std=0.3)
+        self.place = nn.Parameter(0.3 * torch.randn(self.num_patches, width))
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(width, num_heads, width // num_heads, activation_fn="gelu") for _ in range(num_layers)

@@ -50,8 +50,7 @@ class WordsImageTask(DrawnTask):
 
     def real_images(self) -> list[np.ndarray]:
         """Correct renderings of held-out words."""
-        rng = random.Random("real")
-        return [rendered(row["prompt"], rng) for row in self.heldout_examples(500)]
+        return [rendered(row["prompt"]) for row in self.heldout_examples(500)]
 
     def _propose(self, rng: random.Random) -> tuple[str, str]:
         word = "".join(rng.choices(LETTERS, k=rng.choice((3, 4))))
@@ -59,24 +58,21 @@ class WordsImageTask(DrawnTask):
 
     def _shown(self, problem: str, rng: random.Random) -> Example:
         written = "".join(rng.choice(LETTERS) if rng.random() < self.letter_noise else letter for letter in problem)
-        return {"prompt": problem, "image": rendered(written, rng)}
+        return {"prompt": problem, "image": rendered(written)}
 
     def _used_up(self, found: int, count: int, split: str) -> None:
         raise ValueError(f"the task words_image has only {found} {split} words where {count} are asked for")
 
 
-def rendered(word: str, rng: random.Random) -> np.ndarray:
-    """uint8 [16, 32]: black on white, a slot of 8 pixels per letter, in the middle, moved by up to a pixel."""
-    size = rng.choice((12, 13))
-    across, down = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))
+def rendered(word: str) -> np.ndarray:
+    """uint8 [16, 32]: black on white, a slot of 8 pixels per letter, from the left."""
     picture = Image.new("L", (SLOT * PLACES, HEIGHT), 255)
-    draw, font = ImageDraw.Draw(picture), _font(size)
-    first = ((PLACES - len(word)) * SLOT + SLOT) // 2 + across
+    draw = ImageDraw.Draw(picture)
     for place, letter in enumerate(word):
-        draw.text((first + place * SLOT, 12 + down), letter, fill=0, font=font, anchor="ms")
+        draw.text((place * SLOT + SLOT // 2, 12), letter, fill=0, font=_font(), anchor="ms")
     return np.asarray(picture)
 
 
 @cache
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+def _font() -> Any:
+    return ImageFont.load_default(13)
