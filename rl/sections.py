@@ -194,7 +194,10 @@ class EvalConfig(Section):
     every_prompts: int = Field(256, ge=1, description="Validation prompts of the evaluations on the way.")
     viewer_items: int = Field(6, ge=0, description="Prompts shown step by step in the report.")
     viewer_steps: int | None = Field(None, ge=1, description="Step count of the viewer; null takes the sampler's.")
-    sampler: dict[str, Any] = Field({}, description="Sampler options that evaluations change, {selector: top_n}.")
+    sampler: dict[str, Any] = Field(
+        {},
+        description="Sampler options that evaluations change, {selector: top_n}; text is greedy without temperature.",
+    )
     baseline: str | None = Field(
         None,
         description="Autoregressive model whose answers are judged too, in train before any training: folder, hub "
@@ -207,6 +210,14 @@ class EvalConfig(Section):
         False,
         description="Also judge every step's x0 prediction: how often one was right and the answer wrong.",
     )
+
+    @field_validator("sampler")
+    @classmethod
+    def _is_no_other_option(cls, sampler: dict[str, Any]) -> dict[str, Any]:
+        for name, owner in {"num_inference_steps": "eval.num_inference_steps", "record_x0": "eval.backslide"}.items():
+            if name in sampler:
+                raise ValueError(f"eval.sampler has {name}, which evaluations take from {owner}: set that")
+        return sampler
 
 
 class GoalConfig(Section):

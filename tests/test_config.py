@@ -173,3 +173,18 @@ def test_pipeline_options_of_a_text_model_are_refused() -> None:
     config = load_config(None, ["model.pipeline.height=64"]).model
     with pytest.raises(ValueError, match=r"model\.pipeline is for image models"):
         load_policy(config, None, 0)
+
+
+def test_evaluations_take_a_sampler_of_their_own() -> None:
+    from rl.modalities.text import TextModality
+
+    def options(*overrides: str) -> SamplerOptions:
+        modality = TextModality.__new__(TextModality)
+        modality.config = load_config(None, ["sampler.temperature=0.8", *overrides])
+        return modality.evaluation_options(4)
+
+    assert (options().temperature, options().num_inference_steps) == (0.0, 4)
+    assert options("eval.sampler={temperature: 0.5, top_p: 0.9}").temperature == 0.5
+    for name, owner in {"num_inference_steps": "eval.num_inference_steps", "record_x0": "eval.backslide"}.items():
+        with pytest.raises(ValueError, match=f"eval.sampler has {name}, which evaluations take from {owner}"):
+            load_config(None, [f"eval.sampler={{{name}: 3}}"])

@@ -98,18 +98,18 @@ class TextModality(TextPlan):
     def evaluation_options(self, num_inference_steps: int) -> SamplerOptions:
         if self.config.model.autoregressive:
             return causal_options(self.config.sampler, temperature=0.0)
-        guide = self.config.sampler.guide
+        guide, given = self.config.sampler.guide, self.config.eval.sampler
+        # Several draws of a greedy policy are one.
         weighed = guide is not None and guide.rule == "energy"
         changed = {
-            **self.config.eval.sampler,
-            # Several draws of a greedy policy are one.
             "temperature": self.config.sampler.temperature if weighed else 0.0,
+            **given,
             "num_inference_steps": num_inference_steps,
             "record_x0": self.config.eval.backslide,
         }
         if self.config.sampler.final_temperature is not None:
             # DiffusionGemma's decoder is its temperatures; only its last step is greedy.
-            changed |= {"temperature": self.config.sampler.temperature, "last_step": "argmax"}
+            changed |= {"temperature": self.config.sampler.temperature, "last_step": "argmax", **given}
         return with_changes(self.config.sampler, changed)
 
     def prompt_text(self, row: Example) -> str:
