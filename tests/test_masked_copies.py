@@ -11,16 +11,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rl.config import load_config
 from rl.estimators import draws
 from rl.estimators import masked_copies as masks
 from rl.estimators.combine import log_mean_exp, per_token
 from rl.estimators.trace_rows import packed_rows, remask_rows
+from rl.registry import parse_recipe
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.distribution import sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
@@ -200,6 +203,18 @@ def test_a_prompt_cannot_be_hidden_from_a_block_causal_model(make_model) -> None
     trajectories = sampled(model, 1, gen_length=8, num_inference_steps=4, block_length=4)
     with pytest.raises(ValueError, match=r"algorithm.prompt_mask is 0.15, but a block-causal .*: set it to 0"):
         masks.copy_rows(trajectories, model, draws.coupled, prompt_mask=0.15)
+    # Before anything is sampled: once the folder of a model has been read, or from the config of a new one.
+    recipe = parse_recipe({"name": "wd1"})
+    with pytest.raises(ValueError, match=r"algorithm.prompt_mask is 0.15"):
+        recipe.prepare(SimpleNamespace(model=model))
+    recipe.prepare(SimpleNamespace(model=make_model("gpt2-full")))
+    block_causal = ["model.attention=block_causal", "model.block_length=4"]
+    for words in (block_causal, ["model.path=some/folder", "model.convert.block_length=4"]):
+        config = load_config(None, [*words, "sampler.block_length=4", "algorithm={name: wd1}"])
+        with pytest.raises(ValueError, match=r"algorithm.prompt_mask is 0.15"):
+            config.algorithm.check(config)
+    config = load_config(None, ["algorithm={name: wd1}"])
+    config.algorithm.check(config)
 
 
 def test_masks_depend_on_the_trajectory_and_the_pass_alone(make_model) -> None:

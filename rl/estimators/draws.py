@@ -139,3 +139,12 @@ def every_block(
 
 def _some(places: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.permutation(places)[:count])
+
+
+def check_prompt_mask(attention: str, prompt_mask: float) -> None:
+    """Raise ValueError where a prompt is to be hidden from a block-causal model."""
+    if attention == "block_causal" and prompt_mask:
+        raise ValueError(
+            f"algorithm.prompt_mask is {prompt_mask}, but a block-causal model sees clean blocks before its own and so "
+            "the prompt: set it to 0"
+        )

@@ -16,7 +16,7 @@ import torch
 
 from rl.estimators.combine import CombinedRows, SandwichRows, per_token
 from rl.estimators.documents import Reads, noisy_document, whole_blocks
-from rl.estimators.draws import Draw, Scope, scope_positions
+from rl.estimators.draws import Draw, Scope, check_prompt_mask, scope_positions
 from rl.estimators.rows import TokenRows, assemble, readout
 from rl.tasks.prompt_images import FIRST_IMAGE_ID
 from rollouts.model_protocol import DenoisingModel
@@ -54,11 +54,7 @@ def copy_rows(
         ValueError: a prompt is to be hidden from a block-causal model.
     """
     causal = model.attention == "block_causal"
-    if causal and prompt_mask:
-        raise ValueError(
-            f"algorithm.prompt_mask is {prompt_mask}, but a block-causal model sees clean blocks before its own and so "
-            "the prompt: set it to 0"
-        )
+    check_prompt_mask(model.attention, prompt_mask)
     documents, reads, weights = [], [], []
     size = block or model.block_length if causal else None
     for index, (trajectory, padded) in enumerate(zip(trajectories, whole_blocks(trajectories, size), strict=True)):

@@ -9,8 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from rl.batch import Tensor
+from rl.config import Config
 from rl.estimators.base import Rows
-from rl.estimators.draws import Copy, scope_positions
+from rl.estimators.draws import Copy, check_prompt_mask, scope_positions
 from rl.recipes.base import Recipe
 
 
@@ -30,6 +31,15 @@ class MaskedRecipe(Recipe, defaults={"aggregation": "trajectory_mean"}):
     prompt_mask: float = Field(
         0.0, ge=0, lt=1, description="Probability that a copy hides a prompt token (full attention)."
     )
+
+    def check(self, config: Config) -> None:
+        # A model's own folder says it when it is loaded.
+        model = config.model
+        causal = model.attention == "block_causal" if model.path is None else model.convert.block_length is not None
+        check_prompt_mask("block_causal" if causal else "full", self.prompt_mask)
+
+    def prepare(self, run: Any) -> None:
+        check_prompt_mask(run.model.attention, self.prompt_mask)
 
     def engine_needs(self) -> set[str]:
         """Nothing: copies are masked anew, how the answer came about does not matter; what stands behind it may."""

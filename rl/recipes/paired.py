@@ -38,6 +38,7 @@ class PairedRecipe(AnyRecipe):
     def check(self, config: Config) -> None:
         from rl.tasks.preferences import read_pairs
 
+        super().check(config)
         if self.pairs:
             read_pairs(self.pairs)
         if config.train.micro_batch_size % 2:
