@@ -75,7 +75,7 @@ RECIPES = Table(
         "find": "rl.recipes.find:FIND",
         "flow_dppo": "rl.recipes.flow_dppo:FlowDPPO",
         "flow_grpo": "rl.recipes.flow_grpo:FlowGRPO",
-        "dgpo": "rl.recipes.gdpo:DGPO",
+        "dgpo": "rl.recipes.dgpo:DGPO",
         "gdpo": "rl.recipes.gdpo:GDPO",
         "graph_ddpo": "rl.recipes.gdpo:GraphDDPO",
         "grpo_guard": "rl.recipes.grpo_guard:GRPOGuard",

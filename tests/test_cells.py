@@ -24,7 +24,7 @@ from rl.modalities.graph_search import GraphSampler, tilted
 from rl.modalities.graphs import Graphs, graph_rows
 from rl.modalities.graphs_plan import GraphOptions
 from rl.models.graph_policy import GraphModel, kept
-from rl.recipes.gdpo import DGPO
+from rl.recipes.dgpo import DGPO
 from rl.registry import SEARCHES
 from rl.tasks import cells
 from rl.tasks.cells import OPERATIONS, PAIRS, CellPredictor, CellsTask, cell_of, graph_of
