@@ -1,17 +1,11 @@
 """ReDiff: an expert corrects the policy's own drafts, and the policy learns to revise them.
 
-Ji et al. 2025, "From Denoising to Refining" (arXiv 2510.19871). A supervised stage on synthetic errors comes first
-(`sft.errors`). Here the policy writes a draft, an expert corrects it, and the loss is -log p(correction | draft), with
-the draft's tokens visible (`rl/estimators/revision.py`). `sampler.reviser: edit` then makes use of it. Drafts without a
-correction are left out and counted. Choice: the mean over all fitted tokens of the step.
+Ji et al. 2025, "From Denoising to Refining" (arXiv 2510.19871), after a supervised stage with `sft.errors`: the loss is
+-log p(correction | draft), the draft visible (`rl/estimators/revision.py`), the mean over all fitted tokens of a step.
+`sampler.reviser: edit` makes use of it. Drafts without a correction are left out and counted.
 
-The published code fits a draft's wrong tokens alone (`fit: wrong`, which leaves right drafts out), and ordinary samples
-of the same batches teach it to keep visible tokens that are right and to fill masks. There are no such samples here,
-and fitting wrong tokens alone teaches that every token is wrong (docs/experiments/rediff.md). `fit: all` fits right
-tokens of the draft as well.
-
-Departs further: drafts are fresh at every step (published: made once); synthetic errors are random tokens (published:
-also captions with wrong facts); the rest of the draft stands as it was finished.
+Departs: published, wrong tokens alone are fitted (`fit: wrong`) beside ordinary samples, which keep right tokens; with
+none here, `fit: all` does that (docs/experiments/rediff.md). Drafts are fresh at every step, synthetic errors random.
 """
 
 from __future__ import annotations
@@ -34,11 +28,7 @@ class ReDiff(Recipe):
         description="Who corrects: answer (the row's own), sudoku, or file.py:function or pkg.module:function of "
         "(prompts, completions, **columns) that returns corrected texts, None for no correction.",
     )
-    fit: Literal["wrong", "all"] = Field(
-        "all",
-        description="Tokens of a corrected draft that are fitted: all that have a place, in right drafts too, or wrong "
-        "ones alone.",
-    )
+    fit: Literal["wrong", "all"] = Field("all", description="Tokens of a draft that are fitted: all, or wrong alone.")
     _corrections: dict[int, Any] = PrivateAttr(default_factory=dict)
 
     def requires(self, config: Config) -> dict[str, Any]:
@@ -61,9 +51,9 @@ class ReDiff(Recipe):
         from rl.tasks.experts import expert_texts
 
         texts = expert_texts(self.expert, rollouts.examples, rollouts.completions)
-        every = self.fit == "all"
-        found, right, uncorrected = corrections_of(rollouts.trajectories, texts, run.tokenizer, every)
-        self._corrections = {rollouts.trajectories[index].seed: correction for index, correction in found.items()}
+        drafts = rollouts.trajectories
+        found, right, uncorrected = corrections_of(drafts, texts, run.tokenizer, self.fit == "all")
+        self._corrections = {drafts[index].seed: correction for index, correction in found.items()}
         for index in set(range(len(texts))) - set(found):
             rollouts.counted[index] = False
         rollouts.filtered |= {"filters/right": float(right), "filters/uncorrected": float(uncorrected)}
@@ -73,7 +63,7 @@ class ReDiff(Recipe):
 
     def correction(self, trajectory: Any) -> Any:
         own = trajectory.response_ids()
-        # Nobody looked at a spare one (`Modality.smallest_trajectory`): it is read as it is.
+        # A spare one (`Modality.smallest_trajectory`), which nobody looked at, is read as it is.
         return self._corrections.get(trajectory.seed, (np.arange(len(own)), own))
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
