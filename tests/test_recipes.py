@@ -364,8 +364,8 @@ def test_a_lone_rollout_is_trained_with_a_value_and_refused_without_a_baseline(t
     torch.testing.assert_close(lone.advantage(alone), reward, equal_nan=True)
     assert lone.advantage(replace(alone, group=torch.tensor([0, 0, 0]))).nan_to_num().tolist() == [-1.5, 0.0, 1.5]
     assert {name for name in RECIPES.known if not parse_recipe({"name": name}).needs_group} == {
-        "alignprop", "b2_diffurl", "class_tokens", "ctrl", "d_opsd", "ddpo", "diffusion_opd", "dpok", "dppo", "drakes",
-        "opd", "rediff", "trafl",
+        "alignprop", "b2_diffurl", "class_tokens", "ctrl", "d_opsd", "ddpo", "dgpo", "diffusion_opd", "dpok", "dppo",
+        "drakes", "opd", "rediff", "trafl",
     }  # fmt: skip
     assert parse_recipe({"name": "b2_diffurl", "history": 0}).needs_group
     arguments = tiny_config(tmp_path, "train.group_size=1", "train.steps=2", "eval.viewer_items=0")
