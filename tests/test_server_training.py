@@ -110,7 +110,7 @@ def test_a_recipe_that_a_server_cannot_serve_is_refused_before_anything_is_train
     with served("vllm", tmp_path) as (server, overrides):
         message = refusal(capsys, *runs.tiny_config(tmp_path / "a", *SMALL, *overrides))
         assert "rollout.engine server cannot give" in message and "algorithm.name tracerl" in message
-        scope = "algorithm={name: diffu_grpo, scope: canvas}"
+        scope = "algorithm={name: diffu_grpo, scope: canvas, prompt_mask: 0}"
         message = refusal(capsys, *runs.tiny_config(tmp_path / "b", *SMALL, scope, *overrides))
         assert "step_maps" in message and "algorithm.name diffu_grpo" in message
         # The handshake's one rollout each, and no weights.
