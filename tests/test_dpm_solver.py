@@ -15,7 +15,7 @@ from rollouts.engines.base import SampleRequest
 from rollouts.engines.latent import LatentEngine
 from rollouts.samplers.latent_options import LatentSamplerOptions
 from rollouts.search.latents import LatentSampler
-from tests.image_models import FLOW, rollouts, tiny_policy
+from tests.image_models import CLASSES, FLOW, rollouts, tiny_policy
 
 DPM = LatentSamplerOptions(kind="dpm_solver", num_inference_steps=7)
 
@@ -97,6 +97,9 @@ def test_it_is_nearer_to_the_exact_solution_than_the_first_order_ode(flow: bool)
 def test_branches_look_back_along_their_own_path() -> None:
     policy = tiny_policy()
     whole = rollouts(policy, DPM, count=2)
+    dtype = next(policy.parameters()).dtype
+    (second,) = LatentEngine(policy, DPM, dtype=dtype).generate([SampleRequest(CLASSES[1], 11)])
+    np.testing.assert_allclose(second.latents, whole[1].latents, rtol=1e-12)
     # Branches differ in seeds alone, and no step draws noise: both are the rollout without branches.
     branched = rollouts(policy, DPM, count=2, branch_points=((3, 2),))
     for index, trajectory in enumerate(branched):

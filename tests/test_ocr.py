@@ -28,6 +28,8 @@ def test_edit_similarity() -> None:
     assert similarity("", "cat") == 0 and similarity("cat", "cat") == 1 and similarity("", "") == 1
     assert similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
     assert similarity("ab", "ba") == 0
+    # Whichever is the longer.
+    assert similarity("catch", "cat") == similarity("cat", "catch") == pytest.approx(1 - 2 / 5)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ entries of an action, O entries of an observation, U scored steps.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from rl.estimators.base import Scores
 from rl.estimators.latent_rows import LatentRows
 from rl.modalities.actions_plan import ActionOptions, ActionsPlan
 from rl.models.action_policy import ActionModel, signal
-from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
+from rollouts.engines.base import BatchedEngine, EngineStats, SampleRequest
 from rollouts.samplers.noise import LATENT_STREAM, normal
 
 
@@ -92,7 +91,7 @@ class Play:
         self.over, self.error = True, f"{type(error).__name__}: {error}"
 
 
-class ActionEngine(SharedModelEngine):
+class ActionEngine(BatchedEngine):
     """A chunk's noise depends on the seed, the chunk and the denoising step alone, whatever shares the batch."""
 
     def __init__(
@@ -103,15 +102,7 @@ class ActionEngine(SharedModelEngine):
         self.stats = EngineStats()
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[Episode]:
-        started, self.stats = time.perf_counter(), EngineStats()
-        found: list[Episode] = []
-        for start in range(0, len(requests), self.max_batch_size):
-            found += self._together(requests[start : start + self.max_batch_size], policy_version)
-        self.stats.seconds = time.perf_counter() - started
-        return found
-
-    def _together(self, requests: Sequence[SampleRequest], version: int) -> list[Episode]:
+    def _together(self, requests: Sequence[SampleRequest], policy_version: int) -> list[Episode]:
         """Episodes side by side, in an environment each."""
         envs = self.task.environments(len(requests))
         plays = [Play(env) for env in envs]
@@ -126,7 +117,7 @@ class ActionEngine(SharedModelEngine):
                 plays[i].act([self.space.to_env(action) for action in states[row, -1]], self.options.max_actions)
             number += 1
         self.task.give_back([play.env for play in plays if not play.error])
-        return [self._episode(play, version) for play in plays]
+        return [self._episode(play, policy_version) for play in plays]
 
     def _chunks(self, seen: np.ndarray, seeds: list[int], number: int) -> tuple[np.ndarray, np.ndarray]:
         """States [B, T + 1, H, A] and log-probs [B, T] of the chunk that answers what is seen [B, O]."""

@@ -5,7 +5,6 @@ Shape legend: B graphs, S places of a state, K kinds, T denoising steps.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 
 from rl.modalities.graphs_plan import GraphOptions
 from rl.models.graph_policy import GraphModel, drawn
-from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
+from rollouts.engines.base import BatchedEngine, EngineStats, SampleRequest
 from rollouts.samplers.noise import TOKEN_STREAM, uniform
 
 
@@ -38,7 +37,7 @@ class GraphTrajectory:
         return len(self.logprob)
 
 
-class GraphEngine(SharedModelEngine):
+class GraphEngine(BatchedEngine):
     """A rollout's draws depend on its seed, its step and its place alone, whatever shares the batch."""
 
     def __init__(
@@ -53,15 +52,7 @@ class GraphEngine(SharedModelEngine):
         self.max_batch_size, self.stats = max_batch_size, EngineStats()
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[GraphTrajectory]:
-        started, self.stats = time.perf_counter(), EngineStats()
-        found: list[GraphTrajectory] = []
-        for start in range(0, len(requests), self.max_batch_size):
-            found += self._together(requests[start : start + self.max_batch_size], policy_version)
-        self.stats.seconds = time.perf_counter() - started
-        return found
-
-    def _together(self, requests: Sequence[SampleRequest], version: int) -> list[GraphTrajectory]:
+    def _together(self, requests: Sequence[SampleRequest], policy_version: int) -> list[GraphTrajectory]:
         steps, count = self.options.num_inference_steps, len(requests)
         seed = torch.tensor([request.seed for request in requests], dtype=torch.int64, device=self.device)
         asked = torch.tensor([self.prompts.index(request.prompt) for request in requests], device=self.device)
@@ -78,7 +69,7 @@ class GraphEngine(SharedModelEngine):
         rows, places = count * steps, count * len(place)
         self.stats.add(EngineStats(steps, rows, rows, steps * places, places))
         every, logprob = torch.stack(states, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy()
-        return [GraphTrajectory(every[i], logprob[i], int(asked[i]), version) for i in range(count)]
+        return [GraphTrajectory(every[i], logprob[i], int(asked[i]), policy_version) for i in range(count)]
 
 
 def chosen(kinds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

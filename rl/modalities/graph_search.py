@@ -8,7 +8,7 @@ clean kinds are tilted by scale times the gradient of the predictor at them, and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,35 +17,18 @@ import torch
 from rl.modalities.graph_engine import GraphEngine, GraphTrajectory, chosen
 from rl.models.graph_policy import drawn, kept
 from rollouts.samplers.noise import CHOICE_STREAM, TOKEN_STREAM, uniform
-from rollouts.search.protocol import Budget
+from rollouts.search.protocol import ArrayStates, Budget
 
 
 @dataclass(frozen=True)
-class GraphStates:
-    """B states; see `rollouts.search.protocol.States`.
+class GraphStates(ArrayStates):
+    """B states.
 
     Attributes:
-        at: int64 [B], steps taken.
-        seed: int64 [B], of the noise ahead.
         states: int64 [B, T + 1, S], up to entry `at`; zeros after it.
-        logprob: float64 [B, T], of the steps taken.
     """
 
-    row: np.ndarray
-    at: np.ndarray
-    seed: np.ndarray
     states: np.ndarray
-    logprob: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    @property
-    def done(self) -> np.ndarray:
-        return self.at == self.logprob.shape[1]
-
-    def select(self, index: np.ndarray) -> GraphStates:
-        return GraphStates(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 class GraphSampler:
@@ -62,12 +45,10 @@ class GraphSampler:
         states = np.zeros((len(row), self.steps + 1, first.shape[1]), dtype=np.int64)
         states[:, 0] = first
         zeros = np.zeros(len(row), dtype=np.int64)
-        return GraphStates(np.asarray(row), zeros, np.asarray(seed), states, np.zeros((len(row), self.steps)))
+        return GraphStates(np.asarray(row), zeros, np.asarray(seed), np.zeros((len(row), self.steps)), states)
 
     def join(self, parts: Sequence[GraphStates]) -> GraphStates:
-        return GraphStates(
-            **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(GraphStates)}
-        )
+        return GraphStates.join(parts)
 
     def keys(self, states: GraphStates) -> list[Any]:
         """What is left to denoise depends on where a state stands alone."""
@@ -158,7 +139,7 @@ class GraphSampler:
             after = drawn(kinds, self._draws(seeds[rows], index + 1))
             whole[rows, index + 1], at[rows] = after.cpu().numpy(), index + 1
             logprob[rows, index] = chosen(kinds, after).log().sum(-1).cpu().numpy()
-        return GraphStates(moved.row, at, seeds, whole, logprob)
+        return GraphStates(moved.row, at, seeds, logprob, whole)
 
     @torch.no_grad()
     def _clean(self, states: GraphStates) -> list[tuple[int, np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -7,6 +7,7 @@ for or not at all: a push that fails half-way leaves it without one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +216,24 @@ class SharedModelEngine:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+class BatchedEngine(SharedModelEngine):
+    """Samples at most `max_batch_size` requests together. A subclass samples some of them, and adds to `stats`."""
+
+    max_batch_size: int
+    stats: EngineStats
+
+    def generate(self, requests: Sequence[Any], policy_version: int = 0) -> list[Any]:
+        started, self.stats = time.perf_counter(), EngineStats()
+        found: list[Any] = []
+        for start in range(0, len(requests), self.max_batch_size):
+            found += self._together(requests[start : start + self.max_batch_size], policy_version)
+        self.stats.seconds = time.perf_counter() - started
+        return found
+
+    def _together(self, requests: Sequence[Any], policy_version: int) -> list[Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no _together()")
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ as in `LatentEngine`, so that a search that only starts and finishes draws the e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,43 +18,27 @@ from rollouts.latent_trajectory import LatentTrajectory
 from rollouts.model_protocol import LearnedNoise
 from rollouts.samplers.first_jump import levels
 from rollouts.samplers.gaussian import gaussian_step, log_density, predicted_x0
-from rollouts.search.protocol import Budget
+from rollouts.search.protocol import ArrayStates, Budget
 
 
 @dataclass(frozen=True)
-class LatentStates:
-    """B states; see `States`.
+class LatentStates(ArrayStates):
+    """B states.
 
     Attributes:
-        at: int64 [B], steps taken.
-        seed: int64 [B], of the noise ahead.
         latents: [B, T+1, ...], up to entry `at`; zeros after it.
-        mean: [B, T, ...] and logprob: float64 [B, T], of the steps taken.
+        mean: [B, T, ...], of the steps taken.
         seeds: int64 [B, T+1], the seed that drew each latent.
     """
 
-    row: np.ndarray
-    at: np.ndarray
-    seed: np.ndarray
     latents: np.ndarray
     mean: np.ndarray
-    logprob: np.ndarray
     seeds: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    @property
-    def done(self) -> np.ndarray:
-        return self.at == self.mean.shape[1]
 
     @property
     def latent(self) -> np.ndarray:
         """[B, ...], as the states stand."""
         return self.latents[np.arange(len(self)), self.at]
-
-    def select(self, index: np.ndarray) -> LatentStates:
-        return LatentStates(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 class LatentSampler:
@@ -104,9 +88,7 @@ class LatentSampler:
         )
 
     def join(self, parts: Sequence[LatentStates]) -> LatentStates:
-        return LatentStates(
-            **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LatentStates)}
-        )
+        return LatentStates.join(parts)
 
     def keys(self, states: LatentStates) -> list[None]:
         return [None] * len(states)
@@ -265,7 +247,7 @@ class LatentSampler:
             latents[rows, index + 1], mean[rows, index] = after.cpu().numpy(), center.cpu().numpy()
             logprob[rows, index], drawn[rows, index + 1] = density.cpu().numpy(), seeds[rows]
             at[rows] = index + 1
-        return LatentStates(moved.row, at, seeds, latents, mean, logprob, drawn)
+        return LatentStates(moved.row, at, seeds, logprob, latents, mean, drawn)
 
     def _outputs(
         self, states: LatentStates, with_gradient: bool = False

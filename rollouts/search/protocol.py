@@ -10,7 +10,7 @@ Legend: M requests (independent searches), B states, k candidates per state, S s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -36,6 +36,37 @@ class States(Protocol):
     def select(self, index: np.ndarray) -> Self:
         """The states at these indices, in this order; an index may repeat."""
         ...
+
+
+@dataclass(frozen=True)
+class ArrayStates:
+    """`States` whose every field is an array with a row per state.
+
+    Attributes:
+        row: int64 [B], see `States`.
+        at: int64 [B], steps taken.
+        seed: int64 [B], of the noise ahead.
+        logprob: float64 [B, T], of the steps taken.
+    """
+
+    row: np.ndarray
+    at: np.ndarray
+    seed: np.ndarray
+    logprob: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def done(self) -> np.ndarray:
+        return self.at == self.logprob.shape[1]
+
+    def select(self, index: np.ndarray) -> Self:
+        return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
 class SearchSampler(Protocol):
