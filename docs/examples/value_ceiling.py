@@ -1,4 +1,4 @@
-"""How much of the reward a critic could know at most: 4x4 Sudoku, where a canvas can be judged by enumeration.
+"""How much of the reward a critic could know before a step: 4x4 Sudoku, where a canvas can be judged by enumeration.
 
     denoise-rl rollout --config quickstart model.path=MODEL --num-prompts 128 --group-size 16 --output FOLDER
     python docs/examples/value_ceiling.py FOLDER
