@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -40,7 +42,7 @@ def odd_ones(prompts, completions, completion_ids, pause=0.0, **columns):
     return [float(c.count("1") % 2) if sum(ids) % 4 else none for c, ids in zip(completions, completion_ids)]
 
 def even_ones(prompts, completions, **columns):
-    return [float(c.count("1") % 2 == 0) for c in completions]
+    return [Score(float(c.count("1") % 2 == 0), metrics={"ones": c.count("1")}) for c in completions]
 """
 
 
@@ -49,10 +51,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("model"), "01234=", 64)
 
 
-def save_model(path: Path, alphabet: str, positions: int) -> str:
+def save_model(path: Path, alphabet: str, positions: int, **config: Any) -> str:
     tokenizer = char_tokenizer(alphabet)
     backbone = {"model_type": "gpt2", "n_positions": positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    save_policy(load_policy(ModelConfig(backbone=backbone), tokenizer, seed=0), tokenizer, path)
+    save_policy(load_policy(ModelConfig(backbone=backbone, **config), tokenizer, seed=0), tokenizer, path)
     return str(path)
 
 
@@ -327,6 +329,22 @@ def test_code_benchmarks_run_their_tests(run: Run, shared_data: Path, tmp_path: 
     assert "template completion (HumanEval (Chen et al. 2021); plain), reward code_tests" in out
     lines = (folder / "human-eval-static@4.jsonl").read_text().splitlines()
     assert [json.loads(line)["task_id"] for line in lines] == ["HumanEval/0", "HumanEval/1"]
+
+
+def test_forwards_are_counted_and_what_the_judge_reports_is_kept(run: Run, reward: str, tmp_path: Path) -> None:
+    """Self-speculative decoding takes two forwards a round; a step of its trajectories is a token."""
+    model = save_model(tmp_path / "blocks", "01234=", 64, attention="block_causal", block_length=4)
+    code, _, err = run(
+        *options(model, reward, "sampler.verify=true", "eval.num_inference_steps=[16]"),
+        *["--reward", f"{reward}:even_ones", "--output", str(tmp_path / "kept")],
+    )
+    assert code == 0, err
+    made = GenerationFolder(tmp_path / "kept").generations()
+    assert all(g.steps % 2 == 0 for g in made) and any(len(g.completion_ids) % 2 for g in made)
+    assert [g.metrics for g in made] == [{"ones": g.completion.count("1")} for g in made]
+    figures = json.loads((tmp_path / "kept" / "results.json").read_text())["results"]["static@16"]
+    assert figures["metrics"] == {"ones": fmean(g.metrics["ones"] for g in made)}
+    assert figures["tokens_per_forward"] == sum(len(g.completion_ids) for g in made) / sum(g.steps for g in made)
 
 
 def test_presets_are_decodings(run: Run, model: str, reward: str, tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,8 +67,8 @@ def evaluate(
         engine = run.engine(run.model, run.modality.evaluation_options(steps))
         _, mine = distributed.shard([(index, 0) for index in range(len(problems))])
         answers = evaluator.ask(engine, str(steps), mine)
-        parts = distributed.gather_objects((answers.generations, answers.step_reward, answers.reported))
-        completions[steps] = [generation for part, _, _ in parts for generation in part]
+        parts = distributed.gather_objects((answers.generations, answers.step_reward))
+        completions[steps] = [generation for part, _ in parts for generation in part]
         figure = figures(completions[steps], [])
         work = distributed.sum_metrics(answers.stats, run.device)
         value = (figure.avg, figure.low, figure.high)
@@ -85,8 +84,8 @@ def evaluate(
             figure.unscored,
             work["sequence_forwards"],
             figure.tokens_per_forward,
-            backslide_of([reward for _, part, _ in parts for reward in part]) if backslide else None,
-            _means([reported for _, _, part in parts for reported in part]),
+            backslide_of([reward for _, part in parts for reward in part]) if backslide else None,
+            figure.metrics,
         )
     return results, completions
 
@@ -99,12 +98,6 @@ def task_measures(
         return {}
     measured: dict[str, float] = run.task.measure(examples, [made.completion for made in completions], result.reported)
     return measured
-
-
-def _means(reported: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Name -> mean over those that have it."""
-    names = dict.fromkeys(name for one in reported for name in one)
-    return {name: statistics.fmean(one[name] for one in reported if name in one) for name in names}
 
 
 def as_metrics(results: dict[int, Accuracy]) -> dict[str, float]:

@@ -45,14 +45,12 @@ class Answers:
         batch: work and time.
         stats: work of the engine, all zero where nothing was sampled.
         step_reward: float64 [T_i] for each trajectory, with `Evaluator.every_step`.
-        reported: what the judge reported of each answer beside its score (`Score.metrics`).
     """
 
     generations: list[Generation]
     batch: BatchCost
     stats: dict[str, float]
     step_reward: list[np.ndarray]
-    reported: list[dict[str, float]]
 
 
 @dataclass
@@ -104,15 +102,14 @@ class Evaluator:
         eos = getattr(modality.tokenizer, "eos_token_id", None)
         for i, (made, trajectory) in enumerate(zip(sampled, trajectories, strict=True)):
             made.completion, made.steps = completions[i], trajectory.num_steps
+            # Some decoders take several forwards a step.
+            made.steps = columns.get("num_forwards", {i: None})[i] or made.steps
             if "completion_ids" in columns:
                 made.completion_ids, made.reveal_steps = columns["completion_ids"][i], columns["reveal_steps"][i]
             made.ended = eos in made.completion_ids
         step_reward: list[np.ndarray] = []
-        reported: list[dict[str, float]] = []
         if sampled:
             table = score(self.rewards, self.cut, examples, sampled, columns)
-            for scores in zip(*table.parts.values(), strict=True):
-                reported.append({name: value for part in scores for name, value in part.metrics.items()})
             if self.every_step:
                 step_reward, _ = self.run.judge.score_x0(examples, trajectories, completions, table, verifier=True)
         batch = BatchCost(
@@ -122,4 +119,4 @@ class Evaluator:
             seconds=engine.stats.seconds,
             reward_seconds=time.perf_counter() - started,
         )
-        return Answers(generations, batch, vars(engine.stats), step_reward, reported)
+        return Answers(generations, batch, vars(engine.stats), step_reward)

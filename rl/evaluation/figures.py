@@ -29,6 +29,7 @@ class Figures:
         tokens_per_forward: answer tokens (up to the end token) per denoising forward of their own sequence.
         tokens_per_second: answer tokens per second of sampling, None when no time was recorded.
         ended: share of completions that reached the end token.
+        metrics: mean of everything that the judge reported beside its score, over the completions that have it.
     """
 
     samples: int
@@ -45,6 +46,7 @@ class Figures:
     tokens_per_second: float | None
     ended: float
     reasons: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with NaN as null: JSON has no NaN."""
@@ -98,7 +100,14 @@ def figures(generations: Sequence[Generation], batches: Sequence[BatchCost], ks:
         tokens_per_second=sum(batch.tokens for batch in batches) / seconds if seconds else None,
         ended=fmean(generation.ended for generation in generations) if generations else float("nan"),
         reasons=dict(Counter(str(g.reason) for g in generations if g.reward is None).most_common()),
+        metrics=_means([generation.metrics for generation in generations]),
     )
+
+
+def _means(reported: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Name -> mean over those that have it."""
+    names = dict.fromkeys(name for one in reported for name in one)
+    return {name: fmean(one[name] for one in reported if name in one) for name in names}
 
 
 def _mean(values: Sequence[float], single: bool) -> tuple[float, float, float, str]:

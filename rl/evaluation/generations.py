@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Generation:
         ended: the end token was reached.
         reward: None where there is no score.
         reason: why there is none.
+        metrics: what the judge reports beside it (`Score.metrics`); a folder of an older version has none.
     """
 
     decoder: str
@@ -51,6 +52,7 @@ class Generation:
     ended: bool
     reward: float | None
     reason: str | None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, int]:

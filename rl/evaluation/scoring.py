@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,6 +106,8 @@ def score(
     for index, (generation, value) in enumerate(zip(generations, table.values, strict=True)):
         generation.reward = value
         generation.reason = None if value is not None else _reason(table, index)
+        parts = [scores[index].metrics for scores in table.parts.values()]
+        generation.metrics = {name: float(x) for part in parts for name, x in part.items() if math.isfinite(x)}
     return table
 
 
