@@ -68,7 +68,8 @@ class Config(Section):
     def of_baseline(self) -> Config:
         """The config of `eval.baseline` in the place of the model: same task, rewards and lengths."""
         # The end token and the tokenizer are the baseline's own.
-        model = ModelConfig(path=self.eval.baseline, autoregressive=True)
+        dtype = self.model.autoregressive_dtype
+        model = ModelConfig(path=self.eval.baseline, autoregressive=True, autoregressive_dtype=dtype)
         evaluation = self.eval.model_copy(update={"baseline": None, "backslide": False})
         return self.model_copy(update={"model": model, "eval": evaluation})
 

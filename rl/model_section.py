@@ -140,7 +140,12 @@ class ModelConfig(Section):
     autoregressive: bool = Field(
         False,
         description="The model in path is an autoregressive one, to compare with: a folder, hub name, .gguf file or "
-        "package:NAME/FILE.gguf that is sampled here in bfloat16, or http://HOST:PORT of a vLLM server (docs/vllm.md).",
+        "package:NAME/FILE.gguf that is sampled here, or http://HOST:PORT of a vLLM server (docs/vllm.md).",
+    )
+    autoregressive_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="Weights and sampling of an autoregressive model here, that of eval.baseline included; float32 is "
+        "the faster one on CPUs without AMX.",
     )
     family: str | None = Field(
         None,

@@ -151,6 +151,9 @@ def test_eval_keeps_its_generations(run: Run, folder: str, diffusion: str, tmp_p
     for line in map(json.loads, lines):
         assert line["steps"] == len(line["completion_ids"]) and line["reveal_steps"] == list(range(line["steps"]))
     assert run(*config, "eval.num_inference_steps=[8]")[0] == 0  # goes on, with nothing to do
+    assert settings["model"]["dtype"] == "bfloat16"
+    code, _, err = run(*config, "eval.num_inference_steps=[8]", "model.autoregressive_dtype=float32")
+    assert code and "model.dtype" in err and "float32" in err
 
 
 def test_rollout_writes_its_trajectories(run: Run, folder: str, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def load_autoregressive(config: ModelConfig, server: ServerOptions) -> CausalLM:
         server = server.model_copy(update={"urls": [config.path.removesuffix("/").removesuffix("/v1")]})
         return CausalLM(None, described, int(found["max_model_len"]), server)
     logging.disable_progress_bar()
-    lm = load_causal_lm(config.path, "bfloat16")
+    lm = load_causal_lm(config.path, config.autoregressive_dtype)
     text = lm.config.get_text_config()
     # Mamba and its like have no last position.
     return CausalLM(lm, lm.config, getattr(text, "max_position_embeddings", None) or 2**31)
