@@ -10,15 +10,18 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rewards.call import one_line
 from rewards.signature import nearest
 
 # Where the code of plugins lies that were loaded by address: files, and folders of packages. A ValueError that is
 # raised there is a message for the user, like one of ours.
 PLUGIN_PLACES: set[Path] = set()
+_OURS = [Path(__file__).resolve().parents[1] / package for package in ("rl", "rewards", "rollouts")]
 
 
 def load_address(spec: str, what: str) -> Any:
@@ -59,15 +62,36 @@ def load_entry_point(point: Any, what: str) -> Any:
     """
     try:
         found = point.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what}: the entry point {point.value!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{what}: the entry point {point.value!r} cannot be imported: {one_line(error)}") from error
     _remember(found, sys.modules[point.value.split(":")[0]])
     return found
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a source file belongs to this project."""
+    return any(folder in path.parents for folder in _OURS)
+
+
 def is_plugin(path: Path) -> bool:
     """Whether a source file belongs to a plugin that was loaded by address or entry point."""
-    return any(path == place or place in path.parents for place in PLUGIN_PLACES)
+    return any(path == place or place in path.parents for place in PLUGIN_PLACES) and not is_ours(path)
+
+
+def place_in_plugin(error: BaseException) -> str:
+    """The line of a plugin in which an error arose: `own_task.py, line 5, in Task.train_examples`.
+
+    Libraries that the plugin called count as the plugin; the place is "" where it called our code and the error arose
+    there, and where there is no plugin.
+    """
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename).resolve()
+        if is_ours(file):
+            place = ""
+        elif is_plugin(file):
+            place = f"{file.name}, line {line}, in {frame.f_code.co_qualname}"
+    return place
 
 
 def _remember(found: Any, module: ModuleType) -> None:
@@ -88,6 +112,16 @@ def _module(name: str, what: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{what}: cannot import '{name}': {error}") from error
+    except (Exception, SystemExit) as error:
+        if name.split(".")[0] in [folder.name for folder in _OURS]:
+            raise
+        raise ValueError(f"{what}: cannot import '{name}': {_in_import(error)}") from error
+
+
+def _in_import(error: BaseException) -> str:
+    """`KeyError: 'a' (own.py, line 3)`: an error and the line of the module, or of what it imports, that raised it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
+    return one_line(error) + (f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else "")
 
 
 def _module_from_file(location: str, what: str) -> ModuleType:
@@ -123,7 +157,7 @@ def _module_from_file(location: str, what: str) -> ModuleType:
     PLUGIN_PLACES.add(path)
     try:
         module_spec.loader.exec_module(module)
-    except BaseException:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise
+        raise ValueError(f"{what}: cannot import {path}: {_in_import(error)}") from error
     return module

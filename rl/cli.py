@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if foreign:
         return _complain(foreign, 2)
     try:
-        parsed, extra = _parser().parse_known_args([_at_home(word) for word in arguments])
+        parsed, extra = _parser().parse_known_args(_apart([_at_home(word) for word in arguments]))
         if extra and not getattr(parsed, "takes_overrides", False):
             raise ValueError(f"unknown argument {extra[0]!r}: see denoise-rl {parsed.command} --help")
         for word in extra:
@@ -34,30 +35,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         from rl.errors import is_message
 
-        # Any other ValueError is a bug, and needs its traceback.
-        if not is_message(error):
-            raise
-        return _complain(error, 2)
+        return _complain(error, 2) if is_message(error) else _failed(error)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except OSError as error:
-        # A full disk, a folder that may not be written: nothing that a traceback would explain better.
-        return _complain(error, 1)
-    except RuntimeError as error:
-        # Failures that training itself detects (TrainingError, RewardFailureError) explain themselves.
-        if type(error).__module__.split(".")[0] in ("rl", "rewards", "rollouts"):
-            return _complain(error, 1)
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """The exit code for an error that is no message for the user.
+
+    Raises:
+        Exception: `error` itself, where it is a bug of ours and needs its traceback.
+    """
+    from rewards.address import place_in_plugin
+
+    if isinstance(error, RuntimeError):
         from rl import distributed
 
-        if not distributed.is_lost_rank(error):
-            raise
-        _complain(f"another rank ended or is stuck (see what it says): {error}", 1)
-        # A launcher reports the first rank that it finds ended. Leave it the time to find the one that was.
-        time.sleep(5)
-        return 1
+        if distributed.is_lost_rank(error):
+            _complain(f"another rank ended or is stuck (see what it says): {error}", 1)
+            # A launcher reports the first rank that it finds ended. Leave it the time to find the one that was.
+            time.sleep(5)
+            return 1
+    place = place_in_plugin(error)
+    if place:
+        return _complain(f"{place}: {type(error).__name__}: {error} (DENOISE_RL_TRACEBACK=1 shows the traceback)", 1)
+    # A full disk, a folder that may not be written: nothing that a traceback would explain better. Failures that
+    # training itself detects (TrainingError, RewardFailureError) explain themselves.
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("rl", "rewards", "rollouts"):
+        return _complain(error, 1)
+    raise error
 
 
 def _complain(error: object, code: int) -> int:
+    if os.environ.get("DENOISE_RL_TRACEBACK", "0") != "0":
+        traceback.print_exc()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     who = f"denoise-rl: rank {os.environ.get('RANK', '?')}" if several else "denoise-rl"
     print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -110,6 +123,22 @@ def _at_home(word: str) -> str:
     return str(Path(word).expanduser()) if word.startswith("~/") else word
 
 
+def _apart(words: list[str]) -> list[str]:
+    """Overrides behind `--seeds` and `--recipes`, which take several, get dashes: `--seeds 0 --run.seed=5`."""
+    option, apart = "", []
+    for word in words:
+        option = word if word.startswith("-") else option
+        override = option in ("--seeds", "--recipes") and "." in word.partition("=")[0] and "=" in word
+        apart.append(f"--{word}" if override and word != option else word)
+    return apart
+
+
+def _seed(text: str) -> int:
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number (an override of a section comes before --seeds)")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="denoise-rl", description="Reinforcement learning for diffusion models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
@@ -157,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = add(
         "align", commands.align, "Compare searches and recipes that align one pretrained model with one reward."
     )
-    compare.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a table for each run.seed")
+    compare.add_argument("--seeds", type=_seed, nargs="+", metavar="N", help="a table for each run.seed")
     evaluate = add("eval", commands.eval, "Accuracy of a model on a task by decoder and number of denoising steps.")
     evaluate.add_argument("--data", metavar="FILE", help="problems in the task's published file format")
     evaluate.add_argument(
@@ -216,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar="NAME [key=value ...]", help="the config, changed"
     )
-    compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each; 0 1 2 when not given")
+    compare.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="a run each; 0 1 2 when not given")
     compare.add_argument("--output", metavar="FOLDER", required=True, help="runs, table.md, results.json, budgets.png")
     compare.add_argument("--warm-start", metavar="FOLDER", help="one model for every seed, instead of a stage per seed")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")

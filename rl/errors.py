@@ -7,10 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from rewards.address import is_plugin
-
-_HOME = Path(__file__).resolve().parents[1]
-_OURS = [_HOME / package for package in ("rl", "rewards", "rollouts")]
+from rewards.address import is_ours, is_plugin, place_in_plugin
 
 
 def is_message(error: BaseException) -> bool:
@@ -28,7 +25,7 @@ def is_message(error: BaseException) -> bool:
     if dis.opname[code.co_code[trace.tb_lasti]] not in ("RAISE_VARARGS", "RERAISE"):
         return False
     file = Path(code.co_filename).resolve()
-    return is_plugin(file) or any(file.is_relative_to(folder) for folder in _OURS)
+    return is_plugin(file) or is_ours(file)
 
 
 @contextmanager
@@ -45,7 +42,9 @@ def about(field: str) -> Iterator[None]:
             raise
         text = " ".join(str(error).split()) or "no message"
         kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{field}: {kind}{text[:300]}{'...' if len(text) > 300 else ''}") from error
+        place = place_in_plugin(error)
+        told = f"{kind}{text[:300]}{'...' if len(text) > 300 else ''}{f' ({place})' if place else ''}"
+        raise ValueError(f"{field}: {told}") from error
 
 
 @contextmanager

@@ -247,8 +247,8 @@ def test_other_commands_refuse(words: list[str], message: str, complaint: Compla
 
 
 @pytest.mark.parametrize("address", ["own_task:Task", "own_task.py:Task"])
-def test_a_plugins_message_is_one_line_and_its_bug_keeps_its_traceback(tmp_path: Path, address: str) -> None:
-    """`raise ValueError(...)` in a plugin is a message for its user; a ValueError of `int("a")` there is a bug."""
+def test_what_a_plugin_raises_is_one_line(tmp_path: Path, address: str) -> None:
+    """`raise ValueError(...)` in a plugin is a message for its user; of anything else the line names the place."""
     for mistake, code in (("raise ValueError('own.option is 7: set it below 5')", 2), ("int('a')", 1)):
         (tmp_path / "own_task.py").write_text(
             "from rl.tasks.sudoku import SudokuTask\n"
@@ -258,14 +258,41 @@ def test_a_plugins_message_is_one_line_and_its_bug_keeps_its_traceback(tmp_path:
             f"            {mistake}\n"
             "        return super().train_examples(seed, step, count)\n"
         )
-        done = runs.cli("train", *runs.tiny_config(tmp_path / f"run_{code}", f"task.name={address}"), cwd=tmp_path)
+        words = ["train", *runs.tiny_config(tmp_path / f"run_{code}", f"task.name={address}")]
+        done = runs.cli(*words, cwd=tmp_path, DENOISE_RL_TRACEBACK=str(int(code == 1 and address.endswith("y:Task"))))
         assert done.returncode == code
         assert not (tmp_path / f"run_{code}" / "run" / "model").exists()
+        last = done.stderr.splitlines()[-1]
         if code == 2:
-            assert done.stderr.splitlines()[-1] == "denoise-rl: own.option is 7: set it below 5"
-            assert "Traceback" not in done.stderr
+            assert last == "denoise-rl: own.option is 7: set it below 5"
         else:
-            assert "Traceback" in done.stderr and "invalid literal for int()" in done.stderr
+            place = (
+                "own_task.py, line 5, in Task.train_examples: ValueError: invalid literal for int() with base 10: 'a'"
+            )
+            assert last == f"denoise-rl: {place} (DENOISE_RL_TRACEBACK=1 shows the traceback)"
+        assert ("Traceback" in done.stderr) == (code == 1 and address.endswith("y:Task"))
+
+
+@pytest.mark.parametrize(
+    "option", ["algorithm.name={}", "task.name={}", "model.family={}", "reward.functions=[{{name: '{}'}}]"]
+)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("x = {}\ny = x['a']", "KeyError: 'a' ({}, line 2)"),
+        ("exit(3)", "SystemExit: 3 ({}, line 1)"),
+    ],
+)
+@pytest.mark.parametrize("file", ["py", "module"])
+def test_a_plugin_that_cannot_be_imported_is_one_line(
+    option: str, text: str, says: str, file: str, tmp_path: Path, complaint: Complaint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"bad{abs(hash((option, text, file)))}"
+    Path(f"{name}.py").write_text(text)
+    line = complaint("check", *QUICK, option.format(f"{name}.py:Thing" if file == "py" else f"{name}:Thing"))
+    assert f"{name}" in line and "cannot import" in line and says.format(f"{name}.py") in line
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: Path, model: Path, complaint: Complaint) -> None:
@@ -284,6 +311,20 @@ def test_dashed_overrides_are_overrides(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["train", *QUICK, "--dry-run", f"run.output_dir={tmp_path / 'run'}", *words]) == 0
         assert "rl: 7 steps of 32 prompts x 8 rollouts = 256 trajectories per step" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["align", "--seeds", "0", "1", "train.stepz=1"], "unknown config key 'train.stepz'"),
+        (["compare", "--seeds", "0", "train.stepz=1", "--recipes", "wd1", "--output", "x"], "config key 'train.stepz'"),
+        (["compare", "--recipes", "wd1", "train.stepz=1", "--output", "x"], "unknown config key 'train.stepz'"),
+        (["compare", "--output", "x", "--seeds", "0", "goal={}"], "'goal={}' is no whole number (an override of"),
+        (["compare", "--output", "x", "--seeds", "0.5"], "'0.5' is no whole number"),
+    ],
+)
+def test_overrides_may_follow_an_option_of_several_values(words: list[str], message: str, complaint: Complaint) -> None:
+    assert message in complaint(words[0], *QUICK, *words[1:])
 
 
 def test_check_says_that_a_config_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
