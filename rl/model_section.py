@@ -219,7 +219,7 @@ class ModelConfig(Section):
     conditions: dict[str, str] = Field(
         {},
         description="New prompt tokens, and the token of the trained model whose embedding each starts with (recipe "
-        "ctrl).",
+        "ctrl); new classes of the built-in image model.",
     )
     wrap: bool = Field(
         True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."

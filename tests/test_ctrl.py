@@ -15,12 +15,15 @@ from rewards.levels import LevelLogprob, LevelReached
 from rewards.soft import SoftReward, one_hot_of
 from rl.config import load_config
 from rl.model_section import ModelConfig
+from rl.models.class_policy import ClassPolicy, new_policy
 from rl.models.load import load_policy, save_policy
 from rl.models.tokenizers import load_tokenizer
 from rl.tasks.base import Example
 from rl.tasks.dna import DnaTask
 from rl.train.plan import check_run
 from tests import runs
+from tests.image_models import tiny_policy
+from tests.test_images import image_config
 
 LENGTH, NOISE, BOUNDS = 4, 0.7, ([None, 1.5], [1.5, None])
 CONDITIONS = {"0": ">", "1": ">"}
@@ -250,3 +253,53 @@ def test_the_task_asks_for_levels_and_judges_them_by_the_truth() -> None:
     assert [score.value for score in scores] == [1.0, 0.0, 1.0, None]
     with pytest.raises(ValueError, match=r"task\.params\.levels must grow"):
         DnaTask(levels=[1.0, 1.0])
+
+
+def test_new_classes_of_an_image_model_start_as_the_ones_they_name(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    latents, time = torch.randn(2, *policy.latent_shape).double(), torch.full((2,), 300)
+
+    def outputs(of: ClassPolicy, *prompts: str) -> torch.Tensor:
+        with torch.no_grad():
+            return of.predict(latents, time, of.encode(prompts), 1.0)
+
+    before = outputs(policy, "one", "")
+    policy.add_classes({"thin": "one", "thick": "two", "zero": "two"})
+    # What is there stays, the null label too, which has moved to the end.
+    assert policy.classes == ["zero", "one", "two", "thin", "thick"] and policy.encode([""])["label"].item() == 5
+    assert torch.equal(outputs(policy, "one", ""), before) and torch.equal(outputs(policy, "thin", ""), before)
+    assert torch.equal(outputs(policy, "thick", "zero")[:1], outputs(policy, "two", "zero")[:1])
+    policy.save_pretrained(tmp_path)
+    again = ClassPolicy.from_pretrained(tmp_path).double()
+    assert again.classes == policy.classes and torch.equal(outputs(again, "thin", ""), before)
+    with pytest.raises(ValueError, match=r"model\.conditions: 'thin' is to start as 'three', which is no class"):
+        tiny_policy().add_classes({"thin": "three"})
+    letters = new_policy({"model_type": "word_denoiser"}, {}, "abcdefghijkl", 0)
+    with pytest.raises(ValueError, match="need one embedding of the classes: WordDenoiser has 0"):
+        letters.add_classes({"x": "a"})
+
+
+def test_an_image_model_without_conditions_learns_them_from_a_classifier(tmp_path: Path) -> None:
+    """Every condition begins as the pretrained model, so the path KL begins at 0; the old class stays."""
+    untold = ["task.params={told: false}", "train.steps=0", "algorithm={name: alignprop}"]
+    untold += ["sft={steps: 100, batch_size: 64, optimizer: {lr: 0.01}}", "model.scheduler={prediction_type: sample}"]
+    runs.train_here(image_config(tmp_path / "start", *untold))
+    start = str(tmp_path / "start" / "run" / "warm_start")
+    conditions = "{" + ", ".join(f'"{digit}": digit' for digit in range(10)) + "}"
+    runs.train_here(
+        image_config(
+            *(tmp_path, f"model={{path: {start}, conditions: {conditions}}}", "task.params={}", "sft.steps=0"),
+            *("algorithm={name: alignprop, gradient_steps: 6, alpha: 0.1}", "train.epochs=1", "train.steps=4"),
+            *("train.optimizer={lr: 0.003, weight_decay: 0.0, warmup_steps: 0}", "train.max_logprob_gap=null"),
+            *("train.prompts_per_step=10", "train.group_size=8"),
+        )
+    )
+    lines = runs.lines(tmp_path / "run", "train")
+    assert abs(lines[0]["policy/path_kl"]) < 1e-9 < lines[-1]["policy/path_kl"]
+    assert lines[-1]["reward/mean"] > lines[0]["reward/mean"] + 0.1
+    classes = ClassPolicy.from_pretrained(start).class_table().weight
+    trained = ClassPolicy.from_pretrained(tmp_path / "run" / "checkpoints" / "step_4" / "hf").class_table().weight
+    assert torch.equal(trained[[0, -1]], classes) and len(trained) == 12
+    assert (trained[1:-1] - classes[0]).abs().max(1).values.min() > 1e-3
+    with pytest.raises(ValueError, match=r"model\.conditions are added to a trained model of the built-in kind"):
+        runs.train_here(image_config(tmp_path / "new", 'model.conditions={"7": digit}'))

@@ -63,6 +63,8 @@ class ImagesModality(ImagesPlan):
     def _load(self, path: str | None) -> Any:
         """The denoiser that `path` names, a new one without a path."""
         config = self.config.model
+        if config.conditions and (path is None or not _is_class_policy(path)):
+            raise ValueError("model.conditions are added to a trained model of the built-in kind: set model.path")
         if path is not None and not _is_class_policy(path):
             from rl.models.diffusers_load import load_diffusers_policy
 
@@ -74,7 +76,10 @@ class ImagesModality(ImagesPlan):
         if config.lora.rank:
             raise ValueError("model.lora is for pipelines of diffusers: set model.lora.rank to 0")
         if path is not None:
-            return ClassPolicy.from_pretrained(path)
+            policy = ClassPolicy.from_pretrained(path)
+            if config.conditions:
+                policy.add_classes(config.conditions)
+            return policy
         classes = getattr(self.task, "classes", None)
         if classes is None:
             raise ValueError("model.path is required: a new image model needs a task with classes")

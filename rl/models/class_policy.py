@@ -75,6 +75,42 @@ class ClassPolicy(nn.Module):
     def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
         return {"num_inference_steps": num_inference_steps}
 
+    def class_table(self) -> nn.Embedding:
+        """The embedding of the classes, the null label in its last row.
+
+        Raises:
+            ValueError: a network that embeds its classes in another way.
+        """
+        tables = [
+            m for m in self.unet.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == self.null_label + 1
+        ]
+        if len(tables) != 1:
+            raise ValueError(
+                "model.conditions and algorithm.name class_tokens need one embedding of the classes: "
+                f"{type(self.unet).__name__} has {len(tables)}"
+            )
+        return tables[0]
+
+    @torch.no_grad()
+    def add_classes(self, conditions: Mapping[str, str]) -> None:
+        """`model.conditions`: new class -> the class whose embedding it starts with. Classes that are there stay.
+
+        Raises:
+            ValueError: a class is to start as one that the model does not have.
+        """
+        new = {name: like for name, like in conditions.items() if name not in self.classes}
+        wrong = next((name for name, like in new.items() if like not in self.classes), None)
+        if wrong is not None:
+            like = new[wrong]
+            raise ValueError(f"model.conditions: {wrong!r} is to start as {like!r}, which is no class of the model")
+        table = self.class_table()
+        # The null label stays the last.
+        rows = [*range(self.null_label), *(self.classes.index(like) for like in new.values()), self.null_label]
+        table.weight, table.num_embeddings = nn.Parameter(table.weight[rows]), len(rows)
+        self.classes += new
+        unet: Any = self.unet
+        unet.register_to_config(num_class_embeds=len(rows))
+
     def encode(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
         """`label`: int64 [B] of class names, or [B, num_letters] of words; "" is the null label everywhere.
 

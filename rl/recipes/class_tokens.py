@@ -19,15 +19,11 @@ from rl.recipes.alignprop import AlignProp
 
 class ClassTokens(AlignProp, defaults={"gradient_steps": 1}):
     def prepare(self, run: Any) -> None:
-        from torch import nn
-
         model = run.model
-        count = len(getattr(model, "classes", ())) + 1
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == count]
-        if len(tables) != 1:
+        if not hasattr(model, "class_table"):
             raise ValueError(
                 f"algorithm.name class_tokens trains the class embedding of the built-in model: model.path is a "
-                f"{type(model).__name__}, which has {len(tables)} of them"
+                f"{type(model).__name__}"
             )
         model.requires_grad_(False)
-        tables[0].requires_grad_(True)
+        model.class_table().requires_grad_(True)

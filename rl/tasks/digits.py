@@ -23,16 +23,19 @@ class DigitsTask:
     reward = "digit_judge"
     grid = None
     alphabet = None
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
-    def __init__(self, label_noise: float = 0.0):
+    def __init__(self, label_noise: float = 0.0, told: bool = True):
         """
         Args:
             label_noise: share of training images whose label is drawn at random (it may hit the right one).
+            told: false has the one prompt "digit" for all of them, which leaves a model without conditions.
         """
         if not 0 <= label_noise <= 1:
             raise ValueError(f"task.params label_noise must be in [0, 1], got {label_noise}")
-        self.label_noise = label_noise
+        self.label_noise, self.told = label_noise, told
+        if not told:
+            self.classes = ("digit",)
 
     def train_examples(self, seed: int, step: int, count: int) -> list[Example]:
         """Images drawn with replacement. An image keeps its wrong label: labels are noisy, not images."""
@@ -44,7 +47,7 @@ class DigitsTask:
             own = random.Random(f"label {index}")
             wrong = own.random() < self.label_noise
             label = own.randrange(10) if wrong else int(labels[index])
-            rows.append({"prompt": CLASSES[label], "label": label, "image": images[index]})
+            rows.append({"prompt": self._prompt(label), "label": label, "image": images[index]})
         return rows
 
     def validation_examples(self, count: int) -> list[Example]:
@@ -52,7 +55,10 @@ class DigitsTask:
 
     def heldout_examples(self, count: int, seed: int = 0) -> list[Example]:
         """Every class equally often. What is held out is the judge, and the noise an image starts from."""
-        return [{"prompt": CLASSES[i % 10], "label": i % 10} for i in range(count)]
+        return [{"prompt": self._prompt(i % 10), "label": i % 10} for i in range(count)]
+
+    def _prompt(self, label: int) -> str:
+        return CLASSES[label] if self.told else "digit"
 
     def file_examples(self, path: str) -> list[Example]:
         raise ValueError("the digits task has no file format: its images come with scikit-learn")
