@@ -189,6 +189,13 @@ def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, 
                 at += 1
             rng.random(3)
     assert at == len(logprob)
+    # The clean tokens stand once for all copies, and what nobody reads, such as the prompt's own block, not twice.
+    block = rows.block[rows.row, rows.column]
+    noisy = {(t, s, b) for t, s, b in zip(rows.trajectory.tolist(), rows.step.tolist(), block.tolist(), strict=True)}
+    for index in range(len(trajectories)):
+        mine = rows.document[rows.row[rows.trajectory == index][0]] == 0
+        last = int(block[rows.trajectory == index].max())
+        assert int(mine.sum()) == size * (last + sum(t == index for t, _, _ in noisy))
     # Everything hidden is the trace estimate with all steps of a block merged.
     if draw == "everything hidden":
         merged = packed_rows(trajectories, segments=1)

@@ -54,23 +54,28 @@ def test_only_answers_are_masked_and_all_masks_are_targets(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_block_causal_rows_are_a_clean_and_a_noisy_half(seed: int) -> None:
+def test_block_causal_rows_are_a_clean_and_a_noisy_part(seed: int) -> None:
+    """The noisy part has the blocks that hold answer tokens: nothing is read in the others."""
     tokens, rows, weight = draw(block_length=4, seed=seed)
-    assert rows.input_ids.shape == (4, 24)
     assert len(rows.column) == len(weight)
+    widths = []
     for row, (sequence, prompt) in enumerate(zip(tokens, PROMPTS, strict=True)):
-        length = len(sequence)
-        clean, noisy = rows.input_ids[row, : 2 * length].view(2, length).numpy()
+        length, start = len(sequence), prompt // 4 * 4
+        width = 2 * length - start
+        widths.append(width)
+        clean, noisy = (part.numpy() for part in rows.input_ids[row, :width].tensor_split([length]))
         assert (clean == sequence).all()
-        assert (noisy[:prompt] == sequence[:prompt]).all()
+        assert (noisy[: prompt - start] == sequence[start:prompt]).all()
         masked = np.flatnonzero(noisy == MASK)
         assert (rows.column[rows.row == row] - length).tolist() == masked.tolist()
-        assert rows.target[rows.row == row].tolist() == sequence[masked].tolist()
+        assert rows.target[rows.row == row].tolist() == sequence[start:][masked].tolist()
         grid = [b for b in range(length // 4) for _ in range(4)]
-        assert rows.position_ids[row, : 2 * length].tolist() == [*range(length), *range(length)]
-        assert rows.segment[row, : 2 * length].tolist() == [0] * length + [b + 1 for b in grid]
-        assert rows.block[row, : 2 * length].tolist() == grid * 2
-        assert rows.document[row].tolist() == [0] * 2 * length + [-1] * (24 - 2 * length)
+        assert rows.position_ids[row, :width].tolist() == [*range(length), *range(start, length)]
+        assert rows.segment[row, :width].tolist() == [0] * length + [b - start // 4 + 1 for b in grid[start:]]
+        assert rows.block[row, :width].tolist() == grid + grid[start:]
+        assert rows.document[row, :width].tolist() == [0] * width
+        assert (rows.document[row, width:] == -1).all()
+    assert rows.input_ids.shape == (4, max(widths)) and max(PROMPTS) >= 4
 
 
 def test_levels_are_stratified_and_the_weight_is_their_inverse() -> None:
@@ -171,8 +176,9 @@ def test_the_block_causal_loss_equals_a_loop(make_model, family: str) -> None:
         ours = -(weight * logprob).sum()
         expected = torch.zeros((), dtype=torch.float64)
         for row, sequence in enumerate(tokens):
-            for start in range(0, len(sequence), 4):
-                first = len(sequence) + start
+            skipped = PROMPTS[row] // 4 * 4
+            for start in range(skipped, len(sequence), 4):
+                first = len(sequence) + start - skipped
                 noisy = rows.input_ids[row, first : first + 4]
                 seen = torch.cat([torch.from_numpy(sequence[:start]), noisy])[None]
                 logits = model(seen)[0].log_softmax(-1)
@@ -369,10 +375,9 @@ def test_levels_that_mean_nothing_are_refused(tmp_path: Path, run: Any, override
 @pytest.mark.parametrize("block_length", [None, 4])
 def test_effective_weights_are_the_inverse_of_the_share_that_is_masked(block_length: int | None) -> None:
     tokens, rows, weight = draw(block_length=block_length, effective=True)
-    start = [0 if block_length is None else len(sequence) for sequence in tokens]
     seen: dict[tuple[int, int], list[float]] = {}
-    for row, column, w in zip(rows.row.tolist(), rows.column.tolist(), weight.tolist(), strict=True):
-        block = 0 if block_length is None else (column - start[row]) // block_length
+    block_of = rows.block[rows.row, rows.column].tolist()
+    for row, block, w in zip(rows.row.tolist(), block_of, weight.tolist(), strict=True):
         seen.setdefault((row, block), []).append(w)
     for (row, block), weights in seen.items():
         first, last = (

@@ -100,6 +100,32 @@ def block_document(clean: np.ndarray, copies: Sequence[tuple[int, np.ndarray]], 
     )
 
 
+def read_blocks(
+    clean: np.ndarray, copies: Sequence[tuple[np.ndarray, np.ndarray]], block_length: int
+) -> tuple[Document, np.ndarray]:
+    """`block_document` of several noisy canvases, with the blocks that are read in each and nothing behind the last.
+
+    Example with blocks of 2: of clean [p, a, b, c], one canvas [p, a, M, c] that is read at 2 and one [p, M, M, M] that
+    is read at 1 and 2 make input_ids `p a  M c  p M  M M`; the columns are 2, 5 and 6.
+
+    Args:
+        clean: int64 [L], whole blocks.
+        copies: (noisy canvas [L], int64 the positions that are read in it, rising).
+
+    Returns:
+        the document, and the columns of all that is read, copy after copy.
+    """
+    wanted = [np.unique(read // block_length) for _, read in copies]
+    clean = clean[: max((int(blocks[-1]) for blocks in wanted if len(blocks)), default=0) * block_length]
+    blocks: list[tuple[int, np.ndarray]] = []
+    columns = []
+    for (noisy, read), own in zip(copies, wanted, strict=True):
+        place = len(blocks) + np.searchsorted(own, read // block_length)
+        columns.append(len(clean) + place * block_length + read % block_length)
+        blocks += [(int(b), noisy[b * block_length : (b + 1) * block_length]) for b in own]
+    return block_document(clean, blocks, block_length), np.concatenate(columns)
+
+
 def noisy_document(
     clean: np.ndarray, noisy: np.ndarray, block_length: int | None, first_block: int = 0
 ) -> tuple[Document, int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rl.estimators.combine import CombinedRows, SandwichRows, per_token
-from rl.estimators.documents import Reads, noisy_document, whole_blocks
+from rl.estimators.documents import Reads, canvas_document, read_blocks, whole_blocks
 from rl.estimators.draws import Draw, Scope, check_prompt_mask, scope_positions
 from rl.estimators.rows import TokenRows, assemble, readout
 from rl.tasks.prompt_images import FIRST_IMAGE_ID
@@ -34,12 +34,12 @@ def copy_rows(
     iteration: int = 0,
     block: int | None = None,
 ) -> tuple[TokenRows, torch.Tensor]:
-    """The copies of every trajectory, one document each.
+    """The copies of every trajectory, one document each, or all of them in one for a block-causal model.
 
     Response positions outside the scope are hidden in every copy and never read: the answer is scored as if the tokens
-    behind it were not decided yet. A block-causal model gets `[clean | noisy copy of every block]` in place of the
-    noisy canvas, as in its supervised training (`masking.py`): every block sees its own hidden tokens and the clean
-    blocks before it.
+    behind it were not decided yet. A block-causal model gets `[clean | noisy blocks]` in place of the noisy canvases:
+    every block sees its own hidden tokens and the clean blocks before it, as in its supervised training
+    (`masking.py`). Only the blocks that are read are there, and the clean tokens once for all copies.
 
     Args:
         draw: chooses the copies; its argument is the scope's positions.
@@ -67,16 +67,23 @@ def copy_rows(
         rng = np.random.default_rng([trajectory.seed, iteration])
         level = (np.random.default_rng(trajectory.seed).random() + iteration * _GOLDEN) % 1.0
         outside = np.setdiff1d(np.arange(trajectory.prompt_length, padded.length), [*places, *trajectory.placed])
+        copies = []
         for step, copy in enumerate(draw(places, rng, level)):
             noisy = final.copy()
             noisy[outside] = noisy[copy.hidden] = trajectory.mask_token_id
             forgotten = rng.random(trajectory.prompt_length) < prompt_mask
             forgotten &= trajectory.prompt_ids < FIRST_IMAGE_ID
             noisy[: trajectory.prompt_length][forgotten] = trajectory.mask_token_id
-            document, shift = noisy_document(final, noisy, size)
-            documents.append(document)
-            reads.append(Reads(index, copy.read + shift, final[copy.read], step))
             weights.append(np.full(len(copy.read), copy.weight))
+            if size is None:
+                documents.append(canvas_document(noisy))
+                reads.append(Reads(index, copy.read, final[copy.read], step))
+            copies.append((noisy, copy.read))
+        if size is not None:
+            document, column = read_blocks(final, copies, size)
+            step = np.repeat(np.arange(len(copies)), [len(read) for _, read in copies])
+            documents.append(document)
+            reads.append(Reads(index, column, final[np.concatenate([read for _, read in copies])], step))
     rows = assemble(documents, reads, trajectories, **readout(model))
     return rows, torch.from_numpy(np.concatenate(weights))
 

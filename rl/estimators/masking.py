@@ -110,11 +110,12 @@ def random_mask_rows(
         noisy = np.where(hidden[i, : len(sequence)], mask_token_id, sequence)
         if errors:
             noisy = np.where(wrong[i, : len(sequence)], random[i, : len(sequence)], noisy)
-        document, shift = noisy_document(sequence, noisy, block_length)
+        first = prompt_lengths[i] // (block_length or 1)
+        document, shift = noisy_document(sequence, noisy, block_length, first)
         documents.append(document)
         if consistency:
             seen = np.where(still[i, : len(sequence)], mask_token_id, sequence)
-            shown.append(noisy_document(sequence, seen, block_length)[0])
+            shown.append(noisy_document(sequence, seen, block_length, first)[0])
             opens.append(still[i, column])
         reads.append(Reads(index, column + shift, sequence[column], 0))
         weights.append(weight[i, column])
