@@ -81,9 +81,9 @@ def copy_rows(
             copies.append((noisy, copy.read))
         if size is not None:
             document, column = read_blocks(final, copies, size)
-            step = np.repeat(np.arange(len(copies)), [len(read) for _, read in copies])
+            steps = np.repeat(np.arange(len(copies)), [len(read) for _, read in copies])
             documents.append(document)
-            reads.append(Reads(index, column, final[np.concatenate([read for _, read in copies])], step))
+            reads.append(Reads(index, column, final[np.concatenate([read for _, read in copies])], steps))
     rows = assemble(documents, reads, trajectories, **readout(model))
     return rows, torch.from_numpy(np.concatenate(weights))
 
