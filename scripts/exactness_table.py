@@ -31,6 +31,7 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "`llada_random`": ({"preset": "llada_random"}, {}, False),
     "`llada`, order as given": ({"preset": "llada"}, {}, False),
     "`dcd`": ({"preset": "dcd", "window": 3}, {}, False),
+    "`ccd`": ({"preset": "ccd"}, {}, False),
     "`sdar_static`, blocks": ({"preset": "sdar_static", "block_length": 4}, {}, True),
     "`verify` (S2D2), blocks": ({"verify": True, "block_length": 4}, {}, True),
     "`constraint`": ({"constraint": {"regex": "."}}, {}, False),

@@ -17,7 +17,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
 from rollouts.samplers.options import SamplerOptions, preset_parts, with_changes
-from rollouts.samplers.parts import step_quota
+from rollouts.samplers.parts import consistent_positions, step_quota
 from rollouts.samplers.presets import PRESETS
 from rollouts.trajectory import TokenTrajectory
 
@@ -276,6 +276,23 @@ def dcd(board: Board) -> None:
             board.write(confident or best(seen, 1, lambda g: g.p("sampling")))
 
 
+def ccd(board: Board, steps: int) -> None:
+    """All that were among the best before and are now, with one and the same likeliest token, or the quota's best."""
+    memory = board.options.memory
+    for block in board.blocks():
+        before: dict[int, int] = {}
+        for n in even(len(block), steps):
+            if not board.masks(block):
+                break
+            seen = board.look(board.masks(block))
+            order = list(best(seen, len(seen), lambda g: -g.entropy("sampling")))
+            now = {p: int(seen[p].sampling.argmax()) for p in order}
+            same = [p for p in order[:memory] if before.get(p) == now[p]]
+            chosen = same if len(same) >= n and before.keys() & set(order[:n]) else order[:n]
+            board.write({p: seen[p] for p in chosen})
+            before = {p: now[p] for p in [p for p in order if p not in chosen][:memory]}
+
+
 def fast_dllm_factor(seen: dict[int, Guess]) -> dict[int, Guess]:
     """The largest n with (n + 1)(1 - n-th confidence) < 1."""
     confidence = sorted((g.p() for g in seen.values()), reverse=True)
@@ -369,6 +386,7 @@ REFERENCES: dict[str, Callable[[Board, int], None]] = {
     "fast_dllm_threshold": lambda b, s: until_full(b, fast_dllm_threshold),
     "fast_dllm_factor": lambda b, s: until_full(b, fast_dllm_factor),
     "dcd": lambda b, s: dcd(b),
+    "ccd": ccd,
     "llada2": lambda b, s: dynamic(b, s, 0.95),
     "llada2_1_quality": lambda b, s: llada2_1(b, 0.7, 0.5),
     "llada2_1_speed": lambda b, s: llada2_1(b, 0.5, 0.0),
@@ -438,6 +456,25 @@ def test_block_causal_presets_with_prompts_that_share_a_block(make_model, name: 
     prompts = [[1 + (3 * i + n) % 5 for i in range(n)] for n in range(1, 10)]
     both(model, name, prompts=prompts, block_length=4, max_post_steps=3)
     both(model, name, prompts=prompts, block_length=4, num_inference_steps=6)
+
+
+def test_predictions_that_did_not_change_are_revealed_together() -> None:
+    """Worked out by hand: memory 2, quota 1, and position 0 is no mask any more; the docstring's three cases."""
+    eligible, quota = torch.tensor([[False, True, True, True]]), torch.tensor([1])
+    before = torch.tensor([[-1.0, 5.0, 6.0, -1.0]])
+    for scores, likely, chosen, kept in (
+        # The best two are 1 and 2, both with their old tokens; 3 is remembered.
+        ([9, 3, 2, 1], [0, 5, 6, 7], [1, 2], [-1, -1, -1, 7]),
+        # The best two are 1 and 3: 1 alone stays what it was.
+        ([9, 3, 1, 2], [0, 5, 6, 7], [1], [-1, -1, 6, 7]),
+        # The best is new, so that it alone is revealed, although 1 did not change.
+        ([9, 2, 1, 3], [0, 5, 6, 7], [3], [-1, 5, 6, -1]),
+        # Another token than before.
+        ([9, 3, 2, 1], [0, 4, 4, 7], [1], [-1, -1, 4, 7]),
+    ):
+        given = (torch.tensor([scores]).double(), eligible, quota, torch.tensor([likely]).double(), before, 2)
+        now, after = consistent_positions(*given)
+        assert now.nonzero()[:, 1].tolist() == chosen and after.tolist() == [kept]
 
 
 @pytest.mark.parametrize("name", ["dream_origin", "dream_entropy", "llada", "rcr"])

@@ -116,7 +116,7 @@ class InProcessEngine(SharedModelEngine):
         width = waiting[0].length
         canvas = torch.full((len(slots.index), width), self.mask_token_id, dtype=torch.int64, device=self.device)
         running = None
-        if self.options.reviser == "rcr":
+        if self.options.remembers:
             running = torch.empty(canvas.shape, dtype=torch.float64, device=self.device)
         cache = None
         if cached:
@@ -261,8 +261,7 @@ class InProcessEngine(SharedModelEngine):
         request = slots.index[group]
         if options.record_x0:
             record.add_x0(result, tokens, masked, request)
-        if running is not None:
-            assert result.running is not None
+        if running is not None and result.running is not None:
             running[where] = result.running
         shown = torch.where(result.reveal, result.token, tokens[result.row, result.position])
         canvas[where[result.row], result.position] = shown

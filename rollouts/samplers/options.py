@@ -21,6 +21,7 @@ PARTS = (
     "threshold",
     "factor",
     "entropy_bound",
+    "memory",
     "reviser",
     "running_confidence",
     "revise_scope",
@@ -30,6 +31,9 @@ PARTS = (
     "verify",
 )
 _IN_UNIT_INTERVAL = ("probability", "max_probability", "margin")
+Selector = Literal[
+    "top_n", "threshold", "dynamic", "left_most", "factor", "entropy_bound", "entropy_sum", "bernoulli", "consistent"
+]  # fmt: skip
 
 
 class ConstraintOptions(BaseModel):
@@ -141,13 +145,11 @@ class SamplerOptions(BaseModel):
         ge=1,
         description="Only this many masked positions of a block, the left-most, may be revealed (DCD); null is all.",
     )
-    selector: Literal[
-        "top_n", "threshold", "dynamic", "left_most", "factor", "entropy_bound", "entropy_sum", "bernoulli"
-    ] = Field(
+    selector: Selector = Field(
         "top_n",
         description="Which positions a step reveals: the quota's best, all above threshold (at least one), "
-        "above threshold or else the quota's best, the left-most, as many as factor or entropy_bound allow, or each "
-        "on its own with Dream's probability 1 - s/t.",
+        "above threshold or else the quota's best, the left-most, as many as factor or entropy_bound allow, each "
+        "on its own with Dream's probability 1 - s/t, or all whose prediction did not change (CCD).",
     )
     threshold: float = Field(0.9, gt=0, le=1, description="Score bound of the threshold and dynamic selectors.")
     factor: float = Field(
@@ -160,6 +162,9 @@ class SamplerOptions(BaseModel):
         gt=0,
         description="Nats: bound on the revealed positions' entropies without the largest (selector entropy_bound) or "
         "with it (entropy_sum).",
+    )
+    memory: int = Field(
+        4, ge=1, description="Selector consistent: best positions whose most likely tokens the next step remembers."
     )
     stop_entropy: float | None = Field(
         None,
@@ -274,6 +279,11 @@ class SamplerOptions(BaseModel):
     def follows_time(self) -> bool:
         """Whether the schedule counts all its steps, also where fewer are masked: a step may then reveal nothing."""
         return self.quota in ("block", "linear", "dream") or self.selector == "bernoulli"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on numbers of the steps before it (`StepState.running`)."""
+        return self.reviser == "rcr" or self.selector == "consistent"
 
     @property
     def reach_back(self) -> bool:

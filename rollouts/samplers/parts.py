@@ -129,6 +129,39 @@ def ranks(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     return order.argsort(dim=-1)
 
 
+def consistent_positions(
+    scores: torch.Tensor,
+    eligible: torch.Tensor,
+    quota: torch.Tensor,
+    likely: torch.Tensor,
+    before: torch.Tensor,
+    memory: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions whose prediction did not change from the step before to this one (CCD-DS, arXiv 2512.02044).
+
+    A step remembers the most likely tokens of its `memory` best positions that stay masked. The next step reveals all
+    of its own `memory` best positions that were remembered with the same token. Where these are fewer than the quota,
+    or none of the quota's best positions was remembered, it reveals the quota's best.
+
+    Example: memory 2, quota 1. The step before remembered b at 4 and c at 7. The best two positions are 7 with c and 4
+    with b: both are revealed. With 7 and 5 only 7 is; with 5 and 7 the best is new, and 5 alone is revealed.
+
+    Args:
+        likely: float64 [B, L], the most likely token at every eligible position.
+        before: float64 [B, L], what the step before remembered, negative elsewhere.
+
+    Returns:
+        bool [B, L], what is revealed, and float64 [B, L], what this step remembers.
+    """
+    rank = ranks(scores, eligible)
+    first, second = eligible & (rank < quota[:, None]), eligible & (rank < memory)
+    same = second & (before == likely)
+    agreed = (same.sum(-1) >= quota) & (first & (before >= 0)).any(-1)
+    chosen = torch.where(agreed[:, None], same, first)
+    left = eligible & ~chosen
+    return chosen, torch.where(left & (ranks(scores, left) < memory), likely, -1.0)
+
+
 def select_positions(
     kind: str,
     scores: torch.Tensor,

@@ -30,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast_dllm_factor": {"selector": "factor", "factor": 1.0},
     # DCD (Shu et al. 2026, arXiv 2601.02076): a window over the masks that are left in place of blocks.
     "dcd": {"score_from": "sampling", "selector": "threshold", "threshold": 0.9, "window": 32},
+    # CCD with its adaptive number of tokens, CCD-DS (Chen et al. 2025, arXiv 2512.02044, and the published code).
+    "ccd": {"score": "neg_entropy", "score_from": "sampling", "selector": "consistent", "memory": 4},
     # LLaDA2.0 (block 32), and LLaDA2.1's quality and speed modes of joint threshold decoding (arXiv 2602.08676).
     "llada2": {"quota": "block", "score_from": "sampling", "selector": "dynamic", "threshold": 0.95},
     "llada2_1_quality": {

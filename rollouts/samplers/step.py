@@ -11,7 +11,7 @@ from rollouts.constraints.reach import Reach
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
 from rollouts.samplers.options import SamplerOptions
-from rollouts.samplers.parts import perturbed, position_scores, ramp, select_positions, times
+from rollouts.samplers.parts import consistent_positions, perturbed, position_scores, ramp, select_positions, times
 from rollouts.samplers.revisers import remask_least_confident, remdm_chances, running_confidence
 
 
@@ -29,7 +29,8 @@ class StepState:
         step: int64 [B], denoising steps each request has taken.
         num_steps, block_step: int64 [B], steps of the block and how many were taken, for what depends on time.
         filled: bool [B, L], tokens that a reviser may take back; never a prompt's. None without a reviser.
-        running: float64 [B, L], running confidences for reviser rcr, for arpc those that its reading gives.
+        running: float64 [B, L], running confidences for reviser rcr, for arpc those that its reading gives, for
+            selector consistent the tokens that the step before remembered.
         places: int64 [N] each, row and position of the candidates in row-major order, where they are known.
     """
 
@@ -71,7 +72,7 @@ class StepResult:
         reveal: bool [N], the candidates that are committed: masks that take their token, and tokens that
             another one replaces.
         remask: bool [B, L], tokens that become masks; None without a reviser that does so.
-        running: float64 [B, L], the running confidences after the step; None when there are none.
+        running: float64 [B, L], what `StepState.running` is for the next step; None when there is none.
         allowed: bool [N, C], under a constraint the classes of tokens that each token was drawn among.
         is_noise: bool [N], committed tokens that are random and no decision; None where there are none.
     """
@@ -137,6 +138,12 @@ def denoise_step(
     elif options.reviser == "arpc":
         assert state.running is not None and state.filled is not None
         chosen, result.remask = remask_least_confident(state.running, state.eligible, state.filled, state.quota)
+    elif options.selector == "consistent":
+        assert state.running is not None
+        likely = torch.zeros_like(scores)
+        likely[row, position] = scored.argmax(-1).double()
+        given = (scores, state.eligible, state.quota, likely, state.running, options.memory)
+        chosen, result.running = consistent_positions(*given)
     elif options.selector == "bernoulli":
         chosen = _bernoulli(state, result, random, options)
     else:
