@@ -18,7 +18,7 @@ from rl.track.budgets import costed_evaluations, mean_over_budget, plot_budgets
 from rl.track.jsonl import MetricsWriter
 from tests.runs import cli, series, tiny_config
 
-SUMMARY = {"train_seconds": 10.0, "train_steps": 3, "updates": 6, "reward_queries": 96}
+SUMMARY = {"train_seconds": 10.0, "train_cpu_seconds": 19.6, "train_steps": 3, "updates": 6, "reward_queries": 96}
 
 
 def test_the_table_by_hand() -> None:
@@ -37,17 +37,19 @@ def test_the_table_by_hand() -> None:
         + " | ".join(c.replace("_", " ") for c in COSTS)
         + " |"
     )
-    assert rule == "| " + " | ".join(["---"] * 11) + " |"
-    assert warm == "| warm start | 3 | 0.200 ± 0.248 |  | 0.650 ± 0.000 |  |" + "  |" * 5
+    assert rule == "| " + " | ".join(["---"] * 12) + " |"
+    assert warm == "| warm start | 3 | 0.200 ± 0.248 |  | 0.650 ± 0.000 |  |" + "  |" * 6
     accuracies = "0.300 ± 0.248 | +0.100 ± 0.000 | 0.600 ± 0.000 | -0.050 ± 0.000"
-    assert row == f"| mine | 3 | {accuracies} | 3 | 2,000 | 96 | 6 | 10 |"
+    assert row == f"| mine | 3 | {accuracies} | 3 | 2,000 | 96 | 6 | 10 | 20 |"
     assert interval([0.25]) == "0.250"
     other = [run | {"before": {"4": 0.5, "8": 0.6}} for run in runs]
     starts = [line.split(" |")[0] for line in markdown({"mine": runs, "again": runs, "other": other}).splitlines()]
     assert starts[2:] == ["| warm start", "| warm start of other", "| mine", "| again", "| other"]
+    older = [{key: run[key] for key in run if key != "train_cpu_seconds"} for run in runs]
+    assert markdown({"mine": older}).splitlines()[-1] == row.replace(" 20 |", " - |")
     runs[0] |= {"baseline": {"12": 0.5}, "baseline_interval": {"12": [0.4, 0.6]}}
     other = markdown({"mine": runs}).splitlines()[3]
-    assert other == "| autoregressive |  | 0.500 [0.400, 0.600] |  | 0.500 [0.400, 0.600] |  |" + "  |" * 5
+    assert other == "| autoregressive |  | 0.500 [0.400, 0.600] |  | 0.500 [0.400, 0.600] |  |" + "  |" * 6
 
 
 def write_run(folder: Path, rows: list[tuple[int, int, int, int, float]]) -> Path:
@@ -163,6 +165,7 @@ def test_two_recipes_from_one_warm_start(tmp_path: Path) -> None:
     assert results["seeds"] == [5] and list(results["runs"]) == ["wd1", "mdpo"]
     (wd1,), (mdpo,) = results["runs"].values()
     assert wd1["before"] == mdpo["before"] and wd1["algorithm"] == "wd1" and mdpo["algorithm"] == "mdpo"
+    assert all(run[f"{stage}_cpu_seconds"] > 0 for run in (wd1, mdpo) for stage in ("train", "before", "after"))
     # The same rollouts begin both runs; MDPO asks about the x0 predictions of every step too.
     rewards = [series(folder / f"{name}-5", "train", "reward/mean") for name in ("wd1", "mdpo")]
     assert rewards[0][0] == rewards[1][0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from rl.estimators.base import Scores
 from rl.estimators.latent_rows import LatentRows
 from rl.modalities.base import Modality
 from rl.recipes.base import Recipe
-from rollouts.engines.base import EngineStats, SampleRequest, SharedModelEngine
+from rollouts.engines.base import BatchedEngine, EngineStats, SampleRequest
 from rollouts.samplers.noise import TOKEN_STREAM, uniform
 
 ATOMS = ("C", "N", "O", "F")
@@ -115,16 +114,16 @@ class GraphTrajectory:
         return len(self.logprob)
 
 
-class GraphEngine(SharedModelEngine):
+class GraphEngine(BatchedEngine):
     """A rollout's draws depend on its seed, its step and its place alone, whatever shares the batch."""
 
-    def __init__(self, model: GraphModel, options: GraphOptions, device: torch.device):
+    def __init__(self, model: GraphModel, options: GraphOptions, device: torch.device, max_batch_size: int = 256):
         self.model, self.options, self.device = model, options, device
-        self.stats = EngineStats()
+        self.max_batch_size, self.stats = max_batch_size, EngineStats()
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[SampleRequest], policy_version: int = 0) -> list[GraphTrajectory]:
-        started, steps, count = time.perf_counter(), self.options.num_inference_steps, len(requests)
+    def _together(self, requests: Sequence[SampleRequest], policy_version: int) -> list[GraphTrajectory]:
+        steps, count = self.options.num_inference_steps, len(requests)
         seed = torch.tensor([request.seed for request in requests], dtype=torch.int64, device=self.device)
         prompt = torch.tensor([BONDS.index(request.prompt) for request in requests], device=self.device)
         place = torch.arange(self.model.num_places, device=self.device)
@@ -138,8 +137,8 @@ class GraphEngine(SharedModelEngine):
             below = kinds.cumsum(-1)[..., :-1]
             states.append((draws(steps - left + 1)[..., None] > below).sum(-1))
             logprobs.append(kinds.gather(-1, states[-1][..., None])[..., 0].log().sum(-1))
-        self.stats = EngineStats(steps, count * steps, count * steps, count * steps * len(place), count * len(place))
-        self.stats.seconds = time.perf_counter() - started
+        rows, places = count * steps, count * len(place)
+        self.stats.add(EngineStats(steps, rows, rows, steps * places, places))
         every, logprob = torch.stack(states, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy()
         asked = prompt.tolist()
         return [GraphTrajectory(every[i], logprob[i], asked[i], policy_version) for i in range(count)]
@@ -199,7 +198,7 @@ class Graphs(Modality):
         return GraphModel(self.config.sampler.num_atoms)
 
     def engine(self, model: Any, options: Any, device: torch.device) -> GraphEngine:
-        return GraphEngine(model, options, device)
+        return GraphEngine(model, options, device, self.config.rollout.max_batch_size)
 
     def completions(self, trajectories: Sequence[GraphTrajectory]) -> list[dict[str, Any]]:
         """{"atoms": ["C", "C", "O"], "bonds": [[0, 1, "single"], ...]}, pairs without a bond left out."""

@@ -7,6 +7,7 @@ the same holds inside each block given the clean blocks before it (Arriola et al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from rl.estimators.documents import Reads, noisy_document
 from rl.estimators.rows import TokenRows, assemble
 from rl.estimators.taught import BridgedRows
+
+_TINY = np.finfo(float).tiny
 
 
 def random_mask_rows(
@@ -70,61 +73,56 @@ def random_mask_rows(
         raise ValueError("sft.consistency is for masking random without sft.errors: set it to 0")
     if block_length is not None and any(len(sequence) % block_length for sequence in sequences):
         raise ValueError(f"sequences must be multiples of the block length {block_length}")
-    count = len(sequences)
     start, end = np.asarray(prompt_lengths)[:, None], np.array([[len(sequence)] for sequence in sequences])
     positions = np.arange(int(end.max()))
     answer = (positions >= start) & (positions < end)
-    num_blocks = 1 if block_length is None else len(positions) // block_length
-    size = count * num_blocks
+    size = block_length or len(positions)
+    blocks = (len(sequences), len(positions) // size)
     # A Beta draw may be 0 in floating point; such a level masks nothing.
-    draws = stratified(size, rng) if levels is None else rng.beta(*levels, size).clip(np.finfo(float).tiny)
-    level = np.repeat(draws.reshape(count, num_blocks), block_length or 1, axis=1)
-    masked = hidden = answer & (rng.random(answer.shape) < level)
-    weight = np.broadcast_to(1.0 / level, answer.shape)
-    if effective:
-        own = np.zeros_like(positions) if block_length is None else positions // block_length
-        share = np.stack(
-            [(masked & (own == b)).sum(1) / np.maximum((answer & (own == b)).sum(1), 1) for b in range(own[-1] + 1)]
-        )
-        weight = 1.0 / np.where(masked, share[own].T, 1.0)
+    draws = stratified(math.prod(blocks), rng) if levels is None else rng.beta(*levels, blocks).clip(_TINY)
+    level = np.repeat(draws.reshape(blocks), size, axis=1)
+    read = hidden = answer & (rng.random(answer.shape) < level)
+    weight = 1.0 / (_masked_share(hidden, answer, size) if effective else level)
     if semi_ar is not None:
         counts = -(-(end - start) // semi_ar)
-        chosen = (rng.random((count, 1)) * counts).astype(np.int64)
+        chosen = (rng.random((len(sequences), 1)) * counts).astype(np.int64)
         own = (positions - start) // semi_ar
-        masked = masked & (own == chosen)
-        hidden = masked | (answer & (own > chosen))
+        read = hidden & (own == chosen)
+        hidden = read | (answer & (own > chosen))
         weight = weight * counts
-    wrong = np.zeros_like(answer)
+    clean = np.stack([np.pad(sequence, (0, len(positions) - len(sequence))) for sequence in sequences])
+    noisy = np.where(hidden, mask_token_id, clean)
     if errors:
         assert error_tokens is not None
         wrong = answer & ~hidden & (rng.random(answer.shape) < errors)
-        random = rng.choice(error_tokens, answer.shape)
+        noisy = np.where(wrong, rng.choice(error_tokens, answer.shape), noisy)
         weight = np.where(wrong, 1.0, weight)
-    still = np.zeros_like(answer)
+        read = read | wrong
+
+    def rows_of(canvases: np.ndarray) -> TokenRows:
+        documents, reads = [], []
+        for row, i in enumerate(range(len(sequences))[part]):
+            sequence, column = sequences[i], np.flatnonzero(read[i])
+            first = prompt_lengths[i] // (block_length or 1)
+            document, shift = noisy_document(sequence, canvases[i, : len(sequence)], block_length, first)
+            documents.append(document)
+            reads.append(Reads(row, column + shift, sequence[column], 0))
+        return assemble(documents, reads, logit_shift=logit_shift, context_causal=context_causal)
+
+    rows = rows_of(noisy)
     if consistency:
-        ratio = np.repeat(rng.random((count, num_blocks)), block_length or 1, axis=1)
-        still = masked & (rng.random(answer.shape) < ratio)
-    documents, shown, opens, reads, weights = [], [], [], [], []
-    for index, i in enumerate(range(count)[part]):
-        sequence, column = sequences[i], np.flatnonzero(masked[i] | wrong[i])
-        noisy = np.where(hidden[i, : len(sequence)], mask_token_id, sequence)
-        if errors:
-            noisy = np.where(wrong[i, : len(sequence)], random[i, : len(sequence)], noisy)
-        first = prompt_lengths[i] // (block_length or 1)
-        document, shift = noisy_document(sequence, noisy, block_length, first)
-        documents.append(document)
-        if consistency:
-            seen = np.where(still[i, : len(sequence)], mask_token_id, sequence)
-            shown.append(noisy_document(sequence, seen, block_length, first)[0])
-            opens.append(still[i, column])
-        reads.append(Reads(index, column + shift, sequence[column], 0))
-        weights.append(weight[i, column])
-    rows = assemble(documents, reads, logit_shift=logit_shift, context_causal=context_causal)
-    if consistency:
-        more = assemble(shown, reads, logit_shift=logit_shift, context_causal=context_causal)
-        open_ = torch.from_numpy(np.concatenate(opens))
-        rows = BridgedRows(**vars(rows), shown=more, open=open_, share=consistency)
-    return rows, torch.from_numpy(np.concatenate(weights))
+        ratio = np.repeat(rng.random(blocks), size, axis=1)
+        still = hidden & (rng.random(answer.shape) < ratio)
+        shown, open_ = rows_of(np.where(still, mask_token_id, clean)), torch.from_numpy(still[part][read[part]])
+        rows = BridgedRows(**vars(rows), shown=shown, open=open_, share=consistency)
+    return rows, torch.from_numpy(weight[part][read[part]])
+
+
+def _masked_share(masked: np.ndarray, answer: np.ndarray, size: int) -> np.ndarray:
+    """[n, L]: of each block of `size` positions the share of answer tokens that is masked; 1 where nothing is."""
+    blocks = (len(masked), -1, size)
+    masked, answer = (flags.reshape(blocks).sum(2) for flags in (masked, answer))
+    return np.repeat(np.where(masked, masked / np.maximum(answer, 1), 1.0), size, axis=1)
 
 
 def stratified(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -26,7 +26,7 @@ from rl.train.plan import check_modality, check_run
 # Overrides with which a variant is about another model, and has warm starts of its own.
 _MODELS = ("model.backbone", "model.noise", "model.attention", "model.block_length", "model.context_causal=",
            "model.logit_shift=", "model.convert", "model.path=")  # fmt: skip
-COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds")
+COSTS = ("train_steps", "sequence_forwards", "reward_queries", "updates", "train_seconds", "train_cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for s in steps:
             change = interval([run["after"][s] - run["before"][s] for run in runs], sign="+")
             cells += [interval([run["after"][s] for run in runs]), change]
-        costs = [f"{statistics.mean(run[cost] for run in runs):,.0f}" for cost in COSTS]
+        # Runs of earlier versions do not say their CPU seconds.
+        costs = ["-" if cost not in runs[0] else f"{statistics.mean(run[cost] for run in runs):,.0f}" for cost in COSTS]
         rows.append([name, str(len(runs)), *cells, *costs])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 

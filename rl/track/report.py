@@ -40,9 +40,10 @@ _COSTS = {
     "reward_queries": "reward queries",
     "updates": "optimizer updates",
     "sft_seconds": "seconds of warm start",
+    "sft_cpu_seconds": "CPU seconds of warm start",
     "train_seconds": "seconds of RL",
     "stage_seconds": "of these",
-    "eval_seconds": "seconds of evaluation",
+    "train_cpu_seconds": "CPU seconds of RL",
 }
 
 _NUM_ROLLOUTS = 3  # worst and best

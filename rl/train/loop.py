@@ -18,6 +18,7 @@ from rl.run_folder import find_checkpoint
 from rl.tasks.base import Example, validation_examples
 from rl.tasks.chat import shown_prompt
 from rl.track.callbacks import Wishes
+from rl.track.stopwatch import Stopwatch
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.convert import convert
 from rl.train.interrupt import heeding_signals
@@ -147,7 +148,7 @@ def reinforce(
     stage: Counter[str] = Counter()
     kept = step if resumed else None
     silent = 0.0 if resumed else float(WINDOW)
-    started = time.perf_counter()
+    watch = Stopwatch()
     while step < config.train.steps:
         run.callbacks.step_begins()
         if run.wishes().failed:
@@ -173,7 +174,7 @@ def reinforce(
         _log_samples(run, step, outcome.samples)
         silent = _without_score(run, step, metrics, silent)
         run.progress.update(step, reward=metrics["reward/mean"], **{f"{unit}_per_s": speed})
-        out_of_time = bool(config.train.max_seconds and learned - started > config.train.max_seconds)
+        out_of_time = bool(config.train.max_seconds and learned - watch.started > config.train.max_seconds)
         # Reduced, because all ranks have to end after the same step.
         ending = distributed.reduce_number(max(told_to_stop(), out_of_time), "max", run.device)
         asked = run.wishes()
@@ -198,7 +199,7 @@ def reinforce(
     run.callbacks.tell("on_train_end")
     return {
         "train_steps": step,
-        "train_seconds": time.perf_counter() - started,
+        **watch.read("train", run.device),
         "stage_seconds": dict(stage),
         **vars(run.costs),
     }
@@ -249,7 +250,7 @@ def _baseline(run: Run, heldout: list[Example]) -> dict[str, Any]:
 
 def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str, Any]:
     """Evaluate the model as it is, log it, and give its part of the summary."""
-    started = time.perf_counter()
+    watch = Stopwatch()
     results, completions = evaluate(run, rows, run.config.evaluation_steps())
     quality: dict[str, Any] = {}
     for steps, made in completions.items():
@@ -271,7 +272,7 @@ def _evaluated(run: Run, name: str, rows: list[Example], step: int) -> dict[str,
         "_unscored": {str(steps): result.unscored for steps, result in results.items()},
         "_backslide": {str(steps): vars(result.backslide) for steps, result in results.items() if result.backslide},
         "_quality": {steps: values for steps, values in quality.items() if values},
-        "_seconds": time.perf_counter() - started,
+        **watch.read("", run.device),
     }
     optional = ("_backslide", "_quality")
     return {f"{name}{suffix}": part for suffix, part in parts.items() if part or suffix not in optional}

@@ -5,7 +5,6 @@ The conversion of an autoregressive model is a stage of the same form (`rl/train
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +17,7 @@ from rl.estimators.base import Rows
 from rl.estimators.trace_rows import trace_rows
 from rl.losses.aggregate import weighted_sum
 from rl.run_folder import find_checkpoint
+from rl.track.stopwatch import Stopwatch
 from rl.train.checkpoint import load_checkpoint, save_checkpoint
 from rl.train.learner import Learner
 from rl.train.run import Run
@@ -120,14 +120,14 @@ def fit(run: Run, data: Fit, command: str, told_to_stop: Callable[[], int]) -> d
         run.metrics.truncate_after(step if checkpoint else -1, name)
         for note in notes:
             run.progress.message(note)
-    started, fitted = time.perf_counter(), 0.0
+    watch, fitted = Stopwatch(), 0.0
     while step < config.steps:
         batches, spare = data.parts(step)
         before = learner.overflows
         norm = learner.update(batches, data.loss, spare)
         step += 1
         loss = distributed.reduce_number(float(data.total), "sum", run.device)
-        seconds = time.perf_counter() - started
+        seconds = watch.seconds
         count, unit, own = data.seen()
         fitted += count
         speed = fitted / seconds
@@ -152,7 +152,7 @@ def fit(run: Run, data: Fit, command: str, told_to_stop: Callable[[], int]) -> d
         if ending:
             break
     learner.copy_weights_into(plain)
-    return {f"{name}_steps": step, f"{name}_seconds": time.perf_counter() - started, f"{name}_loss": loss}
+    return {f"{name}_steps": step, **watch.read(name, run.device), f"{name}_loss": loss}
 
 
 def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int] = lambda: 0) -> dict[str, float]:
