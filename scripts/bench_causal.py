@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="to generate, a multiple of the block")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of every prompt")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 48])
+    parser.add_argument("--profile", type=int, default=0, help="also print this many of the costliest operators")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -42,24 +44,37 @@ def main() -> None:
         prompts = torch.randint(20, 1000, (batch, args.prompt), generator=torch.Generator().manual_seed(0))
         requests = [Request(row.tolist(), seed=i) for i, row in enumerate(prompts)]
         engine = InProcessEngine(policy, options, max_batch_size=batch)
-        speed: dict[str, float] = {}
+        decoders: dict[str, Callable[[], Any]] = {
+            "converted": lambda engine=engine, requests=requests: engine.generate(requests),
+            "autoregressive": lambda prompts=prompts: causal.generate(
+                prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, use_cache=True,
+                min_new_tokens=args.tokens, max_new_tokens=args.tokens, pad_token_id=0,
+            ),
+        }  # fmt: skip
+        speed = dict.fromkeys(decoders, 0.0)
         for _ in range(2):
-            for name in ("converted", "autoregressive"):
+            for name, decode in decoders.items():
                 begin = time.process_time()
-                if name == "converted":
-                    engine.generate(requests)
-                else:
-                    causal.generate(
-                        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, use_cache=True,
-                        min_new_tokens=args.tokens, max_new_tokens=args.tokens, pad_token_id=0,
-                    )  # fmt: skip
-                speed[name] = max(speed.get(name, 0.0), batch * args.tokens / (time.process_time() - begin))
+                decode()
+                speed[name] = max(speed[name], batch * args.tokens / (time.process_time() - begin))
         ratio = speed["converted"] / speed["autoregressive"]
         print(
             f"{args.dtype} batch {batch:3d}: converted {speed['converted']:.0f}, autoregressive "
             f"{speed['autoregressive']:.0f} tokens per CPU second, ratio {ratio:.2f}",
             flush=True,
         )
+        for name, decode in decoders.items() if args.profile else []:
+            print(f"    {name}: {costliest(decode, args.profile)}", flush=True)
+
+
+def costliest(decode: Callable[[], Any], count: int) -> str:
+    """Seconds of one call under the profiler, and the operators in which it spends most of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        decode()
+    found = sorted(trace.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in found)
+    shares = [f"{row.key} {row.self_cpu_time_total / total:.0%} ({row.count})" for row in found[:count]]
+    return f"{total / 1e6:.1f} s, {', '.join(shares)}"
 
 
 if __name__ == "__main__":

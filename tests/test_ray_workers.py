@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from rl.train.rollouts import RolloutSource, sample_lines
 from rl.train.run import Run
 from rollouts.engines.base import EngineError, StaleVersionError, WeightPushError
 from rollouts.engines.in_process import InProcessEngine
-from rollouts.engines.ray_workers import RayEngine
+from rollouts.engines.ray_workers import NICENESS, RayEngine, _start_ray
 from rollouts.engines.shared import SharedForwards
 from rollouts.samplers.options import SamplerOptions
 from tests import runs
@@ -288,3 +289,14 @@ def test_what_cannot_be_asynchronous_is_refused(overrides: list[str], line: str)
     check_engine(load_config(None, ["rollout.engine=ray", "rollout.asynchronous=true"]))
     with pytest.raises(ValueError, match=line):
         check_engine(load_config(None, ["rollout.engine=ray", "rollout.asynchronous=true", *overrides]))
+
+
+def test_workers_of_a_ray_that_the_run_starts_are_as_nice_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    ray = SimpleNamespace(init=lambda **options: seen.append(os.environ.get(NICENESS)))
+    monkeypatch.delenv(NICENESS, raising=False)
+    _start_ray(ray, None, 1)
+    assert NICENESS not in os.environ
+    monkeypatch.setenv(NICENESS, "10")
+    _start_ray(ray, None, 1)
+    assert seen == ["0", "10"]

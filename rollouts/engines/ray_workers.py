@@ -44,6 +44,7 @@ from rollouts.engines.base import (
 )
 from rollouts.engines.record import NonFiniteError
 
+NICENESS = "RAY_worker_niceness"  # Ray's variable
 # Builds what a worker holds, inside the worker: a model, and options -> the engine that samples it. It is pickled.
 MakeSampler = Callable[[], tuple[nn.Module, Callable[[Any], Any]]]
 # version, checksum, file or None, its bytes in Ray's object store or None
@@ -335,7 +336,9 @@ def digest_of(path: str | os.PathLike[str]) -> str:
 def _start_ray(ray: Any, address: str | None, num_cpus: int) -> None:
     """Join the cluster, or start one for as long as this process lives."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    with _environment(RAY_USAGE_STATS_ENABLED="0"):
+    # Ray starts workers at niceness 15, where any other process of a shared machine comes before half of the run.
+    niceness = {NICENESS: os.environ.get(NICENESS, "0")}
+    with _environment(RAY_USAGE_STATS_ENABLED="0", **niceness):
         if address is None:
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
             return
