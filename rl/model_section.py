@@ -221,6 +221,9 @@ class ModelConfig(Section):
         description="New prompt tokens, and the token of the trained model whose embedding each starts with (recipe "
         "ctrl); new classes of the built-in image model.",
     )
+    choices: int | None = Field(
+        None, ge=2, description="Add a head that chooses between so many values of sampler.choose; a saved one stays."
+    )
     wrap: bool = Field(
         True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
     )

@@ -33,7 +33,7 @@ _EDIT_FIELDS = {
 }
 X0_FIELDS = {"x0_hat": np.int64, "x0_confidence": np.float32, "x0_logprob": np.float64}
 # What only some trajectories have.
-_SOME = (*X0_FIELDS, "allowed", "allowed_at", "is_noise")
+_SOME = (*X0_FIELDS, "allowed", "allowed_at", "is_noise", "choices")
 
 # How much of a rollout is known, each with what comes before it: the finished answer, the step of every token, and the
 # log-prob it was drawn with. Our own engines know everything, serving engines often not.
@@ -89,6 +89,8 @@ class TokenTrajectory:
             token (`numpy.packbits`); trajectories may share the array.
         allowed_at: int32 [E], the set of every edit; -1 where it was no draw among some tokens only.
         is_noise: bool [E], edits of later steps that put random tokens, which are no decisions; None without such.
+        choices: float64 [C, 4], what the policy chose of its decoder (`sampler.choose`), None where it has no choice:
+            step, position whose state before that step made the choice, index of the value, log-prob.
     """
 
     prompt_ids: np.ndarray
@@ -115,6 +117,7 @@ class TokenTrajectory:
     allowed: np.ndarray | None = None
     allowed_at: np.ndarray | None = None
     is_noise: np.ndarray | None = None
+    choices: np.ndarray | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -194,6 +197,8 @@ class TokenTrajectory:
             raise ValueError("trajectory edits one position twice in one step")
         if self.is_noise is not None and len(self.is_noise) != len(self.step):
             raise ValueError(f"trajectory field 'is_noise' has {len(self.is_noise)} entries, step has {len(self.step)}")
+        if self.choices is not None and (self.choices.ndim != 2 or not np.isin(self.choices[:, 0], self.step).all()):
+            raise ValueError("trajectory field 'choices' must have rows of steps that revealed something")
         if (self.allowed is None) != (self.allowed_at is None):
             raise ValueError("trajectory fields 'allowed' and 'allowed_at' belong together")
         if self.allowed is not None and self.allowed_at is not None:
@@ -217,8 +222,9 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Sequence[Token
             values = getattr(trajectory, name)
             if values is not None:
                 arrays[f"{name}_{index}"] = values.astype(dtype, copy=False)
-        if trajectory.is_noise is not None:
-            arrays[f"is_noise_{index}"] = trajectory.is_noise
+        for name in ("is_noise", "choices"):
+            if getattr(trajectory, name) is not None:
+                arrays[f"{name}_{index}"] = getattr(trajectory, name)
         if trajectory.allowed is not None and trajectory.allowed_at is not None:
             # Of the sets that many trajectories share, this one's.
             used = np.unique(trajectory.allowed_at[trajectory.allowed_at >= 0])

@@ -21,8 +21,9 @@ from rollouts.constraints.automaton import TokenAutomaton, edges_of, from_edges
 from rollouts.constraints.reach import Constraint
 from rollouts.constraints.schema import schema_regex
 from rollouts.engines.in_process import InProcessEngine, Request
-from rollouts.samplers.options import ConstraintOptions, SamplerOptions
+from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.presets import PRESETS
+from rollouts.samplers.sub_options import ConstraintOptions
 from rollouts.trajectory import load_trajectories, save_trajectories
 from tests.tabular import PROMPT, TabularModel
 

@@ -33,6 +33,7 @@ class Reads(NamedTuple):
         target: int64 [E], the token that was chosen.
         step: int64 [E], or the step of all of them.
         sampler_logprob, weight_factor: float64 [E] or None.
+        is_choice: bool [E] or None, what the policy chose of its decoder, from the state at its column itself.
     """
 
     trajectory: int
@@ -41,6 +42,7 @@ class Reads(NamedTuple):
     step: np.ndarray | int
     sampler_logprob: np.ndarray | None = None
     weight_factor: np.ndarray | None = None
+    is_choice: np.ndarray | None = None
 
 
 def canvas_document(canvas: np.ndarray, block_length: int | None = None, active: int | None = None) -> Document:

@@ -55,6 +55,7 @@ class TokenRows(Rows):
         context_causal: a clean token sees the clean tokens up to itself only, also inside its block.
         allowed: uint8 [sets, V / 8], under a constraint the sets of tokens that tokens were drawn among, else None.
         allowed_at: int64 [N], the set of each decision; -1 for all tokens.
+        is_choice: bool [N], decisions of the model's choice head, whose target is the index of a value; None without.
     """
 
     input_ids: torch.Tensor
@@ -75,6 +76,7 @@ class TokenRows(Rows):
     context_causal: bool = False
     allowed: torch.Tensor | None = None
     allowed_at: torch.Tensor | None = None
+    is_choice: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -101,6 +103,8 @@ class TokenRows(Rows):
         Args:
             hidden: [R, W, D] when the backbone has already run on these rows.
         """
+        if self.is_choice is not None:
+            return self._with_choices(model, self.hidden(model) if hidden is None else hidden)
         size = getattr(model, "head_chunk", None)
         if size is None or len(self.target) <= size or self.unprompted is not None:
             return Scores(*self.drawn(self.logits(model, hidden)))
@@ -111,10 +115,24 @@ class TokenRows(Rows):
             parts.append(checkpoint(self.some(at)._from_states, model, states[at], use_reentrant=False))
         return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def _with_choices(self, model: Any, hidden: torch.Tensor) -> Scores:
+        """`score`, with the numbers of the choice head where it decided."""
+        assert self.is_choice is not None
+        at = self.is_choice.nonzero().squeeze(1)
+        scores = replace(self, is_choice=None).score(model, hidden)
+        logits = model.choice_logits(hidden[self.row[at], self.read[at]])
+        logprob, entropy = (
+            old.index_put((at,), new.to(old.dtype))
+            for old, new in zip(scores[:2], logprob_and_entropy(logits, self.target[at], 1.0), strict=True)
+        )
+        return scores._replace(logprob=logprob, entropy=entropy)
+
     def some(self, kept: torch.Tensor | slice) -> Self:
         """The same rows with some of the decisions: bool [N], or a slice."""
         flat = ("row", "column", "read", "target", "trajectory", "step", "sampler_logprob", "weight_factor")
-        own = {name: getattr(self, name, None) for name in (*flat, "allowed_at", "before", "after", "stay")}
+        own = {
+            name: getattr(self, name, None) for name in (*flat, "allowed_at", "is_choice", "before", "after", "stay")
+        }
         return replace(self, **{name: values[kept] for name, values in own.items() if values is not None})
 
     def _from_states(self, model: DenoisingModel, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,6 +291,9 @@ def assemble(
     pairs = list(zip(documents, reads, columns, strict=True))
     column = [own[read.column] for _, read, own in pairs]
     read = [own[read_columns(document, read.column, logit_shift)] for document, read, own in pairs]
+    for index, (_, own, columns_of) in enumerate(pairs):
+        if own.is_choice is not None:
+            read[index] = np.where(own.is_choice, columns_of[own.column], read[index])
 
     def flat(name: str, dtype: type = np.int64) -> Any:
         parts = [getattr(read, name) for read in reads]
@@ -291,6 +312,7 @@ def assemble(
         step=flat("step"),
         sampler_logprob=flat("sampler_logprob", np.float64),
         weight_factor=flat("weight_factor", np.float64),
+        is_choice=flat("is_choice", bool),
         context_causal=context_causal,
         **{name: sampler[name] for name in ("temperature", "top_p", "top_k", "cfg_scale") if name in sampler},
         **allowed_sets(

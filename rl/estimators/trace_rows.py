@@ -97,7 +97,9 @@ def remask_rows(
             documents.append(canvas_document(canvas, block_length, active))
             logprob = trajectory.logprob[reveals] if exact else None
             places, tokens = targets_at(trajectory, canvas, reveals, masked)
-            reads.append(Reads(index, places, tokens, step, logprob))
+            reads.append(
+                _and_choices(Reads(index, places, tokens, step, logprob), trajectory, trajectory.step[reveals[0]])
+            )
     rows = assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal)
     if trajectories[0].sampler.get("noise") != "uniform":
         return rows
@@ -105,6 +107,19 @@ def remask_rows(
     sampler, num_steps = trajectories[0].sampler, torch.tensor([t.num_steps for t in trajectories])
     law = step_law(rows.step, num_steps[rows.trajectory], "corrector" in sampler, "transition" in sampler)
     return ReplacedRows(**vars(rows), **law._asdict())
+
+
+def _and_choices(reads: Reads, trajectory: TokenTrajectory, step: int) -> Reads:
+    """The reads of a step, and behind them what the policy chose of its decoder in the same state."""
+    if trajectory.choices is None:
+        return reads
+    _, position, option, logprob = trajectory.choices[trajectory.choices[:, 0] == step].T
+    return reads._replace(
+        column=np.append(reads.column, position.astype(np.int64)),
+        target=np.append(reads.target, option.astype(np.int64)),
+        sampler_logprob=None if reads.sampler_logprob is None else np.append(reads.sampler_logprob, logprob),
+        is_choice=np.append(np.zeros(len(reads.column), dtype=bool), np.ones(len(position), dtype=bool)),
+    )
 
 
 def packed_rows(
@@ -235,9 +250,14 @@ def trained_steps(
         answer: leave out what was revealed behind the answer's end token.
     """
     reveal = trajectory.is_reveal
-    step = merged_steps(trajectory.step[reveal], shrink, segments)
-    inside = trajectory.position[reveal] < trajectory.prompt_length + trajectory.stop_length
-    return step[inside] if answer else step
+    step, position = trajectory.step[reveal], trajectory.position[reveal]
+    if trajectory.choices is not None:
+        # Behind the tokens of their steps, as in `remask_rows`.
+        step, position = (np.append(a, b) for a, b in zip((step, position), trajectory.choices[:, :2].T, strict=True))
+        order = np.argsort(step, kind="stable")
+        step, position = step[order].astype(np.int64), position[order]
+    merged = merged_steps(step, shrink, segments)
+    return merged[position < trajectory.prompt_length + trajectory.stop_length] if answer else merged
 
 
 def masked_steps(trajectory: TokenTrajectory, answer: bool = False) -> np.ndarray:

@@ -32,7 +32,8 @@ from rl.models.reader import beside_policy
 from rl.models.tokenizers import load_tokenizer
 from rollouts.engines.base import Request
 from rollouts.engines.tokens import token_engine
-from rollouts.samplers.options import ConstraintOptions, SamplerOptions, with_changes
+from rollouts.samplers.options import SamplerOptions, with_changes
+from rollouts.samplers.sub_options import ConstraintOptions
 
 log = logging.getLogger("denoise-rl")
 Pair = tuple[list[int], list[int]]

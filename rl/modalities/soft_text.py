@@ -53,7 +53,7 @@ class RelaxedText:
         self.run, self.options, self.sampler = run, options, config.sampler
         # The relaxed rollout is MDLM's ancestral sampler; score, quota and selector have no part in it.
         plain_options: dict[str, Any] = {"block_length": None, "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0}
-        plain_options |= {"reviser": "none", "constraint": None, "guide": None, "verify": False}
+        plain_options |= {"reviser": "none", "constraint": None, "guide": None, "verify": False, "choose": None}
         if self.sampler.temperature == 0:
             raise ValueError("sampler.temperature is 0: algorithm.gradient pathwise needs it above 0")
         for name, plain in plain_options.items():

@@ -80,6 +80,11 @@ class TextPlan(Modality):
             _check_constraint(config, tokenizer)
         if sampler.guide is not None:
             _check_guide(config)
+        if sampler.choose is not None and config.train.steps and not config.algorithm.trains_choices:
+            raise ValueError(
+                f"sampler.choose is trained with the tokens of the exact trace, which algorithm.name "
+                f"{config.algorithm.name} does not score as it is set: use tracerl, with shrink 1 and without value"
+            )
         context, mask_token_id, block = _shape(config, tokenizer)
         vision = vision_of(config)
         if vision is not None:
@@ -133,6 +138,8 @@ class TextPlan(Modality):
             needs["images"] = "model.vision"
         if config.sampler.guide is not None:
             needs["guides"] = "sampler.guide"
+        if config.sampler.choose is not None:
+            needs["choices"] = "sampler.choose"
         return needs
 
     @classmethod

@@ -50,6 +50,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         noise: str = "absorbing",
         context: dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
+        choices: int = 0,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
@@ -66,6 +67,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.context = context
         # Settings of the vision tower in front of it (`rl.models.vision.Vision`), None for a model of text alone.
         self.vision = vision
+        # Values between which its `choice_head` chooses; 0 is no head.
+        self.choices = choices
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -131,6 +134,7 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             table = next(n for n, m in self.backbone.named_modules() if m is self.backbone.get_input_embeddings())
             self.lm_head.weight = self.backbone.get_input_embeddings().weight
             self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
+        self.choice_head = nn.Linear(backbone_config.hidden_size, config.choices) if config.choices else None
         self.vision = None if config.vision is None else Vision(config.vision, backbone_config.hidden_size)
         self.post_init()
 
@@ -173,6 +177,27 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         """Take over the settings in the config.json of a saved policy."""
         self.config.block_length = described["block_length"]
         self.exclude(described["excluded_token_ids"])
+
+    def choose_between(self, count: int) -> None:
+        """Add a head that chooses between so many values, all equally likely; one that is there stays.
+
+        Raises:
+            ValueError: there is one for another number.
+        """
+        if self.config.choices not in (0, count):
+            raise ValueError(f"model.choices is {count}, and the model chooses between {self.config.choices} already")
+        if self.choice_head is None:
+            like = self.lm_head.weight
+            self.choice_head = nn.Linear(self.hidden_size, count, dtype=like.dtype, device=like.device)
+            self.config.choices = count
+            for parameter in self.choice_head.parameters():
+                nn.init.zeros_(parameter)
+
+    def choice_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., choices] in at least float32."""
+        assert self.choice_head is not None
+        logits = self.choice_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def grow(self, num_tokens: int) -> None:

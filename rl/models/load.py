@@ -68,6 +68,12 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
         add_vision(model, config.vision, seed)
     if getattr(model, "vision", None) is not None and not config.vision.train_tower:
         model.vision.tower.requires_grad_(False)
+    if config.choices:
+        if lora.has_adapters(model) or not hasattr(model, "choose_between"):
+            raise ValueError(
+                "model.choices is a head of a diffusion language model, which adapters leave alone: leave it out"
+            )
+        model.choose_between(config.choices)
     if config.conditions and config.path is None:
         raise ValueError("model.conditions are added to a trained model: set model.path")
     if tokenizer is not None:

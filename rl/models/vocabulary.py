@@ -17,7 +17,7 @@ import numpy as np
 from rl.tasks.chat import token_ids
 from rollouts.constraints.automaton import TokenAutomaton
 from rollouts.constraints.compile import Tokens, compile_constraint
-from rollouts.samplers.options import ConstraintOptions
+from rollouts.samplers.sub_options import ConstraintOptions
 
 
 def as_ranges(ids: Iterable[int]) -> list[list[int]]:

@@ -91,6 +91,11 @@ class AnyRecipe(BaseModel):
         """Whether to keep a frozen copy of the starting policy."""
         return self.kl_weight > 0
 
+    @property
+    def trains_choices(self) -> bool:
+        """Whether it scores what the policy chose of its decoder (`sampler.choose`)."""
+        return False
+
     def critic(self) -> ValueOptions | None:
         """Options of a diffusion value model, None for an advantage from rewards alone."""
         return None

@@ -26,6 +26,11 @@ class TracedRecipe(Recipe):
         """Arguments of `rl.estimators.trace_rows.trace_rows`: which steps share a state, what shares a row."""
         return {}
 
+    @property
+    def trains_choices(self) -> bool:
+        plain = self.layout.keys() <= {"shrink", "pack_to"} and self.layout.get("shrink", 1) == 1
+        return plain and self.critic() is None
+
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.trace_rows import answer_only, trace_rows, with_equal_steps
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from rollouts.constraints.automaton import Edges, TokenAutomaton, edges_of, from_edges
 from rollouts.constraints.schema import LAST, schema_regex
-from rollouts.samplers.options import ConstraintOptions
+from rollouts.samplers.sub_options import ConstraintOptions
 
 # What a slot of a scaffold holds when it does not say: text without quotes, backslashes and line breaks.
 _ANY = r'[^"\\\n]*'

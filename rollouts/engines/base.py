@@ -79,6 +79,7 @@ NEEDS = {
     "images": "answers to prompts with images",
     "constraints": "answers that match a constraint, and the tokens that it left to each choice",
     "guides": "tokens that an autoregressive model guides",
+    "choices": "what the policy chose of its decoder",
     "x0": "the x0 prediction of every step",
     "request_steps": "a number of denoising steps of each request's own",
     "branches": "rollouts that branch",
@@ -103,6 +104,7 @@ class Capabilities:
     images: bool = False
     constraints: bool = False
     guides: bool = False
+    choices: bool = False
     x0: bool = False
     request_steps: bool = False
     branches: bool = False
@@ -120,6 +122,7 @@ IN_PROCESS = Capabilities(
     images=True,
     constraints=True,
     guides=True,
+    choices=True,
     x0=True,
     request_steps=True,
     branches=True,
@@ -127,7 +130,7 @@ IN_PROCESS = Capabilities(
     policy_version=True,
     push="shared",
 )
-RAY_WORKERS = replace(IN_PROCESS, push="tensors", gradients=False, images=False, asynchronous=True)
+RAY_WORKERS = replace(IN_PROCESS, push="tensors", gradients=False, images=False, choices=False, asynchronous=True)
 
 
 def require(engine: str, capabilities: Capabilities, needs: Mapping[str, str]) -> None:

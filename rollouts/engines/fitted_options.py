@@ -38,6 +38,16 @@ def fitted_options(
     for name, reads in (("verify", options.verify), ("reviser arpc", options.reviser == "arpc")):
         if reads and not block_causal:
             raise ValueError(f"sampler.{name} reads a block-causal model at block length 1: this model has no blocks")
+    if options.choose is not None:
+        if block_causal or approximate_cache != "none":
+            raise ValueError(
+                "sampler.choose reads forwards of the whole canvas: use a full-attention model and rollout.cache none"
+            )
+        head, count = getattr(model, "choice_head", None), len(options.choose.values)
+        if head is None or head.out_features != count:
+            raise ValueError(
+                f"sampler.choose has {count} values, and the model no head for so many: set model.choices to {count}"
+            )
     cached = block_causal or approximate_cache != "none"
     if cached and options.cfg_scale:
         raise ValueError(

@@ -127,7 +127,7 @@ class Slots:
             group: int64 [N], the slots that were forwarded.
             revealed: int64 [N], positions each revealed, less those it masked again.
             ended: bool [N], whether an end token was among them.
-            block: block length, None when the response is one block.
+            block: block length, None when the response is one block, or blocks of chosen lengths.
             busy: bool [N], whose block is not done although nothing in it is masked.
 
         Returns:
@@ -142,9 +142,9 @@ class Slots:
         over = self.stopped[complete] | (self.end[complete] == self.length[complete])
         onward = complete[~over]
         if len(onward):
-            assert block is not None
             self.start[onward] = self.end[onward]
-            self.end[onward] += block
+            # Where the policy chooses lengths, it says the next end before the next step.
+            self.end[onward] = self.length[onward] if block is None else self.end[onward] + block
             self._enter(onward, fresh=self.longer_first)
         self.index[complete[over]] = -1
         return complete[over]

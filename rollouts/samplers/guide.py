@@ -31,8 +31,9 @@ import torch
 
 from rollouts.samplers import noise
 from rollouts.samplers.distribution import draw, sampling_logprobs
-from rollouts.samplers.options import GuideOptions, SamplerOptions
+from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.step import StepState
+from rollouts.samplers.sub_options import GuideOptions
 
 
 class Reader(Protocol):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rollouts.samplers.presets import PRESETS
+from rollouts.samplers.sub_options import ChooseOptions, ConstraintOptions, GuideOptions
 
 # What a preset chooses. Everything else (lengths, steps, blocks, temperature, guidance) is left to the user.
 PARTS = (
@@ -34,59 +35,6 @@ _IN_UNIT_INTERVAL = ("probability", "max_probability", "margin")
 Selector = Literal[
     "top_n", "threshold", "dynamic", "left_most", "factor", "entropy_bound", "entropy_sum", "bernoulli", "consistent"
 ]  # fmt: skip
-
-
-class ConstraintOptions(BaseModel):
-    """What every response must match; one of the four (docs/constraints.md)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    regex: str | None = Field(None, description="Regular expression (Rust's syntax) that the whole response matches.")
-    json_schema: dict[str, Any] | str | None = Field(
-        None, description="JSON schema that the response is valid under, or the path of a file with it."
-    )
-    scaffold: str | None = Field(
-        None,
-        description="Text that is placed before the first step, with slots <N> or <N:regex> of N tokens to fill in: "
-        '{"city": "<6:[a-z ]+>"}. A value shorter than its slot is followed by pad tokens.',
-    )
-    graph: dict[str, list[str]] | str | None = Field(
-        None,
-        description="Token -> tokens that may follow it, or the path of a JSON file with that; <start> and <end> stand "
-        "for the two ends of a response.",
-    )
-
-    @model_validator(mode="after")
-    def _one(self) -> ConstraintOptions:
-        given = [name for name, value in self if value is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"sampler.constraint takes one of {', '.join(type(self).model_fields)}, got {given or 'none'}"
-            )
-        return self
-
-
-class GuideOptions(BaseModel):
-    """An autoregressive model that reads what the policy would write (`rollouts/samplers/guide.py`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str = Field(
-        description="Causal language model with the policy's tokens: folder, hub name, .gguf file, package:NAME/FILE, "
-        "or http://HOST:PORT of a vLLM server."
-    )
-    rule: Literal["agree", "energy"] = Field(
-        "agree",
-        description="Reveal the policy's draws as far as the guide agrees (guided diffusion), or take one of several "
-        "fillings by importance weights (EDLM).",
-    )
-    top: int = Field(2, ge=1, description="Agree: a draft is among this many of the guide's likeliest tokens.")
-    relative: float = Field(0.5, gt=0, le=1, description="Agree: and has this share of the likeliest's probability.")
-    candidates: int = Field(8, ge=1, description="Energy: fillings drawn at every step; 1 is no guide.")
-    temperature: float = Field(1.0, gt=0, description="Energy: temperature of the importance weights.")
-    share: float = Field(1.0, gt=0, le=1, description="Energy: weigh in this share of a block's steps, the first ones.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights of a guide in this process.")
-    batch_size: int = Field(16, ge=1, description="Answers that the guide reads in one forward or request.")
 
 
 class SamplerOptions(BaseModel):
@@ -209,6 +157,11 @@ class SamplerOptions(BaseModel):
     guide: GuideOptions | None = Field(
         None, description="Autoregressive model that guides the decoder (docs/decoders.md); null is none."
     )
+    choose: ChooseOptions | None = Field(
+        None,
+        description="Let the policy choose each block's length, or the selector's bound, and learn to "
+        "(docs/decoders.md); null chooses nothing.",
+    )
     verify: bool = Field(
         False,
         description="Draft each block of a block-causal model in one step and verify it from left to right with the "
@@ -266,9 +219,35 @@ class SamplerOptions(BaseModel):
         for name, plain in (("reviser", "none"), ("record_x0", False), ("constraint", None), ("verify", False)):
             if self.guide is not None and getattr(self, name) != plain:
                 raise ValueError(f"sampler.guide does not go with sampler.{name}: unset one of them")
+        alone: dict[str, Any] = {
+            "reviser": "none",
+            "record_x0": False,
+            "constraint": None,
+            "verify": False,
+            "guide": None,
+        }
+        for name, plain in alone.items() if self.choose is not None else ():
+            if getattr(self, name) != plain:
+                raise ValueError(f"sampler.choose does not go with sampler.{name}: unset one of them")
+        if self.choose is not None:
+            self._check_choose(self.choose)
         if self.guide is not None and self.guide.rule == "energy" and self.temperature == 0:
             raise ValueError("sampler.guide.rule energy weighs several draws: set sampler.temperature above 0")
         return self
+
+    def _check_choose(self, choose: ChooseOptions) -> None:
+        if self.follows_time:
+            raise ValueError(
+                "sampler.choose needs steps that reveal something: set sampler.quota to even, cosine or doubling, and "
+                "sampler.selector to another than bernoulli"
+            )
+        if choose.block_length and self.block_length is not None:
+            raise ValueError("sampler.choose.block_length chooses every block's: leave sampler.block_length out")
+        bounded = ("threshold", "dynamic", "factor", "entropy_bound", "entropy_sum")
+        if choose.bound and self.selector not in bounded:
+            raise ValueError(
+                f"sampler.choose.bound needs a selector that has one: set sampler.selector to one of {bounded}"
+            )
 
     @property
     def random_order(self) -> bool:
@@ -319,7 +298,7 @@ class SamplerOptions(BaseModel):
         Args:
             canvas_length: of a model that denoises canvases.
         """
-        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", *PARTS}
+        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", "choose", *PARTS}
         for name, plain in (("corrector", 0), ("transition", "posterior")):
             if self.selector == "entropy_bound" and getattr(self, name) != plain:
                 raise ValueError(f"sampler.{name} is for ancestral steps: unset it, or sampler.preset entropy_bound")
@@ -371,7 +350,8 @@ class SamplerOptions(BaseModel):
     def decoder(self) -> dict[str, Any]:
         """The preset's name and every part: the rule that chose positions, as a trajectory records it."""
         guide = {} if self.guide is None else {"guide": self.guide.model_dump()}
-        return {name: getattr(self, name) for name in ("preset", *PARTS)} | guide
+        choose = {} if self.choose is None else {"choose": self.choose.model_dump(exclude_none=True)}
+        return {name: getattr(self, name) for name in ("preset", *PARTS)} | guide | choose
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def select_positions(
     scores: torch.Tensor,
     eligible: torch.Tensor,
     quota: torch.Tensor,
-    bound: float,
+    bound: float | torch.Tensor,
 ) -> torch.Tensor:
     """Which positions to reveal now.
 
@@ -180,7 +180,7 @@ def select_positions(
         scores: float64 [B, L].
         eligible: bool [B, L].
         quota: int64 [B].
-        bound: the score to exceed, the factor, or the entropy in nats.
+        bound: the score to exceed, the factor, or the entropy in nats; or float64 [B, 1], of each row.
 
     Returns:
         bool [B, L], at least one position for every row that has an eligible one and a quota.

@@ -32,6 +32,7 @@ class StepState:
         running: float64 [B, L], running confidences for reviser rcr, for arpc those that its reading gives, for
             selector consistent the tokens that the step before remembered.
         places: int64 [N] each, row and position of the candidates in row-major order, where they are known.
+        bound: float64 [B, 1], the selector's bound of each row, in place of the options'.
     """
 
     canvas: torch.Tensor
@@ -45,6 +46,7 @@ class StepState:
     filled: torch.Tensor | None = None
     running: torch.Tensor | None = None
     places: tuple[torch.Tensor, torch.Tensor] | None = None
+    bound: torch.Tensor | None = None
 
     def where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position [N] of the candidates, in row-major order."""
@@ -152,7 +154,7 @@ def denoise_step(
             "entropy_bound": options.entropy_bound,
             "entropy_sum": options.entropy_bound,
         }
-        bound = bounds.get(options.selector, options.threshold)
+        bound = bounds.get(options.selector, options.threshold) if state.bound is None else state.bound
         chosen = select_positions(options.selector, scores, state.eligible, state.quota, bound)
     result.reveal = chosen[row, position]
     if options.reviser == "edit":

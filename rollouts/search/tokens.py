@@ -53,6 +53,8 @@ class TokenSampler:
                 "a search revises states itself and draws from the plain model: set sampler.reviser to none and "
                 "sampler.cfg_scale to 0"
             )
+        if engine.options.choose is not None:
+            raise ValueError("a search takes steps of its own: set sampler.choose to null")
         if engine.options.remembers:
             raise ValueError("a search goes on from states without memory: set sampler.selector to another one")
         if engine.constraint is not None:
