@@ -278,7 +278,7 @@ class RolloutConfig(Section):
         description="int8 samples with a copy whose linear layers have 8-bit weights; log-probs then differ from the "
         "learner's (logprob_gap), which max_importance_weight corrects.",
     )
-    cache: Literal["none", "prefix", "dual"] = Field(
+    cache: Literal["none", "prefix", "dual", "frozen"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."
     )
 

@@ -1,6 +1,6 @@
-"""Rollout speed: the engine against a plain loop per prompt and a batched loop, both without cache.
+"""Rollout speed: the engine against a plain loop per prompt and a batched loop without cache, and SDAR's with one.
 
-All three decode the same requests with the same model and the same draws, so their token ids must be
+All decode the same requests with the same model and the same draws, so their token ids must be
 equal, request by request. Draws depend on (seed, step, position) only; what is left is rounding. It can
 turn a draw or a tie of confidences over once in about 10^6 decisions in float32, so equality is asserted
 in float64 (untimed) and counted in float32 (timed).
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
+from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.parts import even_quota
@@ -126,6 +127,46 @@ def plain_loop(model: DiffusionLM, requests: list[Request], options: SamplerOpti
     return {"ids": canvases, "forwards": forwards, "sequences": sequences, "tokens": tokens}
 
 
+@torch.no_grad()
+def published_loop(model: DiffusionLM, requests: list[Request], options: SamplerOptions) -> dict[str, Any]:
+    """SDAR's published generation: a request at a time, its blocks with cache, logits at every position of the block.
+
+    Each block takes its denoising forwards, and one more that stores it when it is finished.
+    """
+    canvases, forwards, tokens = [], 0, 0
+    for request in requests:
+        row = Row(request, options, model.mask_token_id)
+        cache = BlockCache(1, row.length)
+
+        def forward(start: int, end: int, row: Row = row, cache: BlockCache = cache) -> torch.Tensor:
+            nonlocal forwards, tokens
+            positions = torch.arange(start, end)[None]
+            cache.aim([0], positions, end)
+            visible = block_causal_visibility(positions, end, row.block)
+            forwards, tokens = forwards + 1, tokens + end - start
+            ids = row.canvas[None, start:end]
+            return model.hidden_states(ids, visible=visible, position_ids=positions, cache=cache)
+
+        if row.start:
+            forward(0, row.start)
+        while not row.done:
+            start, end = row.start, row.end
+            logits = model.token_logits(forward(start, end))[0]
+            ids = row.canvas[None, :end]
+            eligible = (ids == row.mask_token_id) & (torch.arange(end) >= start)
+            total, steps, block_step, step, seed = (
+                torch.tensor([x]) for x in (row.num_masked, row.steps_per_block, row.block_step, row.step, row.seed)
+            )
+            state = StepState(ids, eligible, eligible, even_quota(total, steps.minimum(total), block_step), seed, step)
+            result = denoise_step(state, logits[eligible[0, start:]], options)
+            row.canvas[result.position[result.reveal]] = result.token[result.reveal]
+            row.after_step()
+            if row.start != start:
+                forward(start, end)
+        canvases.append(row.canvas.tolist())
+    return {"ids": canvases, "forwards": forwards, "sequences": forwards, "tokens": tokens}
+
+
 def engine_run(model: DiffusionLM, requests: list[Request], options: SamplerOptions, batch: int) -> dict[str, Any]:
     engine = InProcessEngine(model, options, max_batch_size=batch)
     trajectories = engine.generate(requests)
@@ -150,6 +191,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--batch", type=int, default=64, help="requests decoded together (engine and batched loop)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], help="layouts that are not run, such as 'plain loop'")
     parser.add_argument("--no-check", action="store_true", help="skip the float64 comparison of token ids")
     args = parser.parse_args()
 
@@ -171,15 +213,18 @@ def main() -> None:
     some = requests[: args.plain_prompts]
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "plain loop": lambda: plain_loop(model, some, options, 1),
+        "published SDAR loop": lambda: published_loop(model, some, options),
         "batched loop": lambda: plain_loop(model, requests, options, args.batch),
         "engine": lambda: engine_run(model, requests, options, args.batch),
     }
+    for name in args.skip:
+        del runs[name]
     if not args.no_check:
         model.double()
         ids = {name: run()["ids"] for name, run in runs.items()}
         model.float()
-        assert ids["engine"] == ids["batched loop"], "token ids differ between engine and batched loop"
-        assert ids["engine"][: len(some)] == ids["plain loop"], "token ids differ between engine and plain loop"
+        for name, own in ids.items():
+            assert own == ids["engine"][: len(own)], f"token ids differ between engine and {name}"
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, dict[str, Any]] = {}
@@ -197,12 +242,10 @@ def main() -> None:
         f"{args.steps_per_block} steps per block, batch {args.batch}, {torch.get_num_threads()} thread(s), "
         f"median of {args.repeats} interleaved runs"
     )
-    print(
-        "token ids in float64: "
-        + ("not compared" if args.no_check else f"all {len(requests)} requests equal in all three")
-    )
+    print("token ids in float64: " + ("not compared" if args.no_check else f"all requests equal in all {len(runs)}"))
     print()
-    print("| | seconds | tokens/s | times plain | CPU seconds | times plain (CPU) | forwards | ", end="")
+    first = next(iter(runs))
+    print(f"| | seconds | tokens/s | times {first} | CPU seconds | times {first} (CPU) | forwards | ", end="")
     print("tokens per forward of a sequence | tokens forwarded | ids equal in float32 |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     rates: list[tuple[float, float]] = []

@@ -42,6 +42,7 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "`arpc`, blocks": ({"reviser": "arpc", "block_length": 4}, {}, True),
     "`llada2_1_quality`, editing": ({"preset": "llada2_1_quality", "threshold": 0.3, "edit_threshold": 0.1}, {}, False),
     "`rollout.cache: dual`": ({"block_length": 4}, {"approximate_cache": "dual"}, False),
+    "`rollout.cache: frozen`": ({"block_length": 4}, {"approximate_cache": "frozen"}, False),
 }
 
 

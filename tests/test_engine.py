@@ -360,7 +360,7 @@ def test_an_approximate_cache_changes_log_probs_and_nothing_else(make_model, fam
 
 def test_caches_that_cannot_be_are_refused(make_model) -> None:
     full, block = make_model("gpt2-full"), make_model("gpt2-block4")
-    with pytest.raises(ValueError, match=r"rollout\.cache must be none, prefix or dual, got 'exact'"):
+    with pytest.raises(ValueError, match=r"rollout\.cache must be none, prefix, dual or frozen, got 'exact'"):
         InProcessEngine(full, SamplerOptions(**STEPS), approximate_cache="exact")
     with pytest.raises(ValueError, match=r"rollout\.cache dual is for full-attention models"):
         InProcessEngine(block, SamplerOptions(**STEPS), approximate_cache="dual")

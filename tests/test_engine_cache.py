@@ -170,10 +170,10 @@ def reference(model: Any, request: Request, options: SamplerOptions, mode: str) 
     canvas = torch.tensor([prompt + [model.mask_token_id] * options.gen_length])
     edits, step = [], 0
     for start in range(len(prompt), length, block):
-        stop = length if mode == "prefix" else start + block
+        stop = start + block if mode == "dual" else length
         begin = start - shift
         for block_step in range(options.steps_per_block()):
-            if block_step == 0:
+            if block_step == 0 and (mode != "frozen" or start == len(prompt)):
                 everything = DynamicCache()
                 hidden = model.hidden_states(canvas, cache=everything)[0, begin:stop]
             else:
@@ -183,6 +183,8 @@ def reference(model: Any, request: Request, options: SamplerOptions, mode: str) 
                     cache.update(layer.keys[:, :, outside], layer.values[:, :, outside], index)
                 positions = torch.arange(begin, stop)[None]
                 hidden = model.hidden_states(canvas[:, begin:stop], position_ids=positions, cache=cache)[0]
+                if mode == "frozen":
+                    everything = cache
             eligible = torch.zeros_like(canvas, dtype=torch.bool)
             eligible[:, start : start + block] = canvas[:, start : start + block] == model.mask_token_id
             at = eligible[0].nonzero().squeeze(1) - shift - begin
@@ -197,7 +199,7 @@ def reference(model: Any, request: Request, options: SamplerOptions, mode: str) 
     return edits
 
 
-@pytest.mark.parametrize("mode", ["prefix", "dual"])
+@pytest.mark.parametrize("mode", ["prefix", "dual", "frozen"])
 @pytest.mark.parametrize("family", FULL)
 def test_approximate_caches_equal_their_definition(make_model, family: str, mode: str) -> None:
     model = make_model(family)
@@ -214,10 +216,10 @@ def test_approximate_caches_equal_their_definition(make_model, family: str, mode
         np.testing.assert_allclose(trajectory.logprob, logprob, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["prefix", "dual"])
+@pytest.mark.parametrize("mode", ["prefix", "dual", "frozen"])
 @pytest.mark.parametrize("family", FULL)
 def test_an_approximate_cache_shows_in_the_learners_log_probs(make_model, family: str, mode: str) -> None:
-    """Exact at the first step of every block, wrong behind it; without a cache right everywhere."""
+    """Exact at the first step of every block (of a response, if frozen), wrong behind it; without one everywhere."""
     model = make_model(family)
     gaps = {}
     for cache in ("none", mode):
@@ -227,7 +229,7 @@ def test_an_approximate_cache_shows_in_the_learners_log_probs(make_model, family
         with torch.no_grad():
             scored = remask_rows(trajectories, logit_shift=model.logit_shift).score(model).logprob
         gap = np.abs(scored.numpy() - np.concatenate([t.logprob for t in trajectories]))
-        first = np.concatenate([t.step % 2 == 0 for t in trajectories])
+        first = np.concatenate([t.step % (6 if mode == "frozen" else 2) == 0 for t in trajectories])
         gaps[cache] = gap[first].max(), gap[~first].max()
     assert max(gaps["none"]) < 1e-10
     assert gaps[mode][0] < 1e-10
@@ -246,7 +248,7 @@ def test_one_step_per_block_leaves_nothing_to_approximate(make_model) -> None:
         assert not one.exact and other.exact
 
 
-@pytest.mark.parametrize("mode", ["prefix", "dual"])
+@pytest.mark.parametrize("mode", ["prefix", "dual", "frozen"])
 def test_cached_rollouts_do_not_depend_on_their_batch(make_model, mode: str) -> None:
     """Requests in other phases, padding queries and refilled slots leave no trace."""
     model = make_model("qwen3-full")
@@ -262,19 +264,21 @@ def test_cached_rollouts_do_not_depend_on_their_batch(make_model, mode: str) -> 
 def test_a_dual_cache_forwards_less(make_model) -> None:
     model = make_model("gpt2-full")
     counts = {}
-    for mode in ("none", "prefix", "dual"):
+    for mode in ("none", "prefix", "dual", "frozen"):
         engine = InProcessEngine(model, SamplerOptions(**STEPS), approximate_cache=mode)
         engine.generate([Request([1, 2, 3], seed=0)])
         counts[mode] = engine.stats.query_tokens
     # 6 forwards of 15; then 3 of 15 and 3 of the rest of the canvas, or of one block.
-    assert counts == {"none": 90, "prefix": 45 + 12 + 8 + 4, "dual": 45 + 3 * 4}
+    whole = {"none": 90, "prefix": 45 + 12 + 8 + 4, "dual": 45 + 3 * 4}
+    # Only the first forward is whole, and no later one computes what lies before its block.
+    assert counts == whole | {"frozen": 15 + 12 + 2 * 8 + 2 * 4}
 
 
 def test_caches_that_make_no_sense_are_refused(make_model) -> None:
     options = SamplerOptions(**STEPS)
     with pytest.raises(ValueError, match=r"rollout\.cache dual is for full-attention models"):
         InProcessEngine(make_model("gpt2-block4"), options, approximate_cache="dual")
-    with pytest.raises(ValueError, match=r"rollout\.cache must be none, prefix or dual, got 'paged'"):
+    with pytest.raises(ValueError, match=r"rollout\.cache must be none, prefix, dual or frozen, got 'paged'"):
         InProcessEngine(make_model("gpt2-full"), options, approximate_cache="paged")  # type: ignore[arg-type]
     recording = options.model_copy(update={"record_x0": True})
     with pytest.raises(ValueError, match=r"sampler\.record_x0 needs forwards of the whole canvas"):

@@ -12,7 +12,7 @@ def fitted_options(
     """The options with the block length of a block-causal model, where they have none.
 
     Args:
-        approximate_cache: "none", "prefix" or "dual".
+        approximate_cache: "none", "prefix", "dual" or "frozen".
 
     Raises:
         ValueError: a choice that this model, cache or tokenizer does not go with.
@@ -20,8 +20,8 @@ def fitted_options(
     block_causal = model.attention == "block_causal"
     if noise_of(model) == "absorbing":
         options.check_absorbing()
-    if approximate_cache not in ("none", "prefix", "dual"):
-        raise ValueError(f"rollout.cache must be none, prefix or dual, got {approximate_cache!r}")
+    if approximate_cache not in ("none", "prefix", "dual", "frozen"):
+        raise ValueError(f"rollout.cache must be none, prefix, dual or frozen, got {approximate_cache!r}")
     if block_causal and approximate_cache != "none":
         raise ValueError(
             f"rollout.cache {approximate_cache} is for full-attention models: the cache of a block-causal model "

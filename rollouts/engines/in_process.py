@@ -8,8 +8,9 @@ block's first token is read, and later ones of the same block find it in the cac
 
 Full-attention models may opt into the approximate caches of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): the
 first forward of a block sees the whole canvas, later ones compute the block alone ("dual") or the block and all
-behind it ("prefix") and take everything else from the cache, where it is stale. Such trajectories say
-`exact=False`.
+behind it ("prefix") and take everything else from the cache, where it is stale. In FreeCache (Hu et al. 2025, arXiv
+2505.21467, and its code) the first forward of the response alone sees the whole canvas, and what lies before a block is
+never computed again ("frozen"). Such trajectories say `exact=False`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class InProcessEngine(SharedModelEngine):
         eos_token_id: int | None = None,
         max_batch_size: int = 256,
         device: torch.device | str = "cpu",
-        approximate_cache: Literal["none", "prefix", "dual"] = "none",
+        approximate_cache: Literal["none", "prefix", "dual", "frozen"] = "none",
         constraint: TokenAutomaton | None = None,
         guide: Reader | None = None,
     ):
@@ -111,7 +112,7 @@ class InProcessEngine(SharedModelEngine):
         # Longest first: requests of like length share batches, and no long one is left to run alone.
         waiting = deque(sorted(plans, key=lambda plan: -plan.length))
         cached = self.block_causal or self.approximate_cache != "none"
-        slots = Slots(min(self.max_batch_size, len(plans)), longer_first=cached)
+        slots = Slots(min(self.max_batch_size, len(plans)), cached and self.approximate_cache != "frozen")
         record = Record(len(plans), None if self.constraint is None else self.constraint.automaton.classes)
         width = waiting[0].length
         canvas = torch.full((len(slots.index), width), self.mask_token_id, dtype=torch.int64, device=self.device)
