@@ -28,6 +28,7 @@ class Outcome:
         scores: one per completion of the call; empty when the call failed.
         error: why the call failed, one line; None when it did not.
         transient: True when the failure is worth a retry.
+        miscounted: True when the reward gave another number of scores than completions: no call of it can be trusted.
         seconds: wall time of the call.
         metrics: numbers the reward logged with TRL's `log_metric`.
         extra: columns the reward logged with TRL's `log_extra`.
@@ -36,6 +37,7 @@ class Outcome:
     scores: list[Score] = field(default_factory=list)
     error: str | None = None
     transient: bool = False
+    miscounted: bool = False
     seconds: float = 0.0
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
@@ -79,7 +81,8 @@ def call_reward(
         if isinstance(answer, str | Mapping) or not hasattr(answer, "__iter__"):
             raise ValueError(f"it returned a {type(answer).__name__}, not a list with a number for each completion")
         scores = [as_score(entry) for entry in answer]
-        if len(scores) != len(completions):
+        outcome.miscounted = len(scores) != len(completions)
+        if outcome.miscounted:
             raise ValueError(f"the reward returned {len(scores)} entries for {len(completions)} completions")
         outcome.scores = scores
     except (Exception, SystemExit) as error:

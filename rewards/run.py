@@ -227,7 +227,8 @@ class RewardRunner:
             if outcome.transient and self._another(job):
                 tally.retries += len(job.indices)
                 return [Job(job.part, job.indices, job.attempt + 1)]
-            if len(job.indices) > 1 and not outcome.transient:
+            # One score for all would pass as the score of each.
+            if len(job.indices) > 1 and not outcome.transient and not outcome.miscounted:
                 return [Job(job.part, [index], job.attempt) for index in job.indices]
             for index in job.indices:
                 self._book(job.part, index, Score(None, reason=outcome.error), batch, tally)

@@ -124,11 +124,17 @@ def score_file(
         mode, num_workers, timeout_seconds: of the `RewardRunner`; "inline" shows the reward's own prints.
 
     Raises:
-        ValueError: for a broken line, a missing completion, an unknown reward or parameter.
+        ValueError: for a broken line, a missing completion, an unknown reward or parameter, a wrong output.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
     rows = list(_samples(Path(path), prompt, completion, limit))
     if not rows:
         raise ValueError(f"{path} holds no samples")
+    if output is not None and not Path(output).parent.is_dir():
+        raise ValueError(f"--output: the folder {Path(output).parent} does not exist, make it first")
+    if output is not None and Path(output).exists() and Path(output).samefile(path):
+        raise ValueError(f"--output {output} is the file of the samples: name another one")
     part = RewardPart(reward, params=dict(params or {}), columns=dict(columns or {}), label="reward")
     report = ScoreReport(reward, [], Counter())
     totals: dict[str, list[float]] = {}
@@ -182,15 +188,17 @@ def new_reward(path: str | Path) -> tuple[Path, Path]:
 
 def _samples(path: Path, prompt: str, completion: str, limit: int | None) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"no file {path}")
+        raise ValueError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
     count = 0
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}:{number} is not UTF-8: save the file as UTF-8") from None
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error
             if not isinstance(row, dict) or completion not in row:
                 fields = sorted(row) if isinstance(row, dict) else type(row).__name__

@@ -60,7 +60,16 @@ TRAINING = {
     "no such task module": (["task.name=nowhere:Task"], "task.name 'nowhere:Task'"),
     "no such task parameter": (["task.params={givens: 3}"], "task.params has unknown key 'givens'"),
     "task parameter out of range": (["task.params={min_givens: 9, max_givens: 3}"], "min_givens <= max_givens"),
-    "task parameter of a wrong type": (["task.params={min_givens: few}"], "task.params {'min_givens': 'few'}"),
+    "task parameter of a wrong type": (["task.params={min_givens: few}"], "task.params.min_givens: Input should be a"),
+    "task parameter that YAML reads otherwise": (
+        ["task.name=jsonl", "task.params={train: {rows.jsonl}, template: {question}}"],
+        "task.params.template: Input should be a valid string, got {'question': None}",
+    ),
+    "template without its place": (
+        ["task.name=jsonl", "task.params={train: {rows.jsonl}, template: hello}"],
+        "task.params.template 'hello' has no {prompt}",
+    ),
+    "folder for a dataset": (["task.name=jsonl", "task.params={train: '{folder}'}"], "is a folder"),
     "no such recipe": (["algorithm.name=ppo"], "algorithm.name 'ppo' does not exist"),
     "GPU without one": (["run.device=cuda"], "run.device is cuda, but torch sees no GPU: set run.device to cpu"),
     "no such device": (["run.device=abacus"], "run.device"),

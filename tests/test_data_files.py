@@ -18,7 +18,7 @@ from rl.tasks.char_tokenizer import char_tokenizer
 from rl.tasks.chat import answer_text, prompt_text
 from rl.tasks.fit import FileExamples, unfit_reasons
 from rl.tasks.jsonl import JsonlTask
-from rl.tasks.records import read_records
+from rl.tasks.records import read_records, stream_at
 from tests import runs
 
 # A template as published ones are: a head and an end token for each turn, and a line break behind it.
@@ -84,6 +84,15 @@ def test_null_is_no_text(tmp_path: Path, kind: str) -> None:
     path = as_file(tmp_path, kind, [{"prompt": "a"}, {"prompt": None}])
     with pytest.raises(ValueError, match=r"row 2 has no 'prompt': fill it in"):
         JsonlTask(path)
+
+
+def test_nan_is_a_missing_cell_and_odd_json_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a", "answer": NaN}\n')
+    assert JsonlTask(path, answer_column="answer").train_examples(0, 0, 1)[0]["answer"] is None
+    assert [row["answer"] for row in stream_at(path)] == [None]
+    for text in ("9" * 5000, "[" * 100_000):
+        with pytest.raises(ValueError, match=r"b\.jsonl:1: not JSON"):
+            JsonlTask(write(tmp_path / "b.jsonl", f'{{"prompt": "a", "x": {text}}}\n'))
 
 
 def test_numbers_are_text_and_other_cells_are_refused_by_row(tmp_path: Path) -> None:

@@ -72,6 +72,10 @@ async def gentle(prompts, completions, **columns):
     return [0.5] * len(completions)
 
 
+def average(prompts, completions, **columns):
+    return [0.5]
+
+
 def short(prompts, completions, **columns):
     return [1.0] * (len(completions) - 1)
 
@@ -188,7 +192,14 @@ def test_async_rewards_run_inside_an_event_loop():
 def test_wrong_number_of_entries_is_a_failure():
     table = score([part("short")], ["a", "b"])
     assert table.values == [None, None]
-    assert table.parts["short"][0].reason == "ValueError: the reward returned 0 entries for 1 completions"
+    assert table.parts["short"][0].reason == "ValueError: the reward returned 1 entries for 2 completions"
+
+
+@pytest.mark.parametrize("mode", ["inline", "process"])
+def test_one_score_for_a_whole_batch_is_no_score_of_each(mode):
+    table = score([part("average")], ["a", "b"], mode=mode)
+    assert table.values == [None, None]
+    assert "returned 1 entries for 2 completions" in table.parts["average"][1].reason
 
 
 @pytest.mark.parametrize("answer", [0.5, None, "good", {"reward": [1.0]}])

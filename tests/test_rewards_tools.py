@@ -98,6 +98,7 @@ def test_score_file_bins_many_values(tmp_path):
         ('{"completion": "x"}\n{broken\n', r":2 is not JSON"),
         ('{"answer": "x"}\n', r":1 has no 'completion', it has \['answer'\]"),
         ("\n", "holds no samples"),
+        ('{"completion": ' + "9" * 5000 + "}", r":1 is not JSON"),
     ],
 )
 def test_score_file_names_the_line(tmp_path, text, message):
@@ -105,6 +106,25 @@ def test_score_file_names_the_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         score_file(path, "format")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"limit": 0}, "--limit must be at least 1, got 0"),
+        ({"output": "{}/none/x.jsonl"}, "none does not exist, make it first"),
+        ({"output": "{}/in.jsonl"}, "is the file of the samples"),
+        ({"path": "{}"}, "is a folder, not a file"),
+        ({"path": "{}/latin.jsonl"}, "latin.jsonl:1 is not UTF-8"),
+    ],
+)
+def test_score_file_refuses_before_it_scores(tmp_path, more, message):
+    (tmp_path / "in.jsonl").write_text('\ufeff{"completion": "a"}\n', encoding="utf-8")
+    (tmp_path / "latin.jsonl").write_text('{"completion": "é"}\n', encoding="latin-1")
+    more = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in more.items()}
+    with pytest.raises(ValueError, match=message):
+        score_file(**{"path": tmp_path / "in.jsonl", "reward": "format", **more})
+    assert len(score_file(tmp_path / "in.jsonl", "format", mode="inline").values) == 1
 
 
 def test_score_file_without_file(tmp_path):

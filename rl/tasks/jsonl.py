@@ -47,6 +47,8 @@ class JsonlTask:
                 "task.params: streaming is true or false, shuffle_buffer a number of rows from 1 on, got "
                 f"{streaming!r} and {shuffle_buffer!r}"
             )
+        if "{prompt}" not in template:
+            raise ValueError(f"task.params.template {template!r} has no {{prompt}}, which stands for the prompt")
         self.reward = reward
         self._template, self._prompt, self._answer = template, prompt_column, answer_column
         self._train: FileExamples

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from rl.registry import MODALITIES, TASKS
 from rl.tasks.base import Task
@@ -32,7 +34,23 @@ def load_task(name: str, params: dict[str, Any]) -> Task:
     for key in params:
         if key not in known:
             raise ValueError(f"task.params has unknown key {key!r}; {name} takes {', '.join(known) or 'none'}")
+    _check_types(cls, params)
     return cls(*first, **params)
+
+
+def _check_types(cls: Any, params: dict[str, Any]) -> None:
+    """Hold parameters against the annotations of the constructor; what has none, or one of no data, passes."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except NameError:  # of a name that is imported for type checkers alone
+        return
+    for name in params.keys() & hints.keys():
+        try:
+            TypeAdapter(hints[name]).validate_python(params[name])
+        except PydanticSchemaGenerationError:
+            continue
+        except ValidationError as error:
+            raise ValueError(f"task.params.{name}: {error.errors()[0]['msg']}, got {params[name]!r}") from None
 
 
 def task_class(name: str) -> Any:

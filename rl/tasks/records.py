@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def _streamed(files: list[str]) -> Iterator[Record]:
                         if not isinstance(record, dict):
                             raise ValueError(f"{path}:{number}: a row must have named columns")
                         _check_text(record, f"{path}:{number}")
-                        yield record
+                        yield {name: _cell(value) for name, value in record.items()}
 
 
 def _is_hub_split(source: str) -> bool:
@@ -82,7 +83,7 @@ def _hub_name(source: str) -> tuple[str, str, str | None]:
 def read_records(path: str) -> list[Record]:
     """Rows of a `.jsonl`, `.json` (a list), `.csv` or `.parquet` file; the first three may end in `.gz`.
 
-    Every record has the columns of all of them: a cell that its row lacks is None, as in a parquet file. Row 1 is the
+    Every record has the columns of all of them: a cell that its row lacks, or that is NaN, is None. Row 1 is the
     first one behind the header.
 
     Raises:
@@ -91,7 +92,7 @@ def read_records(path: str) -> list[Record]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise ValueError(f"data file {path} {'is a folder' if file.is_dir() else 'does not exist'}")
     kind = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if kind == ".parquet":
         import datasets
@@ -112,7 +113,7 @@ def read_records(path: str) -> list[Record]:
     columns = dict.fromkeys(name for record in records for name in record)
     for number, record in enumerate(records, start=1):
         _check_text(record, f"{path}: row {number}")
-    return [{name: record.get(name) for name in columns} for record in records]
+    return [{name: _cell(record.get(name)) for name in columns} for record in records]
 
 
 def hub_records(dataset: str, split: str, config: str | None = None, files: Sequence[str] = ()) -> list[Record]:
@@ -181,10 +182,10 @@ def _csv_records(lines: Iterable[str], path: str) -> Iterator[Record]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
     except KeyError as error:
         raise ValueError(f"{where}: the key {error} is there twice: remove one") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -193,6 +194,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise KeyError(next(name for name in names if names.count(name) > 1))
     return found
+
+
+def _cell(value: Any) -> Any:
+    """A cell; NaN, which is how pandas writes a missing one, is None."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _check_text(record: Record, where: str) -> None:
