@@ -347,6 +347,25 @@ def test_forwards_are_counted_and_what_the_judge_reports_is_kept(run: Run, rewar
     assert figures["tokens_per_forward"] == sum(len(g.completion_ids) for g in made) / sum(g.steps for g in made)
 
 
+def test_a_task_that_is_asked_as_a_chat_is_evaluated_as_one(run: Run, reward: str, tmp_path: Path) -> None:
+    """Where no template is named, `task.chat` holds for an evaluation that keeps its generations too."""
+    tokenizer = char_tokenizer("01234=")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ '0' if add_generation_prompt }}"
+    backbone = {"model_type": "gpt2", "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    save_policy(load_policy(ModelConfig(backbone=backbone), tokenizer, seed=0), tokenizer, tmp_path / "model")
+    own = "from rl.tasks.sudoku import SudokuTask\nfrom rl.tasks.templates import OWN\n\n\n"
+    (tmp_path / "own.py").write_text(own + "class Own(SudokuTask):\n    templates = (OWN,)\n")
+    task, asked = f"task.name={tmp_path / 'own.py'}:Own", {}
+    for chat in ("true", "false"):
+        folder = tmp_path / chat
+        more = [task, f"task.chat={chat}"]
+        code, _, err = run(*options(str(tmp_path / "model"), reward, *more), "--output", str(folder))
+        assert code == 0, err
+        assert json.loads((folder / "settings.json").read_text())["template"]["chat"] == (chat == "true")
+        asked[chat] = [g.completion_ids for g in GenerationFolder(folder).generations()]
+    assert asked["true"] != asked["false"]
+
+
 def test_presets_are_decodings(run: Run, model: str, reward: str, tmp_path: Path) -> None:
     """Also several greedy samples, where the order is drawn; the config's own decoder goes by its preset's name."""
     arguments = options(model, reward, "eval.num_prompts=3", "sampler.preset=fast_dllm_factor")

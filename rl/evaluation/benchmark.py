@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rl import distributed
@@ -131,6 +131,8 @@ def run_benchmark(
     with Run.open(config.model_copy(update={"reward": judge}), write=False) as run:
         chat = bool(getattr(run.tokenizer, "chat_template", None))
         template = choose_template(task, plan.template, chat)
+        if plan.template is None and config.task.chat:
+            template = replace(template, chat=True)
         examples = as_asked(examples, template)
         settings = {
             "task": {"name": config.task.name, "params": config.task.params},
