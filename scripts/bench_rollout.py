@@ -30,8 +30,8 @@ from rollouts.visibility import block_causal_visibility
 SIZES = {"small": (128, 3, 4, 2, 256, 512), "modality": (384, 6, 6, 6, 1024, 2048)}
 
 
-def build_model(size: str, block_length: int, max_length: int, seed: int = 0) -> DiffusionLM:
-    """A random block-causal Qwen3 whose predictions are peaked, so that confidences differ."""
+def build_model(size: str, block_length: int | None, max_length: int, seed: int = 0) -> DiffusionLM:
+    """A random Qwen3 (`block_length` None: full attention) whose predictions are peaked, so that confidences differ."""
     width, layers, heads, kv_heads, ffn, vocab = SIZES[size]
     torch.manual_seed(seed)
     config = DiffusionLMConfig(
@@ -41,7 +41,7 @@ def build_model(size: str, block_length: int, max_length: int, seed: int = 0) ->
             "max_position_embeddings": max_length, "vocab_size": vocab, "bos_token_id": None, "eos_token_id": None,
         },
         mask_token_id=vocab - 1,
-        attention="block_causal",
+        attention="full" if block_length is None else "block_causal",
         block_length=block_length,
     )  # fmt: skip
     model = DiffusionLM(config).eval()
@@ -167,8 +167,10 @@ def published_loop(model: DiffusionLM, requests: list[Request], options: Sampler
     return {"ids": canvases, "forwards": forwards, "sequences": forwards, "tokens": tokens}
 
 
-def engine_run(model: DiffusionLM, requests: list[Request], options: SamplerOptions, batch: int) -> dict[str, Any]:
-    engine = InProcessEngine(model, options, max_batch_size=batch)
+def engine_run(
+    model: DiffusionLM, requests: list[Request], options: SamplerOptions, batch: int, cache: Any = "none"
+) -> dict[str, Any]:
+    engine = InProcessEngine(model, options, max_batch_size=batch, approximate_cache=cache)
     trajectories = engine.generate(requests)
     stats = engine.stats
     return {
@@ -191,6 +193,9 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--batch", type=int, default=64, help="requests decoded together (engine and batched loop)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--cache", default="none", help="full attention and this approximate cache, at batch 1 and more"
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="layouts that are not run, such as 'plain loop'")
     parser.add_argument("--no-check", action="store_true", help="skip the float64 comparison of token ids")
     args = parser.parse_args()
@@ -203,7 +208,9 @@ def main() -> None:
         threshold=args.threshold,
     )
     longest = 128
-    model = build_model(args.model, args.block_length, longest + args.gen_length + args.block_length)
+    model = build_model(
+        args.model, args.block_length if args.cache == "none" else None, longest + args.gen_length + args.block_length
+    )
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, longest + 1, (args.prompts,), generator=generator).tolist()
     requests = [
@@ -217,6 +224,12 @@ def main() -> None:
         "batched loop": lambda: plain_loop(model, requests, options, args.batch),
         "engine": lambda: engine_run(model, requests, options, args.batch),
     }
+    if args.cache != "none":
+        # At batch 1 the engine's forwards are those of Fast-dLLM's published loop.
+        runs = {
+            "engine, batch 1": lambda: engine_run(model, some, options, 1, args.cache),
+            "engine": lambda: engine_run(model, requests, options, args.batch, args.cache),
+        }
     for name in args.skip:
         del runs[name]
     if not args.no_check:
