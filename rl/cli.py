@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"unknown argument {word!r}: {_nearest_flag(word, parsed.parser)}")
         parsed.overrides = [*getattr(parsed, "overrides", []), *_dashed(extra)]
         return int(parsed.run(parsed) or 0)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
+        # Ours says so of a method that a user's class has to write.
         from rl.errors import is_message
 
         return _complain(error, 2) if is_message(error) else _failed(error)

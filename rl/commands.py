@@ -256,6 +256,10 @@ def compare(args: argparse.Namespace) -> None:
         variants[name] = overrides
     if not variants:
         raise ValueError("there is nothing to compare: give --recipes or --variant")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is there twice")
     comparison = comparing.ComparisonPlan(
         args.config, variants, args.seeds, Path(args.output), args.overrides, args.warm_start, args.jobs
     )

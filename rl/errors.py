@@ -11,7 +11,7 @@ from rewards.address import is_ours, is_plugin, place_in_plugin
 
 
 def is_message(error: BaseException) -> bool:
-    """Whether a ValueError is a message for the user: our packages or a plugin wrote `raise ValueError(...)`.
+    """Whether an error is a message for the user: our packages or a plugin wrote `raise ValueError(...)`.
 
     Such an error names the field and the fix. A ValueError of any other code is a bug, and needs its traceback; so is
     one that Python raises inside our code or a plugin's, such as the one of `int("a")`.

@@ -211,4 +211,14 @@ def parse_recipe(raw: Mapping[str, Any]) -> Any:
     name = raw.get("name", DEFAULT)
     # A class knows its own name.
     options = {**raw, "name": name} if isinstance(name, str) else {key: raw[key] for key in raw if key != "name"}
-    return recipe_class(raw).model_validate(options)
+    found = recipe_class(raw)
+    if not hasattr(found, "model_validate"):
+        raise ValueError(
+            f"algorithm.name {name!r} is a {type(found).__name__}: derive a class from rl.recipes.base.Recipe"
+        )
+    try:
+        return found.model_validate(options)
+    except TypeError as error:
+        if "__init__()" not in str(error):
+            raise
+        raise ValueError(f"algorithm.name {name!r}: {error}: options of a recipe are fields of its class") from error

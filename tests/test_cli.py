@@ -304,6 +304,53 @@ def test_a_plugin_that_cannot_be_imported_is_one_line(
     assert f"{name}" in line and "cannot import" in line and says.format(f"{name}.py") in line
 
 
+RECIPE_FAULTS = {
+    "advantage of one": (
+        "def advantage(self, v): return v.reward[:1]",
+        "advantage() gave a tensor [1], not a tensor [M]",
+    ),
+    "no advantage": ("def advantage(self, v): pass", "advantage() gave a NoneType, not a tensor [M] or [M, T]"),
+    "mean loss": (
+        "def loss(self, b): return LossOutput((b.advantage * b.logprob).mean(), {})",
+        "loss() gave a loss that is a tensor [], not a tensor [",
+    ),
+    "bare loss": ("def loss(self, b): return b.logprob", "], not a rl.batch.LossOutput(loss, metrics)"),
+    "detached loss": (
+        "def loss(self, b): return LossOutput(b.logprob.detach(), {})",
+        "loss() gave a loss without gradient",
+    ),
+    "metric": (
+        "def loss(self, b): return LossOutput(-b.logprob, {'m': 1.0})",
+        "a metric 'm' that is a float, not a tensor",
+    ),
+    "no rows": ("def rows(self, *a, **k): pass", "rows() gave a NoneType, not rows"),
+    "rows not written": ("rows = Recipe.rows", "has no rows()"),
+    "wrong requirement": (
+        "def requires(self, c): return {'sampler.gen_lenght': 3}",
+        "requires sampler.gen_lenght, which is no",
+    ),
+    "constructor": ("def __init__(self): pass", "X.__init__() got an unexpected keyword argument"),
+}
+
+
+@pytest.mark.parametrize("fault", RECIPE_FAULTS)
+def test_what_a_recipe_of_ones_own_returns_is_checked(fault: str, tmp_path: Path, complaint: Complaint) -> None:
+    body, says = RECIPE_FAULTS[fault]
+    imports = [("rl.batch", "LossOutput"), ("rl.recipes.base", "Recipe"), ("rl.recipes.traced", "TracedRecipe")]
+    head = "".join(f"from {module} import {name}\n" for module, name in imports)
+    (tmp_path / "own.py").write_text(f"{head}class X(TracedRecipe):\n    {body}\n")
+    small = ["sft.steps=0", "train.steps=1", "eval.num_prompts=1", "eval.viewer_items=0", "algorithm={}"]
+    words = runs.tiny_config(tmp_path, *small, f"algorithm.name={tmp_path / 'own.py'}:X")
+    assert says in complaint("train", *words)
+
+
+def test_a_recipe_is_a_class_of_the_right_kind(tmp_path: Path, complaint: Complaint) -> None:
+    (tmp_path / "own.py").write_text("def f(batch):\n    pass\nclass C:\n    pass\n")
+    for name, kind in (("f", "function"), ("C", "type")):
+        line = complaint("check", *QUICK, f"algorithm.name={tmp_path / 'own.py'}:{name}")
+        assert f":{name}' is a {kind}: derive a class from rl.recipes.base.Recipe" in line
+
+
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: Path, model: Path, complaint: Complaint) -> None:
     words = ["rollout", *QUICK, f"model.path={model}", "--num-prompts", "1", "--output", "{list.json}/rollouts"]
     assert "Not a directory" in complaint(*words, code=1)
@@ -330,6 +377,8 @@ def test_dashed_overrides_are_overrides(tmp_path: Path, capsys: pytest.CaptureFi
         (["compare", "--recipes", "wd1", "train.stepz=1", "--output", "x"], "unknown config key 'train.stepz'"),
         (["compare", "--output", "x", "--seeds", "0", "goal={}"], "'goal={}' is no whole number (an override of"),
         (["compare", "--output", "x", "--seeds", "0.5"], "'0.5' is no whole number"),
+        (["compare", "--output", "x", "--recipes", "wd1", "--seeds", "0", "0"], "--seeds 0 0: a seed is there twice"),
+        (["compare", "--output", "x", "--recipes", "wd1", "--jobs", "0"], "--jobs must be at least 1, got 0"),
     ],
 )
 def test_overrides_may_follow_an_option_of_several_values(words: list[str], message: str, complaint: Complaint) -> None:

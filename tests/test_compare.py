@@ -212,6 +212,11 @@ def test_the_stages_of_a_seed_follow_each_other_and_runs_begin_from_the_last(
     assert seen == [*expected[0][:2], *expected[1][:2], expected[0][2], expected[1][2]]
 
 
+def test_the_run_of_a_recipe_with_an_absolute_address_is_in_the_output() -> None:
+    plan = ComparisonPlan(None, {}, (0,), Path("out"))
+    assert plan.folder("/home/me/own.py:X", 3) == Path("out/_home_me_own.py:X-3")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -51,6 +51,10 @@ class ComparisonPlan:
     warm_start: str | None = None
     jobs: int = 1
 
+    def folder(self, name: str, seed: int) -> Path:
+        """The run of a variant, in `output` also where the name is an address with folders in it."""
+        return self.output / f"{name.replace('/', '_')}-{seed}"
+
 
 def recipe_overrides(config: Config, name: str) -> list[str]:
     """A recipe with its own defaults, and what it requires of other sections.
@@ -89,9 +93,7 @@ def compare(comparison: ComparisonPlan) -> tuple[str, Path, Path]:
         # The seeds of a variant follow each other: a comparison that is stopped has whole rows.
         runs = [(name, seed) for name in comparison.variants for seed in comparison.seeds]
         list(pool.map(lambda run: _run(comparison, run[0], run[1], models[own[run[0]], run[1]]), runs))
-    folders = {
-        name: [comparison.output / f"{name}-{seed}" for seed in comparison.seeds] for name in comparison.variants
-    }
+    folders = {name: [comparison.folder(name, seed) for seed in comparison.seeds] for name in comparison.variants}
     summaries = {
         name: [json.loads((folder / "summary.json").read_text()) for folder in group] for name, group in folders.items()
     }
@@ -125,7 +127,7 @@ def _warm_start(comparison: ComparisonPlan, config: Config, seed: int, variant: 
     if comparison.warm_start is not None:
         return _given(comparison.warm_start)
     start: list[str] = []
-    which, changes = f"{variant}-{seed}" if variant else seed, comparison.variants.get(variant, [])
+    which, changes = comparison.folder(variant, seed).name if variant else seed, comparison.variants.get(variant, [])
     for stage, name in (("convert", f"converted-{which}"), ("sft", f"warm-{which}")):
         if not getattr(config, stage).steps:
             continue
@@ -144,7 +146,7 @@ def _given(model: str | Path) -> list[str]:
 
 
 def _run(comparison: ComparisonPlan, name: str, seed: int, start: Sequence[str]) -> None:
-    folder = comparison.output / f"{name}-{seed}"
+    folder = comparison.folder(name, seed)
     if (folder / "summary.json").exists():
         return
     where = ["sft.steps=0", "run.resume=true", f"run.seed={seed}", f"run.output_dir={folder}"]
@@ -152,7 +154,7 @@ def _run(comparison: ComparisonPlan, name: str, seed: int, start: Sequence[str])
         # The first run judges it for all.
         where.append("eval.baseline=null")
     overrides = [*comparison.common, *where, *comparison.variants[name], *start]
-    _command(comparison, "train", overrides, comparison.output / f"{name}-{seed}.log")
+    _command(comparison, "train", overrides, Path(f"{folder}.log"))
 
 
 def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -15,6 +15,7 @@ from rl.batch import DecisionBatch
 from rl.estimators.base import Rows, Scores
 from rl.losses.aggregate import decision_weights
 from rl.recipes.base import Recipe, ValueOptions
+from rl.train.contract import checked_rows
 from rl.train.learner import TrainingError
 from rl.train.rollouts import ScoredRollouts
 from rl.train.run import Run
@@ -118,7 +119,8 @@ class Cutter:
 
     def rows(self, trajectories: Sequence[Any], steps: Any = None, iteration: int = 0) -> Rows:
         """The estimator's distinct rows; see `Recipe.rows`."""
-        return self.recipe.rows(trajectories, self.run.model, self.block_length, steps, iteration).distinct()
+        rows = self.recipe.rows(trajectories, self.run.model, self.block_length, steps, iteration)
+        return checked_rows(self.recipe, rows).distinct()
 
     def passes(self, rollouts: ScoredRollouts, advantage: torch.Tensor) -> list[list[list[MicroBatch]]]:
         """Micro-batches of every update of every pass over the rollouts.

@@ -203,6 +203,8 @@ def _check_recipe(config: Config) -> None:
     check_modality(recipe, config)
     for key, value in recipe.requires(config).items():
         section, name = key.split(".")
+        if name not in type(getattr(config, section)).model_fields:
+            raise ValueError(f"algorithm.name {recipe.name} requires {key}, which is no option: mend its requires()")
         if getattr(getattr(config, section), name) != value:
             wanted = str(value).lower() if isinstance(value, bool) else value
             raise ValueError(f"algorithm.name {recipe.name} needs {key}={wanted}: set it")

@@ -16,6 +16,7 @@ from rl.losses.aggregate import weighted_sum
 from rl.losses.value import clipped_value_loss
 from rl.models import routing
 from rl.recipes.base import Recipe
+from rl.train.contract import checked_advantage, checked_loss
 from rl.train.learner import Learner, TrainingError
 from rl.train.microbatch import Cutter, MicroBatch
 from rl.train.rollouts import RolloutSource, ScoredRollouts, joined_groups, padded, rollout_metrics, sample_lines
@@ -241,7 +242,8 @@ class PolicyUpdater(Updater):
             self.memory,
         )
         start = sum(len(part[0]) for part in parts[: distributed.rank()])
-        return recipe.advantage(verdicts)[start : start + len(rollouts.reward)]
+        advantage = checked_advantage(recipe, recipe.advantage(verdicts), len(reward))
+        return advantage[start : start + len(rollouts.reward)]
 
     @torch.no_grad()
     def _log_ratio(self, rollouts: ScoredRollouts) -> list[float]:
@@ -298,7 +300,8 @@ class PolicyUpdater(Updater):
     def policy_loss(self, batch: MicroBatch) -> torch.Tensor:
         """Score a micro-batch; its share of the update's loss."""
         scores: Scores = self.learner.forward(batch.rows)
-        output = self.recipe.loss(batch.decisions(scores, self.recipe.old_logprob))
+        decisions = batch.decisions(scores, self.recipe.old_logprob)
+        output = checked_loss(self.recipe, self.recipe.loss(decisions), len(batch.weight))
         loss = output.loss
         if self.critic_options is not None and self.critic is None:
             assert scores.value is not None
