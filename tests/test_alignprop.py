@@ -16,6 +16,7 @@ from rewards.load import load_reward
 from rl.config import load_config
 from rl.models.class_policy import ClassPolicy
 from rl.recipes.class_tokens import ClassTokens
+from rl.train.plan import check_run
 from rl.train.reward_gradient import RewardGradientUpdater
 from rl.train.run import Run
 from rollouts.engines.base import SampleRequest
@@ -303,6 +304,13 @@ def test_micro_batches_and_recomputation_change_nothing(tmp_path: Path) -> None:
 def test_mistakes_are_one_clear_line(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         runs.train_here(image_config(tmp_path, *ALIGNPROP, override))
+
+
+def test_a_check_finds_what_a_reward_gradient_would_not_heed(tmp_path: Path) -> None:
+    _, path, *overrides = image_config(tmp_path, *ALIGNPROP)
+    check_run(load_config(path, overrides))
+    with pytest.raises(ValueError, match=r"train\.updates_per_step is 2: a reward gradient samples anew"):
+        check_run(load_config(path, [*overrides, "train.updates_per_step=2"]))
 
 
 def test_adapters_alone_take_the_gradient(tmp_path: Path) -> None:

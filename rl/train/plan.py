@@ -12,12 +12,27 @@ from rewards.signature import missing_columns
 from rl.config import Config
 from rl.errors import about
 from rl.models.families import open_family
+from rl.sections import FilterConfig
 from rl.tasks.base import CALL_ARGUMENTS, Example, Task, column_names
 from rl.tasks.load import load_task, modality_class, modality_of
 from rl.train.deepspeed_json import read_deepspeed_config
 from rl.train.same_run import check_same_run
 from rollouts.engines.base import IN_PROCESS, RAY_WORKERS, require
 from rollouts.engines.server.options import check_server
+
+# Options that say nothing where the gradient is a reward's, the value that says so, and why.
+_GRADIENT_WITHOUT: dict[str, tuple[Any, str]] = {
+    "train.updates_per_step": (1, "samples anew for every update"),
+    "train.epochs": (1, "samples anew for every update"),
+    "train.mixed_steps": ([], "samples with one number of steps"),
+    "train.block_schedule": ([], "samples without blocks"),
+    "train.max_logprob_gap": (None, "has no recorded log-probs"),
+    "filters.drop_zero_variance": (False, "learns from every sample"),
+    "filters.accuracy_low": (FilterConfig().accuracy_low, "learns from every sample"),
+    "filters.accuracy_high": (FilterConfig().accuracy_high, "learns from every sample"),
+    "filters.drop_overlong": (False, "learns from every sample"),
+    "filters.refill_rounds": (0, "learns from every sample"),
+}
 
 
 def plan_lines(config: Config, ranks: int | None = None) -> list[str]:
@@ -225,7 +240,25 @@ def _check_recipe(config: Config) -> None:
                 f"reward.functions {part.name!r} has normalize {part.normalize}, but algorithm.name {recipe.name} "
                 "compares the rewards of steps with each other: set normalize to none"
             )
+    if recipe.reward_gradient:
+        _check_reward_gradient(config)
     recipe.check(config)
+
+
+def _check_reward_gradient(config: Config) -> None:
+    """Raise ValueError when an option is set that a reward gradient would not heed."""
+    for key, (value, why) in _GRADIENT_WITHOUT.items():
+        section, name = key.split(".")
+        found = getattr(getattr(config, section), name)
+        if found != value:
+            wanted = "null" if value is None else str(value).lower()
+            raise ValueError(f"{key} is {str(found).lower()}: a reward gradient {why}, set it to {wanted}")
+    for part in config.reward.functions:
+        if part.normalize != "none":
+            raise ValueError(
+                f"reward.functions: normalize of {part.name!r} is {part.normalize}: a reward gradient has no groups, "
+                "set it to none"
+            )
 
 
 def _check_rewards(config: Config, task: Task, rows: Sequence[Example], given: Sequence[str]) -> list[str]:

@@ -10,53 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from rl import distributed
-from rl.config import Config
 from rl.modalities.gradient import GradientSegment
 from rl.recipes.base import AnyRecipe
-from rl.sections import FilterConfig
 from rl.tasks.chat import shown_prompt
 from rl.train.rollouts import prompt_interval, request_seed, step_seed
 from rl.train.run import Costs, Run
 from rl.train.update import StepOutcome, Updater
 from rl.values.model import Policy
-
-# Options that say nothing here, the value that says so, and why.
-_WITHOUT: dict[str, tuple[Any, str]] = {
-    "train.updates_per_step": (1, "samples anew for every update"),
-    "train.epochs": (1, "samples anew for every update"),
-    "train.mixed_steps": ([], "samples with one number of steps"),
-    "train.block_schedule": ([], "samples without blocks"),
-    "train.max_logprob_gap": (None, "has no recorded log-probs"),
-    "filters.drop_zero_variance": (False, "learns from every sample"),
-    "filters.accuracy_low": (FilterConfig().accuracy_low, "learns from every sample"),
-    "filters.accuracy_high": (FilterConfig().accuracy_high, "learns from every sample"),
-    "filters.drop_overlong": (False, "learns from every sample"),
-    "filters.refill_rounds": (0, "learns from every sample"),
-}
-
-
-def check_reward_gradient(config: Config) -> None:
-    """
-    Raises:
-        ValueError: an option is set that a reward gradient would not heed.
-    """
-    for key, (value, why) in _WITHOUT.items():
-        section, name = key.split(".")
-        found = getattr(getattr(config, section), name)
-        if found != value:
-            wanted = "null" if value is None else str(value).lower()
-            raise ValueError(f"{key} is {str(found).lower()}: a reward gradient {why}, set it to {wanted}")
-    for part in config.reward.functions:
-        if part.normalize != "none":
-            raise ValueError(
-                f"reward.functions: normalize of {part.name!r} is {part.normalize}: a reward gradient has no groups, "
-                "set it to none"
-            )
 
 
 class RewardGradientUpdater(Updater):
@@ -71,11 +35,6 @@ class RewardGradientUpdater(Updater):
     done: list[GradientSegment]
 
     def __init__(self, run: Run, recipe: AnyRecipe, total_updates: int, resumed: bool = False):
-        """
-        Raises:
-            ValueError: the config asks for what a reward gradient has not (`check_reward_gradient`).
-        """
-        check_reward_gradient(run.config)
         recipe.prepare(run)
         self.recipe, self.sampler = recipe, recipe.gradient_sampler(run)
         self.reference = Policy(run.starting_policy(resumed)) if recipe.needs_reference else None
