@@ -289,17 +289,19 @@ def test_an_image_model_without_conditions_learns_them_from_a_classifier(tmp_pat
     runs.train_here(
         image_config(
             *(tmp_path, f"model={{path: {start}, conditions: {conditions}}}", "task.params={}", "sft.steps=0"),
-            *("algorithm={name: alignprop, gradient_steps: 6, alpha: 0.1}", "train.epochs=1", "train.steps=4"),
-            *("train.optimizer={lr: 0.003, weight_decay: 0.0, warmup_steps: 0}", "train.max_logprob_gap=null"),
+            *("algorithm={name: class_tokens, gradient_steps: 6, alpha: 0.1}", "train.epochs=1", "train.steps=4"),
+            *("train.optimizer={lr: 0.1, weight_decay: 0.0, warmup_steps: 0}", "train.max_logprob_gap=null"),
             *("train.prompts_per_step=10", "train.group_size=8"),
         )
     )
     lines = runs.lines(tmp_path / "run", "train")
     assert abs(lines[0]["policy/path_kl"]) < 1e-9 < lines[-1]["policy/path_kl"]
     assert lines[-1]["reward/mean"] > lines[0]["reward/mean"] + 0.1
-    classes = ClassPolicy.from_pretrained(start).class_table().weight
-    trained = ClassPolicy.from_pretrained(tmp_path / "run" / "checkpoints" / "step_4" / "hf").class_table().weight
+    before = ClassPolicy.from_pretrained(start)
+    after = ClassPolicy.from_pretrained(tmp_path / "run" / "checkpoints" / "step_4" / "hf")
+    classes, trained = before.class_table().weight, after.class_table().weight
     assert torch.equal(trained[[0, -1]], classes) and len(trained) == 12
     assert (trained[1:-1] - classes[0]).abs().max(1).values.min() > 1e-3
+    assert torch.equal(*(policy.unet.get_parameter("out.weight") for policy in (before, after)))
     with pytest.raises(ValueError, match=r"model\.conditions are added to a trained model of the built-in kind"):
         runs.train_here(image_config(tmp_path / "new", 'model.conditions={"7": digit}'))

@@ -5,6 +5,9 @@ Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion M
 through the last sampling step only into the embedding of a new token. The reward is `image_classifier` with
 `value: logprob`, or any other with a gradient.
 
+With `model.conditions` and `alpha` = 1 / gamma it is CTRL on images (arXiv 2406.12120; `rl/recipes/ctrl.py`): new
+conditions on a trained model, from a classifier of them, with the path KL to that model (docs/images.md).
+
 Here the embedding is that of a class of the built-in model: the prompts of the run say which rows learn. Departs from
 the published code: no token is added to a text encoder, whose states this package keeps as they were encoded, so
 pipelines are refused; no early stopping.

@@ -12,6 +12,7 @@ of a known token's, so the starting policy, which the KL holds to, is the pretra
 Departs: the conditions are prompt tokens where the paper adds a table to the time embedding; the pathwise gradient is
 cut to the last `relaxed.relaxed_steps` steps instead of a random number of them; there is no guidance; all weights are
 trained, the new rows with them; the other two estimators, which need no differentiable classifier, are additions.
+On images it is `class_tokens` with `alpha` (docs/images.md).
 """
 
 from __future__ import annotations
