@@ -17,12 +17,12 @@ from rollouts.engines.server.options import ServerOptions
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class RunConfig(Section):
     output_dir: str = Field("runs/default", description="Folder of the run; everything is written below it.")
-    seed: int = Field(0, ge=0, description="Seeds data order, masks and rollouts.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seeds data order, masks and rollouts.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads per process; null leaves torch's default.")
     device: str = Field("auto", description="cpu, cuda, or auto for a GPU when there is one.")
     resume: bool = Field(False, description="Continue from the newest complete checkpoint in output_dir.")

@@ -58,12 +58,14 @@ def copy_config(name: str, folder: str | Path) -> Path:
     """Copy a shipped config, or DeepSpeed config, into a folder, which is made; returns the copy.
 
     Raises:
-        ValueError: there is none of this name, or the file is there already.
+        ValueError: there is none of this name, the folder is named like a file, or the file is there already.
     """
     known = shipped_configs() | shipped_deepspeed()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise ValueError(f"no config {name!r}: {f'did you mean {near[0]!r}?' if near else 'see denoise-rl configs'}")
+    if Path(folder).suffix in (".yaml", ".yml", ".json") or Path(folder).is_file():
+        raise ValueError(f"{folder} would be the folder of {known[name].name}: name a folder, and rename the copy")
     copy = Path(folder) / known[name].name
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:

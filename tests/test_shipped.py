@@ -72,6 +72,7 @@ def test_a_file_of_the_user_comes_before_a_shipped_name(tmp_path: Path, monkeypa
         (["init", "quikstart"], "no config 'quikstart': did you mean 'quickstart'?"),
         (["init", "zzz"], "no config 'zzz': see denoise-rl configs"),
         (["init", "../quickstart"], "no config '../quickstart': did you mean 'quickstart'?"),
+        (["init", "quickstart", "my.yaml"], "my.yaml would be the folder of quickstart.yaml: name a folder"),
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_nearest(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ActionOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     num_inference_steps: int = Field(5, ge=1, description="Denoising steps of a chunk (T).")
     chunk_length: int = Field(4, ge=1, description="Actions of a chunk (H), done one after the other without a look.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class GraphOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     num_inference_steps: int = Field(8, ge=1, description="Denoising steps (T).")
     noise: Literal["marginal", "uniform"] = Field(

@@ -26,7 +26,7 @@ class AnyRecipe(BaseModel):
     default of `name` is what the class is called in a config: its name in `rl.registry.RECIPES`, or its address.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     # What a recipe trains (`rl.registry.MODALITIES`).
     modality: ClassVar[str] = "text"
     # The kinds of noise of text models that it trains (`rollouts.model_protocol.noise_of`); "canvas" is uniform noise
@@ -265,7 +265,7 @@ class ValueOptimizerConfig(OptimizerConfig):
 class ValueOptions(BaseModel):
     """A diffusion value model (`rl/values`): advantages by GAE over denoising steps."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     optimizer: ValueOptimizerConfig = Field(ValueOptimizerConfig(), description="The critic's optimizer.")
     gamma: float = Field(1.0, ge=0, le=1, description="Discount per denoising step.")

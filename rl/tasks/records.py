@@ -92,7 +92,8 @@ def read_records(path: str) -> list[Record]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"data file {path} {'is a folder' if file.is_dir() else 'does not exist'}")
+        below = "" if file.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"data file {path} {'is a folder' if file.is_dir() else f'does not exist{below}'}")
     kind = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if kind == ".parquet":
         import datasets

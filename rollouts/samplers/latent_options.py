@@ -19,7 +19,7 @@ CACHES = {
 class LatentSamplerOptions(BaseModel):
     """A sampler of continuous diffusion: a step rule on the noise schedule the model came with."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     kind: Literal["ddim", "ddpm", "flow_sde", "flow_cps", "flow_stochastic", "dpm_solver"] = Field(
         "ddim",

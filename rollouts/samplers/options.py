@@ -40,7 +40,7 @@ Selector = Literal[
 class SamplerOptions(BaseModel):
     """A decoder: quota x token sampler x score x selector x reviser, on a block schedule."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     preset: str | None = Field(
         None, description="Published decoder whose parts to take (docs/decoders.md); options given beside it win."

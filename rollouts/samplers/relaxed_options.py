@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class RelaxedOptions(BaseModel):
     """Sampling with a gradient (`rollouts/samplers/relaxed.py`)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     relaxed_steps: int = Field(10, ge=1, description="Last steps that the reward's gradient passes through.")
     temperature: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the relaxed steps.")

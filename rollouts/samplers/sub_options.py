@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ConstraintOptions(BaseModel):
     """What every response must match; one of the four (docs/constraints.md)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     regex: str | None = Field(None, description="Regular expression (Rust's syntax) that the whole response matches.")
     json_schema: dict[str, Any] | str | None = Field(
@@ -40,7 +40,7 @@ class ConstraintOptions(BaseModel):
 class GuideOptions(BaseModel):
     """An autoregressive model that reads what the policy would write (`rollouts/samplers/guide.py`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     model: str = Field(
         description="Causal language model with the policy's tokens: folder, hub name, .gguf file, package:NAME/FILE, "
@@ -63,7 +63,7 @@ class GuideOptions(BaseModel):
 class ChooseOptions(BaseModel):
     """What a head of the policy chooses before a block (`rollouts/engines/choosing.py`); one of the two."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     block_length: list[int] | None = Field(None, min_length=2, description="Lengths of the next block (CtrlDiff).")
     bound: list[float] | None = Field(

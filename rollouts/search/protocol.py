@@ -248,7 +248,7 @@ class Search(BaseModel):
         guided: it takes the gradient of a reward (`SearchProblem.gradient`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
     guided: ClassVar[bool] = False
 
     def run(self, problem: SearchProblem, row: np.ndarray, seed: np.ndarray) -> SearchResult:

@@ -10,7 +10,7 @@ from rollouts.samplers.options import PARTS, SamplerOptions
 
 
 class ServerOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     dialect: Literal["sglang", "vllm", "lmdeploy"] = Field(
         "sglang", description="Whose HTTP interface the servers speak (docs/engines.md)."
