@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -407,7 +408,7 @@ def test_a_pipeline_is_refused_by_its_index_before_a_weight_is_read(folders: dic
         ("sd", "PNDMScheduler", "EDMEulerScheduler", "flow_sde", "ddim or ddpm"),
         ("sd3", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "ddim", "flow_sde, flow_cps or"),
     ):
-        (tmp_path / family).mkdir()
+        shutil.copytree(folders[family], tmp_path / family)
         index = tmp_path / family / "model_index.json"
         text = Path(folders[family], "model_index.json").read_text()
         index.write_text(text.replace(own, wrong))
@@ -421,6 +422,38 @@ def test_a_pipeline_is_refused_by_its_index_before_a_weight_is_read(folders: dic
             (tmp_path / f"{family}-lora" / "lora_policy.json").write_text(json.dumps({"base": str(tmp_path / family)}))
         check_folder(str(tmp_path / f"{family}-lora"), "dpm_solver")
         check_folder(str(tmp_path / family), "ddpm" if family == "sd" else "flow_cps")
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("", "is no folder of a pipeline, and no owner/name of the hub"),
+        ("model_index.json", "is incomplete: model_index.json is missing"),
+        ("unet", "is incomplete: its folder unet is missing"),
+        ("tokenizer", "is incomplete: its folder tokenizer is missing"),
+        ("vae/diffusion_pytorch_model.safetensors", "is incomplete: its folder vae has no weights"),
+        ("safety_checker", None),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused_before_a_weight_is_read(
+    folders: dict[str, str], tmp_path: Path, lost: str, says: str | None
+) -> None:
+    folder = Path(shutil.copytree(folders["sd"], tmp_path / "sd"))
+    part = folder / lost
+    if part.is_file():
+        part.unlink()
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+    if says is None:
+        check_folder(str(folder), "ddim")
+    else:
+        with pytest.raises(ValueError, match=says):
+            check_folder(str(folder), "ddim")
+    if folder.is_dir():
+        for text, complaint in (("[]", "holds a list"), ("{no", "is not JSON")):
+            (folder / "model_index.json").write_text(text)
+            with pytest.raises(ValueError, match=rf"model_index\.json.*{complaint}"):
+                check_folder(str(folder), "ddim")
 
 
 def test_guidance_and_prompts_that_the_model_cannot_take_are_refused(folders: dict[str, str]) -> None:

@@ -35,6 +35,9 @@ SCHEDULERS = {
     "ZImagePipeline": _FLOW,
 }
 
+# Beginnings of the names of parts that a pipeline cannot be without: those with weights, and others.
+_NETWORKS, _OTHERS = ("unet", "transformer", "vae", "text_encoder"), ("tokenizer", "scheduler")
+
 # Class of a pipeline, or of the built-in model's network -> the names of `sampler.cache` that its denoiser can have.
 # The others fail in diffusers, find nothing to hook, or would split a batch wrongly (`tests/test_latent_cache.py`).
 CACHED: dict[str, tuple[str, ...]] = {
@@ -70,7 +73,8 @@ def check_pipeline(path: str, index: Mapping[str, Any], kind: str | None = None)
         kind: `sampler.kind`, to be held against the pipeline's noise schedule; None looks at the pipeline alone.
 
     Raises:
-        ValueError: an unknown pipeline, one with a scheduler of another kind, or one whose schedule `kind` cannot take.
+        ValueError: an unknown pipeline, one with a scheduler of another kind, one whose schedule `kind` cannot take,
+            or a folder that lacks a part.
     """
     name = index.get("_class_name")
     if name not in SCHEDULERS:
@@ -85,22 +89,45 @@ def check_pipeline(path: str, index: Mapping[str, Any], kind: str | None = None)
     if kind not in (None, "dpm_solver") and str(kind).startswith("flow") != (known is not _BETAS):
         needed = "ddim or ddpm" if known is _BETAS else "flow_sde, flow_cps or flow_stochastic"
         raise ValueError(f"sampler.kind {kind!r} is not for a {name}: set it to {needed}")
+    for part, given in index.items():
+        folder, is_network = Path(path) / part, part.startswith(_NETWORKS)
+        if not Path(path).is_dir() or not isinstance(given, list) or not given[-1]:
+            continue  # of the hub, which the loader asks; an option; or a part that the pipeline leaves out
+        if (is_network or part.startswith(_OTHERS)) and not folder.is_dir():
+            raise ValueError(f"model.path {path!r} is incomplete: its folder {part} is missing")
+        if is_network and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            raise ValueError(f"model.path {path!r} is incomplete: its folder {part} has no weights")
 
 
 def check_folder(path: str, kind: str, cache: Mapping[str, Any] | None = None) -> None:
     """`check_pipeline` and `check_cache` of a folder: a pipeline, adapters or learned noise for one, or the built-in
-    model. The loader sees to other names.
+    model. The loader sees to names on the hub.
 
     Raises:
-        ValueError: see `check_pipeline`.
+        ValueError: see `check_pipeline`; or `path` is none of these.
     """
     folder = Path(path)
     for name in (NOISE_INDEX, LORA_INDEX):
         if (folder / name).is_file():
-            return check_folder(json.loads((folder / name).read_text())["base"], kind, cache)
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
+            return check_folder(_read_index(folder / name)["base"], kind, cache)
+    # The first half of a name on the hub is no folder here.
+    if not folder.is_dir() and (folder.is_file() or path.count("/") != 1 or folder.parent.is_dir()):
+        raise ValueError(f"model.path {path!r} is no folder of a pipeline, and no owner/name of the hub")
+    if folder.is_dir() and not (folder / INDEX).is_file():
+        raise ValueError(f"model.path {path!r} is incomplete: {INDEX} is missing")
+    if folder.is_dir():
+        index = _read_index(folder / INDEX)
         built_in = index.get("_class_name") == CLASS_NAME
         if not built_in:
             check_pipeline(path, index, kind)
         check_cache(index["unet"][1] if built_in else index["_class_name"], cache)
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model.path: {file} is not JSON: {error}") from None
+    if not isinstance(index, dict):
+        raise ValueError(f"model.path: {file} must hold names of parts, and holds a {type(index).__name__}")
+    return index

@@ -87,5 +87,7 @@ def sample_lines(folder: str | os.PathLike[str], count: int, step: int | None = 
     for group, members in worst_and_best(kept, count):
         for number, sample in enumerate(members, start=1):
             lines += ["", f"{group} {number}: {facts(sample)}"]
-            lines += [f"  {name:10}" + text.replace("\n", f"\n  {'':10}") for name, text in texts(sample)]
+            for name, text in texts(sample):
+                text = "an image, which the report shows" if text.startswith("data:image/") else text
+                lines.append(f"  {name:10}" + text.replace("\n", f"\n  {'':10}"))
     return lines
