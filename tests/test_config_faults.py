@@ -11,6 +11,8 @@ import pytest
 from rl.cli import main
 from rl.config import load_config, option_help
 from rl.tasks.char_tokenizer import char_tokenizer
+from rl.train.loop import train
+from rl.train.run import Run
 from tests import runs
 
 Complain = Any
@@ -149,3 +151,30 @@ def test_attention_and_blocks_fit_before_a_run(tmp_path: Path, complain: Complai
     assert "model.block_length is for attention block_causal, and this model's is full: leave it out" in line
     assert "model.block_length must be set" in complain(command, *words, "model.attention=block_causal")
     assert "flex_attention needs a GPU" in complain(command, *words, "model.attn_implementation=flex_attention")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_decoder_fits_the_models_attention_before_a_run(tmp_path: Path, complain: Complain, command: str) -> None:
+    """Of a new model, and of a folder whose description says what it is."""
+    words = runs.tiny_config(tmp_path, "model.attention=block_causal", "model.block_length=4")
+    saved = tmp_path / "saved"
+    assert main(["sft", *words, "sft.steps=1", f"run.output_dir={saved}"]) == 0
+    folder = runs.tiny_config(tmp_path, f"model.path={saved / 'model'}", "model.backbone={}")
+    for blocks in (words, folder):
+        line = complain(command, *blocks, "algorithm={name: mdpo}", "sampler.record_x0=true")
+        assert "sampler.record_x0 needs a full-attention model" in line
+        assert "rollout.cache dual is for full-attention" in complain(command, *blocks, "rollout.cache=dual")
+    line = complain(command, *runs.tiny_config(tmp_path), "sampler.verify=true")
+    assert "sampler.verify reads a block-causal model at block length 1" in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_decoder_that_only_the_model_refuses_ends_a_run_before_its_first_evaluation(tmp_path: Path) -> None:
+    """A model of a hub is known once it is loaded; evaluations do not record x0, so only rollouts would refuse it."""
+    words = runs.tiny_config(tmp_path, "algorithm={name: mdpo}", "sampler.record_x0=true")
+    blocks = runs.tiny_config(tmp_path, "model.attention=block_causal", "model.block_length=4")
+    model = Run.open(load_config(blocks[1], blocks[2:]), write=False).model
+    with Run.open(load_config(words[1], words[2:]), model=model) as run:
+        with pytest.raises(ValueError, match=r"sampler.record_x0 needs a full-attention model"):
+            train(run)
+        assert not (run.folder / "before.json").exists()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import about
@@ -86,6 +87,8 @@ class TextPlan(Modality):
                 f"{config.algorithm.name} does not score as it is set: use tracerl, with shrink 1 and without value"
             )
         context, mask_token_id, block = _shape(config, tokenizer)
+        if block is not None or model.path is None:
+            _check_decoder(config, tokenizer, block)
         vision = vision_of(config)
         if vision is not None:
             _check_vision(config)
@@ -304,6 +307,20 @@ def check_recipe(config: Config, noise: str) -> None:
         f"algorithm.name {recipe.name!r} scores {scores}, and the model's noise is {found}: choose one of "
         f"{', '.join(able)}"
     )
+
+
+def _check_decoder(config: Config, tokenizer: Any, block: int | None) -> None:
+    """Refuse a decoder that the model's attention does not go with, before there is a model."""
+    from rollouts.engines.fitted_options import fitted_options
+
+    model = config.model
+    described = SimpleNamespace(
+        attention="full" if block is None else "block_causal",
+        block_length=block,
+        noise=model.noise,
+        choice_head=None if model.choices is None else SimpleNamespace(out_features=model.choices),
+    )
+    fitted_options(config.sampler, described, config.rollout.cache, tokenizer.eos_token_id)
 
 
 def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:

@@ -37,7 +37,11 @@ def train(run: Run) -> dict[str, Any]:
         raise ValueError("the task has no held-out rows: set task.params so that it has some")
     if run.config.train.steps:
         # Before anything else is trained, too.
-        run.config.algorithm.prepare(run)
+        recipe = run.config.algorithm
+        recipe.prepare(run)
+        if run.config.rollout.engine != "server" and not recipe.reward_gradient:
+            # The rollouts' own decoder, which no evaluation before them may use.
+            run.engine(run.model, recipe.sampler_options(run.modality.options(), 0))
     with open_source(run) as source:
         return _stages(run, source, heldout)
 

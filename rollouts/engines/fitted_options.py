@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from rollouts.model_protocol import DenoisingModel, noise_of
+from typing import Any
+
+from rollouts.model_protocol import noise_of
 from rollouts.samplers.options import SamplerOptions
 
 
 def fitted_options(
-    options: SamplerOptions, model: DenoisingModel, approximate_cache: str, eos_token_id: int | None
+    options: SamplerOptions, model: Any, approximate_cache: str, eos_token_id: int | None
 ) -> SamplerOptions:
     """The options with the block length of a block-causal model, where they have none.
 
     Args:
+        model: a `DenoisingModel`, or what a config says of one: attention, block_length, noise, choice_head.
         approximate_cache: "none", "prefix", "dual" or "frozen".
 
     Raises:
