@@ -458,6 +458,13 @@ def test_a_list_of_timesteps_takes_the_place_of_the_spacing() -> None:
     assert steps.timestep.tolist() == [900, 300]
 
 
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_more_steps_than_the_model_was_trained_with_are_refused(kind: str) -> None:
+    make_steps(DDIMScheduler(num_train_timesteps=10), options(kind=kind, num_inference_steps=10))
+    with pytest.raises(ValueError, match=r"sampler.num_inference_steps 11 is more than the 10 that the model"):
+        make_steps(DDIMScheduler(num_train_timesteps=10), options(kind=kind, num_inference_steps=11))
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [

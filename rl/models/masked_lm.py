@@ -19,9 +19,6 @@ from torch import nn
 from rl.models.token_denoiser import SETTINGS, WrappedDenoiser
 from rollouts.samplers.distribution import Ranges
 
-# Parts that published checkpoints carry for tasks other than masked prediction.
-_OTHER_TASKS = ("pooler", "seq_relationship", "contact_head", "discriminator_predictions")
-
 
 class MaskedLM(WrappedDenoiser):
     """A `rollouts.model_protocol.DenoisingModel` with full attention and no shift around an `AutoModelForMaskedLM`."""

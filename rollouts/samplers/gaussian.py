@@ -76,6 +76,11 @@ def make_steps(scheduler: Any, options: LatentSamplerOptions, schedule: dict[str
     if flow != (not hasattr(scheduler, "alphas_cumprod")):
         needed = "a flow-matching scheduler" if flow else "a scheduler with alphas_cumprod"
         raise ValueError(f"sampler.kind {options.kind!r} needs {needed}, the model has {type(scheduler).__name__}")
+    count, trained = options.num_inference_steps, scheduler.config.num_train_timesteps
+    if not flow and count > trained:
+        raise ValueError(
+            f"sampler.num_inference_steps {count} is more than the {trained} that the model was trained with"
+        )
     own = copy.deepcopy(scheduler)
     if options.kind == "ddim":
         steps = ddim_steps(own, schedule, options.eta)
