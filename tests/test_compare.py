@@ -46,7 +46,8 @@ def test_the_table_by_hand() -> None:
     starts = [line.split(" |")[0] for line in markdown({"mine": runs, "again": runs, "other": other}).splitlines()]
     assert starts[2:] == ["| warm start", "| warm start of other", "| mine", "| again", "| other"]
     older = [{key: run[key] for key in run if key != "train_cpu_seconds"} for run in runs]
-    assert markdown({"mine": older}).splitlines()[-1] == row.replace(" 20 |", " - |")
+    for some in (older, [*runs[:-1], older[-1]], [older[0], *runs[1:]]):
+        assert markdown({"mine": some}).splitlines()[-1] == row.replace(" 20 |", " - |")
     runs[0] |= {"baseline": {"12": 0.5}, "baseline_interval": {"12": [0.4, 0.6]}}
     other = markdown({"mine": runs}).splitlines()[3]
     assert other == "| autoregressive |  | 0.500 [0.400, 0.600] |  | 0.500 [0.400, 0.600] |  |" + "  |" * 6
@@ -130,12 +131,15 @@ def test_marks_of_the_plot_are_the_ends_and_lines_what_is_between(
     assert {name: bar.lines[0].get_ydata().tolist() for name, bar in marks.items()} == {
         "before": [0.2], "mine": [pytest.approx(0.65)], "other": [0.6],
     }  # fmt: skip
+    # Where both ended at 1,200 sequences they stand side by side; where one spent less, at what it spent.
+    assert marks["mine"].lines[0].get_xdata() == [1200] and marks["other"].lines[0].get_xdata() == [1200 * 1.012]
     # A variant with warm starts of its own begins elsewhere.
-    third = write_run(tmp_path / "3", [(0, 0, 0, 0, 0.3), (6, 1200, 60, 12, 0.7)])
+    third = write_run(tmp_path / "3", [(0, 0, 0, 0, 0.3), (6, 900, 60, 12, 0.7)])
     (third / "summary.json").write_text('{"train_steps": 6}')
     plot_budgets({"mine": folders, "third": [third]}, "eval/accuracy@4", tmp_path / "out.png")
     ends = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in figures[1].axes[0].containers}
     assert ends["before"] == [0.2] and ends["third, before"] == [0.3] and ends["third"] == [0.7]
+    assert [bar.lines[0].get_xdata().tolist() for bar in figures[1].axes[0].containers][-1] == [900]
     (segment,) = marks["mine"].lines[2][0].get_segments()
     # 12.706 x sd of (0.6, 0.7) / sqrt(2).
     assert segment[:, 1].tolist() == pytest.approx([0.65 - 0.6353, 0.65 + 0.6353]) and not marks["other"].lines[2]

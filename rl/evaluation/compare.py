@@ -186,7 +186,10 @@ def markdown(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             change = interval([run["after"][s] - run["before"][s] for run in runs], sign="+")
             cells += [interval([run["after"][s] for run in runs]), change]
         # Runs of earlier versions do not say their CPU seconds.
-        costs = ["-" if cost not in runs[0] else f"{statistics.mean(run[cost] for run in runs):,.0f}" for cost in COSTS]
+        costs = [
+            "-" if any(cost not in run for run in runs) else f"{statistics.mean(run[cost] for run in runs):,.0f}"
+            for cost in COSTS
+        ]
         rows.append([name, str(len(runs)), *cells, *costs])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 

@@ -53,6 +53,7 @@ def plot_budgets(
     begun: list[float] = []
     for budget, panel in axes.items():
         most = max(run[-1][budget] for runs in found.values() for run in runs)
+        taken: list[float] = []
         for index, (style, runs) in enumerate(zip(styles_of(list(found), theme), found.values(), strict=True)):
             ways = [[point for point in run if not point["test"]] for run in runs]
             if all(len(way) > 1 for way in ways):
@@ -68,12 +69,15 @@ def plot_budgets(
             begun = start if index == 0 else begun
             places = [(0, "before", theme.ink)] * (index == 0)
             places += [(0, f"{style.label}, before", style.colour)] * (start != begun[: len(start)])
-            # Variants of equal costs end at one place: side by side, then.
             places += [(-1, style.label, style.colour)]
             for place, label, colour in places if tests else []:
-                values = [test[place][metric] for test in tests]
+                values, at = [test[place][metric] for test in tests], fmean(test[place][budget] for test in tests)
+                # Variants of equal costs end at one place: side by side, then.
+                while place and any(abs(at - other) < most * 0.01 for other in taken):
+                    at += most * 0.012
+                taken += [at] * -place
                 panel.errorbar(
-                    fmean(test[place][budget] for test in tests) - place * most * 0.012 * index, fmean(values),
+                    at, fmean(values),
                     yerr=t_half_width(values) if len(values) > 1 else None,
                     fmt=style.marker, color=colour, label=label, markersize=5, elinewidth=1,
                     markerfacecolor="none" if place == 0 else colour,

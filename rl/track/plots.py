@@ -207,9 +207,12 @@ def _measure(name: str) -> str:
 
 
 def styles_of(labels: Sequence[str], theme: Theme) -> list[Style]:
+    """A colour, a mark and a kind of line for each; past the last colour its mark is another one."""
     colours, count = theme.colours, len(theme.colours)
     return [
-        Style(colours[index % count], _MARKERS[index % count], label, ("-", "--")[index // count % 2])
+        Style(
+            colours[index % count], _MARKERS[(index + index // count) % count], label, ("-", "--")[index // count % 2]
+        )
         for index, label in enumerate(labels)
     ]
 
