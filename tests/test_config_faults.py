@@ -169,6 +169,16 @@ def test_a_decoder_fits_the_models_attention_before_a_run(tmp_path: Path, compla
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_steps_that_no_rollout_takes_need_not_fit_the_blocks_of_a_folder(tmp_path: Path, complain: Complain) -> None:
+    words = runs.tiny_config(tmp_path, "model.attention=block_causal", "model.block_length=4")
+    saved = tmp_path / "saved"
+    assert main(["sft", *words, "sft.steps=1", f"run.output_dir={saved}"]) == 0
+    other = ["model.backbone={}", "sampler.num_inference_steps=2", "sft.steps=0"]
+    folder = runs.tiny_config(tmp_path, f"model.path={saved / 'model'}", *other)
+    assert "must be a multiple of" in complain("check", *folder)
+    assert main(["check", *folder, "train.steps=0"]) == 0
+
+
 def test_a_decoder_that_only_the_model_refuses_ends_a_run_before_its_first_evaluation(tmp_path: Path) -> None:
     """A model of a hub is known once it is loaded; evaluations do not record x0, so only rollouts would refuse it."""
     words = runs.tiny_config(tmp_path, "algorithm={name: mdpo}", "sampler.record_x0=true")

@@ -166,6 +166,18 @@ def test_blocks_that_an_early_end_left_masked_are_never_scored(make_model) -> No
     assert np.bincount(rows.trajectory, minlength=30).tolist() == [6 - masked for masked in left]
 
 
+@pytest.mark.parametrize("draw", ["everything hidden", "coupled counts"])
+def test_an_empty_answer_has_no_reads(make_model, draw: str) -> None:
+    """The side of a pair may be empty, where the tokenizer has no end token."""
+    model = make_model("gpt2-block4")
+    trajectories = sampled(model, 2, gen_length=8, num_inference_steps=4, block_length=4)
+    for empty in (trajectories[:1], trajectories):
+        empty = [replace(empty[0], stop_length=0), *empty[1:]]
+        rows, weight, logprob = score(model, empty, DRAWS[draw])
+        assert len(weight) == len(logprob) == int((rows.trajectory == 1).sum())
+        assert bool(len(weight)) == (len(empty) == 2)
+
+
 @pytest.mark.parametrize(("draw", "size"), [("everything hidden", 4), ("coupled counts", 4), ("coupled counts", 8)])
 def test_a_block_causal_model_scores_noisy_blocks_behind_clean_ones(make_model, draw: str, size: int) -> None:
     """The grid is the model's, or that of a larger training block, which may end behind the canvas."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from typing import Any, TypedDict
 
 import pytest
 
@@ -256,6 +257,21 @@ def test_tasks_by_name_and_by_path() -> None:
 def test_a_task_that_does_not_exist_is_an_error_with_a_hint(name: str, params: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_task(name, params)
+
+
+class _Settings(TypedDict):
+    size: int
+
+
+class _Own:
+    def __init__(self, settings: _Settings | None = None):
+        self.settings = settings
+
+
+def test_a_type_that_cannot_be_checked_passes() -> None:
+    """Before Python 3.12 pydantic refuses `typing.TypedDict` itself."""
+    task: Any = load_task("tests.test_tasks:_Own", {"settings": {"size": 3}})
+    assert task.settings == {"size": 3}
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------

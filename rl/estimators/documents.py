@@ -118,9 +118,10 @@ def read_blocks(
         the document, and the columns of all that is read, copy after copy.
     """
     wanted = [np.unique(read // block_length) for _, read in copies]
-    clean = clean[: max((int(blocks[-1]) for blocks in wanted if len(blocks)), default=0) * block_length]
+    # A document has a token, also where nothing is read.
+    clean = clean[: max((int(blocks[-1]) for blocks in wanted if len(blocks)), default=1) * block_length]
     blocks: list[tuple[int, np.ndarray]] = []
-    columns = []
+    columns = [np.zeros(0, dtype=np.int64)]
     for (noisy, read), own in zip(copies, wanted, strict=True):
         place = len(blocks) + np.searchsorted(own, read // block_length)
         columns.append(len(clean) + place * block_length + read % block_length)

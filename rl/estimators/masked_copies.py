@@ -81,11 +81,11 @@ def copy_rows(
             copies.append((noisy, copy.read))
         if size is not None:
             document, column = read_blocks(final, copies, size)
-            steps = np.repeat(np.arange(len(copies)), [len(read) for _, read in copies])
+            steps = np.repeat(np.arange(len(copies)), np.array([len(read) for _, read in copies], dtype=np.int64))
             documents.append(document)
-            reads.append(Reads(index, column, final[np.concatenate([read for _, read in copies])], steps))
+            reads.append(Reads(index, column, final[document.position_ids[column]], steps))
     rows = assemble(documents, reads, trajectories, **readout(model))
-    return rows, torch.from_numpy(np.concatenate(weights))
+    return rows, torch.from_numpy(np.concatenate([np.zeros(0), *weights]))
 
 
 def answer_decisions(rows: TokenRows, weight: torch.Tensor, lengths: Sequence[int]) -> CombinedRows:

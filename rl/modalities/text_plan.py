@@ -313,14 +313,17 @@ def _check_decoder(config: Config, tokenizer: Any, block: int | None) -> None:
     """Refuse a decoder that the model's attention does not go with, before there is a model."""
     from rollouts.engines.fitted_options import fitted_options
 
-    model = config.model
+    model, sampler = config.model, config.sampler
+    if sampler.block_length is None and not config.train.steps:
+        # There is no rollout, whose steps would have to divide over the model's blocks.
+        sampler = sampler.model_copy(update={"block_length": block})
     described = SimpleNamespace(
         attention="full" if block is None else "block_causal",
         block_length=block,
         noise=model.noise,
         choice_head=None if model.choices is None else SimpleNamespace(out_features=model.choices),
     )
-    fitted_options(config.sampler, described, config.rollout.cache, tokenizer.eos_token_id)
+    fitted_options(sampler, described, config.rollout.cache, tokenizer.eos_token_id)
 
 
 def _shape(config: Config, tokenizer: Any) -> tuple[int | None, int | None, int | None]:
