@@ -354,7 +354,8 @@ def test_the_stage_goes_from_the_first_level_to_the_last(tmp_path: Path, monkeyp
     ("overrides", "message"),
     [
         (["sft.levels={mean: [0, 0.8], concentration: [2, 50]}"], "a mean lies between 0 and 1"),
-        (["sft.levels={mean: [0.5, 0.8], concentration: [2, .nan]}"], "a concentration is above 0"),
+        (["sft.levels={mean: [0.5, 0.8], concentration: [2, 0]}"], "a concentration is above 0"),
+        (["sft.levels={mean: [0.5, 0.8], concentration: [2, .nan]}"], "finite number, got nan"),
         (["sft.levels={mean: [0.5, 0.8]}"], "sft.levels.concentration' is required"),
         ([WORDS, "sft.trajectories=FILE"], "sft.levels is about masks of answers"),
         ([WORDS, "model.noise=uniform"], "sft.levels needs masks"),

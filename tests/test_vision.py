@@ -436,7 +436,7 @@ def test_check_names_the_row_of_a_bad_image(tmp_path: Path, row: dict[str, Any],
 
 
 def test_what_cannot_have_images_is_refused_before_a_run(tmp_path: Path, run: Any) -> None:
-    drakes = ("algorithm={name: drakes}", "filters.drop_zero_variance=false")
+    drakes = ("algorithm={name: drakes}", "filters.drop_zero_variance=false", "train.epochs=1")
     for overrides, message in [
         (("rollout.engine=ray",), "rollout.engine ray cannot give answers to prompts with images (images)"),
         (("model.autoregressive=true",), "model.autoregressive is for eval"),
