@@ -128,7 +128,7 @@ def conversion_rows(
         noisy = clean.copy()
         column = places[hidden]
         noisy[column] = model.mask_token_id
-        document, shift = noisy_document(clean, noisy, block_length, text.prompt_length // grid)
+        document, shift = noisy_document(clean, noisy, block_length, text.prompt_length)
         weight = (1.0 / share[hidden] if elbo else np.ones(len(column))) / total
         at, target = column + shift, clean[column]
         if ar_weight:

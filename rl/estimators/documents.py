@@ -130,20 +130,21 @@ def read_blocks(
 
 
 def noisy_document(
-    clean: np.ndarray, noisy: np.ndarray, block_length: int | None, first_block: int = 0
+    clean: np.ndarray, noisy: np.ndarray, block_length: int | None, start: int = 0
 ) -> tuple[Document, int]:
     """A noised canvas [L] as a model sees it in supervised training.
 
     Args:
         clean: int64 [L], the canvas without noise.
         block_length: None under full attention: the noisy canvas alone. Otherwise the clean canvas, and one noisy copy
-            of every block from `first_block` on.
+            of every block from that of position `start` on.
 
     Returns:
         the document, and a shift: the noisy token of position p stands in column p + shift.
     """
     if block_length is None:
         return canvas_document(noisy), 0
+    first_block = start // block_length
     copies = [(b, noisy[b * block_length :][:block_length]) for b in range(first_block, len(noisy) // block_length)]
     return block_document(clean, copies, block_length), len(clean) - first_block * block_length
 

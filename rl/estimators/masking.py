@@ -103,8 +103,8 @@ def random_mask_rows(
         documents, reads = [], []
         for row, i in enumerate(range(len(sequences))[part]):
             sequence, column = sequences[i], np.flatnonzero(read[i])
-            first = prompt_lengths[i] // (block_length or 1)
-            document, shift = noisy_document(sequence, canvases[i, : len(sequence)], block_length, first)
+            canvas = canvases[i, : len(sequence)]
+            document, shift = noisy_document(sequence, canvas, block_length, prompt_lengths[i])
             documents.append(document)
             reads.append(Reads(row, column + shift, sequence[column], 0))
         return assemble(documents, reads, logit_shift=logit_shift, context_causal=context_causal)

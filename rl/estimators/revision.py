@@ -88,7 +88,7 @@ def revision_rows(
     pairs = zip(whole_blocks(trajectories, block if size else None), corrections, strict=True)
     for index, (trajectory, (places, tokens)) in enumerate(pairs):
         draft = trajectory.final_canvas()
-        document, shift = noisy_document(draft, draft, size, trajectory.prompt_length // (size or 1))
+        document, shift = noisy_document(draft, draft, size, trajectory.prompt_length)
         documents.append(document)
         reads.append(Reads(index, trajectory.prompt_length + places + shift, tokens, 0))
     # The model's own distribution: no temperature of the sampler's, and no filter.

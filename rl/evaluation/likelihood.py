@@ -179,7 +179,7 @@ def _rows(model: DenoisingModel, jobs: Sequence[tuple[_Text, Pattern]]) -> tuple
     for index, (text, (masked, _)) in enumerate(jobs):
         noisy = text.canvas.copy()
         noisy[masked] = model.mask_token_id
-        document, shift = noisy_document(text.canvas, noisy, block, text.start // block if block else 0)
+        document, shift = noisy_document(text.canvas, noisy, block, text.start)
         documents.append(document)
         reads.append(Reads(index, masked + shift, text.canvas[masked], 0))
     rows = assemble(documents, reads, **readout(model))
