@@ -226,7 +226,7 @@ def test_the_run_of_a_recipe_with_an_absolute_address_is_in_the_output() -> None
     [
         ([], "give --recipes or --variant"),
         (["--recipes", "mdpa"], "did you mean 'mdpo'"),
-        (["--recipes", "wd1", "train.steps=2"], "overrides of all runs come before --recipes and --variant"),
+        (["--recipes", "wd1", "train={steps: 2}"], "overrides of all runs come before --recipes and --variant"),
         (["--recipes", "wd1", "--variant", "wd1", "algorithm={name: wd1}"], "a name that no other variant has"),
         (["--variant", "mine", "train.stepz=3"], "unknown config key 'train.stepz'"),
         (["--variant", "mine", "algorithm={name: mdpo}"], "algorithm.name mdpo needs sampler.record_x0=true"),
