@@ -58,9 +58,7 @@ def plot_budgets(
             ways = [[point for point in run if not point["test"]] for run in runs]
             if all(len(way) > 1 for way in ways):
                 spent, means, half = mean_over_budget(ways, budget, metric)
-                panel.plot(
-                    spent, means, ("-", "--")[index // len(theme.colours) % 2], color=style.colour, linewidth=1.4
-                )
+                panel.plot(spent, means, style.line, color=style.colour, linewidth=1.4)
                 if len(found) <= _FEW:
                     panel.fill_between(spent, means - half, means + half, color=style.colour, alpha=0.15, linewidth=0)
             tests = [test for run in runs if (test := [point for point in run if point["test"]])]
@@ -75,7 +73,8 @@ def plot_budgets(
                 # Variants of equal costs end at one place: side by side, then.
                 while place and any(abs(at - other) < most * 0.01 for other in taken):
                     at += most * 0.012
-                taken += [at] * -place
+                if place:
+                    taken.append(at)
                 panel.errorbar(
                     at, fmean(values),
                     yerr=t_half_width(values) if len(values) > 1 else None,

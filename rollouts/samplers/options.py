@@ -216,19 +216,11 @@ class SamplerOptions(BaseModel):
                     f"sampler.constraint keeps every token that it decided: sampler.{name} {getattr(self, name)} does "
                     f"not go with it, set it to {str(plain).lower()}"
                 )
-        for name, plain in (("reviser", "none"), ("record_x0", False), ("constraint", None), ("verify", False)):
-            if self.guide is not None and getattr(self, name) != plain:
-                raise ValueError(f"sampler.guide does not go with sampler.{name}: unset one of them")
-        alone: dict[str, Any] = {
-            "reviser": "none",
-            "record_x0": False,
-            "constraint": None,
-            "verify": False,
-            "guide": None,
-        }
-        for name, plain in alone.items() if self.choose is not None else ():
-            if getattr(self, name) != plain:
-                raise ValueError(f"sampler.choose does not go with sampler.{name}: unset one of them")
+        without = (("reviser", "none"), ("record_x0", False), ("constraint", None), ("verify", False), ("guide", None))
+        for other, plain in without:
+            for name in ("guide", "choose"):
+                if name != other and getattr(self, name) is not None and getattr(self, other) != plain:
+                    raise ValueError(f"sampler.{name} does not go with sampler.{other}: unset one of them")
         if self.choose is not None:
             self._check_choose(self.choose)
         if self.guide is not None and self.guide.rule == "energy" and self.temperature == 0:
