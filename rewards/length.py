@@ -59,7 +59,7 @@ def tokens_per_forward(
     Pay it only beside a reward for being right: alone it is highest for an empty thought decoded in one step.
 
     Args:
-        num_forwards: [B] denoising forwards each rollout took part in (a trajectory's `num_steps`).
+        num_forwards: [B] forwards each rollout took part in: its denoising steps, and what its decoder adds to them.
         full_speed: tokens per forward that earn the full reward.
 
     Metric: `tokens_per_forward`.

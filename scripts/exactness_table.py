@@ -36,6 +36,8 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "`verify` (S2D2), blocks": ({"verify": True, "block_length": 4}, {}, True),
     "`constraint`": ({"constraint": {"regex": "."}}, {}, False),
     "`guide`, agree": ({"guide": {"model": "random", "top": 4, "relative": 0.1}}, {}, False),
+    "`choose`, lengths": ({"choose": {"block_length": [1, 4]}}, {}, False),
+    "`choose`, lengths, blocks": ({"choose": {"block_length": [1, 4]}}, {}, True),
     "`cfg_scale`": ({"cfg_scale": 0.5}, {}, False),
     "`record_x0`": ({"preset": "llada_random", "record_x0": True}, {}, False),
     "`rcr`, remasking": ({"preset": "rcr"}, {}, False),
@@ -53,6 +55,7 @@ def tiny(block: bool) -> DiffusionLM:
     config = DiffusionLMConfig(
         backbone={**backbone, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.5},
         mask_token_id=VOCAB - 1, attention="block_causal" if block else "full", block_length=4 if block else None,
+        choices=2,
     )  # fmt: skip
     return DiffusionLM(config).double().eval()
 
@@ -80,6 +83,9 @@ def sampled(model: Any, options: dict[str, Any], settings: dict[str, Any]) -> An
 def cell(name: str, trajectories: Any, model: Any) -> str:
     """exact: every recorded log-prob is given back to 1e-9; off: not; own: states are scored that no sampler saw."""
     recipe = parse_recipe({"name": name})
+    if trajectories[0].choices is not None and not recipe.trains_choices:
+        # What `check` says of it.
+        return "refused"
     try:
         rows = recipe.rows(trajectories, model)
         if recipe.anchor != "none":

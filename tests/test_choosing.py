@@ -24,6 +24,7 @@ from rollouts.samplers.options import SamplerOptions
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
 from tests import runs
 
+BLOCKS = ["qwen3-block2", "gpt2-block2-causal", "qwen3-block2-shifted-causal", "qwen3-block4-shifted"]
 LENGTHS, BOUNDS = {"block_length": [1, 2, 4]}, {"bound": [0.2, 0.5, 0.9]}
 
 
@@ -51,40 +52,59 @@ def requests(count: int = 12) -> list[Request]:
     return [Request([1 + (3 * i + n) % 9 for i in range(1 + n % 4)], seed=n) for n in range(count)]
 
 
-def outcomes(model: Any, canvas: list[int], start: int, steps: int) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every way to go on from a canvas, lengths and tokens, with its probability: a loop over single steps."""
-    length, left = len(canvas), len(canvas) - start
-    if not left:
+def outcomes(model: Any, canvas: list[int], borders: list[int], steps: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Every way to go on from a canvas, lengths and tokens, with its probability: a loop over single steps.
+
+    Args:
+        borders: where the finished blocks begin, and where the next one does.
+    """
+    length, start = len(canvas), borders[-1]
+    if start == length:
         yield tuple(canvas), 1.0
         return
-    hidden = model.hidden_states(torch.tensor([canvas]))[0]
-    for size, chance in zip((1, 2, 4), model.choice_head(hidden[start - 1]).softmax(-1).tolist(), strict=True):
+    state = states(model, canvas, borders, start)[start - 1]
+    for size, chance in zip((1, 2, 4), model.choice_head(state).softmax(-1).tolist(), strict=True):
         end = min(start + size, length)
         taken = -(-(end - start) * steps // (length - 2))
         quotas = [(end - start) // taken + (i < (end - start) % taken) for i in range(taken)]
-        for after, p in tokens_of(model, canvas, start, quotas):
-            for last, q in outcomes(model, after, end, steps):
+        for after, p in tokens_of(model, canvas, [*borders, end], start, quotas):
+            for last, q in outcomes(model, after, [*borders, end], steps):
                 yield (size, *last), chance * p * q
 
 
-def tokens_of(model: Any, canvas: list[int], first: int, quotas: list[int]) -> Iterator[tuple[list[int], float]]:
+def tokens_of(
+    model: Any, canvas: list[int], borders: list[int], first: int, quotas: list[int]
+) -> Iterator[tuple[list[int], float]]:
     if not quotas:
         yield canvas, 1.0
         return
-    probs = model(torch.tensor([canvas]))[0].softmax(-1)
+    probs = model.token_logits(states(model, canvas, borders, borders[-2])).softmax(-1)
     for drawn in itertools.product(range(3), repeat=quotas[0]):
-        chance = float(np.prod([probs[first + i, token].item() for i, token in enumerate(drawn)]))
+        chance = float(np.prod([probs[first + i - model.logit_shift, token].item() for i, token in enumerate(drawn)]))
         after = [*canvas[:first], *drawn, *canvas[first + quotas[0] :]]
-        for last, q in tokens_of(model, after, first + quotas[0], quotas[1:]):
+        for last, q in tokens_of(model, after, borders, first + quotas[0], quotas[1:]):
             yield last, chance * q
 
 
-def test_the_law_of_lengths_and_tokens(chooser: Any) -> None:
+def states(model: Any, canvas: list[int], borders: list[int], noisy: int) -> torch.Tensor:
+    """[L, D] of the whole canvas. In blocks, a position sees all before the next border; in a causal context, one
+    before `noisy` sees what is left of it."""
+    visible, position = None, torch.arange(len(canvas))
+    if model.attention == "block_causal":
+        ends = torch.tensor([min([b for b in borders if b > p], default=len(canvas)) for p in position.tolist()])
+        if model.context_causal:
+            ends = torch.where(position < noisy, position + 1, ends)
+        visible = (position < ends[:, None])[None]
+    return model.hidden_states(torch.tensor([canvas]), visible=visible)[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2-full", *BLOCKS])
+def test_the_law_of_lengths_and_tokens(chooser: Any, family: str) -> None:
     """3 tokens in 2 steps, left-most first: all 108 ways, lengths 4 and 2 cut at the end, against 4,000 rollouts."""
-    model, count = chooser(vocab_size=4, scale=0.7), 4000
+    model, count = chooser(family, vocab_size=4, scale=0.7), 4000
     law: dict[tuple[int, ...], float] = {}
     with torch.no_grad():
-        for way, chance in outcomes(model, [1, 2, 3, 3, 3], 2, 2):
+        for way, chance in outcomes(model, [1, 2, 3, 3, 3], [0, 2], 2):
             law[way] = law.get(way, 0.0) + chance
     assert sum(law.values()) == pytest.approx(1.0)
     decoder = options(gen_length=3, num_inference_steps=2, selector="left_most")
@@ -102,7 +122,7 @@ def test_the_law_of_lengths_and_tokens(chooser: Any) -> None:
     np.testing.assert_array_less(np.abs(share - exact), 4.5 * np.sqrt(exact * (1 - exact) / count) + 1e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2-full", "qwen3-full-shifted"])
+@pytest.mark.parametrize("family", ["gpt2-full", "qwen3-full-shifted", *BLOCKS])
 @pytest.mark.parametrize("choose", [LENGTHS, BOUNDS], ids=["lengths", "bounds"])
 def test_the_learner_scores_choices_and_tokens(chooser: Any, family: str, choose: Any) -> None:
     model = chooser(family)
@@ -112,6 +132,9 @@ def test_the_learner_scores_choices_and_tokens(chooser: Any, family: str, choose
     for trajectory in trajectories:
         trajectory.validate()
         assert len(trajectory.choices) >= 1 and (trajectory.choices[0, :2] == [0, trajectory.prompt_length - 1]).all()
+        # A block-causal model forwards finished blocks for the next choice.
+        stored = trajectory.num_steps + len(trajectory.choices) - 1 if family in BLOCKS else None
+        assert trajectory.decoder.get("forwards") == stored
     recorded = sum(t.logprob.sum() + t.choices[:, 3].sum() for t in trajectories)
     for settings in ({}, {"pack_to": 60}, {"scope": "answer"}, {"aggregation": "step_mean"}):
         recipe = parse_recipe({"name": "tracerl", **settings})
@@ -172,7 +195,7 @@ def test_what_it_cannot_do_is_refused(chooser: Any, make_model: Any) -> None:
     with pytest.raises(ValueError, match=r"sampler\.choose has 2 values, .* set model\.choices to 2"):
         token_engine(chooser(), options(choose={"block_length": [1, 2]}))
     with pytest.raises(ValueError, match=r"sampler\.choose reads forwards of the whole canvas"):
-        token_engine(make_model("gpt2-block4"), options())
+        token_engine(chooser(), options(), approximate_cache="dual")
     for changed, message in (
         ({"preset": "rcr"}, r"does not go with sampler\.reviser"),
         ({"quota": "linear"}, r"needs steps that reveal something"),
@@ -187,15 +210,18 @@ def test_what_it_cannot_do_is_refused(chooser: Any, make_model: Any) -> None:
         require("ray", RAY_WORKERS, {"choices": "sampler.choose"})
 
 
-def test_rl_learns_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("attention", ["full", "block_causal"])
+def test_rl_learns_to_choose(attention: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Paid for few forwards alone, the policy takes longer blocks; learner and sampler agree at every step."""
     reward = "def dense(prompts, completions, num_forwards, **columns):\n    return [1 / n for n in num_forwards]\n"
     arguments = runs.tiny_config(
         tmp_path, "model.choices=2", "sampler.choose={block_length: [1, 8]}", "train.max_logprob_gap=1e-4",
-        "train.steps=6", "sft.steps=0", reward=reward,
-    )  # fmt: skip
+        "train.steps=6", "sft.steps=0", f"model.attention={attention}", reward=reward,
+    ) + (["model.block_length=4"] if attention == "block_causal" else [])  # fmt: skip
     assert main(["train", *arguments, "algorithm.name=espo"]) == 2
     assert "sampler.choose is trained with the tokens of the exact trace" in capsys.readouterr().err
+    assert main(["train", *arguments, "train.block_schedule=[{until: 1, rollout: 4, train: 4}]"]) == 2
+    assert "train.block_schedule" in capsys.readouterr().err
     runs.train_here(arguments)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     paid = [line["reward/mean"] for line in metrics if "reward/mean" in line]

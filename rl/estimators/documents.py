@@ -76,7 +76,9 @@ def read_columns(document: Document, column: np.ndarray, logit_shift: int) -> np
     return np.where(crossing, document.position_ids[column] - logit_shift, left)
 
 
-def block_document(clean: np.ndarray, copies: Sequence[tuple[int, np.ndarray]], block_length: int) -> Document:
+def block_document(
+    clean: np.ndarray, copies: Sequence[tuple[int, np.ndarray]], block_length: int | np.ndarray
+) -> Document:
     """`[clean | noisy copies of blocks]`: many states of a block-causal model's canvas, scored in one forward.
 
     A copy sees itself and the clean blocks before its own. Example with blocks of 2, mask M, two copies of block 1::
@@ -89,16 +91,23 @@ def block_document(clean: np.ndarray, copies: Sequence[tuple[int, np.ndarray]], 
 
     Args:
         clean: int64 [C], from position 0.
-        copies: (index of the block, its tokens [block_length]).
+        copies: (index of the block, its tokens).
+        block_length: of every block; where lengths differ, int64, the position where each begins, from 0 on.
     """
     positions = np.arange(len(clean))
-    block = np.repeat(np.array([index for index, _ in copies], dtype=np.int64), block_length)
-    inside = np.tile(np.arange(block_length), len(copies))
+    sizes = [len(tokens) for _, tokens in copies]
+    index = np.array([block for block, _ in copies], dtype=np.int64)
+    if isinstance(block_length, int):
+        begin, own = index * block_length, positions // block_length
+    else:
+        begin, own = block_length[index], np.searchsorted(block_length, positions, side="right") - 1
+    # 0, 1, ... within each copy.
+    inside = np.arange(sum(sizes)) - np.repeat(np.cumsum([0, *sizes[:-1]])[: len(sizes)], sizes)
     return Document(
         np.concatenate([clean, *(tokens for _, tokens in copies)]),
-        np.concatenate([positions, block * block_length + inside]),
-        np.concatenate([np.zeros_like(positions), np.repeat(np.arange(1, len(copies) + 1), block_length)]),
-        np.concatenate([positions // block_length, block]),
+        np.concatenate([positions, np.repeat(begin, sizes) + inside]),
+        np.concatenate([np.zeros_like(positions), np.repeat(np.arange(1, len(copies) + 1), sizes)]),
+        np.concatenate([own, np.repeat(index, sizes)]),
     )
 
 

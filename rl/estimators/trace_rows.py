@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,9 @@ def trace_rows(
         return canvas_trace_rows(trajectories)
     if model.attention == "block_causal":
         whole = whole_blocks(trajectories, block)
-        return packed_rows(whole, shrink, block, pack_to, segments, masked=masked, **readout(model))
+        # Where the policy chose the blocks of an answer, its prompt keeps the model's.
+        grid = model.block_length if trajectories[0].choices is not None else block
+        return packed_rows(whole, shrink, grid, pack_to, segments, masked=masked, **readout(model))
     return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments, masked=masked)
 
 
@@ -140,35 +143,59 @@ def packed_rows(
     Args:
         shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`; masked: see
             `targets_at`.
-        block_length: training block size; the trajectory's own when None.
+        block_length: training block size; the trajectory's own when None. Where the policy chose blocks (`choices`),
+            the prompt's.
     """
     exact = _sampler_states(trajectories, shrink, segments) and not masked
     documents, reads, heads = [], [], []
     for index, trajectory in enumerate(trajectories):
-        size = block_length or trajectory.block_length
-        if size is None or trajectory.block_origin != 0 or trajectory.length % size:
-            raise ValueError("the packed layout needs a block grid anchored at position 0 that covers the canvas")
-        block = trajectory.position // size
+        begins = _block_begins(trajectory, block_length or trajectory.block_length)
+        ends = np.append(begins[1:], trajectory.length)
+        block = np.searchsorted(begins, trajectory.position, side="right") - 1
         if np.any(np.diff(block) < 0):
             raise ValueError("the packed layout needs blocks that are finished one after the other")
-        clean = trajectory.final_canvas()[:-size]
+        clean = trajectory.final_canvas()[: begins[-1]]
         copies: list[tuple[int, np.ndarray]] = []
+        nothing = np.zeros(0, dtype=np.int64)
+        own = [_and_choices(Reads(index, nothing, nothing, nothing, np.zeros(0) if exact else None), trajectory, -1)]
+        width = len(clean)
         # Blocks are finished one after the other, and states come in order: so do the reveals.
-        column, target, step = ([np.zeros(0, dtype=np.int64)] for _ in range(3))
         for b in np.unique(block):
             for canvas, reveals in _states(trajectory, np.flatnonzero(block == b), shrink, segments):
                 places, tokens = targets_at(trajectory, canvas, reveals, masked)
-                column.append(len(clean) + len(copies) * size + places - b * size)
-                target.append(tokens)
-                step.append(np.full(len(places), len(copies)))
-                copies.append((b, canvas[b * size : (b + 1) * size]))
-        documents.append(block_document(clean, copies, size))
+                logprob = trajectory.logprob[reveals] if exact else None
+                read = Reads(index, width + places - begins[b], tokens, len(copies), logprob)
+                # A choice was made at the clean token before the block, and clean tokens stand at their positions.
+                own.append(_and_choices(read, trajectory, trajectory.step[reveals[0]]))
+                copies.append((b, canvas[begins[b] : ends[b]]))
+                width += ends[b] - begins[b]
+        documents.append(block_document(clean, copies, begins))
         # The whole blocks of the prompt see nothing of the answer.
-        heads.append(min(trajectory.prompt_length, len(clean)) // size * size)
-        logprob = trajectory.logprob[trajectory.is_reveal] if exact else None
-        joined = [np.concatenate(part) for part in (column, target, step)]
-        reads.append(Reads(index, joined[0], joined[1], joined[2], logprob))
+        heads.append(int(begins[begins <= trajectory.prompt_length][-1]))
+        reads.append(_joined(own))
     return assemble(documents, reads, trajectories, pack_to, logit_shift, context_causal, heads)
+
+
+def _joined(reads: Sequence[Reads]) -> Reads:
+    """The reads of a document's states, in one."""
+    spread = [read._replace(step=np.broadcast_to(read.step, len(read.target))) for read in reads]
+    fields: list[Any] = [
+        None if parts[0] is None else np.concatenate(parts) for parts in list(zip(*spread, strict=True))[1:]
+    ]
+    return Reads(reads[0].trajectory, *fields)
+
+
+def _block_begins(trajectory: TokenTrajectory, block_length: int | None) -> np.ndarray:
+    """int64: where each block of a trajectory begins, from position 0 on.
+
+    Example: a prompt of 5 tokens in blocks of 4, and an answer whose policy chose blocks of 2 and 8: 0, 4, 5 and 7.
+    """
+    if trajectory.choices is not None and block_length is not None:
+        chosen = trajectory.choices[:, 1].astype(np.int64) + 1
+        return np.append(np.arange(0, trajectory.prompt_length, block_length), chosen)
+    if block_length is None or trajectory.block_origin != 0 or trajectory.length % block_length:
+        raise ValueError("the packed layout needs a block grid anchored at position 0 that covers the canvas")
+    return np.arange(0, trajectory.length, block_length)
 
 
 def merged_steps(step: np.ndarray, shrink: int, segments: int | None = None) -> np.ndarray:

@@ -86,6 +86,8 @@ class TextPlan(Modality):
                 f"sampler.choose is trained with the tokens of the exact trace, which algorithm.name "
                 f"{config.algorithm.name} does not score as it is set: use tracerl, with shrink 1 and without value"
             )
+        if sampler.choose is not None and config.train.block_schedule:
+            raise ValueError("train.block_schedule sets blocks, and sampler.choose begins them elsewhere: set it to []")
         context, mask_token_id, block = _shape(config, tokenizer)
         if block is not None or model.path is None:
             _check_decoder(config, tokenizer, block)
@@ -108,6 +110,8 @@ class TextPlan(Modality):
         """Every number of denoising steps the run will use must divide over every block length it will use."""
         sampler, train = config.sampler, config.train
         own = sampler.block_length or (config.model.block_length if config.model.path is None else None)
+        if sampler.choose is not None and sampler.choose.block_length:
+            own = None
         counts = {
             "sampler.num_inference_steps": [sampler.num_inference_steps],
             "eval.num_inference_steps": config.eval.num_inference_steps,

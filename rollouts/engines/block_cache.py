@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -65,6 +66,11 @@ class BlockCache:
         if self._last_clean is None:
             self._last_clean = hidden.new_zeros(self.num_slots, hidden.shape[1])
         self._last_clean[self._slots] = hidden
+
+    def last_clean(self, slots: np.ndarray) -> torch.Tensor:
+        """What `keep_last_clean` kept of some slots, [N, D]."""
+        assert self._last_clean is not None
+        return self._last_clean[torch.from_numpy(slots).to(self.device)]
 
     def with_last_clean(self, hidden: torch.Tensor, begin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [B, 1 + Q, D] that begin at the last clean position, and that position, int64 [B].

@@ -30,7 +30,7 @@ def fitted_options(
             f"rollout.cache {approximate_cache} is for full-attention models: the cache of a block-causal model "
             "is exact, set rollout.cache to none"
         )
-    if block_causal and options.block_length is None:
+    if block_causal and options.block_length is None and not (options.choose and options.choose.block_length):
         assert model.block_length is not None
         options = options.model_copy(update={"block_length": model.block_length})
         options.steps_per_block()
@@ -42,10 +42,8 @@ def fitted_options(
         if reads and not block_causal:
             raise ValueError(f"sampler.{name} reads a block-causal model at block length 1: this model has no blocks")
     if options.choose is not None:
-        if block_causal or approximate_cache != "none":
-            raise ValueError(
-                "sampler.choose reads forwards of the whole canvas: use a full-attention model and rollout.cache none"
-            )
+        if approximate_cache != "none":
+            raise ValueError("sampler.choose reads forwards of the whole canvas: set rollout.cache to none")
         head, count = getattr(model, "choice_head", None), len(options.choose.values)
         if head is None or head.out_features != count:
             raise ValueError(

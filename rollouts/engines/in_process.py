@@ -161,7 +161,7 @@ class InProcessEngine(SharedModelEngine):
             raise ValueError(f"request {index} has the mask token {self.mask_token_id} in its prompt: take it out")
         block = self.options.block_length
         length, start = prompt + self.options.gen_length, prompt
-        if self.block_causal:
+        if self.block_causal and self.options.choose is None:
             assert block is not None
             # The grid is anchored at position 0: the rest of the prompt shares the first block.
             start = prompt // block * block

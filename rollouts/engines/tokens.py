@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollouts.engines.canvas import CanvasEngine
-from rollouts.engines.choosing import ChoosingEngine
+from rollouts.engines.choosing import ChoosingBlocks, ChoosingEngine
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.self_speculative import SelfSpeculativeEngine
 from rollouts.engines.uniform import UniformEngine
@@ -20,5 +20,6 @@ def token_engine(model: DenoisingModel, options: SamplerOptions, **settings: Any
     if noise_of(model) == "uniform":
         return UniformEngine(model, options, **settings)
     if options.choose is not None:
-        return ChoosingEngine(model, options, **settings)
+        kind = ChoosingBlocks if model.attention == "block_causal" else ChoosingEngine
+        return kind(model, options, **settings)
     return (SelfSpeculativeEngine if options.verify else InProcessEngine)(model, options, **settings)
