@@ -224,6 +224,11 @@ class ModelConfig(Section):
     choices: int | None = Field(
         None, ge=2, description="Add a head that chooses between so many values of sampler.choose; a saved one stays."
     )
+    joint_head: bool = Field(
+        False,
+        description="Add one layer that tells what the model would say after tokens are revealed, for sft.joint and "
+        "sampler.joint_steps; a saved one stays.",
+    )
     wrap: bool = Field(
         True, description="Masked LMs: put the tokenizer's begin and end tokens around every canvas, inside the model."
     )

@@ -69,6 +69,11 @@ class SftConfig(Section):
         description="Share of a masked token's target that is the model's own prediction where more of the answer is "
         "revealed (CDLM).",
     )
+    joint: bool = Field(
+        False,
+        description="Train model.joint_head alone: fit the frozen model's predictions where some masks of an answer "
+        "are revealed.",
+    )
     merge_steps: int = Field(
         1, ge=1, description="Recorded steps of sft.trajectories that are imitated in one: a decoder of fewer steps."
     )

@@ -15,7 +15,7 @@ import torch
 
 from rl.estimators.documents import Reads, noisy_document
 from rl.estimators.rows import TokenRows, assemble
-from rl.estimators.taught import BridgedRows
+from rl.estimators.taught import BridgedRows, JointRows
 
 _TINY = np.finfo(float).tiny
 
@@ -35,6 +35,7 @@ def random_mask_rows(
     errors: float = 0.0,
     error_tokens: np.ndarray | None = None,
     consistency: float = 0.0,
+    joint: bool = False,
 ) -> tuple[TokenRows, torch.Tensor]:
     """Mask the answers at random.
 
@@ -60,6 +61,7 @@ def random_mask_rows(
             too, with weight 1 (ReDiff, arXiv 2510.19871). A draw may be the token itself.
         consistency: share of the model's own prediction in the targets, see `BridgedRows`. Of a block (or sequence)
             with level t every mask stays with probability s/t, one uniform draw.
+        joint: fit the joint head to the model where masks are revealed in the same way, see `JointRows`.
 
     Returns:
         rows whose decisions are the masked tokens, and w float64 [N], which makes the weighted sum over decisions an
@@ -110,10 +112,14 @@ def random_mask_rows(
         return assemble(documents, reads, logit_shift=logit_shift, context_causal=context_causal)
 
     rows = rows_of(noisy)
-    if consistency:
+    if consistency or joint:
         ratio = np.repeat(rng.random(blocks), size, axis=1)
         still = hidden & (rng.random(answer.shape) < ratio)
         shown, open_ = rows_of(np.where(still, mask_token_id, clean)), torch.from_numpy(still[part][read[part]])
+        if joint:
+            # What is revealed has no prediction left to fit.
+            rows = JointRows(**vars(rows.some(open_)), shown=shown.some(open_))
+            return rows, torch.from_numpy(weight[part][read[part]])[open_]
         rows = BridgedRows(**vars(rows), shown=shown, open=open_, share=consistency)
     return rows, torch.from_numpy(weight[part][read[part]])
 

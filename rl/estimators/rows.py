@@ -154,23 +154,21 @@ class TokenRows(Rows):
         return logprob_and_entropy(logits, self.target, self.temperature, self.top_p, self.top_k)
 
     def hidden(self, model: DenoisingModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place.
+        """[R, W, D]: the backbone on the rows, or on other tokens [R, W] in their place."""
+        ids = self.input_ids if input_ids is None else input_ids
+        return model.hidden_states(ids, visible=self.seen(model), position_ids=self.position_ids)
 
-        The mask is built once here, not in every layer.
-        """
-        visible: Any
+    def seen(self, model: DenoisingModel) -> Any:
+        """`visible` in the form that suits the model: built once here, not in every layer."""
         if getattr(model, "wants_block_mask", False):
-            visible = self.block_mask()
-        elif getattr(model, "takes_pieces", False) and bool((self.document > 0).any()):
-            visible = self.pieces()
-        elif self._one_segment():
+            return self.block_mask()
+        if getattr(model, "takes_pieces", False) and bool((self.document > 0).any()):
+            return self.pieces()
+        if self._one_segment():
             # What padding sees does not matter, so one mask serves all queries of a row.
             seen = self.document == 0
-            visible = None if bool(seen.all()) else seen[:, None, :]
-        else:
-            visible = self.visible()
-        ids = self.input_ids if input_ids is None else input_ids
-        return model.hidden_states(ids, visible=visible, position_ids=self.position_ids)
+            return None if bool(seen.all()) else seen[:, None, :]
+        return self.visible()
 
     def visible(self) -> torch.Tensor | None:
         """bool [R, W, W]: may query (second axis) look at key (third axis)?

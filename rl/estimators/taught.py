@@ -156,6 +156,31 @@ class BridgedRows(TokenRows):
         return Scores(*self.drawn(logits), kl=divergence("cross_entropy", logits, teacher.log()))
 
 
+@dataclass(kw_only=True)
+class JointRows(TokenRows):
+    """The student is the joint head (`rl/models/joint_head.py`), the teacher the frozen model that sees more tokens.
+
+    From the model's states at a canvas x, the head is told which masks of x were revealed, and is fitted to the model's
+    predictions of the other masks on the canvas with these tokens: KL(model || head). The model gets no gradient.
+
+    Attributes:
+        shown: the same decisions, masks still, on the canvases with more tokens.
+    """
+
+    shown: TokenRows
+
+    def score(self, model: Any, hidden: torch.Tensor | None = None) -> Scores:
+        with torch.no_grad():
+            before = self.hidden(model) if hidden is None else hidden
+            teacher = self.shown.logits(model).log_softmax(-1)
+        now = self.shown.input_ids
+        states = model.joint_states(
+            before, now, now != self.input_ids, visible=self.seen(model), position_ids=self.position_ids
+        )
+        logits = self.logits(model, states)
+        return Scores(*self.drawn(logits), kl=divergence("forward", logits, teacher))
+
+
 def shown_rows(rows: TokenRows, suffixes: Sequence[np.ndarray], kind: str, top: int | None) -> ShownRows:
     """Rows of canvases under full attention, with a teacher that sees a suffix behind each.
 

@@ -102,6 +102,8 @@ class Modality:
             raise ValueError(f"sft.trajectories {about_it}: set it to null")
         if config.sft.errors or config.sft.consistency:
             raise ValueError(f"sft.{'errors' if config.sft.errors else 'consistency'} {about_it}: set it to 0")
+        if config.sft.joint:
+            raise ValueError(f"sft.joint {about_it}: set it to false")
         if config.sft.levels is not None:
             raise ValueError(f"sft.levels {about_it}: set it to null")
         if config.convert.steps:

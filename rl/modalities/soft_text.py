@@ -54,6 +54,7 @@ class RelaxedText:
         # The relaxed rollout is MDLM's ancestral sampler; score, quota and selector have no part in it.
         plain_options: dict[str, Any] = {"block_length": None, "top_p": 1.0, "top_k": 0, "cfg_scale": 0.0}
         plain_options |= {"reviser": "none", "constraint": None, "guide": None, "verify": False, "choose": None}
+        plain_options |= {"joint_steps": 0}
         if self.sampler.temperature == 0:
             raise ValueError("sampler.temperature is 0: algorithm.gradient pathwise needs it above 0")
         for name, plain in plain_options.items():

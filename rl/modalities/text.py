@@ -238,6 +238,7 @@ class TextModality(TextPlan):
             errors=config.sft.errors,
             error_tokens=noise_tokens(model).numpy() if config.sft.errors else None,
             consistency=config.sft.consistency,
+            joint=config.sft.joint,
             **readout(model),
         )
         if config.sft.loss_weight == "uniform":

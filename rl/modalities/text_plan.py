@@ -51,10 +51,12 @@ class TextPlan(Modality):
             raise ValueError(f"sft.{what} answers, and sft.trajectories imitates recorded ones: set one")
         if config.sft.merge_steps > 1 and config.sft.trajectories is None:
             raise ValueError("sft.merge_steps merges the steps of recorded trajectories: set sft.trajectories")
-        if config.sft.consistency and (config.sft.trajectories or config.sft.errors or config.sft.masking != "random"):
+        shows = "joint" if config.sft.joint else "consistency"
+        plain = not (config.sft.trajectories or config.sft.errors) and config.sft.masking == "random"
+        if getattr(config.sft, shows) and not (plain and not (config.sft.joint and config.sft.consistency)):
             raise ValueError(
-                "sft.consistency reveals masks of answers: it goes with sft.masking random, and without "
-                "sft.trajectories and sft.errors"
+                f"sft.{shows} reveals masks of answers: it goes with sft.masking random, and without sft.trajectories, "
+                "sft.errors and the other of sft.joint and sft.consistency"
             )
         if config.train.block_schedule and model.path is None and model.attention != "block_causal":
             raise ValueError("train.block_schedule needs model.attention block_causal")
@@ -81,6 +83,11 @@ class TextPlan(Modality):
             _check_constraint(config, tokenizer)
         if sampler.guide is not None:
             _check_guide(config)
+        if sampler.joint_steps and config.train.steps:
+            raise ValueError(
+                "sampler.joint_steps draws tokens that the policy's own forward did not give, and no recipe learns "
+                "from them: set it to 0 to train"
+            )
         if sampler.choose is not None and config.train.steps and not config.algorithm.trains_choices:
             raise ValueError(
                 f"sampler.choose is trained with the tokens of the exact trace, which algorithm.name "
@@ -145,8 +152,8 @@ class TextPlan(Modality):
             needs["images"] = "model.vision"
         if config.sampler.guide is not None:
             needs["guides"] = "sampler.guide"
-        if config.sampler.choose is not None:
-            needs["choices"] = "sampler.choose"
+        if config.sampler.choose is not None or config.sampler.joint_steps:
+            needs["choices"] = "sampler.joint_steps" if config.sampler.joint_steps else "sampler.choose"
         return needs
 
     @classmethod
@@ -287,6 +294,7 @@ def _check_noise(config: Config) -> None:
         "model.attention": model.attention != "full",
         "sft.errors": config.sft.errors > 0,
         "sft.consistency": config.sft.consistency > 0,
+        "sft.joint": config.sft.joint,
         "sft.levels": config.sft.levels is not None,
         "eval.backslide": config.eval.backslide,
         "rollout.engine": config.rollout.engine == "server",
@@ -326,6 +334,7 @@ def _check_decoder(config: Config, tokenizer: Any, block: int | None) -> None:
         block_length=block,
         noise=model.noise,
         choice_head=None if model.choices is None else SimpleNamespace(out_features=model.choices),
+        joint_head=model.joint_head or None,
     )
     fitted_options(sampler, described, config.rollout.cache, tokenizer.eos_token_id)
 

@@ -8,6 +8,7 @@ It saves and loads in Hugging Face format.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 import rl.models.conv  # noqa: F401  (registers its backbone)
 from rl.models import attention, routing
 from rl.models.folder import block_length_message
+from rl.models.joint_head import JointHead
 from rl.models.rotary import rotate_in_float32
 from rl.models.token_denoiser import TokenDenoiser
 from rl.models.vision import Vision
@@ -51,6 +53,7 @@ class DiffusionLMConfig(PreTrainedConfig):
         context: dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
         choices: int = 0,
+        joint_head: bool = False,
         **kwargs: Any,
     ):
         self.backbone = backbone or {}
@@ -69,6 +72,8 @@ class DiffusionLMConfig(PreTrainedConfig):
         self.vision = vision
         # Values between which its `choice_head` chooses; 0 is no head.
         self.choices = choices
+        # Whether it has a `rl.models.joint_head.JointHead`.
+        self.joint_head = joint_head
         self.mask_token_id = mask_token_id
         self.attention = attention
         self.block_length = block_length
@@ -123,18 +128,14 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             raise ValueError(f"attn_implementation must be sdpa or flex_attention, got {config._attn_implementation!r}")
         # is_causal in the config is what turns transformers' backbones bidirectional.
         backbone_config = AutoConfig.for_model(**{**config.backbone, "is_causal": False, "use_cache": False})
-        # Built as sdpa first: transformers then refuses backbones whose attention is not interchangeable.
-        self.backbone = AutoModel.from_config(backbone_config, attn_implementation="sdpa")
-        self.backbone.set_attn_implementation(attention.NAME)
-        routing.prepare(self.backbone)
-        if config.rope_full_precision:
-            rotate_in_float32(self.backbone.rotary_emb)
+        self.backbone = _body(backbone_config, config.rope_full_precision)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             table = next(n for n, m in self.backbone.named_modules() if m is self.backbone.get_input_embeddings())
             self.lm_head.weight = self.backbone.get_input_embeddings().weight
             self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
         self.choice_head = nn.Linear(backbone_config.hidden_size, config.choices) if config.choices else None
+        self.joint_head = self._new_joint_head() if config.joint_head else None
         self.vision = None if config.vision is None else Vision(config.vision, backbone_config.hidden_size)
         self.post_init()
 
@@ -199,6 +200,40 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
         logits = self.choice_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def add_joint_head(self, seed: int) -> None:
+        """Add a joint head that changes nothing yet; one that is there stays."""
+        if self.joint_head is None:
+            torch.manual_seed(seed)
+            like = self.lm_head.weight
+            self.joint_head = self._new_joint_head().to(like.device, like.dtype).eval()
+            nn.init.zeros_(self.joint_head.out.weight)
+            self.config.joint_head = True
+
+    def _new_joint_head(self) -> JointHead:
+        described: Any = copy.deepcopy(self.backbone.config)
+        described.num_hidden_layers = 1
+        if getattr(described, "layer_types", None):
+            described.layer_types = described.layer_types[:1]
+        layer = _body(described, self.config.rope_full_precision)
+        # It is only given embeddings.
+        table = layer.get_input_embeddings()
+        layer.set_submodule(next(name for name, module in layer.named_modules() if module is table), nn.Identity())
+        return JointHead(layer, self.hidden_size)
+
+    def joint_states(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        shown: torch.Tensor,
+        *,
+        visible: torch.Tensor | BlockMask | Pieces | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`JointHead.forward` for tokens int64 [B, W]; the rest as the forward that gave `hidden` had it."""
+        assert self.joint_head is not None
+        how = self._how(visible, hidden.shape[1]) | {"position_ids": position_ids, "use_cache": False}
+        return self.joint_head(hidden, self.get_input_embeddings()(input_ids), shown, **how)
+
     @torch.no_grad()
     def grow(self, num_tokens: int) -> None:
         """Append tokens to the vocabulary, all of them zeros in embedding and head."""
@@ -234,21 +269,34 @@ class DiffusionLM(TokenDenoiser, PreTrainedModel):
             )
         if self.vision is not None and inputs_embeds is None:
             inputs_embeds = self.vision.embed(input_ids, self.get_input_embeddings())
-        mask, more = visible, {}
-        if isinstance(visible, Pieces):
-            mask, more = attention.additive(visible.visible, self.dtype), {"pieces": visible}
-        elif isinstance(visible, torch.Tensor):
-            # The kernel takes one row of the mask for all queries only with its query axis spelled out.
-            mask = attention.additive(visible, self.dtype).expand(-1, -1, input_ids.shape[1], -1)
         return self.backbone(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
-            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-            **more,
+            **self._how(visible, input_ids.shape[1]),
         ).last_hidden_state
+
+    def _how(self, visible: torch.Tensor | BlockMask | Pieces | None, num_queries: int) -> dict[str, Any]:
+        """Visibility, as arguments of a transformers body."""
+        if isinstance(visible, Pieces):
+            return {"attention_mask": attention.additive(visible.visible, self.dtype), "pieces": visible}
+        if isinstance(visible, torch.Tensor):
+            # The kernel takes one row of the mask for all queries only with its query axis spelled out.
+            return {"attention_mask": attention.additive(visible, self.dtype).expand(-1, -1, num_queries, -1)}
+        return {"attention_mask": visible}
+
+
+def _body(described: Any, rope_full_precision: bool) -> Any:
+    """A transformers model of this config with our attention, experts and rotation."""
+    # Built as sdpa first: transformers then refuses backbones whose attention is not interchangeable.
+    body = AutoModel.from_config(described, attn_implementation="sdpa")
+    body.set_attn_implementation(attention.NAME)
+    routing.prepare(body)
+    if rope_full_precision:
+        rotate_in_float32(body.rotary_emb)
+    return body
 
 
 AutoConfig.register("diffusion_lm", DiffusionLMConfig)

@@ -74,6 +74,15 @@ def load_policy(config: ModelConfig, tokenizer: Any, seed: int) -> Any:
                 "model.choices is a head of a diffusion language model, which adapters leave alone: leave it out"
             )
         model.choose_between(config.choices)
+    if config.joint_head:
+        if lora.has_adapters(model) or not hasattr(model, "add_joint_head"):
+            raise ValueError(
+                "model.joint_head is for diffusion language models, and is not saved with adapters: leave it out"
+            )
+        model.add_joint_head(seed)
+    if getattr(model, "joint_head", None) is not None:
+        # The stage `sft.joint` alone trains it.
+        model.joint_head.requires_grad_(False)
     if config.conditions and config.path is None:
         raise ValueError("model.conditions are added to a trained model: set model.path")
     if tokenizer is not None:

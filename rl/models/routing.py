@@ -43,8 +43,9 @@ ExpertsInterface.register(NAME, experts_forward)
 
 
 def routers(model: nn.Module) -> list[Any]:
-    """The routers of a model in the order of its layers; empty without experts."""
-    return [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "num_experts")]
+    """The routers of a model in the order of its layers, without those of a joint head; empty without experts."""
+    named = [m for name, m in model.named_modules() if "joint_head" not in name]
+    return [m for m in named if hasattr(m, "top_k") and hasattr(m, "num_experts")]
 
 
 def prepare(backbone: Any) -> None:

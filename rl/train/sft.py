@@ -159,7 +159,19 @@ def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int]
     """The `sft` stage, see `fit`."""
     data, path = Fit(run), run.config.sft.trajectories
     data.traces = load_trajectories(path) if path else []
-    return fit(run, data, command, told_to_stop)
+    if not run.config.sft.joint:
+        return fit(run, data, command, told_to_stop)
+    model: Any = run.model
+    if getattr(model, "joint_head", None) is None or model.attention != "full":
+        raise ValueError("sft.joint trains the joint head of a full-attention model: set model.joint_head to true")
+    others = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.joint_head.requires_grad_(True)
+    summary = fit(run, data, command, told_to_stop)
+    model.joint_head.requires_grad_(False)
+    for parameter in others:
+        parameter.requires_grad_(True)
+    return summary
 
 
 def epochs(items: Sequence[T], seed: int, step: int, size: int) -> list[T]:

@@ -79,7 +79,7 @@ NEEDS = {
     "images": "answers to prompts with images",
     "constraints": "answers that match a constraint, and the tokens that it left to each choice",
     "guides": "tokens that an autoregressive model guides",
-    "choices": "what the policy chose of its decoder",
+    "choices": "what the policy chose of its decoder, or its joint head says",
     "x0": "the x0 prediction of every step",
     "request_steps": "a number of denoising steps of each request's own",
     "branches": "rollouts that branch",

@@ -14,7 +14,7 @@ def fitted_options(
     """The options with the block length of a block-causal model, where they have none.
 
     Args:
-        model: a `DenoisingModel`, or what a config says of one: attention, block_length, noise, choice_head.
+        model: a `DenoisingModel`, or what a config says of one: attention, block_length, noise and the heads.
         approximate_cache: "none", "prefix", "dual" or "frozen".
 
     Raises:
@@ -50,6 +50,10 @@ def fitted_options(
                 f"sampler.choose has {count} values, and the model no head for so many: set model.choices to {count}"
             )
     cached = block_causal or approximate_cache != "none"
+    if options.joint_steps and cached:
+        raise ValueError("sampler.joint_steps is for full attention and rollout.cache none: set it to 0")
+    if options.joint_steps and getattr(model, "joint_head", None) is None:
+        raise ValueError("sampler.joint_steps needs a trained joint head: set model.joint_head to true")
     if cached and options.cfg_scale:
         raise ValueError(
             "sampler.cfg_scale needs forwards of the whole canvas, with and without its prompt: use a "

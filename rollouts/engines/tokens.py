@@ -7,6 +7,7 @@ from typing import Any
 from rollouts.engines.canvas import CanvasEngine
 from rollouts.engines.choosing import ChoosingBlocks, ChoosingEngine
 from rollouts.engines.in_process import InProcessEngine
+from rollouts.engines.joint import JointEngine
 from rollouts.engines.self_speculative import SelfSpeculativeEngine
 from rollouts.engines.uniform import UniformEngine
 from rollouts.model_protocol import DenoisingModel, noise_of
@@ -22,4 +23,6 @@ def token_engine(model: DenoisingModel, options: SamplerOptions, **settings: Any
     if options.choose is not None:
         kind = ChoosingBlocks if model.attention == "block_causal" else ChoosingEngine
         return kind(model, options, **settings)
+    if options.joint_steps:
+        return JointEngine(model, options, **settings)
     return (SelfSpeculativeEngine if options.verify else InProcessEngine)(model, options, **settings)

@@ -162,6 +162,12 @@ class SamplerOptions(BaseModel):
         description="Let the policy choose each block's length, or the selector's bound, and learn to "
         "(docs/decoders.md); null chooses nothing.",
     )
+    joint_steps: int = Field(
+        0,
+        ge=0,
+        description="After each forward, so many steps of the block by the model's joint head alone "
+        "(docs/decoders.md); 0 is none.",
+    )
     verify: bool = Field(
         False,
         description="Draft each block of a block-causal model in one step and verify it from left to right with the "
@@ -221,6 +227,9 @@ class SamplerOptions(BaseModel):
             for name in ("guide", "choose"):
                 if name != other and getattr(self, name) is not None and getattr(self, other) != plain:
                     raise ValueError(f"sampler.{name} does not go with sampler.{other}: unset one of them")
+        for name in ("choose", "cfg_scale", *dict(without)):
+            if self.joint_steps and getattr(self, name) != SamplerOptions.model_fields[name].default:
+                raise ValueError(f"sampler.joint_steps does not go with sampler.{name}: unset one of them")
         if self.choose is not None:
             self._check_choose(self.choose)
         if self.guide is not None and self.guide.rule == "energy" and self.temperature == 0:
@@ -290,7 +299,8 @@ class SamplerOptions(BaseModel):
         Args:
             canvas_length: of a model that denoises canvases.
         """
-        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", "choose", *PARTS}
+        names = {"preset", "block_length", "cfg_scale", "record_x0", "constraint", "guide", "choose", "joint_steps"}
+        names |= set(PARTS)
         for name, plain in (("corrector", 0), ("transition", "posterior")):
             if self.selector == "entropy_bound" and getattr(self, name) != plain:
                 raise ValueError(f"sampler.{name} is for ancestral steps: unset it, or sampler.preset entropy_bound")
@@ -343,7 +353,8 @@ class SamplerOptions(BaseModel):
         """The preset's name and every part: the rule that chose positions, as a trajectory records it."""
         guide = {} if self.guide is None else {"guide": self.guide.model_dump()}
         choose = {} if self.choose is None else {"choose": self.choose.model_dump(exclude_none=True)}
-        return {name: getattr(self, name) for name in ("preset", *PARTS)} | guide | choose
+        joint = {"joint_steps": self.joint_steps} if self.joint_steps else {}
+        return {name: getattr(self, name) for name in ("preset", *PARTS)} | guide | choose | joint
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class TokenSampler:
             )
         if engine.options.choose is not None:
             raise ValueError("a search takes steps of its own: set sampler.choose to null")
+        if engine.options.joint_steps:
+            raise ValueError("a search makes a forward at every step: set sampler.joint_steps to 0")
         if engine.options.remembers:
             raise ValueError("a search goes on from states without memory: set sampler.selector to another one")
         if engine.constraint is not None:
