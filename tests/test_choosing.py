@@ -201,6 +201,10 @@ def test_what_it_cannot_do_is_refused(chooser: Any, make_model: Any) -> None:
         ({"quota": "linear"}, r"needs steps that reveal something"),
         ({"block_length": 4}, r"leave sampler\.block_length out"),
         ({"choose": BOUNDS}, r"sampler\.choose\.bound needs a selector that has one"),
+        (
+            {"choose": {"bound": [0.5, 5]}, "selector": "threshold"},
+            r"bound has 5\.0, and no score of a threshold is above",
+        ),
         ({"choose": {}}, r"takes one of block_length and bound"),
         ({"choose": {"block_length": [0, 2]}}, r"takes numbers above 0"),
     ):

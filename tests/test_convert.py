@@ -311,6 +311,8 @@ def test_mistakes_are_named_in_one_line(
     places = {"FILE": "data.jsonl", "EMPTY": "empty.jsonl", "OTHER": "other", "PLAIN": "plain"}
     for name, place in places.items():
         overrides = [text.replace(name, str(tmp_path / place)) for text in overrides]
+    # Saving the models above shows a bar.
+    capsys.readouterr()
     assert main(arguments(folder, tmp_path / "run", *overrides)) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1

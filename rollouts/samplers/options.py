@@ -249,6 +249,10 @@ class SamplerOptions(BaseModel):
             raise ValueError(
                 f"sampler.choose.bound needs a selector that has one: set sampler.selector to one of {bounded}"
             )
+        if choose.bound and self.selector in ("threshold", "dynamic") and max(choose.bound) > 1:
+            raise ValueError(
+                f"sampler.choose.bound has {max(choose.bound)}, and no score of a {self.selector} is above 1"
+            )
 
     @property
     def random_order(self) -> bool:
