@@ -69,8 +69,10 @@ class TokenTrajectory:
         confidence: float32 [E], probability of the token under the score distribution, in [0, 1]; 0 for a remasking
             edit.
         stop_length: response tokens to keep as the answer (up to and including the end token), <= L-P.
-        block_length: block size of the decoding grid, None when the response is one block.
-        block_origin: absolute position of the grid's first block boundary (0 for block-causal models).
+        block_length: block size of the decoding grid, None when the response is one block or has blocks of chosen
+            lengths (`choices`).
+        block_origin: absolute position of the grid's first block boundary: 0 for block-causal models that choose
+            nothing, the prompt's length otherwise.
         sampler: the sampler settings that define the distribution (temperature, top_p, top_k, and cfg_scale
             where there is guidance: the learner combines its logits in the same way).
         decoder: the rule that chose positions: the preset's name and every part (`SamplerOptions.decoder`).

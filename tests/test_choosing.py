@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,8 @@ def test_what_it_cannot_do_is_refused(chooser: Any, make_model: Any) -> None:
             {"choose": {"bound": [0.5, 5]}, "selector": "threshold"},
             r"bound has 5\.0, and no score of a threshold is above",
         ),
+        ({"choose": {"bound": [0.5, 0.5]}, "selector": "threshold"}, r"takes each value once"),
+        ({"choose": {"block_length": [2, 8, 16]}}, r"two lengths that hold the whole answer"),
         ({"choose": {}}, r"takes one of block_length and bound"),
         ({"choose": {"block_length": [0, 2]}}, r"takes numbers above 0"),
     ):
@@ -212,6 +215,92 @@ def test_what_it_cannot_do_is_refused(chooser: Any, make_model: Any) -> None:
             options(**changed)
     with pytest.raises(ValueError, match=r"cannot give what the policy chose"):
         require("ray", RAY_WORKERS, {"choices": "sampler.choose"})
+
+
+def test_trajectories_with_and_without_choices_do_not_mix(chooser: Any) -> None:
+    model = chooser()
+    plain = token_engine(model, options(choose=None)).generate(requests(2))
+    chosen = token_engine(model, options()).generate(requests(2))
+    for mixed in (plain + chosen, chosen + plain):
+        with pytest.raises(ValueError, match="must all have choices"):
+            parse_recipe({"name": "tracerl"}).rows(mixed, model)
+
+
+def test_the_prompt_keeps_the_grid_it_was_sampled_with(chooser: Any) -> None:
+    """A block size of training changes nothing: the record has the borders."""
+    model = chooser("qwen3-block2")
+    decoder = options(choose=BOUNDS, selector="threshold", block_length=4)
+    trajectories = token_engine(model, decoder).generate([Request([1, 2, 3, 4, 5], seed) for seed in range(3)])
+    rows = parse_recipe({"name": "tracerl"}).rows(trajectories, model)
+    assert rows.block[0, :9].tolist() == [0, 0, 1, 1, 2, 3, 3, 3, 3]
+    torch.testing.assert_close(parse_recipe({"name": "tracerl"}).rows(trajectories, model, 8).block, rows.block)
+    with torch.no_grad():
+        np.testing.assert_allclose(rows.score(model).logprob.numpy(), rows.sampler_logprob.numpy(), rtol=0, atol=1e-9)
+
+
+def test_blocks_of_one_chosen_length_are_those_of_the_plain_decoder(chooser: Any) -> None:
+    """Equal prompts that end where a block does, the number of steps by request, fewer slots than requests."""
+    model = chooser("qwen3-block4-shifted")
+    with torch.no_grad():
+        model.choice_head.weight.zero_()
+        model.choice_head.bias.copy_(torch.tensor([0.0, 0.0, 50.0]))
+    asked = [Request([1, 2, 3, 4] * (1 + n % 2), n, 2 + 2 * (n % 3)) for n in range(7)]
+    chosen = token_engine(model, options(), eos_token_id=0, max_batch_size=4).generate(asked)
+    plain = InProcessEngine(model, options(choose=None, block_length=4), eos_token_id=0).generate(asked)
+    for mine, other in zip(chosen, plain, strict=True):
+        assert (mine.step.tolist(), mine.token.tolist()) == (other.step.tolist(), other.token.tolist())
+        assert (mine.length, mine.stop_length) == (other.length, other.stop_length)
+        np.testing.assert_allclose(mine.logprob, other.logprob, rtol=0, atol=1e-9)
+
+
+def test_trafl_balances_choices_too(chooser: Any) -> None:
+    """At the sampler's own weights, what it takes as drawn is what the learner scores."""
+    model, recipe = chooser(), parse_recipe({"name": "trafl"})
+    trajectories = token_engine(model, options()).generate(requests(4))
+    with torch.no_grad():
+        scored = recipe.rows(trajectories, model).score(model).logprob
+    np.testing.assert_allclose([recipe.summary(t)[1] for t in trajectories], scored.numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["eval.backslide=true"], r"an evaluation in 4 steps \(sampler and eval.backslide\): sampler.choose does not"),
+        (["eval.sampler={block_length: 4}"], r"leave sampler.block_length out"),
+        (
+            ["eval.sampler={choose: null}", "model.attention=block_causal", "model.block_length=4",
+             "sampler.num_inference_steps=6", "eval.num_inference_steps=[6]"],
+            r"an evaluation in 6 steps \(sampler and eval.sampler\)",
+        ),
+        (["sampler.selector=threshold", "sampler.choose={bound: [0.5, 0.9]}", "eval.sampler={selector: top_n}"],
+         r"needs a selector that has one"),
+        (["sft.trajectories=TRAJECTORIES"], r"set model.choices to how many there were"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_later_is_refused_before(
+    chooser: Any, overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_trajectories(tmp_path / "t.npz", token_engine(chooser(), options()).generate(requests(20)))
+    overrides = [text.replace("TRAJECTORIES", str(tmp_path / "t.npz")) for text in overrides]
+    arguments = runs.tiny_config(tmp_path, "model.choices=2", "sampler.choose={block_length: [1, 8]}", *overrides)
+    assert main(["sft" if "t.npz" in overrides[0] else "check", *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    "blocks", [[], ["model.attention=block_causal", "model.block_length=4"]], ids=["full", "blocks"]
+)
+def test_memory_is_planned_for_the_shortest_blocks(
+    blocks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(choose: str, count: int) -> float:
+        chosen = [f"model.choices={count}", f"sampler.choose={{block_length: {choose}}}", *blocks]
+        chosen.append("model.backbone.vocab_size=20")
+        assert main(["check", *runs.tiny_config(tmp_path, *chosen), "--plan", "--ranks", "1"]) == 0
+        return float(re.search(r"activations\D*([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
+
+    assert planned("[1, 8, 16]", 3) == planned("[16, 1]", 2) >= planned("[8, 16]", 2)
 
 
 @pytest.mark.parametrize("attention", ["full", "block_causal"])

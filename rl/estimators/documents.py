@@ -159,7 +159,7 @@ def noisy_document(
 
 
 def whole_blocks(trajectories: Sequence[TokenTrajectory], block: int | None) -> Sequence[TokenTrajectory]:
-    """Trajectories whose canvas ends where a training block does; what is added was never revealed."""
+    """Trajectories whose canvas ends where a training block does, or a chosen one; what is added was never revealed."""
     if block is None:
         return trajectories
-    return [replace(t, length=-(-t.length // block) * block) for t in trajectories]
+    return [t if t.choices is not None else replace(t, length=-(-t.length // block) * block) for t in trajectories]

@@ -265,6 +265,8 @@ def assemble(
         ValueError: trajectories that were decoded greedily, or drawn from more than one distribution.
     """
     sampler = _sampler_of(trajectories)
+    if len({read.is_choice is None for read in reads}) > 1:
+        raise ValueError("trajectories of one batch must all have choices (sampler.choose), or none of them")
     parts, row, columns = placed([document.input_ids for document in documents], heads, pack_to)
     shape = (int(row.max()) + 1, max(part.end for part in parts))
     # Padding sees padding of its own row only (document -1), never nothing: no row of the softmax is empty.

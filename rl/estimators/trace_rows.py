@@ -24,8 +24,9 @@ Three layouts, as documents that may share rows (`pack_to`):
 * `packed_rows`: block-causal models only. One document `[clean | noisy copies of blocks]` scores every step of every
   block at once, because a block never sees what comes after it.
 
-Departures from the published code: the block grid is the trajectory's own (anchored at position 0), the terminal block
-is complete, ids are never re-tokenised, and temperature and filters are the sampler's.
+Departures from the published code: the block grid is the trajectory's own (anchored at position 0, where its policy
+did not choose the blocks), the terminal block is complete, ids are never re-tokenised, and temperature and filters are
+the sampler's.
 """
 
 from __future__ import annotations
@@ -68,9 +69,7 @@ def trace_rows(
         return canvas_trace_rows(trajectories)
     if model.attention == "block_causal":
         whole = whole_blocks(trajectories, block)
-        # Where the policy chose the blocks of an answer, its prompt keeps the model's.
-        grid = model.block_length if trajectories[0].choices is not None else block
-        return packed_rows(whole, shrink, grid, pack_to, segments, masked=masked, **readout(model))
+        return packed_rows(whole, shrink, block, pack_to, segments, masked=masked, **readout(model))
     return remask_rows(trajectories, shrink, model.logit_shift, pack_to=pack_to, segments=segments, masked=masked)
 
 
@@ -143,8 +142,7 @@ def packed_rows(
     Args:
         shrink, segments: see `merged_steps`; pack_to, logit_shift, context_causal: see `assemble`; masked: see
             `targets_at`.
-        block_length: training block size; the trajectory's own when None. Where the policy chose blocks (`choices`),
-            the prompt's.
+        block_length: training block size; the trajectory's own when None, and where the policy chose its blocks.
     """
     exact = _sampler_states(trajectories, shrink, segments) and not masked
     documents, reads, heads = [], [], []
@@ -156,6 +154,7 @@ def packed_rows(
             raise ValueError("the packed layout needs blocks that are finished one after the other")
         clean = trajectory.final_canvas()[: begins[-1]]
         copies: list[tuple[int, np.ndarray]] = []
+        # What is joined has a part, also where nothing was revealed.
         nothing = np.zeros(0, dtype=np.int64)
         own = [_and_choices(Reads(index, nothing, nothing, nothing, np.zeros(0) if exact else None), trajectory, -1)]
         width = len(clean)
@@ -190,9 +189,9 @@ def _block_begins(trajectory: TokenTrajectory, block_length: int | None) -> np.n
 
     Example: a prompt of 5 tokens in blocks of 4, and an answer whose policy chose blocks of 2 and 8: 0, 4, 5 and 7.
     """
-    if trajectory.choices is not None and block_length is not None:
+    if trajectory.choices is not None and "prompt_block" in trajectory.decoder:
         chosen = trajectory.choices[:, 1].astype(np.int64) + 1
-        return np.append(np.arange(0, trajectory.prompt_length, block_length), chosen)
+        return np.append(np.arange(0, trajectory.prompt_length, trajectory.decoder["prompt_block"]), chosen)
     if block_length is None or trajectory.block_origin != 0 or trajectory.length % block_length:
         raise ValueError("the packed layout needs a block grid anchored at position 0 that covers the canvas")
     return np.arange(0, trajectory.length, block_length)

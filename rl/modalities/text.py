@@ -15,7 +15,7 @@ from rl.estimators.canvas_rows import random_canvas_rows
 from rl.estimators.masking import random_mask_rows
 from rl.estimators.rows import TokenRows, readout
 from rl.estimators.uniform_rows import random_noise_rows
-from rl.modalities.text_plan import TextPlan, check_recipe, open_tokenizer, review, vision_of
+from rl.modalities.text_plan import TextPlan, check_recipe, evaluation_options, open_tokenizer, review, vision_of
 from rl.models.causal import CausalLM, load_autoregressive
 from rl.models.load import load_policy, save_policy
 from rl.models.reader import beside_policy
@@ -28,7 +28,7 @@ from rollouts.engines.in_process import InProcessEngine, Request
 from rollouts.engines.shared import SharedForwards
 from rollouts.engines.tokens import token_engine
 from rollouts.model_protocol import noise_of
-from rollouts.samplers.options import SamplerOptions, with_changes
+from rollouts.samplers.options import SamplerOptions
 from rollouts.samplers.uniform import noise_tokens
 from rollouts.search.tokens import TokenSampler
 from rollouts.trajectory import TokenTrajectory, load_trajectories, save_trajectories
@@ -98,19 +98,7 @@ class TextModality(TextPlan):
     def evaluation_options(self, num_inference_steps: int) -> SamplerOptions:
         if self.config.model.autoregressive:
             return causal_options(self.config.sampler, temperature=0.0)
-        guide, given = self.config.sampler.guide, self.config.eval.sampler
-        # Several draws of a greedy policy are one.
-        weighed = guide is not None and guide.rule == "energy"
-        changed = {
-            "temperature": self.config.sampler.temperature if weighed else 0.0,
-            **given,
-            "num_inference_steps": num_inference_steps,
-            "record_x0": self.config.eval.backslide,
-        }
-        if self.config.sampler.final_temperature is not None:
-            # DiffusionGemma's decoder is its temperatures; only its last step is greedy.
-            changed |= {"temperature": self.config.sampler.temperature, "last_step": "argmax", **given}
-        return with_changes(self.config.sampler, changed)
+        return evaluation_options(self.config, num_inference_steps)
 
     def prompt_text(self, row: Example) -> str:
         """What the model is given of a row: its prompt, as a chat turn where `task.chat` says so."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,6 +156,14 @@ class _Undecided:
         self.canvas_length = config.model.backbone.get("canvas_length")
         self.noise = "uniform" if self.canvas_length else config.model.noise
         self.vocab_size = self.mask_token_id + 1
+        # The shortest blocks make the most copies.
+        self.values = config.sampler.choose.values if config.sampler.choose is not None else []
+        self.choice_head = SimpleNamespace(out_features=len(self.values))
+
+    def choice_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((*hidden.shape[:-1], len(self.values)), -1e9)
+        logits[..., self.values.index(min(self.values))] = 0
+        return logits
 
     def hidden_states(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros(*input_ids.shape, 1)

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from rl.errors import about
 from rl.modalities.base import Modality
 from rl.registry import RECIPES
@@ -93,11 +95,23 @@ class TextPlan(Modality):
                 f"sampler.choose is trained with the tokens of the exact trace, which algorithm.name "
                 f"{config.algorithm.name} does not score as it is set: use tracerl, with shrink 1 and without value"
             )
+        if sampler.choose is not None and model.autoregressive:
+            raise ValueError("sampler.choose is for a diffusion model, and model.autoregressive is true: leave one out")
         if sampler.choose is not None and config.train.block_schedule:
             raise ValueError("train.block_schedule sets blocks, and sampler.choose begins them elsewhere: set it to []")
         context, mask_token_id, block = _shape(config, tokenizer)
         if block is not None or model.path is None:
-            _check_decoder(config, tokenizer, block)
+            _check_decoder(config, tokenizer, block, sampler)
+            for steps in () if model.autoregressive else config.eval.num_inference_steps:
+                try:
+                    _check_decoder(config, tokenizer, block, evaluation_options(config, steps))
+                except ValueError as error:
+                    told = (
+                        error.errors()[0]["msg"].removeprefix("Value error, ")
+                        if isinstance(error, ValidationError)
+                        else error
+                    )
+                    raise ValueError(f"an evaluation in {steps} steps ({_over(config)}): {told}") from None
         vision = vision_of(config)
         if vision is not None:
             _check_vision(config)
@@ -321,11 +335,37 @@ def check_recipe(config: Config, noise: str) -> None:
     )
 
 
-def _check_decoder(config: Config, tokenizer: Any, block: int | None) -> None:
+def _over(config: Config) -> str:
+    """Where the decoder of an evaluation comes from."""
+    return (
+        "sampler"
+        + (" and eval.sampler" if config.eval.sampler else "")
+        + (" and eval.backslide" if config.eval.backslide else "")
+    )
+
+
+def evaluation_options(config: Config, num_inference_steps: int) -> SamplerOptions:
+    """The decoder of an evaluation: `sampler`, greedy, with `eval.sampler` over it."""
+    sampler, given = config.sampler, config.eval.sampler
+    # Several draws of a greedy policy are one.
+    weighed = sampler.guide is not None and sampler.guide.rule == "energy"
+    changed = {
+        "temperature": sampler.temperature if weighed else 0.0,
+        **given,
+        "num_inference_steps": num_inference_steps,
+        "record_x0": config.eval.backslide,
+    }
+    if sampler.final_temperature is not None:
+        # DiffusionGemma's decoder is its temperatures; only its last step is greedy.
+        changed |= {"temperature": sampler.temperature, "last_step": "argmax", **given}
+    return with_changes(sampler, changed)
+
+
+def _check_decoder(config: Config, tokenizer: Any, block: int | None, sampler: SamplerOptions) -> None:
     """Refuse a decoder that the model's attention does not go with, before there is a model."""
     from rollouts.engines.fitted_options import fitted_options
 
-    model, sampler = config.model, config.sampler
+    model = config.model
     if sampler.block_length is None and not config.train.steps:
         # There is no rollout, whose steps would have to divide over the model's blocks.
         sampler = sampler.model_copy(update={"block_length": block})

@@ -61,10 +61,10 @@ class Fit:
     def fitted(self, micro: Part) -> tuple[Rows, torch.Tensor]:
         """Rows, and the weight [U] of each decision's -logprob, or of its kl where the rows have one."""
         if self.traces:
-            # The mean over the revealed tokens of the batch.
+            # The mean over the decisions of the batch: tokens that were revealed, and what was chosen.
             with in_words({"algorithm.shrink": "sft.merge_steps"}):
                 rows = trace_rows(micro.batch[micro.part], self.run.model, shrink=self.config.merge_steps)
-            decisions = sum(int(trajectory.is_reveal.sum()) for trajectory in micro.batch)
+            decisions = sum(int(t.is_reveal.sum()) + len(() if t.choices is None else t.choices) for t in micro.batch)
             return rows, torch.full((len(rows.step),), 1.0 / decisions, dtype=torch.float64)
         # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
         return self.run.modality.supervised(self.run.model, micro.batch, micro.part, [self.seed, micro.step])
@@ -159,6 +159,13 @@ def supervised(run: Run, command: str = "train", told_to_stop: Callable[[], int]
     """The `sft` stage, see `fit`."""
     data, path = Fit(run), run.config.sft.trajectories
     data.traces = load_trajectories(path) if path else []
+    values = max((int(t.choices[:, 2].max()) + 1 for t in data.traces if t.choices is not None), default=0)
+    head = getattr(run.model, "choice_head", None)
+    if values and (head is None or head.out_features < values):
+        raise ValueError(
+            f"sft.trajectories {path} chose between at least {values} values (sampler.choose), and the model has no "
+            "head for so many: set model.choices to how many there were"
+        )
     if not run.config.sft.joint:
         return fit(run, data, command, told_to_stop)
     model: Any = run.model

@@ -48,10 +48,7 @@ class ChoosingEngine(InProcessEngine):
     def _decoded(self, plans: Sequence[Plan], requests: Sequence[Request]) -> list[dict[str, Any]]:
         self._steps = np.array([plan.steps for plan in plans])
         self._choices: list[list[tuple[float, ...]]] = [[] for _ in plans]
-        count = min(self.max_batch_size, len(plans))
-        self._bounds = np.zeros(count)
-        # Up to where the states of a slot are stored, for a block-causal model.
-        self._stored = np.zeros(count, dtype=np.int64)
+        self._bounds = np.zeros(min(self.max_batch_size, len(plans)))
         found = super()._decoded(plans, requests)
         for arrays, own in zip(found, self._choices, strict=True):
             arrays["choices"] = np.array(own, dtype=np.float64).reshape(-1, 4)
@@ -134,6 +131,11 @@ class ChoosingBlocks(ChoosingEngine):
     of 2 and 8: borders at 0, 4, 5, 7 and 15.
     """
 
+    def __init__(self, model: Any, options: SamplerOptions, **settings: Any):
+        super().__init__(model, options, **settings)
+        # Up to where the states of each slot are stored; a prompt's are, from when it is admitted.
+        self._stored = np.zeros(self.max_batch_size, dtype=np.int64)
+
     def _prefill(
         self, canvas: torch.Tensor, cache: BlockCache, slots: Slots, admitted: dict[int, Sequence[int]]
     ) -> None:
@@ -150,7 +152,8 @@ class ChoosingBlocks(ChoosingEngine):
         """Forward the decided tokens of the slots `own` from `begin` [N] to where their next block starts."""
         first, start = (torch.from_numpy(x).to(self.device)[:, None] for x in (begin, slots.start[own]))
         positions = first + torch.arange(int((slots.start[own] - begin).max()), device=self.device)
-        seen = start.expand_as(positions)
+        # A finished block sees itself, a prompt its grid.
+        seen = start
         if self.context_causal:
             seen = positions + 1
         elif not begin.any():
@@ -220,4 +223,5 @@ class ChoosingBlocks(ChoosingEngine):
         made.block_origin = made.prompt_length
         assert made.choices is not None
         made.decoder["forwards"] = made.num_steps + len(made.choices) - 1
+        made.decoder["prompt_block"] = self.model.block_length
         return made

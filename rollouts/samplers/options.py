@@ -244,6 +244,11 @@ class SamplerOptions(BaseModel):
             )
         if choose.block_length and self.block_length is not None:
             raise ValueError("sampler.choose.block_length chooses every block's: leave sampler.block_length out")
+        if choose.block_length and sum(length >= self.gen_length for length in choose.block_length) > 1:
+            raise ValueError(
+                f"sampler.choose.block_length {choose.block_length} has two lengths that hold the whole answer of "
+                f"sampler.gen_length {self.gen_length}: keep one"
+            )
         bounded = ("threshold", "dynamic", "factor", "entropy_bound", "entropy_sum")
         if choose.bound and self.selector not in bounded:
             raise ValueError(

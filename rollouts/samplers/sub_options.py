@@ -76,6 +76,8 @@ class ChooseOptions(BaseModel):
     def _one(self) -> ChooseOptions:
         if (self.block_length is None) == (self.bound is None):
             raise ValueError("sampler.choose takes one of block_length and bound")
+        if len(set(self.values)) < len(self.values):
+            raise ValueError(f"sampler.choose takes each value once, got {self.values}")
         if min(self.values) <= 0:
             raise ValueError(f"sampler.choose takes numbers above 0, got {min(self.values)}")
         return self
