@@ -273,10 +273,10 @@ class RolloutConfig(Section):
         description="Bound on the weight that corrects asynchronous or quantized rollouts for the policy that sampled, "
         "where the recipe's own ratio does not (old_logprob recompute and on_policy); null does not correct.",
     )
-    quantize: Literal["none", "int8"] = Field(
+    quantize: Literal["none", "int8", "fp8"] = Field(
         "none",
-        description="int8 samples with a copy whose linear layers have 8-bit weights; log-probs then differ from the "
-        "learner's (logprob_gap), which max_importance_weight corrects.",
+        description="int8 and fp8 (e4m3) sample with a copy whose linear layers have weights of 8 bits; log-probs then "
+        "differ from the learner's (logprob_gap), which max_importance_weight corrects.",
     )
     cache: Literal["none", "prefix", "dual", "frozen"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."

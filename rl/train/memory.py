@@ -93,7 +93,7 @@ def memory_lines(config: Config, ranks: int, prompt_length: int, limit_gib: floa
         learners["value model"] = model_states(own, trained, deepspeed, ranks)
     # Everybody samples with a whole copy, whatever the stage.
     copies = (2 if half else 4) * (total + trained * reference)
-    if config.rollout.quantize == "int8":
+    if config.rollout.quantize != "none":
         model.held = {**model.held, "copy of 8 bits": total}
     states = sum(learner.device for learner in learners.values()) + copies + sum(model.held.values())
     learning, sampling = states + model.activations, states + sum(model.sampling.values())

@@ -13,7 +13,7 @@ import torch
 
 from rl import distributed
 from rl.advantages import zero_variance_groups
-from rl.models.copies import Int8Copy
+from rl.models.copies import LowCopy
 from rl.sections import MAX_GROUP
 from rl.tasks.base import Example
 from rl.tasks.chat import shown_prompt
@@ -220,7 +220,7 @@ class RolloutSource:
         self.ahead: Ahead | None = None
         self.push_seconds = 0.0
         self._pushed: int | None = None
-        self._low: Int8Copy | None = None
+        self._low: LowCopy | None = None
 
     @classmethod
     def open(cls, run: Run) -> RolloutSource:
@@ -313,10 +313,11 @@ class RolloutSource:
 
     def _sampling(self, policy_version: int) -> Any:
         """The model that samples in this process: the run's, or its copy with 8-bit weights."""
-        if self.run.config.rollout.quantize == "none":
+        kind = self.run.config.rollout.quantize
+        if kind == "none":
             return self.run.model
         if self._low is None:
-            self._low = Int8Copy(self.run.model)
+            self._low = LowCopy(self.run.model, kind)
         elif self._pushed != policy_version:
             self._low.refresh()
         self._pushed = policy_version
