@@ -94,6 +94,24 @@ def test_a_rollout_does_not_depend_on_its_batch(make_model) -> None:
     assert [t.token.tolist() for t in together] == [t.token.tolist() for t in alone]
 
 
+def test_a_cache_changes_nothing_but_the_work(make_model, monkeypatch) -> None:
+    """Causal context and shifted logits: the same rollouts from the windows alone, for prompts of any length."""
+    model = make_model("qwen3-block4-shifted-causal")
+    options = SamplerOptions(gen_length=12, num_inference_steps=12, block_length=4, verify=True, temperature=0.8)
+    requests = [Request([1 + (n + i) % 9 for i in range(1 + n % 6)], seed=n) for n in range(12)]
+    work, found = [], []
+    for cached in (True, False):
+        if not cached:
+            monkeypatch.setattr(SelfSpeculativeEngine, "_filled_cache", lambda *_: None)
+        engine = SelfSpeculativeEngine(model, options, eos_token_id=0, max_batch_size=5)
+        found.append(engine.generate(requests))
+        work.append(engine.stats.query_tokens)
+    for mine, plain in zip(*found, strict=True):
+        assert mine.token.tolist() == plain.token.tolist() and mine.decoder == plain.decoder
+        np.testing.assert_allclose(mine.logprob, plain.logprob, rtol=0, atol=1e-9)
+    assert work[0] < 0.7 * work[1]
+
+
 def test_what_it_cannot_do_is_refused(make_model) -> None:
     with pytest.raises(ValueError, match=r"sampler\.verify reads a block-causal model"):
         token_engine(make_model("gpt2-full"), options())

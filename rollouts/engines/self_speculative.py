@@ -10,7 +10,9 @@ the block is drafted anew behind it. What comes out has exactly the law p, the a
 A trajectory is therefore that of a decoder with blocks of one token, and the log-probs are those of p.
 
 Departures from the published code: every draft is verified (there a router may reveal confident tokens unverified, and
-the law is then neither), and there is no cache: what is decided is read causally in every forward, as the learner does.
+the law is then neither). What is decided is read causally in every forward, as the learner does. Where the model reads
+its context causally and is shifted, as converted autoregressive models do and are, both forwards have the same keys and
+values of it, and forward the block alone; otherwise there is no cache.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 
 from rollouts.engines.base import Request
+from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.causal_reading import read_causally
 from rollouts.engines.in_process import InProcessEngine
 from rollouts.engines.record import NonFiniteError
@@ -36,6 +39,9 @@ class SelfSpeculativeEngine(InProcessEngine):
     """Samples the autoregressive reading of a block-causal model; see the module."""
 
     verifies = True
+    # Of the batch that is decoded: what is stored of its requests, and which of them go on.
+    _cache: BlockCache | None = None
+    _going: list[int]
 
     def _decoded(self, plans: Sequence[Plan], requests: Sequence[Request]) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
@@ -63,8 +69,10 @@ class SelfSpeculativeEngine(InProcessEngine):
         going, rounds = torch.arange(len(requests), device=self.device), 0
         edits: list[list[np.ndarray]] = [[] for _ in requests]
         used = [0] * len(requests)
+        self._cache = self._filled_cache(tokens, at) if self.context_causal and self.model.logit_shift else None
         while len(going):
             start = at[going]
+            self._going = going.tolist()
             own, count = self._round(tokens[going], start, limit[going], seed[going], rounds)
             rounds += 1
             for row, begin, decided, number in zip(
@@ -105,7 +113,10 @@ class SelfSpeculativeEngine(InProcessEngine):
         step = torch.full_like(row, number)
         drafted = self._drawn(draft, noise.uniform(seed[row], step, position, noise.TOKEN_STREAM))
         filled = tokens.index_put((row, position), drafted)
-        verified = read_causally(self.model, filled, row, position, self._count)
+        if self._cache is None:
+            verified = read_causally(self.model, filled, row, position, self._count)
+        else:
+            verified = self._window_logits(filled, start, row, position, causal=True)
         if options.temperature == 0:
             token = verified.argmax(-1)
             kept = token == drafted
@@ -143,11 +154,53 @@ class SelfSpeculativeEngine(InProcessEngine):
         """[N, V]: the masks of the current blocks as block diffusion predicts them."""
         block = self.options.block_length
         assert block is not None
+        if self._cache is not None:
+            return self._window_logits(tokens, start, row, position, causal=False)
         index = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         clean = (start // block * block)[:, None] if self.context_causal else None
         hidden = self.model.hidden_states(tokens, visible=block_causal_visibility(index, tokens.shape[1], block, clean))
         self._count(tokens)
         return self.model.token_logits(hidden[row, position - self.model.logit_shift])
+
+    def _filled_cache(self, tokens: torch.Tensor, at: torch.Tensor) -> BlockCache:
+        """Keys and values of what stands before the windows of the first round, [A, W] tokens read causally."""
+        cache = BlockCache(len(tokens), tokens.shape[1], self.device)
+        # A shorter prompt computes states beyond it too. They are written over before they are seen.
+        num_keys = int(at.max())
+        positions = torch.arange(num_keys, device=self.device).expand(len(tokens), -1)
+        cache.aim(range(len(tokens)), positions, num_keys)
+        visible = block_causal_visibility(positions, num_keys, 1)
+        self.model.hidden_states(tokens[:, :num_keys], visible=visible, position_ids=positions, cache=cache)
+        self._count(positions)
+        return cache
+
+    def _window_logits(
+        self, tokens: torch.Tensor, start: torch.Tensor, row: torch.Tensor, position: torch.Tensor, causal: bool
+    ) -> torch.Tensor:
+        """[N, V]: predictions in the current blocks, of which alone, and of the token before each, states are computed.
+
+        Example with blocks of 4: where the first mask is 6, the window is 3 to 7, and the mask at 6 is read at 5.
+
+        Every round computes the states of its whole window, and the next window begins at the last token of a finished
+        block: whatever was refused is written over before it is seen as context.
+
+        Args:
+            causal: read from left to right; otherwise a position of the block sees the whole block.
+        """
+        block = self.options.block_length
+        assert block is not None and self._cache is not None
+        begin = start // block * block
+        positions = (begin - 1)[:, None] + torch.arange(block + 1, device=self.device)
+        # In the first block of the canvas there is no token before; its place is taken by the first.
+        positions = positions.clamp(min=0)
+        num_keys = tokens.shape[1]
+        seen = block_causal_visibility(positions, num_keys, 1 if causal else block, None if causal else begin[:, None])
+        self._cache.aim(self._going, positions, num_keys)
+        hidden = self.model.hidden_states(
+            tokens.gather(1, positions), visible=seen, position_ids=positions, cache=self._cache
+        )
+        self._count(positions)
+        return self.model.token_logits(hidden[row, position - begin[row]])
 
     def _arrays(self, prompt: int, edits: np.ndarray, rounds: int) -> dict[str, Any]:
         """The record: one token a step."""
