@@ -194,7 +194,8 @@ class SelfSpeculativeEngine(InProcessEngine):
         # In the first block of the canvas there is no token before; its place is taken by the first.
         positions = positions.clamp(min=0)
         num_keys = tokens.shape[1]
-        seen = block_causal_visibility(positions, num_keys, 1 if causal else block, None if causal else begin[:, None])
+        # The token before the block is the last of its own, and sees what is left of it either way.
+        seen = block_causal_visibility(positions, num_keys, 1 if causal else block)
         self._cache.aim(self._going, positions, num_keys)
         hidden = self.model.hidden_states(
             tokens.gather(1, positions), visible=seen, position_ids=positions, cache=self._cache
