@@ -278,6 +278,11 @@ class RolloutConfig(Section):
         description="int8 and fp8 (e4m3) sample with a copy whose linear layers have weights of 8 bits; log-probs then "
         "differ from the learner's (logprob_gap), which max_importance_weight corrects.",
     )
+    compile: bool = Field(
+        False,
+        description="Sample with forwards compiled by torch.compile, of decoders of text in the learner's process; "
+        "needs a C++ compiler or a GPU, and minutes at the start (docs/experiments/speed.md).",
+    )
     cache: Literal["none", "prefix", "dual", "frozen"] = Field(
         "none", description="Approximate cache of full-attention models; log-probs then carry an error (logprob_gap)."
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from rl.models.compiled import compiled
 from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
 from rollouts.engines.block_cache import BlockCache
 from rollouts.engines.in_process import InProcessEngine, Request
@@ -196,6 +197,8 @@ def main() -> None:
     parser.add_argument(
         "--cache", default="none", help="full attention and this approximate cache, at batch 1 and more"
     )
+    parser.add_argument("--full", action="store_true", help="full attention without a cache")
+    parser.add_argument("--compile", action="store_true", help="also the engine with `rollout.compile`")
     parser.add_argument("--skip", nargs="*", default=[], help="layouts that are not run, such as 'plain loop'")
     parser.add_argument("--no-check", action="store_true", help="skip the float64 comparison of token ids")
     args = parser.parse_args()
@@ -209,7 +212,9 @@ def main() -> None:
     )
     longest = 128
     model = build_model(
-        args.model, args.block_length if args.cache == "none" else None, longest + args.gen_length + args.block_length
+        args.model,
+        args.block_length if args.cache == "none" and not args.full else None,
+        longest + args.gen_length + args.block_length,
     )
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, longest + 1, (args.prompts,), generator=generator).tolist()
@@ -230,8 +235,15 @@ def main() -> None:
             "engine, batch 1": lambda: engine_run(model, some, options, 1, args.cache),
             "engine": lambda: engine_run(model, requests, options, args.batch, args.cache),
         }
+    if args.compile:
+        fast = compiled(model)
+        runs["engine, compiled"] = lambda: engine_run(fast, requests, options, args.batch, args.cache)
     for name in args.skip:
         del runs[name]
+    if args.compile and args.no_check:
+        started = time.process_time()
+        runs["engine, compiled"]()
+        print(f"first compiled rollout: {time.process_time() - started:.0f} CPU seconds")
     if not args.no_check:
         model.double()
         ids = {name: run()["ids"] for name, run in runs.items()}

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 NEEDED = {
     "torch",
@@ -79,11 +80,10 @@ def fastest(work: Callable[[], object], device: str, repeats: int = 3) -> float:
     return min(times[1:])
 
 
-def speed(attention: str, device: str, rate: float) -> dict[str, str]:
-    """Rollouts and update of a random Qwen3: tokens per second, and the share of `rate` their matrix products take."""
+def sampled(attention: str, device: str):  # type: ignore[no-untyped-def]
+    """An engine with a random Qwen3, and requests for it."""
     import torch
 
-    from rl.estimators.trace_rows import trace_rows
     from rl.models.diffusion_lm import DiffusionLM, DiffusionLMConfig
     from rollouts.engines.in_process import InProcessEngine, Request
     from rollouts.samplers.options import SamplerOptions
@@ -97,14 +97,38 @@ def speed(attention: str, device: str, rate: float) -> dict[str, str]:
     block = 8 if attention == "block_causal" else None
     torch.manual_seed(0)
     config = DiffusionLMConfig(backbone=backbone, mask_token_id=vocab - 1, attention=attention, block_length=block)
-    model = DiffusionLM(config).to(device, precision(device)).eval()
-    head = sum(p.numel() for p in model.lm_head.parameters())
-    body = sum(p.numel() for p in model.backbone.parameters()) - head  # the embedding is as large, and only looked up
+    model: Any = DiffusionLM(config)
+    model = model.to(device, precision(device)).eval()
     engine = InProcessEngine(
         model, SamplerOptions(gen_length=new, block_length=block, num_inference_steps=new // 2, score="random"),
         device=device,
     )  # fmt: skip
-    requests = [Request(torch.randint(0, vocab - 1, (64,)).tolist(), seed=i) for i in range(prompts)]
+    return engine, [Request(torch.randint(0, vocab - 1, (64,)).tolist(), seed=i) for i in range(prompts)]
+
+
+def compiled_speed(attention: str, device: str) -> str:
+    """The same rollouts with `rollout.compile`, against those without."""
+    from rl.models.compiled import compiled
+
+    engine, requests = sampled(attention, device)
+    plain, seconds = engine.generate(requests), fastest(lambda: engine.generate(requests), device, 1)
+    engine.model = compiled(engine.model)
+    ratio = seconds / fastest(lambda: engine.generate(requests), device, 1)
+    pairs = zip(plain, engine.generate(requests), strict=True)
+    same = sum(one.token.tolist() == own.token.tolist() for one, own in pairs)
+    return f"{ratio:.2f} times as fast, the same tokens in {same} of {len(requests)} rollouts"
+
+
+def speed(attention: str, device: str, rate: float) -> dict[str, str]:
+    """Rollouts and update of a random Qwen3: tokens per second, and the share of `rate` their matrix products take."""
+    import torch
+
+    from rl.estimators.trace_rows import trace_rows
+
+    engine, requests = sampled(attention, device)
+    model, new, prompts = engine.model, engine.options.gen_length, len(requests)
+    head = sum(p.numel() for p in model.lm_head.parameters())
+    body = sum(p.numel() for p in model.backbone.parameters()) - head  # the embedding is as large, and only looked up
     seconds = fastest(lambda: engine.generate(requests), device, 1)
     stats, trajectories = engine.stats, engine.generate(requests)[: max(2, prompts // 8)]
     work = 2 * (body * stats.query_tokens + head * new * prompts)
@@ -123,7 +147,7 @@ def speed(attention: str, device: str, rate: float) -> dict[str, str]:
     tokens, decisions = sum(part.num_tokens for part in rows), sum(len(part.target) for part in rows)
     work = 6 * (body * tokens + head * decisions)
     learned = f"{decisions / seconds:,.0f} decisions/s, {work / seconds / rate:.1%} of the matmul rate"
-    name = "full attention" if block is None else "block attention"
+    name = "full attention" if attention == "full" else "block attention"
     return {f"{name}: rollouts": rollouts, f"{name}: update": learned}
 
 
@@ -205,6 +229,7 @@ def main() -> int:
         part("RL step, images", lambda: rl_step("digits_b2", Path(folder, "images"), small))
         part("speed, full attention", lambda: speed("full", device, rate))
         part("speed, block attention", lambda: speed("block_causal", device, rate))
+        part("block attention: rollouts, compiled", lambda: compiled_speed("block_causal", device))
     write(args.write, name, table)
     return 1 if failed else 0
 

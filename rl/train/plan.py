@@ -181,6 +181,14 @@ def check_engine(config: Config) -> None:
             f"rollout.quantize {rollout.quantize} is for rollout.engine in_process: set it to none, or let the servers "
             "quantize"
         )
+    if rollout.compile:
+        modality = modality_of(config.task.name).name
+        if rollout.engine != "in_process":
+            raise ValueError(f"rollout.compile is for rollout.engine in_process, got {rollout.engine}: set it to false")
+        if modality != "text":
+            raise ValueError(
+                f"rollout.compile is for text, and task.name {config.task.name!r} is about {modality}: set it to false"
+            )
     known = {"in_process": IN_PROCESS, "ray": RAY_WORKERS}
     # A server says what it can do when it is asked.
     if rollout.engine in known:

@@ -13,6 +13,7 @@ import torch
 
 from rl import distributed
 from rl.advantages import zero_variance_groups
+from rl.models.compiled import compiled
 from rl.models.copies import LowCopy
 from rl.sections import MAX_GROUP
 from rl.tasks.base import Example
@@ -221,6 +222,7 @@ class RolloutSource:
         self.push_seconds = 0.0
         self._pushed: int | None = None
         self._low: LowCopy | None = None
+        self._sampler: Any = None
 
     @classmethod
     def open(cls, run: Run) -> RolloutSource:
@@ -312,16 +314,17 @@ class RolloutSource:
         return engine
 
     def _sampling(self, policy_version: int) -> Any:
-        """The model that samples in this process: the run's, or its copy with 8-bit weights."""
-        kind = self.run.config.rollout.quantize
-        if kind == "none":
-            return self.run.model
-        if self._low is None:
-            self._low = LowCopy(self.run.model, kind)
-        elif self._pushed != policy_version:
+        """The model that samples in this process: the run's or its copy with 8-bit weights, compiled or not."""
+        rollout = self.run.config.rollout
+        if self._sampler is None:
+            if rollout.quantize != "none":
+                self._low = LowCopy(self.run.model, rollout.quantize)
+            model = self._low.model if self._low else self.run.model
+            self._sampler = compiled(model) if rollout.compile else model
+        elif self._low is not None and self._pushed != policy_version:
             self._low.refresh()
         self._pushed = policy_version
-        return self._low.model
+        return self._sampler
 
     def _asked(self, step: int, turn: int = 0) -> tuple[list[Example], list[Any]]:
         """This rank's examples of an RL step and the requests for them; refills are turns 1, 2, ..."""

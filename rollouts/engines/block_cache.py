@@ -27,7 +27,8 @@ class BlockCache:
         # [slots, D]: the hidden state of the last clean position, from which a shifted model reads the next.
         self._last_clean: torch.Tensor | None = None
         self._slots = self._positions = torch.empty(0)
-        self._held: slice | torch.Tensor = slice(0)
+        # The first of neighbouring slots; None where others lie between them.
+        self._first: int | None = None
         self._num_keys = 0
 
     def aim(self, slots: Sequence[int], positions: torch.Tensor, num_keys: int) -> None:
@@ -39,10 +40,9 @@ class BlockCache:
             num_keys: K, how many positions to hand back to attention.
         """
         self._slots = torch.as_tensor(slots, device=self.device)
-        self._positions, self._num_keys = positions, num_keys
+        self._positions, self._num_keys = positions.contiguous(), num_keys
         # Neighbouring slots are handed out as they lie; others have to be copied together.
-        together = slots[-1] - slots[0] + 1 == len(slots)
-        self._held = slice(int(slots[0]), int(slots[-1]) + 1) if together else self._slots
+        self._first = int(slots[0]) if slots[-1] - slots[0] + 1 == len(slots) else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -59,7 +59,13 @@ class BlockCache:
 
     def _hold(self, states: torch.Tensor) -> torch.Tensor:
         states = states[:, :, : self._num_keys]
-        return states[self._held] if isinstance(self._held, slice) else states.index_select(0, self._held)
+        if self._first is None:
+            return states.index_select(0, self._slots)
+        return states[self._first : self._first + len(self._slots)]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of all layers, [slots, H, max_length, D/H]; none before the first forward."""
+        return [states for pair in self._layers.values() for states in pair]
 
     def keep_last_clean(self, hidden: torch.Tensor) -> None:
         """Keep the hidden states [B, D] of the last clean position of the aimed slots."""
