@@ -103,6 +103,9 @@ def test_what_is_not_compiled_is_refused(
     assert code == 2 and "rollout.compile is for rollout.engine in_process, got ray: set it to false" in err
     code, _, err = run("check", "--config", "digits_b2", "rollout.compile=true", f"run.output_dir={tmp_path}")
     assert code == 2 and "rollout.compile is for text, and task.name" in err
+    flex = ("rollout.compile=true", "model.attn_implementation=flex_attention")
+    code, _, err = run("check", *tiny_config(tmp_path, *flex))
+    assert code == 2 and "rollout.compile needs model.attn_implementation sdpa" in err
     with pytest.raises(ValueError, match=r"rollout.compile is for decoders of text with sdpa attention"):
         compiled(tiny_policy())
 

@@ -440,6 +440,7 @@ def test_what_cannot_have_images_is_refused_before_a_run(tmp_path: Path, run: An
     for overrides, message in [
         (("rollout.engine=ray",), "rollout.engine ray cannot give answers to prompts with images (images)"),
         (("model.autoregressive=true",), "model.autoregressive is for eval"),
+        (("rollout.compile=true",), "rollout.compile does not go with images in prompts"),
         (drakes, "drakes with a gradient through the sampler does not go with images in prompts"),
     ]:
         code, _, err = run("check", *tiny_config(tmp_path, *RUN, *overrides, reward=LETTERS))

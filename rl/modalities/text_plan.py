@@ -236,6 +236,7 @@ def _check_vision(config: Config) -> None:
         "model.autoregressive": config.model.autoregressive,
         "model.noise uniform": config.model.noise == "uniform",
         "sft.trajectories": config.sft.trajectories is not None,
+        "rollout.compile": config.rollout.compile,
         f"algorithm.name {config.algorithm.name} with a gradient through the sampler": config.algorithm.reward_gradient,
     }
     for key, wrong in refused.items():

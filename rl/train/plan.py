@@ -189,6 +189,10 @@ def check_engine(config: Config) -> None:
             raise ValueError(
                 f"rollout.compile is for text, and task.name {config.task.name!r} is about {modality}: set it to false"
             )
+        if config.model.attn_implementation != "sdpa":
+            raise ValueError(
+                "rollout.compile needs model.attn_implementation sdpa: set it, or rollout.compile to false"
+            )
     known = {"in_process": IN_PROCESS, "ray": RAY_WORKERS}
     # A server says what it can do when it is asked.
     if rollout.engine in known:
