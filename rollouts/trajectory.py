@@ -126,6 +126,12 @@ class TokenTrajectory:
         return len(self.prompt_ids)
 
     @property
+    def total_logprob(self) -> float:
+        """Of all decisions: tokens, and what was chosen of the decoder. One taken back was no draw: its edit has 0."""
+        chosen = 0.0 if self.choices is None else self.choices[:, 3].sum()
+        return float(self.logprob.sum() + chosen)
+
+    @property
     def is_reveal(self) -> np.ndarray:
         """bool [E]: edits that chose a token: all but remasking, noise, and what was placed before the first step."""
         chosen = (self.token != self.mask_token_id) & (self.step >= 0)

@@ -54,9 +54,7 @@ class TraFL(TracedRecipe):
         return PromptNumbers()
 
     def summary(self, trajectory: Any) -> Any:
-        # A token taken back was no draw: its edit has log-prob 0. What was chosen of the decoder is a decision too.
-        chosen = 0.0 if trajectory.choices is None else float(trajectory.choices[:, 3].sum())
-        return trajectory.prompt_ids.tolist(), float(trajectory.logprob.sum()) + chosen
+        return trajectory.prompt_ids.tolist(), trajectory.total_logprob
 
     def rows(self, trajectories: Any, model: Any, block: Any = None, steps: Any = None, iteration: int = 0) -> Any:
         from rl.estimators.combine import whole_trajectories
