@@ -75,7 +75,7 @@ def test_an_untrained_head_says_what_the_model_said(headed: Any, family: str) ->
 
 @pytest.mark.parametrize(
     ("family", "changed"),
-    list(zip(FAMILIES, [{"selector": "threshold"}, {"block_length": 4, "num_inference_steps": 6}, {}], strict=True)),
+    list(zip(FAMILIES, [{"selector": "threshold"}, {"block_length": 4, "num_inference_steps": 4}, {}], strict=True)),
 )
 def test_each_step_is_drawn_from_the_last_forward_and_the_head(headed: Any, family: str, changed: Any) -> None:
     """Recorded log-probs against a loop over single canvases; slots are used again, and prompts differ in length."""
