@@ -289,18 +289,30 @@ def test_what_would_fail_later_is_refused_before(
 
 
 @pytest.mark.parametrize(
-    "blocks", [[], ["model.attention=block_causal", "model.block_length=4"]], ids=["full", "blocks"]
+    ("blocks", "decisions"),
+    [([], 2 * (16 + 16)), (["model.attention=block_causal", "model.block_length=4"], 2 * (16 + 1))],
+    ids=["full", "blocks"],
 )
-def test_memory_is_planned_for_the_shortest_blocks(
-    blocks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_memory_is_planned_for_the_lengths_that_make_the_largest_rows(
+    blocks: list[str], decisions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def planned(choose: str, count: int) -> float:
+    """Two rollouts of 16 tokens, and their choices. Full attention: a canvas a step. Blocks: of 16 in four copies."""
+
+    def planned(choose: str, count: int) -> tuple[float, int, int]:
+        """GiB of activations, tokens in the rows of a micro-batch, decisions in them."""
         chosen = [f"model.choices={count}", f"sampler.choose={{block_length: {choose}}}", *blocks]
         chosen.append("model.backbone.vocab_size=20")
         assert main(["check", *runs.tiny_config(tmp_path, *chosen), "--plan", "--ranks", "1"]) == 0
-        return float(re.search(r"activations\D*([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
+        pattern = r"activations ([\d.]+) \((\d+) row\(s\) of (\d+) tokens with (\d+) decisions"
+        found = re.search(pattern, capsys.readouterr().out)
+        assert found is not None
+        return float(found[1]), int(found[2]) * int(found[3]), int(found[4])
 
-    assert planned("[1, 8, 16]", 3) == planned("[16, 1]", 2) >= planned("[8, 16]", 2)
+    largest = planned("[1, 8, 16]", 3)
+    assert largest == planned("[16, 1]", 2) and largest[2] == decisions
+    for others in ("[2, 4]", "[4, 8]"):
+        other = planned(others, 2)
+        assert largest[0] >= other[0] and largest[1] > other[1]
 
 
 @pytest.mark.parametrize("attention", ["full", "block_causal"])

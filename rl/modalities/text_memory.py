@@ -156,13 +156,15 @@ class _Undecided:
         self.canvas_length = config.model.backbone.get("canvas_length")
         self.noise = "uniform" if self.canvas_length else config.model.noise
         self.vocab_size = self.mask_token_id + 1
-        # The shortest blocks make the most copies.
+        # Under full attention the shortest blocks make the most copies of the canvas. In packed rows a copy is as long
+        # as its block, and the longest, which take the most steps each, make the most tokens.
         self.values = config.sampler.choose.values if config.sampler.choose is not None else []
+        self.worst = max if self.attention == "block_causal" else min
         self.choice_head = SimpleNamespace(out_features=len(self.values))
 
     def choice_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.full((*hidden.shape[:-1], len(self.values)), -1e9)
-        logits[..., self.values.index(min(self.values))] = 0
+        logits[..., self.values.index(self.worst(self.values))] = 0
         return logits
 
     def hidden_states(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
