@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from rl.models.diffusion_lm import DiffusionLM
 from rollouts.engines.block_cache import BlockCache
 
 # Graphs of one view. Rollouts need few: see `compiled`.
@@ -28,6 +27,9 @@ def compiled(model: Any) -> Any:
     Raises:
         ValueError: a kind of model that is not compiled.
     """
+    # Late, since it takes a second that runs of images need not wait for.
+    from rl.models.diffusion_lm import DiffusionLM
+
     if not isinstance(model, DiffusionLM) or model.vision is not None or model.wants_block_mask:
         raise ValueError("rollout.compile is for decoders of text with sdpa attention: set it to false")
     # Late, since it takes seconds that other runs need not wait for.
