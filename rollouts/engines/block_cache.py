@@ -8,7 +8,7 @@ it is clean, and visibility (not bookkeeping) hides what is stale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -97,6 +97,17 @@ class BlockCache:
         for pair in self._layers.values():
             for states in pair:
                 states[target, :, :num_keys] = states[source, :, :num_keys]
+
+    def share(self, copies: Mapping[int, Sequence[int]], num_keys: np.ndarray) -> None:
+        """Give the slots of equal prompts the states of one of them.
+
+        Args:
+            copies: slot -> slots that take a copy, maybe none.
+            num_keys: int64 [slots], how many states of each slot count.
+        """
+        for source, targets in copies.items():
+            if targets:
+                self.copy([source] * len(targets), targets, int(num_keys[source]))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always passed explicitly, so nothing may be derived from a length."""

@@ -142,9 +142,7 @@ class ChoosingBlocks(ChoosingEngine):
         copies, batches = slots.prefills(admitted)
         for batch in batches:
             self._store(canvas, cache, slots, np.array(batch), np.zeros(len(batch), dtype=np.int64))
-        for source, targets in copies.items():
-            if targets:
-                cache.copy([source] * len(targets), targets, int(slots.start[source]))
+        cache.share(copies, slots.start)
         new = list(admitted)
         self._stored[new] = slots.start[new]
 

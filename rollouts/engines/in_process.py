@@ -205,9 +205,7 @@ class InProcessEngine(SharedModelEngine):
                 last = torch.as_tensor(slots.start[batch] - 1, device=self.device)
                 cache.keep_last_clean(hidden[torch.arange(len(batch), device=self.device), last])
             self._count(positions)
-        for source, targets in copies.items():
-            if targets:
-                cache.copy([source] * len(targets), targets, int(slots.start[source]))
+        cache.share(copies, slots.start)
 
     def _denoise(
         self,
