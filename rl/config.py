@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from rl.errors import reason_of
 from rl.files import read_text, write_whole
 from rl.model_section import ModelConfig
 from rl.registry import parse_recipe, recipe_class
@@ -249,7 +250,7 @@ def validate(raw: dict[str, Any]) -> Config:
             names = _section_keys(path, raw)
             one = f"{key}.{names[0]}" if names else key
             raise ValueError(f"config key {key!r} is a section, not a value: set a key of it, such as {one}") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = reason_of(first)
         if key and key not in message:
             message = f"config key {key!r}: {message}, got {first['input']!r}"
         raise ValueError(message) from None

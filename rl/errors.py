@@ -6,6 +6,7 @@ import dis
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rewards.address import is_ours, is_plugin, place_in_plugin
 
@@ -26,6 +27,11 @@ def is_message(error: BaseException) -> bool:
         return False
     file = Path(code.co_filename).resolve()
     return is_plugin(file) or is_ours(file)
+
+
+def reason_of(first: Mapping[str, Any]) -> str:
+    """What an error of pydantic says, one of `ValidationError.errors()`; a validator's own words as they are."""
+    return str(first["msg"]).removeprefix("Value error, ")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from rl.errors import reason_of
 from rl.registry import SEARCHES
 from rl.tasks.base import Example
 from rl.train.rollouts import request_seed
@@ -74,7 +75,7 @@ def parse_search(name: Any, params: Mapping[str, Any]) -> Search:
         if first["type"] == "extra_forbidden":
             known = ", ".join(found.model_fields)
             raise ValueError(f"search {name} has no option {key!r}: it has {known}") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = reason_of(first)
         where = f"option {key!r} of search {name}" if key else f"search {name}"
         raise ValueError(f"{where}: {message}, got {first['input']!r}") from None
 

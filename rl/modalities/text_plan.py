@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rl.errors import about
+from rl.errors import about, reason_of
 from rl.modalities.base import Modality
 from rl.registry import RECIPES
 from rl.tasks.fit import apart_reasons, kept_prompts, unfit_reasons
@@ -54,8 +54,8 @@ class TextPlan(Modality):
         if config.sft.merge_steps > 1 and config.sft.trajectories is None:
             raise ValueError("sft.merge_steps merges the steps of recorded trajectories: set sft.trajectories")
         shows = "joint" if config.sft.joint else "consistency"
-        plain = not (config.sft.trajectories or config.sft.errors) and config.sft.masking == "random"
-        if getattr(config.sft, shows) and not (plain and not (config.sft.joint and config.sft.consistency)):
+        beside = config.sft.trajectories or config.sft.errors or (config.sft.joint and config.sft.consistency)
+        if getattr(config.sft, shows) and (beside or config.sft.masking != "random"):
             raise ValueError(
                 f"sft.{shows} reveals masks of answers: it goes with sft.masking random, and without sft.trajectories, "
                 "sft.errors and the other of sft.joint and sft.consistency"
@@ -106,12 +106,8 @@ class TextPlan(Modality):
                 try:
                     _check_decoder(config, tokenizer, block, evaluation_options(config, steps))
                 except ValueError as error:
-                    told = (
-                        error.errors()[0]["msg"].removeprefix("Value error, ")
-                        if isinstance(error, ValidationError)
-                        else error
-                    )
-                    raise ValueError(f"an evaluation in {steps} steps ({_over(config)}): {told}") from None
+                    told = reason_of(error.errors()[0]) if isinstance(error, ValidationError) else error
+                    raise ValueError(f"an evaluation in {steps} steps ({_sources(config)}): {told}") from None
         vision = vision_of(config)
         if vision is not None:
             _check_vision(config)
@@ -336,13 +332,10 @@ def check_recipe(config: Config, noise: str) -> None:
     )
 
 
-def _over(config: Config) -> str:
+def _sources(config: Config) -> str:
     """Where the decoder of an evaluation comes from."""
-    return (
-        "sampler"
-        + (" and eval.sampler" if config.eval.sampler else "")
-        + (" and eval.backslide" if config.eval.backslide else "")
-    )
+    given = {"sampler": True, "eval.sampler": config.eval.sampler, "eval.backslide": config.eval.backslide}
+    return " and ".join(name for name, present in given.items() if present)
 
 
 def evaluation_options(config: Config, num_inference_steps: int) -> SamplerOptions:
