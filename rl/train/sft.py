@@ -14,7 +14,7 @@ import torch
 from rl import distributed
 from rl.errors import in_words
 from rl.estimators.base import Rows
-from rl.estimators.trace_rows import trace_rows
+from rl.estimators.trace_rows import trace_rows, trained_steps
 from rl.losses.aggregate import weighted_sum
 from rl.run_folder import find_checkpoint
 from rl.track.stopwatch import Stopwatch
@@ -64,7 +64,7 @@ class Fit:
             # The mean over the decisions of the batch: tokens that were revealed, and what was chosen.
             with in_words({"algorithm.shrink": "sft.merge_steps"}):
                 rows = trace_rows(micro.batch[micro.part], self.run.model, shrink=self.config.merge_steps)
-            decisions = sum(int(t.is_reveal.sum()) + len(() if t.choices is None else t.choices) for t in micro.batch)
+            decisions = sum(len(trained_steps(trajectory)) for trajectory in micro.batch)
             return rows, torch.full((len(rows.step),), 1.0 / decisions, dtype=torch.float64)
         # Every rank draws the masks of the whole batch and takes its part: they do not depend on the cut.
         return self.run.modality.supervised(self.run.model, micro.batch, micro.part, [self.seed, micro.step])

@@ -223,13 +223,15 @@ class SamplerOptions(BaseModel):
                     f"not go with it, set it to {str(plain).lower()}"
                 )
         without = (("reviser", "none"), ("record_x0", False), ("constraint", None), ("verify", False), ("guide", None))
-        for other, plain in without:
-            for name in ("guide", "choose"):
-                if name != other and getattr(self, name) is not None and getattr(self, other) != plain:
+        alone: dict[str, Any] = {
+            "guide": without,
+            "choose": without,
+            "joint_steps": (("choose", None), ("cfg_scale", 0.0), *without),
+        }
+        for name, others in alone.items():
+            for other, plain in others:
+                if name != other and getattr(self, name) and getattr(self, other) != plain:
                     raise ValueError(f"sampler.{name} does not go with sampler.{other}: unset one of them")
-        for name in ("choose", "cfg_scale", *dict(without)):
-            if self.joint_steps and getattr(self, name) != SamplerOptions.model_fields[name].default:
-                raise ValueError(f"sampler.joint_steps does not go with sampler.{name}: unset one of them")
         if self.choose is not None:
             self._check_choose(self.choose)
         if self.guide is not None and self.guide.rule == "energy" and self.temperature == 0:
